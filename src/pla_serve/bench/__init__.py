@@ -1,0 +1,1 @@
+"""Workloads, an open-loop load generator, and reports."""

@@ -1,0 +1,1 @@
+"""Runs batches on one device: models, KV cache, attention, preemption at layer boundaries."""

@@ -1,0 +1,56 @@
+"""Everything the engine is told at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pla_serve.policy.config import PolicyConfig
+
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine core.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """A folder of safetensors, a GGUF file, or a Hugging Face id."""
+    load_format: LoadFormat = "auto"
+    dtype: DType = "auto"
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    seed: int = 0
+    """For requests that give none, and for dummy weights."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and output; None takes the model's own limit, bounded by the KV."""
+    block_tokens: int = 16
+    """Tokens in one KV block."""
+    kv_cache_gib: float | None = None
+    """Memory for KV; None takes a share of what is free after the weights are loaded."""
+    prefix_cache: bool = True
+    short_kv_reserve: float = 0.05
+    """Share of the KV blocks that long prefills may not take, so that short ones always start."""
+    threads: int | None = None
+    """CPU threads; None takes all cores."""
+    policy: str = "length-aware"
+    policy_config: PolicyConfig = field(default_factory=PolicyConfig)
+    max_queued_tokens: int | None = None
+    """Admission: most new tokens waiting; None: four times the KV capacity."""
+    max_predicted_wait: float | None = 120.0
+    """Admission: refuse what is predicted to wait longer, in seconds; None: never."""
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1:
+            raise ValueError(f"block_tokens must be at least 1, not {self.block_tokens}")
+        if not 0 <= self.short_kv_reserve < 1:
+            raise ValueError(f"short_kv_reserve must lie in [0, 1), not {self.short_kv_reserve}")
+        if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:
+            raise ValueError(f"kv_cache_gib must be positive, not {self.kv_cache_gib}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(f"max_model_len must be at least 2, not {self.max_model_len}")

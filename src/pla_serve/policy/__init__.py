@@ -1,0 +1,1 @@
+"""Decides what runs next, and when to wait. Numbers in, numbers out: no torch, no I/O, no clock."""

@@ -1,0 +1,160 @@
+"""The one contract between a policy and whatever executes it.
+
+Life of a request, as the policy sees it::
+
+    add(PrefillRequest)                  it waits
+      -> Run(batch) or an express batch  some of its new tokens are in flight
+      -> observe(batch, seconds)         they were computed; what is left waits again
+    start_decode(id)                     its prefill is complete and it wants more tokens
+      -> one Chunk of a batch's ``decodes`` for every further token
+    remove(id)                           finished, aborted, or parked by the executor
+
+All times are seconds on the caller's clock; the policy owns no clock and draws no random numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class BatchClass(StrEnum):
+    """What a batch is made of; ``MIXED`` exists for baselines that do not separate classes."""
+
+    SHORT = "short"
+    LONG = "long"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRequest:
+    """A prompt, or the rest of one, as numbers.
+
+    ``new_tokens`` (L, at least 1) are still to be computed; ``history`` (H) tokens before them have
+    their KV cached. Both shrink and grow with the cache, so a request may be added again with other
+    numbers: the newest add counts, and ``arrival`` keeps its place.
+    """
+
+    id: str
+    arrival: float
+    new_tokens: int
+    history: int = 0
+    deadline: float | None = None
+    """Absolute time by which the first token is due, or None."""
+    priority: int = 0
+    """Smaller is sooner; ties are for the policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """``tokens`` consecutive tokens of one request on top of ``history`` cached ones.
+
+    In ``Batch.decodes`` ``tokens`` is 1 and the chunk yields one token. In ``Batch.prefills`` it
+    yields a token only if ``completes`` says that the prompt ends with it.
+    """
+
+    request_id: str
+    tokens: int
+    history: int
+    completes: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What is computed together, in one forward pass."""
+
+    kind: BatchClass
+    prefills: tuple[Chunk, ...] = ()
+    decodes: tuple[Chunk, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass through the linear layers."""
+        return sum(chunk.tokens for chunk in self.prefills) + len(self.decodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Compute this batch now."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing now, although work is queued: ask again at ``until``, or when something changes."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nothing is queued."""
+
+
+Decision = Run | Wait | Idle
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What waits, for metrics and admission. Token counts are new tokens left."""
+
+    short_requests: int
+    long_requests: int
+    decoding_requests: int
+    short_tokens: int
+    long_tokens: int
+    seconds: float
+    """Predicted time to prefill everything that waits."""
+
+
+class PrefillPolicy(Protocol):
+    """Decides what runs next. Deterministic in its calls; never reads a clock.
+
+    Chunks that a returned batch names are in flight until ``observe`` or ``remove`` mentions them;
+    a request in flight is never handed out again. Methods are called from one thread.
+    """
+
+    def add(self, request: PrefillRequest, now: float) -> None:
+        """Queue a request, or replace the numbers of one that is queued and not in flight."""
+        ...
+
+    def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
+        """A completed prefill wants one token after another; ``context`` tokens are cached."""
+        ...
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request in whatever state it is; unknown ids are ignored."""
+        ...
+
+    def next(self, now: float) -> Decision:
+        """Called when the device is free."""
+        ...
+
+    def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
+        """Called between two layers of ``running``: a batch to compute first, or None to go on.
+
+        The batch returned is itself never interrupted.
+        """
+        ...
+
+    def observe(self, batch: Batch, seconds: float, now: float) -> None:
+        """``batch`` was computed and took ``seconds``, express batches inside it not counted.
+
+        It may be a part of the batch that was handed out; the rest was taken back by ``remove``.
+        """
+        ...
+
+    def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
+        """Seconds until the first token of such a request, were it to arrive now."""
+        ...
+
+    def state(self, now: float) -> QueueState:
+        """What waits, for metrics."""
+        ...
+
+    def waits_as_short(self, new_tokens: int, history: int) -> bool:
+        """The class that this policy's boundary gives to such a request; for metrics by class."""
+        ...

@@ -1,0 +1,1 @@
+"""One instance that speaks the OpenAI API."""
