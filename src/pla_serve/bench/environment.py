@@ -1,0 +1,118 @@
+"""What a recorded result must say about where it came from, and nothing that names a person or a
+machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = ("torch", "transformers", "numpy")
+
+
+def describe(command: Sequence[str] | None = None) -> dict[str, object]:
+    """The machine, the date, the versions and the command line; JSON-ready.
+
+    Args:
+        command: the command to record; None takes this process's own. Folders in it are cut off,
+            so that a result can be published.
+    """
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(sys.argv if command is None else command),
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": _cores(),
+            "memory_gib": _memory_gib(),
+            "os": f"{platform.system()} {platform.release()}",
+            "architecture": platform.machine(),
+            "accelerator": _accelerator(),
+        },
+        "versions": {
+            "pla_serve": _version("pla-serve"),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+            "git": _git_commit(),
+        },
+    }
+
+
+def _command(argv: Sequence[str]) -> str:
+    return shlex.join(_without_folder(word) for word in argv)
+
+
+def _without_folder(word: str) -> str:
+    """``--option=/a/b/c`` becomes ``--option=c``; URLs and relative paths stay as they are."""
+    head, equals, tail = word.rpartition("=")
+    return f"{head}{equals}{Path(tail).name}" if tail.startswith(("/", "~")) else word
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or "unknown"
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or "unknown"
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return round(float(size) / 2**30, 1)
+
+
+def _accelerator() -> str | None:
+    """Name of the first CUDA device, asked only of a torch that is already loaded."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_name(0))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this file lies in, with ``+`` if the tree has changes."""
+    folder = Path(__file__).resolve().parent
+    commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+    if not commit or _git(folder, "ls-files", "--error-unmatch", __file__) is None:
+        return None
+    return commit + ("+" if _git(folder, "status", "--porcelain", "-uno") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
