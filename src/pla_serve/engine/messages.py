@@ -59,6 +59,18 @@ class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
     id: str
 
 
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave after the running batch. The process hosting the core obeys it; no core sees it."""
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """Admitted: sent right after admission and before any work, so it precedes every output."""
+
+    id: str
+    cached_tokens: int = 0
+    """Prompt tokens in the prefix cache at admission; may have changed by the first output."""
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Natural logarithms of probabilities over the whole vocabulary, before sampling filters."""
 
@@ -102,6 +114,14 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     policy: str
 
 
+class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The last message of a process whose core raised."""
+
+    error: str
+    starting: bool
+    """True if the core never became ready."""
+
+
 class LatencySample(msgspec.Struct, frozen=True, array_like=True):
     """Times of one first token, in seconds, by the class the request had on arrival."""
 
@@ -142,4 +162,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 
 Inbound = AddRequest | AbortRequest
-Outbound = Output | Rejected | EngineReady | EngineStats
+"""What a core's inbox yields."""
+
+Outbound = Output | Accepted | Rejected | EngineReady | EngineStats
+"""What a core emits."""
+
+ToEngine = Inbound | Shutdown
+"""What travels to the process that hosts the core."""
+
+FromEngine = Outbound | EngineFailed
+"""What travels back from it."""
