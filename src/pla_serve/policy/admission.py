@@ -1,0 +1,80 @@
+"""Whether to take a request at all, decided before any work is spent on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
+
+LEAST_RETRY = 1.0
+"""Seconds; a client that is told less would only ask again and again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Take it."""
+
+    predicted_seconds: float
+    """To its first token."""
+    late: bool
+    """It is predicted to miss its deadline; for metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Do not take it now."""
+
+    reason: str
+    retry_after_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Bounds on what waits, in tokens and in predicted seconds; None is no bound.
+
+    Both count what waits *before* the request, so that a machine with nothing to do takes a prompt
+    of any size. A deadline never refuses: whoever sets one would rather have the answer late than
+    not at all, and a late short gives way to those that can be saved (`queues.DueQueue`). `Admit`
+    tells that it will be late.
+
+    Raises:
+        ValueError: a bound is not positive.
+    """
+
+    max_queued_tokens: int | None = None
+    max_predicted_wait: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_queued_tokens", "max_predicted_wait"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None, not {value}")
+
+    def decide(
+        self, request: PrefillRequest, policy: PrefillPolicy, own_seconds: float, now: float
+    ) -> Admit | Refuse:
+        """Weigh a request against what ``policy`` has queued.
+
+        Args:
+            own_seconds: predicted time of its prefill alone (`CostModel.prefill_seconds`).
+        """
+        state = policy.state(now)
+        queued = state.short_tokens + state.long_tokens
+        limit = self.max_queued_tokens
+        if limit is not None and queued > 0 and queued + request.new_tokens > limit:
+            excess = min(1.0, (queued + request.new_tokens - limit) / queued)
+            return Refuse(
+                f"{queued} prompt tokens wait already; with {request.new_tokens} more they would "
+                f"exceed the limit of {limit}",
+                max(LEAST_RETRY, excess * state.seconds),
+            )
+        predicted = policy.predicted_wait(request.new_tokens, request.history, now)
+        wait = predicted - own_seconds
+        if self.max_predicted_wait is not None and wait > self.max_predicted_wait:
+            return Refuse(
+                f"the predicted wait of {wait:.1f} s exceeds the limit of "
+                f"{self.max_predicted_wait:g} s",
+                max(LEAST_RETRY, wait - self.max_predicted_wait),
+            )
+        late = request.deadline is not None and now + predicted > request.deadline
+        return Admit(predicted, late)

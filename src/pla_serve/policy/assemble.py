@@ -1,0 +1,51 @@
+"""Fills one batch with decode steps and prefills. All policies share it."""
+
+from __future__ import annotations
+
+from pla_serve.policy.book import RequestBook
+from pla_serve.policy.protocol import Batch, BatchClass, Chunk
+from pla_serve.policy.queues import PrefillQueue
+
+
+class Assembler:
+    """Continuous batching: decode steps first, then prefills in their queue's order.
+
+    While prefills wait, decode steps keep at most half of the places, so that neither side can
+    keep the other one out; places that the prefills leave free go back to decode. If a batch has a
+    single place, the two take turns.
+    """
+
+    def __init__(self, book: RequestBook) -> None:
+        self._book = book
+        self._prefill_turn = True
+
+    def batch(self, queue: PrefillQueue, now: float) -> Batch | None:
+        """The next batch, at most ``max_batch_requests`` and ``max_batch_tokens``; None if empty.
+
+        Its class is SHORT, LONG or DECODE if its prefills are of one class (or none), where a
+        SHORT one may carry decode steps; otherwise MIXED.
+        """
+        book, config = self._book, self._book.config
+        decodes = book.decodes
+        places, tokens = config.max_batch_requests, config.max_batch_tokens
+        kept = min(len(decodes), self._decode_places(min(places, tokens))) if queue else 0
+        prefills = book.take(queue, places - kept, tokens - kept, now)
+        used = sum([chunk.tokens for chunk in prefills])
+        steps = decodes.take(min(places - len(prefills), tokens - used))
+        if not prefills and not steps:
+            return None
+        self._prefill_turn = not prefills
+        return Batch(self._kind(prefills, steps), tuple(prefills), tuple(steps))
+
+    def _decode_places(self, places: int) -> int:
+        if places > 1:
+            return places // 2
+        return 0 if self._prefill_turn else 1
+
+    def _kind(self, prefills: list[Chunk], steps: list[Chunk]) -> BatchClass:
+        if not prefills:
+            return BatchClass.DECODE
+        shorts = sum([self._book.waits_short(chunk.request_id) for chunk in prefills])
+        if shorts == len(prefills):
+            return BatchClass.SHORT
+        return BatchClass.MIXED if shorts or steps else BatchClass.LONG

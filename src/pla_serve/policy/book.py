@@ -1,0 +1,258 @@
+"""Every request a policy knows, and what is left of it. Shared by all policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.decodes import DecodePool
+from pla_serve.policy.pending import Pending
+from pla_serve.policy.protocol import Batch, Chunk, PrefillRequest, QueueState
+from pla_serve.policy.queues import PrefillQueue
+
+
+@dataclass(slots=True)
+class Backlog:
+    """Sums over unfinished prefills of one class; whole numbers, so that nothing drifts.
+
+    A request in flight counts until its chunk is observed.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    twice_attention: int = 0
+    twice_kv: int = 0
+    launches: int = 0
+
+    def change(self, sign: int, new_tokens: int, history: int, cap: int) -> None:
+        """Add (``sign`` 1) or take away (-1) a prefill in chunks of ``cap`` tokens."""
+        launches = -(-new_tokens // cap)
+        self.requests += sign
+        self.tokens += sign * new_tokens
+        self.twice_attention += sign * new_tokens * (2 * history + new_tokens)
+        self.twice_kv += sign * (2 * launches * history + new_tokens * (launches + 1))
+        self.launches += sign * launches
+
+    def seconds(self, cost: CostModel, launches: int) -> float:
+        """Predicted time of it all in so many batches."""
+        return cost.work_seconds(
+            self.tokens, self.twice_attention / 2, self.twice_kv / 2, self.launches, launches
+        )
+
+
+class RequestBook:
+    """Keeps requests through waiting, flight and decode; the queues it is given order them.
+
+    Args:
+        shorts, longs: where prefills of either class wait; one queue may be both.
+    """
+
+    def __init__(
+        self, config: PolicyConfig, cost: CostModel, shorts: PrefillQueue, longs: PrefillQueue
+    ) -> None:
+        self.config = config
+        self.cost = cost
+        self.cap = min(config.long_chunk_tokens, config.max_batch_tokens)
+        """Most tokens of one request in one batch."""
+        self.decodes = DecodePool()
+        self.short_backlog = Backlog()
+        self.long_backlog = Backlog()
+        self._queues = (longs, shorts)
+        self._pending: dict[str, Pending] = {}
+        self._flying: set[str] = set()
+        self._adds = 0
+        self._epoch = cost.epoch
+
+    def is_short(self, new_tokens: int, history: int) -> bool:
+        """The class of a prefill."""
+        return new_tokens <= self.boundary(history)
+
+    def boundary(self, history: int) -> int:
+        """L_m: given by the settings, or by the cost model."""
+        given = self.config.boundary_tokens
+        return self.cost.boundary(history) if given is None else given
+
+    def get(self, request_id: str) -> Pending | None:
+        """The unfinished prefill of this id."""
+        return self._pending.get(request_id)
+
+    def waits_short(self, request_id: str) -> bool:
+        """The class that an unfinished prefill was given when it was added."""
+        return self._pending[request_id].short
+
+    def probe(self, new_tokens: int, history: int, now: float) -> Pending:
+        """A request that arrives now, to be compared with queued ones but not kept."""
+        return self._make(PrefillRequest("", now, new_tokens, history), self._adds + 1)
+
+    def add(self, request: PrefillRequest) -> Pending:
+        """Queue a request, or replace the numbers of one that waits or decodes.
+
+        Raises:
+            ValueError: it has nothing to compute, or a chunk of it is in flight.
+        """
+        if request.new_tokens < 1 or request.history < 0:
+            raise ValueError(
+                f"request {request.id!r} needs new_tokens of at least 1 and history of at least 0, "
+                f"not {request.new_tokens} and {request.history}"
+            )
+        if request.id in self._flying:
+            raise ValueError(f"request {request.id!r} is in flight: observe or remove it first")
+        known = self._pending.get(request.id)
+        self.remove(request.id)
+        self._adds += 1
+        pending = self._make(request, known.order if known else self._adds)
+        self._pending[request.id] = pending
+        self._count(pending, 1)
+        self._queues[pending.short].push(pending)
+        return pending
+
+    def start_decode(self, request_id: str, context: int) -> None:
+        """Let a request whose prefill is complete take its turn at decode steps."""
+        self.remove(request_id)
+        self.decodes.start(request_id, context)
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request in whatever state it is."""
+        pending = self._pending.pop(request_id, None)
+        if pending is None:
+            self.decodes.discard(request_id)
+            return
+        self._count(pending, -1)
+        self._queues[pending.short].discard(pending)
+        self._flying.discard(request_id)
+
+    def take(self, queue: PrefillQueue, places: int, tokens: int, now: float) -> list[Chunk]:
+        """Hand out prefills in the queue's order until ``places`` or ``tokens`` are used up.
+
+        Nobody gets more than ``cap`` tokens; the last one may get a part.
+        """
+        chunks: list[Chunk] = []
+        cap = self.cap
+        while tokens > 0 and len(chunks) < places and queue:
+            pending = queue.pop(now)
+            chunk = pending.whole
+            limit = min(cap, tokens)
+            if chunk is None or chunk.tokens > limit:
+                count = min(pending.new_tokens, limit)
+                chunk = Chunk(pending.id, count, pending.history, count == pending.new_tokens)
+            pending.flight = chunk
+            tokens -= chunk.tokens
+            chunks.append(chunk)
+        self._flying.update([chunk.request_id for chunk in chunks])
+        return chunks
+
+    def hand_out(self, pending: Pending, tokens: int) -> Chunk:
+        """The next ``tokens`` tokens of a prefill that its queue has let go."""
+        chunk = Chunk(pending.id, tokens, pending.history, tokens == pending.new_tokens)
+        pending.flight = chunk
+        self._flying.add(pending.id)
+        return chunk
+
+    def settle(self, batch: Batch) -> None:
+        """``batch`` was computed: what is left of its prefills waits again.
+
+        Raises:
+            ValueError: a chunk differs from the one that was handed out for its request.
+        """
+        self.decodes.settle(batch.decodes)
+        cap = self.cap
+        for chunk in batch.prefills:
+            pending = self._pending.get(chunk.request_id)
+            if pending is None or pending.flight is None:
+                continue  # removed meanwhile, perhaps added anew
+            if pending.flight != chunk:
+                raise ValueError(f"{chunk} was observed, but {pending.flight} was handed out")
+            self._flying.discard(pending.id)
+            backlog = self.short_backlog if pending.short else self.long_backlog
+            backlog.change(-1, pending.new_tokens, pending.history, cap)
+            pending.new_tokens -= chunk.tokens
+            pending.history += chunk.tokens
+            if pending.new_tokens == 0:
+                del self._pending[pending.id]
+                continue
+            pending.flight = None
+            pending.started = True
+            self._price(pending)
+            backlog.change(1, pending.new_tokens, pending.history, cap)
+            self._queues[pending.short].push(pending)
+
+    def renew_prices(self) -> None:
+        """Sort the queues again if the cost model has moved far; rare, O(n log n) when it has."""
+        if self._epoch == self.cost.epoch:
+            return
+        self._epoch = self.cost.epoch
+        for pending in self._pending.values():
+            self._price(pending)
+        for queue in {id(queue): queue for queue in self._queues}.values():
+            queue.resort()
+
+    def seconds(self) -> float:
+        """Predicted time to finish every prefill, in flight or not."""
+        return self.short_seconds() + self.long_seconds()
+
+    def short_seconds(self) -> float:
+        """The same for the shorts, packed into full batches."""
+        backlog, config = self.short_backlog, self.config
+        batches = max(
+            -(-backlog.tokens // config.max_batch_tokens),
+            -(-backlog.requests // config.max_batch_requests),
+        )
+        return backlog.seconds(self.cost, batches)
+
+    def long_seconds(self) -> float:
+        """The same for the longs, chunk by chunk."""
+        return self.long_backlog.seconds(self.cost, self.long_backlog.launches)
+
+    def full_batch_seconds(self) -> float:
+        """Predicted time of a prefill batch that is full."""
+        return self.cost.prefill_seconds(self.config.max_batch_tokens, 0)
+
+    def step_seconds(self) -> float:
+        """Predicted time of a decode step of those who are ready, as many as a batch takes."""
+        config, count = self.config, len(self.decodes)
+        count = min(count, config.max_batch_requests, config.max_batch_tokens)
+        context = self.decodes.mean_context
+        return self.cost.work_seconds(count, count * context, count * (context + 1), count, 1)
+
+    def state(self) -> QueueState:
+        """What waits; requests in flight are taken off the counts, but not off the seconds."""
+        requests = [self.long_backlog.requests, self.short_backlog.requests]
+        tokens = [self.long_backlog.tokens, self.short_backlog.tokens]
+        for request_id in self._flying:
+            pending = self._pending[request_id]
+            requests[pending.short] -= 1
+            tokens[pending.short] -= pending.new_tokens
+        return QueueState(
+            short_requests=requests[True],
+            long_requests=requests[False],
+            decoding_requests=self.decodes.total,
+            short_tokens=tokens[True],
+            long_tokens=tokens[False],
+            seconds=self.seconds(),
+        )
+
+    def _make(self, request: PrefillRequest, order: int) -> Pending:
+        pending = Pending(
+            request.id,
+            request.arrival,
+            request.deadline,
+            request.priority,
+            order,
+            request.new_tokens,
+            request.history,
+            self.is_short(request.new_tokens, request.history),
+            0.0,
+            None,
+        )
+        self._price(pending)
+        return pending
+
+    def _price(self, pending: Pending) -> None:
+        cap, tokens = self.cap, pending.new_tokens
+        pending.seconds = self.cost.prefill_seconds(tokens, pending.history, cap)
+        pending.whole = Chunk(pending.id, tokens, pending.history) if tokens <= cap else None
+
+    def _count(self, pending: Pending, sign: int) -> None:
+        backlog = self.short_backlog if pending.short else self.long_backlog
+        backlog.change(sign, pending.new_tokens, pending.history, self.cap)

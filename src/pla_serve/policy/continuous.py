@@ -1,0 +1,81 @@
+"""Continuous batching in any order of prefills: the body of the baselines."""
+
+from __future__ import annotations
+
+from pla_serve.policy.assemble import Assembler
+from pla_serve.policy.book import RequestBook
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import (
+    Batch,
+    Decision,
+    Idle,
+    PrefillRequest,
+    QueueState,
+    Run,
+)
+from pla_serve.policy.queues import PrefillQueue
+
+
+class ContinuousBatching:
+    """A `PrefillPolicy` without classes: one queue, mixed batches, nothing interrupted.
+
+    Uses of `PolicyConfig`: ``max_batch_tokens``, ``max_batch_requests``, ``long_chunk_tokens`` (the
+    cap of every request in a batch) and ``boundary_tokens`` (for metrics only). It ignores
+    ``long_share``, ``express_burst_seconds`` and ``decode_share``; ``aging`` is up to the queue.
+    """
+
+    def __init__(self, config: PolicyConfig, cost: CostModel, queue: PrefillQueue) -> None:
+        self._queue = queue
+        self._cost = cost
+        self._book = RequestBook(config, cost, queue, queue)
+        self._assembler = Assembler(self._book)
+        self._running: tuple[Batch, float] | None = None
+
+    def add(self, request: PrefillRequest, now: float) -> None:
+        self._book.add(request)
+
+    def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
+        self._book.start_decode(request_id, context)
+
+    def remove(self, request_id: str) -> None:
+        self._book.remove(request_id)
+
+    def next(self, now: float) -> Decision:
+        batch = self._assembler.batch(self._queue, now)
+        if batch is None:
+            return Idle()
+        self._running = (batch, now)
+        return Run(batch)
+
+    def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
+        return None
+
+    def observe(self, batch: Batch, seconds: float, now: float) -> None:
+        self._cost.observe(batch, seconds)
+        self._book.settle(batch)
+        self._book.renew_prices()
+        self._running = None
+
+    def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
+        """The batch under way, what the queue puts first, and the decode steps that ride along."""
+        book = self._book
+        newcomer = book.probe(new_tokens, history, now)
+        total = book.seconds()
+        ahead = min(self._queue.seconds_ahead(newcomer, total) + self._rest(now), total)
+        work = ahead + newcomer.seconds
+        batches = 1 + work // max(book.full_batch_seconds(), 1e-9)
+        return work + batches * book.step_seconds()
+
+    def state(self, now: float) -> QueueState:
+        return self._book.state()
+
+    def waits_as_short(self, new_tokens: int, history: int) -> bool:
+        return self._book.is_short(new_tokens, history)
+
+    def _rest(self, now: float) -> float:
+        """Predicted time until the batch under way is over."""
+        if self._running is None:
+            return 0.0
+        batch, started = self._running
+        return max(0.0, self._cost.seconds(batch) - (now - started))

@@ -1,0 +1,234 @@
+"""Predicts how long a batch takes. Seconds are the one currency in which policies compare."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import astuple, dataclass
+from math import ceil, inf, isfinite
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from pla_serve.policy.boundary import crossing
+from pla_serve.policy.fit import SampleWindow, refit
+from pla_serve.policy.protocol import Batch
+
+LEAST_BOUNDARY = 256
+"""Tokens. Below this a prompt is short whatever bounds it: it is over before it is in the way."""
+MOST_BOUNDARY = 1024
+REFIT_EVERY = 128
+"""Observations between two fits, so that fewer than one in a hundred pays for one."""
+FIRST_REFITS = frozenset({4, 8, 16, 32, 64})
+REFIT_ERROR = 0.25
+"""Median relative error at which the next fit comes early: after EARLY_REFIT observations, then
+twice as many each time while the error stays."""
+EARLY_REFIT = 16
+NEW_EPOCH = 0.2
+"""Relative change of the predictions that makes queues sort again."""
+NEW_BOUNDARY = 0.15
+"""Relative change of L_m below which the old one stays, so that classes do not flicker."""
+
+
+class Work(NamedTuple):
+    """What a batch, or a whole queue, asks of the machine. Additive."""
+
+    tokens: float
+    """Tokens through the linear layers."""
+    attention: float
+    """Sum of tokens * (history + tokens / 2)."""
+    kv: float
+    """KV tokens read: the sum of history + tokens over chunks."""
+    sequences: float
+    launches: float
+    """Batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostProfile:
+    """Seconds for one unit of each field of `Work`, in its order; none negative.
+
+    The defaults are those of a 135M-parameter model on two CPU cores, as a place to start from.
+    """
+
+    per_token: float = 1.5e-3
+    per_attention: float = 2e-7
+    per_kv: float = 1e-6
+    per_sequence: float = 2e-4
+    per_launch: float = 3e-2
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+
+    @classmethod
+    def roofline(
+        cls,
+        *,
+        parameters: float,
+        weight_bytes: float,
+        attention_width: int,
+        layers: int,
+        kv_bytes_per_token: float,
+        flops: float,
+        bytes_per_second: float,
+        launch_seconds: float,
+    ) -> CostProfile:
+        """What the device can do at best, a start until measurements arrive.
+
+        Two operations a parameter and token; four a layer, unit of ``attention_width`` (heads times
+        head size) and pair of tokens; weights are read once a launch, KV once a sequence.
+
+        Raises:
+            ValueError: ``flops`` or ``bytes_per_second`` is not positive.
+        """
+        if flops <= 0 or bytes_per_second <= 0:
+            raise ValueError("flops and bytes_per_second must be positive")
+        return cls(
+            per_token=2 * parameters / flops,
+            per_attention=4 * layers * attention_width / flops,
+            per_kv=kv_bytes_per_token / bytes_per_second,
+            per_sequence=0.0,
+            per_launch=weight_bytes / bytes_per_second + launch_seconds,
+        )
+
+
+def work_of(batch: Batch) -> Work:
+    """The work of one batch; O(chunks)."""
+    tokens = twice_attention = kv = 0
+    for _, count, history, _ in (*batch.prefills, *batch.decodes):
+        tokens += count
+        twice_attention += count * (2 * history + count)
+        kv += history + count
+    sequences = len(batch.prefills) + len(batch.decodes)
+    return Work(tokens, twice_attention / 2, kv, sequences, 1)
+
+
+class CostModel:
+    """Seconds for any batch, linear in `Work`, fitted to what is observed.
+
+    Starts from ``profile``. `observe` takes samples, from a warm-up or from serving, and fits
+    again now and then (`fit.refit`); between fits it costs microseconds.
+    """
+
+    def __init__(self, profile: CostProfile | None = None) -> None:
+        self._profile = profile or CostProfile()
+        self._window = SampleWindow()
+        self._errors: deque[float] = deque(maxlen=64)
+        self._observed = 0
+        self._fitted_at = 0
+        self._patience = EARLY_REFIT
+        self._epoch = 0
+        self._epoch_marks = self._marks()
+        self._boundary_profile = self._profile
+
+    @property
+    def profile(self) -> CostProfile:
+        """The coefficients in use."""
+        return self._profile
+
+    @property
+    def epoch(self) -> int:
+        """Grows when predictions have moved so far that orders built on them should be renewed."""
+        return self._epoch
+
+    def seconds(self, batch: Batch) -> float:
+        """Predicted time of one batch; O(chunks)."""
+        return self.work_seconds(*work_of(batch))
+
+    def work_seconds(
+        self, tokens: float, attention: float, kv: float, sequences: float, launches: float
+    ) -> float:
+        """Predicted time of the fields of a `Work`."""
+        unit = self._profile
+        return (
+            unit.per_token * tokens
+            + unit.per_attention * attention
+            + unit.per_kv * kv
+            + unit.per_sequence * sequences
+            + unit.per_launch * launches
+        )
+
+    def prefill_seconds(self, new_tokens: int, history: int, chunk: int | None = None) -> float:
+        """Predicted time of a prefill alone, in equal chunks of at most ``chunk`` tokens."""
+        launches = ceil(new_tokens / chunk) if chunk else 1
+        return self.work_seconds(
+            new_tokens,
+            new_tokens * (history + new_tokens / 2),
+            launches * history + new_tokens * (launches + 1) / 2,
+            launches,
+            launches,
+        )
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Learn that ``batch`` took ``seconds``.
+
+        Samples that say nothing (an empty batch, or a time that is not positive and finite, as
+        from a clock too coarse) are skipped.
+        """
+        work = work_of(batch)
+        if work.tokens == 0 or not 0 < seconds < inf:
+            return
+        self._errors.append(abs(self.work_seconds(*work) - seconds) / seconds)
+        self._window.add(work, seconds, int(work.tokens), int(work.kv))
+        self._observed += 1
+        if self._due():
+            self._refit()
+
+    def error(self) -> float:
+        """Median absolute relative error of the last predictions; 0 before the first."""
+        return median(self._errors) if self._errors else 0.0
+
+    def boundary(self, history: int = 0) -> int:
+        """L_m: the most new tokens, on ``history`` cached ones, that still count as short.
+
+        `boundary.crossing` on coefficients that change only when L_m moves by NEW_BOUNDARY,
+        clamped to LEAST_BOUNDARY..MOST_BOUNDARY.
+        """
+        return round(_clamped_crossing(self._boundary_profile, history))
+
+    def _due(self) -> bool:
+        since = self._observed - self._fitted_at
+        if since >= REFIT_EVERY or self._observed in FIRST_REFITS:
+            return True
+        if since != self._patience:
+            return False
+        wrong = self.error() > REFIT_ERROR
+        self._patience = min(2 * self._patience, REFIT_EVERY) if wrong else EARLY_REFIT
+        return wrong
+
+    def _refit(self) -> None:
+        self._fitted_at = self._observed
+        fitted = refit(*self._window.samples(), np.array(astuple(self._profile)))
+        self._profile = CostProfile(*fitted.tolist())
+        if _moved(self._epoch_marks, self._marks(), NEW_EPOCH):
+            self._epoch += 1
+            self._epoch_marks = self._marks()
+        old, new = (
+            [_clamped_crossing(profile, history) for history in (0, 4096)]
+            for profile in (self._boundary_profile, self._profile)
+        )
+        if _moved(old, new, NEW_BOUNDARY):
+            self._boundary_profile = self._profile
+
+    def _marks(self) -> list[float]:
+        """Predictions for a chat turn, a document and a follow-up to a document."""
+        turns = ((64, 0), (2048, 0), (64, 4096))
+        return [self.prefill_seconds(new, history) for new, history in turns]
+
+
+def _clamped_crossing(profile: CostProfile, history: float) -> float:
+    tokens = crossing(
+        history,
+        profile.per_token,
+        profile.per_attention,
+        profile.per_kv,
+        profile.per_launch + profile.per_sequence,
+    )
+    return min(max(tokens, LEAST_BOUNDARY), MOST_BOUNDARY)
+
+
+def _moved(old: list[float], new: list[float], by: float) -> bool:
+    return any(abs(b - a) > by * a for a, b in zip(old, new, strict=True))

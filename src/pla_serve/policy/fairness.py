@@ -1,0 +1,130 @@
+"""Shares the device's time between express work and long prefills, and says what a wait can be."""
+
+from __future__ import annotations
+
+from math import inf
+
+from pla_serve.policy.config import PolicyConfig
+
+
+class ShareAccount:
+    """How far express work (short prefills, decode steps) is ahead of its share, in seconds.
+
+    ``ahead`` grows by 1 for each second of express work while longs wait, and falls by
+    (1 - s) / s for each second of long work, s being ``long_share``; never below 0, so that
+    nobody saves up a claim. When it reaches ``express_burst_seconds`` it is the longs' turn, until
+    it is level again at 0. Hence, over any stretch in which longs wait, with express work of at
+    most e seconds a batch::
+
+        express <= long * (1 - s) / s + burst + e
+
+    Long work is measured by the clock from `start_long` on, less the pauses in which express work
+    ran inside it; `settle` brings it up to date.
+    """
+
+    def __init__(self, config: PolicyConfig) -> None:
+        share = config.long_share
+        self._paid_by_long = (1 - share) / share
+        self._burst = config.express_burst_seconds
+        self._since: float | None = None
+        self._turn = False
+        self.ahead = 0.0
+        self.ran = 0.0
+        """Seconds of long work since `start_chunk`."""
+
+    @property
+    def longs_turn(self) -> bool:
+        """Long work goes on without interruption."""
+        return self._turn
+
+    def clear(self) -> None:
+        """No long waits any more: nothing is owed."""
+        self.ahead = 0.0
+        self._turn = False
+
+    def start_long(self, now: float) -> None:
+        """Long work runs from here on; nothing happens if it does already."""
+        if self._since is None:
+            self._since = now
+
+    def start_chunk(self, now: float) -> None:
+        """The executor takes up a new batch of long work."""
+        self.ran = 0.0
+        self._since = now
+
+    def drop_long(self) -> None:
+        """No long work runs, and what ran since the last call does not count."""
+        self._since = None
+
+    def stop_long(self, now: float) -> None:
+        """Long work ends, or stands still for express work."""
+        self.settle(now)
+        self._since = None
+
+    def settle(self, now: float) -> None:
+        """Count the long work done so far."""
+        if self._since is None:
+            return
+        passed = now - self._since
+        self.ran += passed
+        self.ahead -= self._paid_by_long * passed
+        self._since = now
+        if self.ahead <= 0:
+            self.clear()
+
+    def charge_express(self, seconds: float) -> None:
+        """Express work ran while longs waited."""
+        self.ahead += seconds
+        if self.ahead >= self._burst and self.ahead > 0:
+            self._turn = True
+
+    def short_delay(self, work: float) -> float:
+        """Long work that is put before the end of ``work`` seconds of express work, estimated."""
+        if self._turn:
+            return (self.ahead + max(0.0, work - self._burst)) / self._paid_by_long
+        return max(0.0, self.ahead + work - self._burst) / self._paid_by_long
+
+
+def long_wait_bound(config: PolicyConfig, long_work: float, express_batch: float) -> float:
+    """Most seconds from the arrival of a long prefill to its first token, under any arrivals.
+
+    Args:
+        long_work: seconds of its own prefill and of all long prefills that may precede it: those of
+            its priority that arrived less than ``own seconds / aging`` after it, and all of a
+            more urgent one.
+        express_batch: seconds of the longest express batch.
+
+    Follows from `ShareAccount`: of T seconds, T - long_work are express work, which is at most
+    ``long_work * (1 - s) / s + burst + express_batch``. Holds for an executor that is never idle
+    while the policy has work.
+    """
+    burst = config.express_burst_seconds + express_batch
+    return long_work / config.long_share + burst
+
+
+def short_wait_bound(
+    config: PolicyConfig, batches: int, express_batch: float, stretch: float
+) -> float:
+    """Most seconds from the arrival of a short prefill to its first token, under any arrivals.
+
+    Args:
+        batches: express batches until its own is over, the one under way included. With as many
+            shorts before it as `DueQueue` allows, that is at most their number plus 2, since each
+            express batch finishes a short one if half of ``max_batch_tokens`` holds it.
+        express_batch: seconds of the longest of them.
+        stretch: seconds of the longest piece of long work that nothing can interrupt: a layer, a
+            small long prefill run inside another one, or a chunk where the executor does not ask
+            at layer boundaries.
+
+    The longs' turns pay off at most what the account stood at plus what these batches charge; each
+    turn and each batch may be preceded by one stretch.
+    """
+    express = batches * express_batch
+    charged = config.express_burst_seconds + express_batch + express
+    repaid = charged * config.long_share / (1 - config.long_share)
+    return express + repaid + 2 * (batches + 1) * stretch
+
+
+def passing_window(config: PolicyConfig, own_seconds: float) -> float:
+    """Seconds after the arrival of a long prefill within which a later one may still pass it."""
+    return own_seconds / config.aging if config.aging > 0 else inf

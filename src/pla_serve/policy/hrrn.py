@@ -1,0 +1,96 @@
+"""Highest response ratio next, on uncached length: a baseline."""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heapreplace
+from math import floor, log2
+
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.continuous import ContinuousBatching
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.pending import Pending
+from pla_serve.policy.queues import SortedQueue, arrival_rank
+
+STEPS_PER_OCTAVE = 4
+
+
+class ResponseRatioQueue:
+    """Priority, then the highest (wait + service) / service.
+
+    Ratios change order as time passes, so no static key exists. Requests whose predicted service
+    lies within a quarter of an octave share a first-come queue, and only the heads are scored: a
+    few dozen, whatever waits. Within such a queue two requests may stand in the wrong order by at
+    most 19% of their ratio.
+    """
+
+    def __init__(self) -> None:
+        self._buckets: dict[tuple[int, int], SortedQueue] = {}
+        self._of: dict[str, tuple[int, int]] = {}
+        self._size = 0
+        self._heap: list[tuple[int, float, int, tuple[int, int]]] = []
+        self._scored_at: float | None = None
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, request: Pending) -> None:
+        key = (request.priority, floor(STEPS_PER_OCTAVE * log2(max(request.seconds, 1e-9))))
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = SortedQueue(arrival_rank)
+        bucket.push(request)
+        self._of[request.id] = key
+        self._size += 1
+        self._scored_at = None
+
+    def discard(self, request: Pending) -> None:
+        key = self._of.pop(request.id, None)
+        if key is None:
+            return
+        bucket = self._buckets[key]
+        bucket.discard(request)
+        if not bucket:
+            del self._buckets[key]
+        self._size -= 1
+        self._scored_at = None
+
+    def pop(self, now: float) -> Pending:
+        if self._scored_at != now:
+            self._heap = [self._entry(key, now) for key in self._buckets]
+            heapify(self._heap)
+            self._scored_at = now
+        key = self._heap[0][3]
+        bucket = self._buckets[key]
+        request = bucket.pop(now)
+        if bucket:
+            heapreplace(self._heap, self._entry(key, now))
+        else:
+            heappop(self._heap)
+            del self._buckets[key]
+        del self._of[request.id]
+        self._size -= 1
+        return request
+
+    def resort(self) -> None:
+        requests = [r for bucket in self._buckets.values() for r in bucket.requests()]
+        self._buckets.clear()
+        self._size = 0
+        for request in requests:
+            self.push(request)
+
+    def seconds_ahead(self, request: Pending, total: float) -> float:
+        """All of it: a newcomer has the lowest ratio there is. Too much for a small one."""
+        return total
+
+    def _entry(self, key: tuple[int, int], now: float) -> tuple[int, float, int, tuple[int, int]]:
+        head = self._buckets[key].first()
+        assert head is not None
+        return (head.priority, (head.arrival - now) / max(head.seconds, 1e-9), head.order, key)
+
+
+def hrrn(config: PolicyConfig, cost: CostModel) -> ContinuousBatching:
+    """Serves by (wait + service) / service, service being the predicted time of what is left.
+
+    Deadlines and ``aging`` are not used.
+    """
+    return ContinuousBatching(config, cost, ResponseRatioQueue())

@@ -1,0 +1,163 @@
+"""Who goes first. Every order here is a static key, so that time passing sorts nothing again."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from typing import Protocol
+
+from pla_serve.policy.pending import Pending
+
+PATIENCE = 5.0
+"""Seconds after its arrival at which a short request without a deadline counts as due."""
+DEMOTIONS = 4
+"""Late requests that one `DueQueue.pop` puts back, so that a decision stays quick."""
+SAMPLES = 16
+"""Requests looked at to estimate the work that goes before a newcomer."""
+
+Rank = tuple[float, ...]
+"""The greatest goes first."""
+
+
+class PrefillQueue(Protocol):
+    """An order among pending prefills."""
+
+    def __len__(self) -> int: ...
+
+    def push(self, request: Pending) -> None:
+        """Queue a request that is not queued."""
+        ...
+
+    def discard(self, request: Pending) -> None:
+        """Take a request out, if it is queued."""
+        ...
+
+    def pop(self, now: float) -> Pending:
+        """Take the first one out.
+
+        Raises:
+            IndexError: the queue is empty.
+        """
+        ...
+
+    def resort(self) -> None:
+        """Renew the order after ``Pending.seconds`` of its requests changed."""
+        ...
+
+    def seconds_ahead(self, request: Pending, total: float) -> float:
+        """Estimated work in front of ``request``, were it pushed; ``total`` is all that waits."""
+        ...
+
+
+class SortedQueue:
+    """Highest rank first, in one sorted list with the first request at its end.
+
+    Taking the first is O(1). Inserting and discarding are a binary search and a block move of 8
+    bytes a request: a few microseconds at 10,000 requests, less than a heap in Python takes for a
+    decision that pops thirty of them.
+    """
+
+    def __init__(self, rank: Callable[[Pending], Rank]) -> None:
+        self._rank = rank
+        self._entries: list[tuple[Rank, int, Pending]] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def push(self, request: Pending) -> None:
+        entry = (self._rank(request), -request.order, request)
+        request.entry = entry
+        insort(self._entries, entry)
+
+    def discard(self, request: Pending) -> None:
+        if request.entry is not None:
+            del self._entries[bisect_left(self._entries, request.entry)]
+            request.entry = None
+
+    def pop(self, now: float) -> Pending:
+        request = self._entries.pop()[2]
+        request.entry = None
+        return request
+
+    def first(self) -> Pending | None:
+        """The request that `pop` would take."""
+        return self._entries[-1][2] if self._entries else None
+
+    def requests(self) -> list[Pending]:
+        """All of them, last first."""
+        return [entry[2] for entry in self._entries]
+
+    def resort(self) -> None:
+        requests = self.requests()
+        self._entries = [(self._rank(request), -request.order, request) for request in requests]
+        self._entries.sort()
+        for entry in self._entries:
+            entry[2].entry = entry
+
+    def seconds_ahead(self, request: Pending, total: float) -> float:
+        """Exact up to SAMPLES requests ahead, else from as many, evenly spaced."""
+        size = len(self._entries)
+        ahead = size - bisect_left(self._entries, (self._rank(request), -request.order))
+        if ahead == 0:
+            return 0.0
+        step = max(1, ahead // SAMPLES)
+        sampled = self._entries[size - ahead :: step]
+        mean = sum(entry[2].seconds for entry in sampled) / len(sampled)
+        return min(total, ahead * mean)
+
+
+class DueQueue(SortedQueue):
+    """Short requests: a deadline that can still be met first, then arrival; started ones foremost.
+
+    A request is due at its deadline, but no later than PATIENCE after its arrival; so without
+    deadlines the order is first come, first served, and a deadline only moves a request forward.
+    One whose deadline can no longer be met is due 2 * PATIENCE after its arrival: it steps behind
+    those that can be saved, once. Whoever arrives after that moment never passes it, so its wait
+    is bounded in any flood.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(due_rank)
+
+    def pop(self, now: float) -> Pending:
+        request = super().pop(now)
+        for _ in range(DEMOTIONS):
+            deadline = request.deadline
+            if deadline is None or request.late or now + request.seconds <= deadline:
+                break
+            request.late = True
+            self.push(request)
+            request = super().pop(now)
+        return request
+
+
+def arrival_rank(request: Pending) -> Rank:
+    """First come, first served; a prefill under way is finished first."""
+    return (-request.priority, request.started, -request.arrival)
+
+
+def due_rank(request: Pending) -> Rank:
+    """The order of `DueQueue`."""
+    arrival = request.arrival
+    if request.late:
+        due = arrival + 2 * PATIENCE
+    elif request.deadline is None:
+        due = arrival + PATIENCE
+    else:
+        due = min(request.deadline, arrival + PATIENCE)
+    return (-request.priority, request.started, -due, -arrival)
+
+
+def aged_rank(aging: float) -> Callable[[Pending], Rank]:
+    """Shortest remaining first, less ``aging`` seconds for each second waited.
+
+    ``remaining - aging * (now - arrival)`` orders two requests alike at every ``now``, because
+    ``aging * now`` is the same on both sides. What is left, ``remaining + aging * arrival``, does
+    not change while a request waits. So a request is passed only by those that arrive within
+    ``remaining / aging`` seconds after it; with ``aging`` 0 that has no end.
+    """
+
+    def rank(request: Pending) -> Rank:
+        return (-request.priority, -(request.seconds + aging * request.arrival))
+
+    return rank
