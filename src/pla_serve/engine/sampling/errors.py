@@ -1,0 +1,11 @@
+"""Faults of a request; the messages are meant for the client."""
+
+from __future__ import annotations
+
+
+class SamplingError(ValueError):
+    """The sampling parameters do not fit the model."""
+
+
+class GrammarError(SamplingError):
+    """The grammar is malformed, uses what is not supported, or is too large."""

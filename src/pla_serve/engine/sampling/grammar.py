@@ -1,0 +1,206 @@
+"""Output that is text of a given grammar, by llguidance.
+
+A compiled grammar says before each token which tokens may follow. Costs, measured with a 49k
+vocabulary: a plain schema compiles in about 1 ms, one of 500 properties in 50 ms; a mask takes
+0.05 ms, 10 ms at worst for sane schemas. Hostile ones end at the limits below.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import llguidance.numpy
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pla_serve.engine.messages import Grammar
+from pla_serve.engine.sampling.errors import GrammarError
+
+MAX_SPEC_CHARACTERS = 256 * 1024
+MAX_COMPILE_SECONDS = 1.0
+"""CPU time of a compilation beyond which ``check_grammar`` refuses a grammar."""
+LIMITS = llguidance.LLParserLimits(
+    max_grammar_size=50_000, max_lexer_states=50_000, step_max_items=15_000, verbose_errors=False
+)
+"""Tighter than llguidance's own where a hostile grammar could hold up the whole batch."""
+WHITESPACE = r"[ \n\t\r]{0,64}"
+"""Between the parts of JSON. Bounded, or a small model can write blanks until its last token."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and keeps the most recently used ones.
+
+    Args:
+        tokenizer: a fast ``transformers`` tokenizer.
+        vocab_size: the width of the model's logits; ids that the tokenizer lacks are never allowed.
+        eos_token_ids: the model's, beside the tokenizer's own.
+        cache_size: compiled grammars kept.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one or has no EOS token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        *,
+        eos_token_ids: Collection[int] = (),
+        cache_size: int = 64,
+    ) -> None:
+        own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        self.eos_token_ids = frozenset(own) | frozenset(eos_token_ids)
+        if not self.eos_token_ids:
+            raise ValueError("grammars need an EOS token, and neither model nor tokenizer has one")
+        self._tokenizer = llguidance.hf.from_tokenizer(
+            tokenizer,
+            n_vocab=max(vocab_size, len(tokenizer)),
+            eos_token=sorted(self.eos_token_ids),
+        )
+        self._compiled = lru_cache(maxsize=cache_size)(self._compile)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile it, so that a request with a bad grammar is refused before it costs anything.
+
+        Runs without the GIL: call it in a thread.
+
+        Raises:
+            GrammarError: what is wrong, for the client.
+        """
+        seconds = self._compiled(grammar)[1]
+        if seconds > MAX_COMPILE_SECONDS:
+            raise GrammarError(
+                f"the grammar takes {seconds:.1f} s to compile, more than {MAX_COMPILE_SECONDS} s; "
+                "simplify it, for example by fewer alternatives"
+            )
+
+    def start(self, grammar: Grammar) -> GrammarMatcher:
+        """A matcher at the start of its text.
+
+        Raises:
+            GrammarError: what is wrong, for the client.
+        """
+        return GrammarMatcher(self._compiled(grammar)[0].deep_copy(), self.eos_token_ids)
+
+    def masks(self, matchers: Sequence[GrammarMatcher]) -> torch.Tensor:
+        """(len(matchers), words) int32 on the CPU: bit i of word w allows token 32 * w + i.
+
+        A matcher that fails has its ``error`` set and allows nothing.
+        """
+        bits: NDArray[np.int32] = llguidance.numpy.allocate_token_bitmask(
+            len(matchers), self._tokenizer.vocab_size
+        )
+        for row, matcher in enumerate(matchers):
+            matcher.fill(bits, row)
+        return torch.from_numpy(bits)
+
+    def _compile(self, grammar: Grammar) -> tuple[Any, float]:
+        """The matcher to copy, and the CPU seconds it took."""
+        begin = time.thread_time()
+        text = _to_llguidance(grammar)
+        matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise GrammarError(f"bad {grammar.kind} grammar: {_first_lines(matcher.get_error())}")
+        return matcher, time.thread_time() - begin
+
+
+class GrammarMatcher:
+    """One sequence's place in its grammar.
+
+    Attributes:
+        error: why it cannot go on, for the client; None while it can.
+    """
+
+    def __init__(self, matcher: Any, eos_token_ids: frozenset[int]) -> None:
+        self._matcher = matcher
+        self.eos_token_ids = eos_token_ids
+        self.error: str | None = None
+
+    @property
+    def must_stop(self) -> bool:
+        """The text is complete and nothing can be added."""
+        return self.error is None and bool(self._matcher.is_stopped())
+
+    def fill(self, bits: NDArray[np.int32], row: int) -> None:
+        """Write the mask of the next token; nothing is allowed after an error."""
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, bits, row)
+        self._note_error()
+        if self.error is not None:
+            bits[row] = 0
+
+    def advance(self, token: int) -> str | None:
+        """Go past ``token``, which the mask allowed and which is no EOS; returns ``error``."""
+        self._matcher.consume_token(token)
+        self._note_error()
+        return self.error
+
+    def _note_error(self) -> None:
+        if self.error is None and self._matcher.is_error():
+            cause = _first_lines(self._matcher.get_error())
+            self.error = f"the grammar became too complex or contradicts itself: {cause}"
+
+
+def forbid(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+    """Set the logits of tokens that the masks do not allow to -inf, in place.
+
+    Args:
+        logits: (n, vocab) float32.
+        rows: (g,) int64, the rows that have a grammar.
+        masks: (g, words) int32 from ``GrammarCompiler.masks``, on any device.
+    """
+    vocab = logits.shape[1]
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    words = masks.to(logits.device, non_blocking=True).unsqueeze(2)
+    allowed = ((words >> shifts) & 1).flatten(1)[:, :vocab].bool()
+    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+
+
+def _to_llguidance(grammar: Grammar) -> str:
+    spec = grammar.spec
+    if len(spec) > MAX_SPEC_CHARACTERS:
+        raise GrammarError(
+            f"the grammar has {len(spec)} characters; at most {MAX_SPEC_CHARACTERS} are accepted"
+        )
+    if "\0" in spec:
+        raise GrammarError("the grammar holds a NUL character")
+    make = llguidance.LLMatcher
+    options: Any = {"whitespace_pattern": WHITESPACE}
+    text: str
+    match grammar.kind:
+        case "json_object":
+            text = make.grammar_from_json_schema('{"type": "object"}', defaults=options)
+        case "json_schema":
+            text = make.grammar_from_json_schema(_checked_json(spec), defaults=options)
+        case "regex":
+            text = make.grammar_from_regex(spec)
+        case "lark":
+            text = make.grammar_from_lark(spec)
+    return text
+
+
+def _checked_json(spec: str) -> str:
+    try:
+        schema = json.loads(spec)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"the schema is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise GrammarError("the schema must be a JSON object")
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise GrammarError("the schema holds NaN or an infinite number") from None
+
+
+def _first_lines(message: str) -> str:
+    """An error without backtraces and with a length that fits a response."""
+    kept = message.split("\n<", 1)[0].strip()
+    if kept.startswith("panic:"):
+        kept = "it is larger than the compiler can hold"
+    return kept[:500]

@@ -1,0 +1,113 @@
+"""Changes to single logits before a token is chosen: bias, minimum length, penalties.
+
+Kept sparse: a sequence touches the few tokens it has seen, not the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class TokenCounts:
+    """The tokens a sequence has seen: how often each was put out; 0 for those of the prompt only.
+
+    Args:
+        prompt: token ids that are penalised for being in the prompt.
+    """
+
+    def __init__(self, prompt: Iterable[int] = ()) -> None:
+        seen = dict.fromkeys(prompt)
+        self._slots = {token: slot for slot, token in enumerate(seen)}
+        self._size = len(seen)
+        capacity = max(64, 2 * self._size)
+        self._ids = np.zeros(capacity, dtype=np.int64)
+        self._ids[: self._size] = list(seen)
+        self._counts = np.zeros(capacity, dtype=np.float32)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Token ids seen, each once."""
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """Beside ``ids``: occurrences in the output."""
+        return self._counts[: self._size]
+
+    def add(self, token: int) -> None:
+        """Count one more output token."""
+        slot = self._slots.get(token)
+        if slot is None:
+            slot = self._slots[token] = self._size
+            if slot == len(self._ids):
+                self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._ids[slot] = token
+            self._size += 1
+        self._counts[slot] += 1
+
+
+class Penalties:
+    """One sequence's presence, frequency and repetition penalties and the counts behind them."""
+
+    def __init__(
+        self, prompt: Sequence[int], *, presence: float, frequency: float, repetition: float
+    ) -> None:
+        self.presence = presence
+        self.frequency = frequency
+        self.repetition = repetition
+        # Only the repetition penalty looks at the prompt.
+        self.seen = TokenCounts(prompt if repetition != 1.0 else ())
+
+
+def add_to_logits(
+    logits: torch.Tensor, additions: Sequence[tuple[int, Sequence[int], Sequence[float]]]
+) -> None:
+    """Add values to single logits, in place.
+
+    Args:
+        logits: (n, vocab) float32, contiguous.
+        additions: (row, token ids, values beside them); a token may be named more than once.
+    """
+    vocab = logits.shape[1]
+    places = [row * vocab + token for row, tokens, _ in additions for token in tokens]
+    values = [value for _, _, row_values in additions for value in row_values]
+    device = logits.device
+    logits.view(-1).index_add_(
+        0,
+        torch.tensor(places, dtype=torch.int64, device=device),
+        torch.tensor(values, dtype=torch.float32, device=device),
+    )
+
+
+def penalise(logits: torch.Tensor, penalties: Sequence[tuple[int, Penalties]]) -> None:
+    """Apply the penalties of some rows, in place.
+
+    For each token seen: divide a positive logit by the repetition penalty, multiply a negative one
+    (Keskar et al. 2019, arXiv 1909.05858, with the sign fix that all engines use); then subtract
+    frequency * count, and presence if the output holds the token (OpenAI's definition).
+
+    Args:
+        logits: (n, vocab) float32, contiguous.
+        penalties: (row, its penalties).
+    """
+    vocab = logits.shape[1]
+    places = np.concatenate([p.seen.ids + row * vocab for row, p in penalties])
+    if places.size == 0:
+        return
+    sizes = [p.seen.ids.size for _, p in penalties]
+    counts = np.concatenate([p.seen.counts for _, p in penalties])
+    repetition = np.repeat([p.repetition for _, p in penalties], sizes)
+    off = np.repeat([p.frequency for _, p in penalties], sizes) * counts
+    off += np.repeat([p.presence for _, p in penalties], sizes) * (counts > 0)
+    device = logits.device
+    index = torch.from_numpy(places).to(device)
+    factor = torch.from_numpy(repetition.astype(np.float32)).to(device)
+    flat = logits.view(-1)
+    old = flat[index]
+    new = torch.where(old > 0, old / factor, old * factor)
+    flat[index] = new - torch.from_numpy(off.astype(np.float32)).to(device)

@@ -1,0 +1,174 @@
+"""One token for each row of a batch of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pla_serve.engine.messages import SamplingParams, TokenLogprob
+from pla_serve.engine.sampling.draw import draw
+from pla_serve.engine.sampling.errors import GrammarError
+from pla_serve.engine.sampling.grammar import GrammarCompiler, forbid
+from pla_serve.engine.sampling.logprobs import token_logprobs
+from pla_serve.engine.sampling.noise import seed_key
+from pla_serve.engine.sampling.penalties import add_to_logits, penalise
+from pla_serve.engine.sampling.rowmax import row_max
+from pla_serve.engine.sampling.sequence import Sampled, SequenceSampling
+
+NOT_FINITE = -1
+NOTHING_LEFT = -2
+ERRORS = {
+    NOT_FINITE: "the model produced logits that are NaN or infinite; "
+    "its weights may be damaged or its dtype too narrow",
+    NOTHING_LEFT: "no token may follow: grammar, logit_bias and min_tokens exclude all of them",
+}
+
+
+class Sampler:
+    """Chooses tokens. Holds no state of any sequence.
+
+    Args:
+        vocab_size: width of the logits.
+        device: where the logits are.
+        grammars: None where grammars are not offered.
+    """
+
+    def __init__(
+        self, vocab_size: int, device: torch.device, grammars: GrammarCompiler | None = None
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._grammars = grammars
+
+    def start(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        eos_token_ids: frozenset[int],
+        *,
+        default_seed: int,
+    ) -> SequenceSampling:
+        """The sampling state of a new sequence; compiles its grammar unless it is a known one.
+
+        Args:
+            prompt: the request's token ids.
+            default_seed: used with the request's id where the request gives no seed.
+
+        Raises:
+            SamplingError: a token id is outside the vocabulary.
+            GrammarError: the grammar is bad, or there is no compiler. Both are the client's fault.
+        """
+        matcher = None
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise GrammarError("this model is served without support for structured output")
+            matcher = self._grammars.start(params.grammar)
+        return SequenceSampling(
+            prompt,
+            params,
+            eos_token_ids,
+            vocab_size=self._vocab_size,
+            key=seed_key(params.seed, default_seed=default_seed, request_id=request_id),
+            grammar=matcher,
+        )
+
+    def sample(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> list[Sampled]:
+        """Choose the next token of each sequence and advance its state.
+
+        What a sequence gets depends on its own row and state only. A fault of one row is told in
+        its ``Sampled.error`` and leaves the others alone.
+
+        Args:
+            logits: (n, vocab) float32 or bfloat16; not changed.
+            sequences: n of them, each at most once.
+
+        Raises:
+            ValueError: the shape does not fit.
+        """
+        if logits.shape != (len(sequences), self._vocab_size):
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} for {len(sequences)} sequences and a "
+                f"vocabulary of {self._vocab_size}"
+            )
+        if not sequences:
+            return []
+        top, tokens = row_max(logits)
+        tokens = torch.where(top.isfinite(), tokens, NOT_FINITE)
+        special = [row for row, sequence in enumerate(sequences) if not sequence.plain]
+        if special:
+            index = torch.tensor(special, device=self._device)
+            chosen = self._choose(
+                logits[index].float(), tokens[index], [sequences[row] for row in special]
+            )
+            tokens[index] = chosen
+        logprobs = self._logprobs(logits, tokens, sequences)
+        return [
+            sequence.accept(token, logprobs.get(row))
+            if token >= 0
+            else self._failed(token, sequence)
+            for row, (token, sequence) in enumerate(zip(tokens.tolist(), sequences, strict=True))
+        ]
+
+    def _choose(
+        self, logits: torch.Tensor, tokens: torch.Tensor, sequences: Sequence[SequenceSampling]
+    ) -> torch.Tensor:
+        """(n,) tokens or error codes of rows that need more than an argmax; overwrites logits."""
+        broken = tokens == NOT_FINITE
+        logits.masked_fill_(broken.unsqueeze(1), 0.0)
+        self._apply_grammars(logits, sequences)
+        self._apply_adjustments(logits, sequences)
+        peak, chosen = row_max(logits)
+        usable = peak.isfinite()
+        random = [row for row, sequence in enumerate(sequences) if not sequence.greedy]
+        if random:
+            index = torch.tensor(random, device=logits.device)
+            chosen[index] = draw(
+                logits[index],
+                peak[index],
+                [sequences[row].params for row in random],
+                [sequences[row].uniform() for row in random],
+            )
+        chosen = torch.where(usable, chosen, NOTHING_LEFT)
+        return torch.where(broken, NOT_FINITE, chosen)
+
+    def _apply_grammars(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> None:
+        rows = [(row, s.grammar) for row, s in enumerate(sequences) if s.grammar is not None]
+        if rows and self._grammars is not None:
+            masks = self._grammars.masks([matcher for _, matcher in rows])
+            index = torch.tensor([row for row, _ in rows], device=logits.device)
+            forbid(logits, index, masks)
+
+    def _apply_adjustments(
+        self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]
+    ) -> None:
+        additions: list[tuple[int, Sequence[int], Sequence[float]]] = []
+        for row, sequence in enumerate(sequences):
+            if forbidden := sequence.forbidden():
+                additions.append((row, forbidden, [-torch.inf] * len(forbidden)))
+            if sequence.bias:
+                additions.append((row, list(sequence.bias), list(sequence.bias.values())))
+        if additions:
+            add_to_logits(logits, additions)
+        penalties = [(row, s.penalties) for row, s in enumerate(sequences) if s.penalties]
+        if penalties:
+            penalise(logits, penalties)
+
+    def _logprobs(
+        self, logits: torch.Tensor, tokens: torch.Tensor, sequences: Sequence[SequenceSampling]
+    ) -> dict[int, TokenLogprob]:
+        rows = [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
+        if not rows:
+            return {}
+        index = torch.tensor(rows, device=self._device)
+        tops = [sequences[row].params.logprobs or 0 for row in rows]
+        found = token_logprobs(logits[index].float(), tokens[index].clamp(min=0), tops)
+        return dict(zip(rows, found, strict=True))
+
+    @staticmethod
+    def _failed(code: int, sequence: SequenceSampling) -> Sampled:
+        grammar = sequence.grammar
+        if code == NOTHING_LEFT and grammar is not None and grammar.error is not None:
+            return Sampled(-1, error=grammar.error)
+        return Sampled(-1, error=ERRORS[code])

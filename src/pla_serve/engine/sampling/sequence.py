@@ -1,0 +1,120 @@
+"""Everything about sampling that belongs to one sequence and outlives a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pla_serve.engine.messages import SamplingParams, TokenLogprob
+from pla_serve.engine.sampling.errors import SamplingError
+from pla_serve.engine.sampling.grammar import GrammarMatcher
+from pla_serve.engine.sampling.noise import uniform
+from pla_serve.engine.sampling.penalties import Penalties
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy, as in vLLM."""
+
+
+class Sampled(NamedTuple):
+    """The outcome of one step for one sequence."""
+
+    token: int
+    """-1 if there is an error."""
+    logprob: TokenLogprob | None = None
+    stopped: bool = False
+    """The token is one that ends generation: EOS or a stop id. Its text is not for the client."""
+    grammar_finished: bool = False
+    """The grammar allows nothing after this token, which is part of the text: finish as "stop"."""
+    error: str | None = None
+    """Why there is no token; the sequence cannot go on and is to end with this."""
+
+
+class SequenceSampling:
+    """The sampling state of one sequence: survives preemption, knows nothing of batches.
+
+    Args:
+        prompt: the request's own prompt, not the tokens that a recomputation adds to it.
+        eos_token_ids: the model's.
+        vocab_size: the width of the logits.
+        key: of its random numbers, from ``noise.seed_key``.
+        grammar: its own matcher, if it has a grammar.
+
+    Raises:
+        SamplingError: a token id is outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        eos_token_ids: frozenset[int],
+        *,
+        vocab_size: int,
+        key: bytes,
+        grammar: GrammarMatcher | None = None,
+    ) -> None:
+        self.params = params
+        self.drawn = 0
+        self.grammar = grammar
+        self.greedy = params.temperature < GREEDY_BELOW
+        self._key = key
+        stop_ids = frozenset(params.stop_token_ids)
+        # A grammar ends its text with EOS, so there EOS keeps its meaning whatever ignore_eos says.
+        heeds_eos = not params.ignore_eos or grammar is not None
+        self.stop_ids = stop_ids | eos_token_ids if heeds_eos else stop_ids
+        if grammar is not None:
+            self.stop_ids |= grammar.eos_token_ids
+        self._early_stops = tuple(sorted(stop_ids | eos_token_ids | self.stop_ids))
+        self.bias = params.logit_bias or {}
+        _check_ids("logit_bias", self.bias, vocab_size)
+        _check_ids("stop_token_ids", stop_ids, vocab_size)
+        self.penalties: Penalties | None = None
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+            _check_ids("the prompt", prompt, vocab_size)
+            self.penalties = Penalties(
+                prompt,
+                presence=params.presence_penalty,
+                frequency=params.frequency_penalty,
+                repetition=params.repetition_penalty,
+            )
+        self._bare = (
+            self.greedy and self.penalties is None and not self.bias and self.grammar is None
+        )
+
+    @property
+    def plain(self) -> bool:
+        """The next token is the argmax of the model's own logits."""
+        return self._bare and self.drawn >= self.params.min_tokens
+
+    def forbidden(self) -> tuple[int, ...]:
+        """Token ids that would end the text before ``min_tokens``."""
+        early = self.drawn < self.params.min_tokens
+        if not early or (self.grammar is not None and self.grammar.must_stop):
+            return ()
+        return self._early_stops
+
+    def uniform(self) -> float:
+        """The random number of the next token; asking again gives the same one."""
+        return uniform(self._key, self.drawn)
+
+    def accept(self, token: int, logprob: TokenLogprob | None) -> Sampled:
+        """Take ``token`` as the next of the output and advance all state by it."""
+        self.drawn += 1
+        if self.penalties is not None:
+            self.penalties.seen.add(token)
+        stopped = token in self.stop_ids
+        finished = False
+        if self.grammar is not None and not stopped:
+            error = self.grammar.advance(token)
+            if error is not None:
+                return Sampled(-1, error=error)
+            finished = self.grammar.must_stop
+        return Sampled(token, logprob, stopped, finished)
+
+
+def _check_ids(
+    what: str, ids: Sequence[int] | frozenset[int] | dict[int, float], size: int
+) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < size):
+        wrong = next(token for token in ids if not 0 <= token < size)
+        raise SamplingError(f"{what} names token id {wrong}; this model's ids are 0 to {size - 1}")
