@@ -1,0 +1,101 @@
+"""Attention with torch's scaled dot product: a reference for any device, and a fast CPU path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from pla_serve.engine.attention.cache import KVCache
+from pla_serve.engine.forward import FlatBatch, Run, Span
+
+
+class SdpaReference:
+    """One masked call for each sequence; slow, short, right."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
+    ) -> torch.Tensor:
+        """See AttentionBackend."""
+        output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        for span in batch.spans:
+            end = span.start + span.length
+            keys = context(cache.keys[layer], span.runs).transpose(0, 1).unsqueeze(0)
+            values = context(cache.values[layer], span.runs).transpose(0, 1).unsqueeze(0)
+            mask = torch.ones(
+                span.length, keys.shape[2], dtype=torch.bool, device=query.device
+            ).tril(span.history)
+            attended = scaled_dot_product_attention(
+                query[:, span.start : end].unsqueeze(0),
+                keys,
+                values,
+                attn_mask=mask,
+                scale=scaling,
+                enable_gqa=True,
+            )
+            output[span.start : end] = attended[0].transpose(0, 1)
+        return output
+
+
+class SdpaCpu:
+    """Torch's CPU flash kernel: no mask, no copy of a context that is one run.
+
+    A chunk on top of history is two calls, one over the history without a mask and one over the
+    chunk itself with the causal one, merged by their log-sum-exp. Grouped queries read their KV
+    head through a stride of zero rather than a copy for each.
+    """
+
+    def attend(
+        self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
+    ) -> torch.Tensor:
+        """See AttentionBackend."""
+        all_keys, all_values = cache.keys[layer], cache.values[layer]
+        heads, tokens, head_dim = query.shape
+        output = query.new_empty(tokens, heads, head_dim)
+        grouped = query.view(cache.shape.heads, -1, tokens, head_dim)
+        groups = grouped.shape[1]
+        for span in batch.spans:
+            end = span.start + span.length
+            keys = _for_groups(context(all_keys, span.runs), groups)
+            values = _for_groups(context(all_values, span.runs), groups)
+            attended = _attend_span(grouped[:, :, span.start : end], keys, values, span, scaling)
+            output[span.start : end] = attended.flatten(0, 1).transpose(0, 1)
+        return output
+
+
+def context(memory: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
+    """Rows of ``memory`` (slots, ...) in these runs; a view where it is one run."""
+    if len(runs) == 1:
+        start, end = runs[0]
+        return memory[start:end]
+    return torch.cat([memory[start:end] for start, end in runs])
+
+
+def _for_groups(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """(slots, kv heads, dim) as (kv heads, groups, slots, dim), without a copy."""
+    return rows.transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
+
+
+def _attend_span(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, scaling: float
+) -> torch.Tensor:
+    """All of shape (kv heads, groups, tokens or slots, dim)."""
+    if span.length == 1 or span.history == 0:
+        return _flash(query, keys, values, span.length > 1, scaling)[0]
+    split = span.history
+    own, own_lse = _flash(query, keys[:, :, split:], values[:, :, split:], True, scaling)
+    old, old_lse = _flash(query, keys[:, :, :split], values[:, :, :split], False, scaling)
+    # The softmax over both parts weighs each by its share of the summed exponentials.
+    share = torch.sigmoid(own_lse - old_lse).unsqueeze(-1).to(own.dtype)
+    return torch.lerp(old, own, share)
+
+
+def _flash(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp (kv heads, groups, tokens)."""
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, causal, attn_mask=None, scale=scaling
+    )
+    return output, lse

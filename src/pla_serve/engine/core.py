@@ -1,0 +1,156 @@
+"""Builds an engine from its settings: the model, its KV memory, the policy, and the loop."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from pla_serve.engine import cpu
+from pla_serve.engine.attention.cache import KVCache, KVShape
+from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBackend
+from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.intake import Intake, Limits
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.kv.sizing import KVPlan, plan_kv
+from pla_serve.engine.loading import (
+    ModelSource,
+    Silent,
+    check_supported,
+    decoder_layers,
+    eos_token_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+    resolve_device,
+    resolve_dtype,
+)
+from pla_serve.engine.loop import EngineLoop, Parts
+from pla_serve.engine.memory import MemoryGate
+from pla_serve.engine.messages import EngineReady, Inbound, Outbound
+from pla_serve.engine.runner import ModelRunner
+from pla_serve.engine.sampling import GrammarCompiler, Sampler
+from pla_serve.engine.warmup import warm_up
+from pla_serve.policy.admission import Admission
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.registry import create_policy
+
+
+class EngineCore:
+    """One engine in this thread. Loads, warms up and emits `EngineReady` when it is made.
+
+    Args:
+        inbox: messages that have arrived since it was called last; never blocks.
+        emit: takes messages as they are made, also in the middle of a batch.
+        clock: seconds, monotonic, the clock of `AddRequest.arrival`.
+
+    Raises:
+        LoadingError: the model cannot be had, or is not supported.
+        ValueError: the settings do not fit the model or the machine.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        inbox: Callable[[], Iterable[Inbound]],
+        emit: Callable[[Outbound], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        torch.set_num_threads(config.threads or _usable_cores())
+        source = resolve(config.model, config.load_format, progress=Silent())
+        device = resolve_device(config.device)
+        parts, ready = build_parts(config, source, device, clock)
+        self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
+        emit(ready)
+
+    def step(self) -> float | None:
+        """See `EngineLoop.step`."""
+        return self._loop.step()
+
+
+def build_parts(
+    config: EngineConfig, source: ModelSource, device: torch.device, clock: Callable[[], float]
+) -> tuple[Parts, EngineReady]:
+    """Everything that the loop drives, warmed up."""
+    dtype = resolve_dtype(config.dtype, device)
+    model_config = load_config(source)
+    attention = check_supported(model_config)
+    shape = KVShape(attention.layers, attention.kv_heads, attention.head_dim, dtype)
+    model = load_model(source, dtype, device, config.seed, attn_implementation=IMPLEMENTATION)
+    layers = decoder_layers(model, attention.layers)
+    if device.type == "cpu":
+        cpu.optimise(model)
+    kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
+    runner = ModelRunner(
+        model, layers, KVCache(shape, kv_plan.blocks * config.block_tokens, device),
+        _attention_backend(device),
+    )  # fmt: skip
+    cost = CostModel()
+    warm_up(
+        runner,
+        cost,
+        chunk=config.policy_config.long_chunk_tokens,
+        blocks=kv_plan.blocks,
+        block_tokens=config.block_tokens,
+        device=device,
+        clock=clock,
+    )
+    limits = Limits(
+        max_model_len=kv_plan.max_model_len,
+        vocab_size=int(model_config.vocab_size),
+        eos_token_ids=frozenset(eos_token_ids(source)),
+        default_seed=config.seed,
+    )
+    parts = _assemble(config, source, device, runner, cost, kv_plan, limits)
+    ready = EngineReady(
+        max_model_len=kv_plan.max_model_len,
+        kv_tokens=kv_plan.blocks * config.block_tokens,
+        vocab_size=limits.vocab_size,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        policy=config.policy,
+    )
+    return parts, ready
+
+
+def _assemble(
+    config: EngineConfig,
+    source: ModelSource,
+    device: torch.device,
+    runner: ModelRunner,
+    cost: CostModel,
+    kv_plan: KVPlan,
+    limits: Limits,
+) -> Parts:
+    tokenizer = load_tokenizer(source)
+    grammars = None
+    if tokenizer is not None and (limits.eos_token_ids or tokenizer.eos_token_id is not None):
+        grammars = GrammarCompiler(tokenizer, limits.vocab_size, eos_token_ids=limits.eos_token_ids)
+    policy = create_policy(config.policy, config.policy_config, cost)
+    kv = KVManager(kv_plan.blocks, config.block_tokens, prefix_cache=config.prefix_cache)
+    sampler = Sampler(limits.vocab_size, device, grammars)
+    queued = config.max_queued_tokens or 4 * kv_plan.blocks * config.block_tokens
+    admission = Admission(queued, config.max_predicted_wait)
+    return Parts(
+        runner=runner,
+        kv=kv,
+        gate=MemoryGate(kv, kv_plan.short_reserve),
+        sampler=sampler,
+        intake=Intake(limits, admission, kv, sampler, policy, cost),
+        policy=policy,
+        cost=cost,
+        device=device,
+    )
+
+
+def _attention_backend(device: torch.device) -> AttentionBackend:
+    return SdpaCpu() if device.type == "cpu" else SdpaReference()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,98 @@
+"""Whether a request gets in: its own faults first, then what the queues can bear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.messages import AddRequest, Rejected
+from pla_serve.engine.sampling import Sampler, SamplingError
+from pla_serve.engine.sequence import Sequence
+from pla_serve.policy.admission import Admission, Refuse
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask of this model."""
+
+    max_model_len: int
+    """Most tokens of prompt and output together."""
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    default_seed: int
+
+
+class Intake:
+    """Turns a message into a sequence that the policy may be told of, or into a refusal."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        admission: Admission,
+        kv: KVManager,
+        sampler: Sampler,
+        policy: PrefillPolicy,
+        cost: CostModel,
+    ) -> None:
+        self.limits = limits
+        self._admission = admission
+        self._kv = kv
+        self._sampler = sampler
+        self._policy = policy
+        self._cost = cost
+
+    def admit(self, request: AddRequest, now: float) -> tuple[Sequence, PrefillRequest] | Rejected:
+        """No work is spent beyond a look at the prefix cache and compiling a grammar."""
+        fault = self._fault(request)
+        if fault is not None:
+            return Rejected(id=request.id, reason=fault, retry_after=None)
+        cached = self._kv.cached_prefix(request.prompt)
+        numbers = PrefillRequest(
+            id=request.id,
+            arrival=request.arrival,
+            new_tokens=len(request.prompt) - cached,
+            history=cached,
+            deadline=request.deadline,
+            priority=request.priority,
+        )
+        own = self._cost.prefill_seconds(numbers.new_tokens, numbers.history)
+        verdict = self._admission.decide(numbers, self._policy, own, now)
+        if isinstance(verdict, Refuse):
+            return Rejected(
+                id=request.id, reason=verdict.reason, retry_after=verdict.retry_after_seconds
+            )
+        try:
+            sampling = self._sampler.start(
+                request.id,
+                request.prompt,
+                request.sampling,
+                self.limits.eos_token_ids,
+                default_seed=self.limits.default_seed,
+            )
+        except SamplingError as error:
+            return Rejected(id=request.id, reason=str(error), retry_after=None)
+        sequence = Sequence(
+            request=request,
+            sampling=sampling,
+            short=self._policy.waits_as_short(numbers.new_tokens, numbers.history),
+            tokens=list(request.prompt),
+            seen_version=self._kv.version,
+        )
+        return sequence, numbers
+
+    def _fault(self, request: AddRequest) -> str | None:
+        limits = self.limits
+        if not request.prompt:
+            return "the prompt is empty; give at least one token"
+        if len(request.prompt) >= limits.max_model_len:
+            return (
+                f"the prompt has {len(request.prompt)} tokens; with at least one of output that is "
+                f"more than this model's {limits.max_model_len}"
+            )
+        if not (min(request.prompt) >= 0 and max(request.prompt) < limits.vocab_size):
+            return f"the prompt has a token id outside 0 to {limits.vocab_size - 1}"
+        if request.sampling.max_tokens < 1:
+            return "max_tokens must be at least 1"
+        return None

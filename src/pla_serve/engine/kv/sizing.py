@@ -1,0 +1,69 @@
+"""How many KV blocks there are room for, and how long a sequence may then be."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pla_serve.engine.attention.cache import KVShape
+from pla_serve.engine.config import EngineConfig
+
+GIB = 1024**3
+CPU_SHARE = 0.4
+"""Share of free memory; the rest is for activations, the API server and everyone else."""
+CPU_DEFAULT_GIB = 4.0
+CUDA_SHARE = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlan:
+    """Sizes of the KV cache."""
+
+    blocks: int
+    short_reserve: int
+    """Blocks that long prefills may not take."""
+    max_model_len: int
+    """Most tokens of prompt and output together."""
+
+
+def plan_kv(config: EngineConfig, shape: KVShape, device: torch.device, positions: int) -> KVPlan:
+    """Fit the KV cache to the memory that is free now.
+
+    Args:
+        positions: the most tokens that the model was made for.
+
+    Raises:
+        ValueError: the settings do not fit the model or the memory; says what to change.
+    """
+    wanted = config.max_model_len or positions
+    if wanted > positions:
+        raise ValueError(f"max_model_len {wanted} exceeds the {positions} positions of this model")
+    block_bytes = shape.bytes_per_token * config.block_tokens
+    blocks = _budget(config, shape, device, wanted) // block_bytes
+    reserve = int(blocks * config.short_kv_reserve)
+    longest = (blocks - reserve) * config.block_tokens
+    if longest < 2:
+        raise ValueError(
+            f"there is no room for KV: one block of {config.block_tokens} tokens takes "
+            f"{block_bytes / 2**20:.1f} MiB; raise kv_cache_gib or free memory"
+        )
+    if config.max_model_len is not None and wanted > longest:
+        needed = wanted * shape.bytes_per_token / (1 - config.short_kv_reserve) / GIB
+        raise ValueError(
+            f"max_model_len {wanted} needs {needed:.2f} GiB of KV, and there is room for {longest} "
+            "tokens; lower max_model_len or raise kv_cache_gib"
+        )
+    return KVPlan(blocks, reserve, min(wanted, longest))
+
+
+def _budget(config: EngineConfig, shape: KVShape, device: torch.device, longest: int) -> int:
+    """Bytes for KV."""
+    if config.kv_cache_gib is not None:
+        return int(config.kv_cache_gib * GIB)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    one = int(longest * shape.bytes_per_token * 1.1)
+    return min(int(free * CPU_SHARE), max(int(CPU_DEFAULT_GIB * GIB), one))

@@ -1,0 +1,376 @@
+"""The engine's loop: takes requests, runs what the policy decides, emits tokens.
+
+A batch can be left at each layer boundary. There the loop takes what has arrived and asks the
+policy whether something goes first; that batch runs to its end, and the outer one goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from pla_serve.engine.forward import SpanRequest, build
+from pla_serve.engine.intake import Intake
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.memory import MemoryGate, choose_victim
+from pla_serve.engine.messages import (
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    FinishReason,
+    Inbound,
+    Outbound,
+    Output,
+    Rejected,
+)
+from pla_serve.engine.runner import ModelRunner
+from pla_serve.engine.sampling import Sampled, Sampler
+from pla_serve.engine.sequence import Sequence
+from pla_serve.engine.telemetry import Telemetry
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, Wait
+
+REFRESH = 8
+"""Waiting requests whose cached prefix is looked up again in one step, if the cache changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a loop drives."""
+
+    runner: ModelRunner
+    kv: KVManager
+    gate: MemoryGate
+    sampler: Sampler
+    intake: Intake
+    policy: PrefillPolicy
+    cost: CostModel
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One sequence's part of a batch that is computed."""
+
+    sequence: Sequence
+    tokens: int
+    decodes: bool
+    """Decoded before this batch already."""
+    yields: bool
+    """Its last token's logits are sampled."""
+
+
+class _Abandoned(Exception):
+    """Everyone in the running batch was aborted."""
+
+
+class EngineLoop:
+    """Single-threaded; ``step`` is called again and again.
+
+    Args:
+        inbox: messages that have arrived since it was called last; never blocks.
+        emit: takes messages as they are made, also in the middle of a batch.
+        clock: seconds, monotonic, the clock of `AddRequest.arrival`.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        inbox: Callable[[], Iterable[Inbound]],
+        emit: Callable[[Outbound], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._parts = parts
+        self._policy = parts.policy
+        self._kv = parts.kv
+        self._inbox = inbox
+        self._emit = emit
+        self._clock = clock
+        self._sequences: dict[str, Sequence] = {}
+        self._unstarted: dict[str, Sequence] = {}
+        """Wait for their first chunk; in the order in which their prefix is looked up again."""
+        self._telemetry = Telemetry()
+        self._nested_seconds = 0.0
+        """Time that batches inside the running one have taken."""
+        self._preempted: set[str] = set()
+        """Who lost its memory while the batch at hand was prepared."""
+        self._reported_idle = False
+
+    def step(self) -> float | None:
+        """Run at most one batch, and what goes before it at its layer boundaries.
+
+        Returns how long the loop may be left alone: 0 if there is more to do, some seconds, or
+        None until a message comes.
+        """
+        self._take_inbox()
+        self._unpark()
+        self._refresh_unstarted()
+        decision = self._policy.next(self._clock())
+        if isinstance(decision, Idle):
+            if not self._reported_idle:
+                self._report()
+                self._reported_idle = True
+            return None
+        self._reported_idle = False
+        if isinstance(decision, Wait):
+            return max(0.0, decision.until - self._clock())
+        self._run(decision.batch)
+        self._report_if_due()
+        return 0.0
+
+    # Requests in, and out before their time
+
+    def _take_inbox(self) -> None:
+        for message in self._inbox():
+            if isinstance(message, AbortRequest):
+                self._abort(message.id)
+            else:
+                self._add(message)
+
+    def _add(self, request: AddRequest) -> None:
+        if request.id in self._sequences:
+            reason = f"request {request.id} runs already; ids must be unique"
+            self._emit(Rejected(id=request.id, reason=reason, retry_after=None))
+            return
+        now = self._clock()
+        admitted = self._parts.intake.admit(request, now)
+        if isinstance(admitted, Rejected):
+            self._emit(admitted)
+            return
+        sequence, numbers = admitted
+        self._sequences[request.id] = sequence
+        self._unstarted[request.id] = sequence
+        self._emit(Accepted(request.id, numbers.history))
+        self._policy.add(numbers, now)
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            sequence.aborted = True
+            self._policy.remove(request_id)
+            if not sequence.in_flight:
+                self._discard(sequence)
+
+    def _discard(self, sequence: Sequence) -> None:
+        """Nothing of it is left but what the prefix cache keeps."""
+        del self._sequences[sequence.id]
+        self._unstarted.pop(sequence.id, None)
+        self._parts.gate.forget(sequence)
+        self._kv.release(sequence.table)
+
+    # Memory
+
+    def _unpark(self) -> None:
+        if not len(self._parts.gate):
+            return
+        now = self._clock()
+        for sequence in self._parts.gate.unpark(now):
+            self._policy.add(sequence.prefill(sequence.computed), now)
+
+    def _refresh_unstarted(self) -> None:
+        """Tell the policy what has become cached, or been evicted, while requests wait."""
+        version = self._kv.version
+        for _ in range(min(REFRESH, len(self._unstarted))):
+            request_id, sequence = next(iter(self._unstarted.items()))
+            if sequence.seen_version == version:
+                return
+            del self._unstarted[request_id]
+            self._unstarted[request_id] = sequence
+            sequence.seen_version = version
+            self._policy.add(
+                sequence.prefill(self._kv.cached_prefix(sequence.tokens)), self._clock()
+            )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take its memory; it is prefilled again, output so far included, when there is some."""
+        self._telemetry.recompute_preemptions += 1
+        self._preempted.add(sequence.id)
+        self._policy.remove(sequence.id)
+        self._kv.release(sequence.table)
+        sequence.computed = 0
+        self._unstarted[sequence.id] = sequence
+        sequence.seen_version = self._kv.version
+        cached = self._kv.cached_prefix(sequence.tokens)
+        self._policy.add(sequence.prefill(cached), self._clock())
+
+    # Batches
+
+    def _run(self, batch: Batch, nested: bool = False) -> bool:
+        """Compute what of ``batch`` memory allows; False if that is nothing."""
+        batch, members = self._prepare(batch)
+        if not members:
+            return False
+        outer_seconds, self._nested_seconds = self._nested_seconds, 0.0
+        started = self._clock()
+        try:
+            logits = self._forward(batch, members, nested)
+        except _Abandoned:
+            logits = None
+        finally:
+            for member in members:
+                member.sequence.in_flight = False
+        sampled = self._sample(members, logits)
+        now = self._clock()
+        seconds = now - started
+        if logits is not None:
+            self._telemetry.count_batch(batch, nested)
+            self._policy.observe(batch, max(0.0, seconds - self._nested_seconds), now)
+        self._nested_seconds = outer_seconds + seconds
+        for member, token in zip(members, sampled, strict=True):
+            self._advance(member, token, now)
+        return True
+
+    def _prepare(self, batch: Batch) -> tuple[Batch, list[_Member]]:
+        """The part of ``batch`` that can run now; the rest goes back to the policy."""
+        lost = self._preempted
+        lost.clear()
+        decodes = tuple(c for c in batch.decodes if self._ready_to_decode(c))
+        # The growth of one decode may have taken the memory of others in this batch.
+        decodes = tuple(c for c in decodes if c.request_id not in lost)
+        prefills = tuple(c for c in batch.prefills if self._ready_to_prefill(c))
+        members = [
+            _Member(self._sequences[chunk.request_id], chunk.tokens, False, chunk.completes)
+            for chunk in prefills
+        ] + [_Member(self._sequences[chunk.request_id], 1, True, True) for chunk in decodes]
+        for member in members:
+            member.sequence.in_flight = True
+        return replace(batch, prefills=prefills, decodes=decodes), members
+
+    def _ready_to_prefill(self, chunk: Chunk) -> bool:
+        if chunk.request_id in self._preempted:
+            return False
+        sequence = self._sequences[chunk.request_id]
+        now = self._clock()
+        if not sequence.table.blocks:
+            self._unstarted.pop(sequence.id, None)
+            left = len(sequence.tokens) - chunk.history
+            short = self._policy.waits_as_short(left, chunk.history)
+            if not self._parts.gate.reserve(sequence, short, now):
+                self._policy.remove(sequence.id)
+                return False
+        if sequence.computed != chunk.history:
+            # The cache has changed since the policy was told: let it decide on the true numbers.
+            self._policy.remove(sequence.id)
+            self._policy.add(sequence.prefill(sequence.computed), now)
+            return False
+        if sequence.started is None:
+            sequence.started = now
+            self._telemetry.count_lookup(sequence)
+        return True
+
+    def _ready_to_decode(self, chunk: Chunk) -> bool:
+        if chunk.request_id in self._preempted:
+            return False
+        sequence = self._sequences[chunk.request_id]
+        while not self._kv.grow(sequence.table, len(sequence.tokens)):
+            victim = choose_victim(self._sequences.values(), sequence)
+            self._preempt(victim if victim is not None else sequence)
+            if victim is None:
+                return False
+        return True
+
+    def _forward(self, batch: Batch, members: list[_Member], nested: bool) -> torch.Tensor:
+        spans = [
+            SpanRequest(
+                tokens=m.sequence.tokens[m.sequence.computed : m.sequence.computed + m.tokens],
+                history=m.sequence.computed,
+                blocks=m.sequence.table.blocks,
+                wants_logits=m.yields,
+            )
+            for m in members
+        ]
+        flat = build(spans, self._kv.block_tokens, self._parts.device)
+
+        def at_boundary() -> None:
+            self._take_inbox()
+            if all(member.sequence.aborted for member in members):
+                raise _Abandoned
+            self._report_if_due()
+            while not nested:
+                express = self._policy.at_layer_boundary(self._clock(), batch)
+                if express is None or not self._run(express, nested=True):
+                    return
+
+        return self._parts.runner.forward(flat, at_boundary)
+
+    def _sample(self, members: list[_Member], logits: torch.Tensor | None) -> list[Sampled | None]:
+        """The next token of each member that yields one."""
+        if logits is None:
+            return [None] * len(members)
+        yielding = [member for member in members if member.yields]
+        tokens = self._parts.sampler.sample(logits, [m.sequence.sampling for m in yielding])
+        found = iter(tokens)
+        return [next(found) if member.yields else None for member in members]
+
+    def _advance(self, member: _Member, sampled: Sampled | None, now: float) -> None:
+        """Book what a batch did for one of its members."""
+        sequence = member.sequence
+        if sequence.aborted:
+            self._discard(sequence)
+            return
+        sequence.computed += member.tokens
+        self._kv.remember(sequence.tokens, sequence.computed, sequence.table)
+        if sampled is None:
+            return
+        first = sequence.generated == 0
+        reason = self._take_token(sequence, sampled)
+        if first and sampled.error is None:
+            self._telemetry.count_first(sequence, now)
+        if reason is not None:
+            self._policy.remove(sequence.id)
+            self._discard(sequence)
+        elif not member.decodes:
+            arrival = sequence.request.arrival
+            self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
+
+    def _take_token(self, sequence: Sequence, sampled: Sampled) -> FinishReason | None:
+        """Append and emit the token; why the sequence ends, if it does."""
+        if sampled.error is not None:
+            self._emit(
+                Output(id=sequence.id, tokens=[], finish_reason="error", error=sampled.error)
+            )
+            return "error"
+        first = sequence.generated == 0
+        sequence.tokens.append(sampled.token)
+        self._telemetry.generation_tokens += 1
+        reason: FinishReason | None = None
+        if sampled.stopped or sampled.grammar_finished:
+            reason = "stop"
+        elif (
+            sequence.generated >= sequence.request.sampling.max_tokens
+            or len(sequence.tokens) >= self._parts.intake.limits.max_model_len
+        ):
+            reason = "length"
+        self._emit(
+            Output(
+                id=sequence.id,
+                tokens=[sampled.token],
+                logprobs=None if sampled.logprob is None else [sampled.logprob],
+                finish_reason=reason,
+                stop_token=sampled.token if sampled.stopped else None,
+                cached_tokens=sequence.cached_tokens if first else None,
+            )
+        )
+        return reason
+
+    # Reports
+
+    def _report_if_due(self) -> None:
+        if self._telemetry.due(self._clock()):
+            self._report()
+
+    def _report(self) -> None:
+        now = self._clock()
+        self._emit(
+            self._telemetry.report(
+                now,
+                queue=self._policy.state(now),
+                kv=self._kv,
+                parked=len(self._parts.gate),
+                boundary_tokens=self._parts.cost.boundary(),
+                cost_error=self._parts.cost.error(),
+            )
+        )

@@ -1,0 +1,59 @@
+"""One request inside the engine, from admission to its last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pla_serve.engine.kv.manager import BlockTable
+from pla_serve.engine.messages import AddRequest
+from pla_serve.engine.sampling import SequenceSampling
+from pla_serve.policy.protocol import PrefillRequest
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, KV blocks and sampling state of one request."""
+
+    request: AddRequest
+    sampling: SequenceSampling
+    short: bool
+    """Its class on arrival, for metrics."""
+    tokens: list[int]
+    """Prompt and output so far."""
+    computed: int = 0
+    """Leading tokens whose KV is in ``table``."""
+    table: BlockTable = field(default_factory=BlockTable)
+    in_flight: bool = False
+    """A batch that is being computed writes to its blocks."""
+    aborted: bool = False
+    seen_version: int = -1
+    """State of the prefix cache when the policy was last told its numbers."""
+    cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache when its prefill began."""
+    started: float | None = None
+    """When its first chunk began."""
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Who goes first when memory is short: smaller is more entitled."""
+        return (self.request.priority, self.request.arrival)
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    def prefill(self, cached: int) -> PrefillRequest:
+        """Its numbers, if the KV of ``cached`` leading tokens is there."""
+        return PrefillRequest(
+            id=self.id,
+            arrival=self.request.arrival,
+            new_tokens=len(self.tokens) - cached,
+            history=cached,
+            deadline=self.request.deadline if self.generated == 0 else None,
+            priority=self.request.priority,
+        )

@@ -1,0 +1,83 @@
+"""Counters of one engine core, and when to send them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.messages import EngineStats, LatencySample
+from pla_serve.engine.sequence import Sequence
+from pla_serve.policy.protocol import Batch, QueueState
+
+REPORT_SECONDS = 0.25
+
+
+@dataclass(slots=True)
+class Telemetry:
+    """What has been counted since the start, and first tokens since the last report."""
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    express_batches: int = 0
+    recompute_preemptions: int = 0
+    batches: Counter[str] = field(default_factory=Counter)
+    firsts: list[LatencySample] = field(default_factory=list)
+    _reported: float = 0.0
+
+    def count_batch(self, batch: Batch, nested: bool) -> None:
+        """A batch was computed."""
+        self.batches[batch.kind.value] += 1
+        self.express_batches += nested
+        self.prompt_tokens += sum(chunk.tokens for chunk in batch.prefills)
+
+    def count_lookup(self, sequence: Sequence) -> None:
+        """A prefill began."""
+        self.prefix_queries += len(sequence.tokens)
+        self.prefix_hits += sequence.computed
+
+    def count_first(self, sequence: Sequence, now: float) -> None:
+        """A first token was made."""
+        arrival = sequence.request.arrival
+        queued = (sequence.started if sequence.started is not None else now) - arrival
+        self.firsts.append(LatencySample(sequence.short, queued, now - arrival))
+
+    def due(self, now: float) -> bool:
+        """Whether it is time for a report while work runs."""
+        return now - self._reported >= REPORT_SECONDS
+
+    def report(
+        self,
+        now: float,
+        *,
+        queue: QueueState,
+        kv: KVManager,
+        parked: int,
+        boundary_tokens: int,
+        cost_error: float,
+    ) -> EngineStats:
+        """The state as a message; starts a new list of first tokens."""
+        self._reported = now
+        firsts, self.firsts = self.firsts, []
+        return EngineStats(
+            short_waiting=queue.short_requests,
+            long_waiting=queue.long_requests,
+            running=queue.decoding_requests,
+            parked=parked,
+            waiting_tokens=queue.short_tokens + queue.long_tokens,
+            queued_seconds=queue.seconds,
+            kv_usage=1 - kv.available / kv.blocks,
+            kv_cached_tokens=kv.cached_tokens,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            batches=dict(self.batches),
+            express_batches=self.express_batches,
+            recompute_preemptions=self.recompute_preemptions,
+            boundary_tokens=boundary_tokens,
+            cost_error=cost_error,
+            firsts=firsts,
+        )
