@@ -1,0 +1,39 @@
+"""Finds a model, checks that the engine honours it, and loads it.
+
+The API server calls ``resolve``, ``load_config``, ``load_tokenizer`` and ``eos_token_ids``; the
+engine process gets the resulting ``ModelSource`` and calls ``load_model``.
+"""
+
+from pla_serve.engine.loading.config import eos_token_ids, load_config, load_tokenizer
+from pla_serve.engine.loading.errors import LoadingError, ModelUnavailable, UnsupportedModel
+from pla_serve.engine.loading.progress import ConsoleProgress, Progress, Silent
+from pla_serve.engine.loading.resolve import resolve
+from pla_serve.engine.loading.source import ModelSource
+from pla_serve.engine.loading.support import (
+    AttentionShape,
+    check_config,
+    check_supported,
+    decoder_layers,
+)
+from pla_serve.engine.loading.weights import load_model, resolve_device, resolve_dtype
+
+__all__ = [
+    "AttentionShape",
+    "ConsoleProgress",
+    "LoadingError",
+    "ModelSource",
+    "ModelUnavailable",
+    "Progress",
+    "Silent",
+    "UnsupportedModel",
+    "check_config",
+    "check_supported",
+    "decoder_layers",
+    "eos_token_ids",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+    "resolve_device",
+    "resolve_dtype",
+]

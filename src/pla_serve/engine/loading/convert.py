@@ -1,0 +1,204 @@
+"""Turns one GGUF file into a folder of safetensors, config, tokenizer: ``convert FILE FOLDER``.
+
+Runs as a process of its own (see ``gguf.py``). transformers reads the file; what it is known to
+lose is put back here, and whatever cannot be vouched for is refused rather than served wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from pla_serve.engine.loading.errors import UnsupportedModel
+
+REFUSED = 3
+"""Exit status; the reason is the last line of stdout, as JSON."""
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Those whose conversion is tested against the original weights."""
+
+REQUIRED = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon",
+}
+UNDERSTOOD = REQUIRED | {
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "tensor_data_layout",
+    "vocab_size",
+}
+"""Keys of an architecture that are read. Any other says something about the model that would be
+lost (rope scaling, sliding windows, experts, ...), so a file that has one is refused."""
+
+DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r")
+"""Byte-level vocabularies in which every digit is a piece by itself."""
+PLAIN_BYTE_LEVEL = ("default", "gpt-2")
+
+SAMPLE = "It's 1984, and 0x7F+23 = 150?\n\n\tdef f(x):  # naïve 漢字 🙂\n        return x\r\n"
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write ``folder``. The text of an UnsupportedModel goes on from the file's name."""
+    metadata, tensors = _read(path)
+    config = _config(path, metadata)
+    weights = {"quantization_config": GgufConfig(dequantize=True), "dtype": _dtype(tensors)}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, config=config, output_loading_info=True, **weights
+    )
+    _require_all_read(model, info, tensors)
+    _save_model(model, metadata, folder)
+    _save_tokenizer(path, metadata, folder)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata, less the arrays, and the tensors by name."""
+    try:
+        reader = GGUFReader(path)
+        metadata = {
+            key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1
+        }
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except (ValueError, IndexError, OverflowError, OSError) as error:
+        raise UnsupportedModel(f"it is broken or cut short ({error}).") from error
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"GGUF architecture {architecture!r} is not converted; "
+            f"{', '.join(ARCHITECTURES)} are. Serve its safetensors instead."
+        )
+    prefix = f"{architecture}."
+    keys = {key.removeprefix(prefix) for key in reader.fields if key.startswith(prefix)}
+    if missing := sorted(REQUIRED - keys):
+        raise UnsupportedModel(f"its metadata lacks {', '.join(missing)}.")
+    if unknown := sorted(keys - UNDERSTOOD - _harmless(metadata, prefix)):
+        raise UnsupportedModel(
+            f"its metadata sets {', '.join(unknown)}, which the conversion would lose. "
+            "Serve its safetensors instead."
+        )
+    return metadata, tensors
+
+
+def _harmless(metadata: dict[str, Any], prefix: str) -> set[str]:
+    """Keys whose value says that nothing special is in use."""
+    nothing = {
+        "rope.scaling.type": ("none",),
+        "attention.sliding_window": (0,),
+        "expert_count": (0,),
+    }
+    return {key for key, values in nothing.items() if metadata.get(prefix + key) in values}
+
+
+def _config(path: Path, metadata: dict[str, Any]) -> Any:
+    """The config as transformers reads it, with what it loses put back."""
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    prefix = f"{metadata['general.architecture']}."
+    # Qwen configs fix a head size of their own, but the file states it, or llama.cpp's rule does.
+    per_head = metadata[prefix + "embedding_length"] // metadata[prefix + "attention.head_count"]
+    config.head_dim = metadata.get(prefix + "attention.key_length", per_head)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if metadata.get(prefix + key, config.head_dim) != config.head_dim:
+            raise UnsupportedModel(f"its {key} is not the size of a head ({config.head_dim}).")
+    # A float32 in the file: 9.999999747378752e-06 was 1e-05.
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
+    return config
+
+
+def _dtype(tensors: dict[str, Any]) -> torch.dtype:
+    """What the weights are stored as.
+
+    Files of floats keep their type. Unpacked blocks become float16: its rounding (2**-11) is far
+    below that of the blocks, at half the size of float32.
+    """
+    types = {tensor.tensor_type for tensor in tensors.values() if len(tensor.shape) > 1}
+    if types == {GGMLQuantizationType.F32}:
+        return torch.float32
+    if types <= {GGMLQuantizationType.F32, GGMLQuantizationType.BF16}:
+        return torch.bfloat16
+    return torch.float16
+
+
+def _require_all_read(model: Any, info: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Every tensor of the file must be in the model, and the other way round.
+
+    transformers passes over names that it does not know, such as rope factors and biases.
+    """
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+        raise UnsupportedModel(f"it lacks weights that the model needs: {', '.join(names[:5])}.")
+    held = sum(int(tensor.n_elements) for tensor in tensors.values())
+    used = sum(parameter.numel() for parameter in model.parameters())
+    if held != used:
+        extra = [name for name in tensors if not name.startswith(("blk.", "token_embd", "output"))]
+        raise UnsupportedModel(
+            f"it holds {held} weights of which the model would use {used}"
+            f"{' (not used: ' + ', '.join(extra) + ')' if extra else ''}. "
+            "Serve its safetensors instead."
+        )
+
+
+def _save_model(model: Any, metadata: dict[str, Any], folder: Path) -> None:
+    config = model.config
+    config.architectures = [type(model).__name__]
+    # A chat model may end its turn with another token than its text; the config holds one only.
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    known = list(dict.fromkeys(end for end in ends if end is not None))
+    model.generation_config.eos_token_id = known[0] if len(known) == 1 else known or None
+    # The weights are plain floats by now; saved as quantized they could not be loaded again.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+
+
+def _save_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind == "gpt2":
+        if split in DIGITS_ALONE:
+            # transformers knows no split for these and falls back to GPT-2's, which keeps runs of
+            # digits together: the model would see numbers it was never trained on.
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+                ]
+            )
+        elif split not in GGUF_PRE_TOKENIZER_SPLITS and split not in PLAIN_BYTE_LEVEL:
+            raise UnsupportedModel(
+                f"how its tokenizer splits text ({split!r}) is not known here. "
+                "Serve its safetensors, which bring their tokenizer."
+            )
+    tokenizer.model_max_length = metadata[f"{metadata['general.architecture']}.context_length"]
+    tokenizer.save_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(folder)
+    if saved(SAMPLE)["input_ids"] != tokenizer(SAMPLE)["input_ids"]:
+        raise UnsupportedModel("its tokenizer does not survive saving. Serve its safetensors.")
+
+
+def main(file: str, folder: str) -> int:
+    """Exit status 0, or REFUSED."""
+    try:
+        convert(Path(file), Path(folder))
+    except UnsupportedModel as error:
+        print(json.dumps({"unsupported": str(error)}))
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""GGUF files, converted once to a folder of safetensors in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pla_serve.engine.loading.cache import build_once
+from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
+from pla_serve.engine.loading.progress import Progress
+
+FORMAT = 1
+"""Part of every cache key: raise it when the conversion changes, and all are converted anew."""
+
+
+def is_gguf(path: Path) -> bool:
+    """By its first bytes, not its name."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def converted(path: Path, progress: Progress) -> Path:
+    """The converted folder of a GGUF file, keyed by the file's place, size and time of change.
+
+    Raises:
+        UnsupportedModel: the file holds something that the conversion would lose.
+        ModelUnavailable: the conversion could not be carried out.
+    """
+    status = path.stat()
+    identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return build_once(
+        cache_key(path.stem, digest), lambda folder: convert(path, folder, progress), progress
+    )
+
+
+def cache_key(stem: str, digest: str) -> str:
+    """A folder name that people can read."""
+    return f"{stem}-{digest}-v{FORMAT}"
+
+
+def convert(path: Path, folder: Path, progress: Progress) -> None:
+    """Fill ``folder`` from a GGUF file, in a process of its own.
+
+    The API server calls this: the weights pass through memory that is given back at once, and a
+    crash over a broken file cannot take the caller along.
+    """
+    progress.say(f"Converting {path.name} to safetensors, once.")
+    command = [sys.executable, "-m", "pla_serve.engine.loading.convert", str(path), str(folder)]
+    result = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=None if progress.bars else subprocess.PIPE,
+        env=None if progress.bars else {**os.environ, "TQDM_DISABLE": "1"},
+        text=True,
+        check=False,
+    )
+    if result.returncode == 0:
+        return
+    report = _report(result.stdout)
+    if report is not None:
+        raise UnsupportedModel(f"{path}: {report}")
+    tail = (result.stderr or "").strip().splitlines()[-1:]
+    raise ModelUnavailable(
+        f"Converting {path} failed (exit status {result.returncode}). {' '.join(tail)} "
+        "Is the file complete, and are there disk space and memory for the unpacked weights?"
+    )
+
+
+def _report(stdout: str) -> str | None:
+    """What the converter wrote last, if it refused the file."""
+    for line in reversed(stdout.splitlines()):
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(message, dict) and isinstance(message.get("unsupported"), str):
+            return str(message["unsupported"])
+    return None

@@ -1,0 +1,194 @@
+"""Models from the Hugging Face hub, or from what its client has cached.
+
+One short look-up decides whether the hub can be reached; after a failure the process does not ask
+again. Only then are files fetched, so that an unreachable hub costs seconds and not minutes.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils.tqdm import tqdm
+
+from pla_serve.engine.loading.errors import ModelUnavailable
+from pla_serve.engine.loading.progress import Progress
+from pla_serve.engine.loading.source import require_weights
+
+T = TypeVar("T")
+
+SETTINGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+"""Config, tokenizer, chat template: small files in the root of a repository."""
+WEIGHTS = ("model.safetensors", "model-*.safetensors")
+NOT_NEEDED = ("*/*",)
+
+
+class HubUnreachable(Exception):
+    """The hub did not answer, and its client's cache does not hold what was asked for."""
+
+
+class HubClient(Protocol):
+    """The two calls of huggingface_hub that are used; tests put their own in place."""
+
+    def look_up(self, repo: str, timeout: float) -> tuple[str, tuple[str, ...]]:
+        """The commit and the names of the files of a repository."""
+        ...
+
+    def fetch(
+        self, repo: str, commit: str | None, patterns: Sequence[str], *, local: bool, bars: bool
+    ) -> Path:
+        """A folder with the files that match; ``local`` takes them from the cache only."""
+        ...
+
+
+class Hub:
+    """Finds repositories, with a memory of whether the hub can be reached."""
+
+    def __init__(self, client: HubClient, *, offline: bool, timeout: float = 4.0) -> None:
+        self._client = client
+        self._timeout = timeout
+        self._down = "HF_HUB_OFFLINE is set" if offline else None
+
+    def settings(self, repo: str, progress: Progress) -> Path:
+        """A folder with at least the config and the tokenizer files. Raises as ``weights`` does."""
+        return self._get(repo, SETTINGS, progress)
+
+    def weights(self, repo: str, progress: Progress) -> Path:
+        """A folder with config, tokenizer and safetensors.
+
+        Raises:
+            HubUnreachable: no answer, and not cached; the text says why there was no answer.
+            ModelUnavailable: the hub answered that there is no such model, that it needs a login,
+                or that it has no safetensors; or a download broke off.
+        """
+        return self._get(repo, SETTINGS + WEIGHTS, progress)
+
+    def _get(self, repo: str, patterns: Sequence[str], progress: Progress) -> Path:
+        found = self._look_up(repo)
+        if found is None:
+            return self._cached(repo, patterns)
+        commit, names = found
+        if WEIGHTS[0] in patterns and not any(name.endswith(".safetensors") for name in names):
+            raise ModelUnavailable(_no_safetensors(repo, names))
+        if not self._has(repo, commit, patterns):
+            progress.say(f"Fetching {repo} from the Hugging Face hub.")
+        try:
+            return self._client.fetch(repo, commit, patterns, local=False, bars=progress.bars)
+        except Exception as error:  # the client raises its HTTP library's errors as they come
+            raise ModelUnavailable(
+                f"Fetching {repo} from the Hugging Face hub broke off: {_first_line(error)} "
+                "What has arrived is kept; start again to go on."
+            ) from error
+
+    def _look_up(self, repo: str) -> tuple[str, tuple[str, ...]] | None:
+        """None if the hub does not answer."""
+        if self._down is not None:
+            return None
+        try:
+            return _bounded(lambda: self._client.look_up(repo, self._timeout), self._timeout + 1)
+        except hub_errors.GatedRepoError as error:
+            raise ModelUnavailable(
+                f"{repo} is gated: accept its terms at https://huggingface.co/{repo} and log in "
+                "with `hf auth login`, or set HF_TOKEN."
+            ) from error
+        except hub_errors.RepositoryNotFoundError as error:
+            raise ModelUnavailable(
+                f"The Hugging Face hub has no model {repo}, or it is private. Check the spelling; "
+                "for a private model log in with `hf auth login`; a local folder must exist."
+            ) from error
+        except hub_errors.HFValidationError as error:
+            raise ModelUnavailable(_not_an_id(repo)) from error
+        except Exception as error:  # no route, proxy errors, time-outs, 5xx: all mean "not now"
+            self._down = _first_line(error)
+            return None
+
+    def _has(self, repo: str, commit: str, patterns: Sequence[str]) -> bool:
+        try:
+            self._client.fetch(repo, commit, patterns, local=True, bars=False)
+        except (FileNotFoundError, ValueError):
+            return False
+        return True
+
+    def _cached(self, repo: str, patterns: Sequence[str]) -> Path:
+        try:
+            folder = self._client.fetch(repo, None, patterns, local=True, bars=False)
+            if WEIGHTS[0] in patterns:
+                require_weights(folder)
+        except hub_errors.HFValidationError as error:
+            raise ModelUnavailable(_not_an_id(repo)) from error
+        except (FileNotFoundError, ValueError, ModelUnavailable) as error:
+            raise HubUnreachable(self._down) from error
+        return folder
+
+
+class _LibraryClient:
+    def look_up(self, repo: str, timeout: float) -> tuple[str, tuple[str, ...]]:
+        info = huggingface_hub.HfApi().model_info(repo, timeout=timeout)
+        names = tuple(sibling.rfilename for sibling in info.siblings or ())
+        return info.sha or "main", names
+
+    def fetch(
+        self, repo: str, commit: str | None, patterns: Sequence[str], *, local: bool, bars: bool
+    ) -> Path:
+        folder: str = huggingface_hub.snapshot_download(
+            repo,
+            revision=commit,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(NOT_NEEDED),
+            local_files_only=local,
+            tqdm_class=tqdm if bars else _NoBar,
+        )
+        return Path(folder)
+
+
+class _NoBar(tqdm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def default_hub() -> Hub:
+    """The hub of this process, so that it is found unreachable once only."""
+    return Hub(_LibraryClient(), offline=huggingface_hub.constants.HF_HUB_OFFLINE)
+
+
+def _bounded(call: Callable[[], T], seconds: float) -> T:
+    """The result of ``call``; TimeoutError if it takes longer (name look-ups have no time-out)."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="hub-look-up", daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError as error:
+        raise TimeoutError(f"no answer in {seconds:.0f} s") from error
+
+
+def _not_an_id(repo: str) -> str:
+    return f"{repo!r} is neither a folder or file on this machine nor a valid Hugging Face id."
+
+
+def _no_safetensors(repo: str, names: Sequence[str]) -> str:
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return (
+            f"{repo} holds GGUF files and no safetensors. Fetch one of them, for instance with "
+            f"`hf download {repo} {gguf[0]}`, and give its path."
+        )
+    return f"{repo} holds no safetensors. Convert it with transformers' save_pretrained first."
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,85 @@
+"""Where the files of a model are, and whether they are all there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that is on this machine. Small and picklable: it crosses to the engine process."""
+
+    name: str
+    """The name that it is served under, unless the user gives another."""
+    folder: Path
+    """Holds the config, and the safetensors and tokenizer if there are any."""
+    origin: str
+    """Where it came from, for people."""
+    config_file: str = "config.json"
+    """Inside ``folder``; another name only for random weights from a JSON file."""
+    dummy: bool = False
+    """Random weights instead of the safetensors."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ModelUnavailable if the file is not there, and UnsupportedModel if it is no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelUnavailable(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UnsupportedModel(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModel(f"{path} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def require_weights(folder: Path) -> None:
+    """Check that a folder holds a config and every safetensors file that its index names.
+
+    Raises:
+        ModelUnavailable: something is missing; the message says what, and what would help.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(
+            f"{folder} holds no config.json, so it is not a model folder."
+            + _gguf_hint(folder)
+            + _adapter_hint(folder)
+        )
+    if (folder / INDEX).is_file():
+        shards = set(read_json(folder / INDEX).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise ModelUnavailable(
+                f"{folder} lacks {len(missing)} of {len(shards)} weight files: "
+                f"{some(missing)}. Fetch them again."
+            )
+    elif not (folder / "model.safetensors").is_file():
+        raise ModelUnavailable(
+            f"{folder} holds no model.safetensors. Weights in pickle files are not loaded, because "
+            "they can run code: convert them with transformers' save_pretrained. "
+            "For random weights use --load-format dummy." + _gguf_hint(folder)
+        )
+
+
+def some(names: list[str]) -> str:
+    """A few names, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _gguf_hint(folder: Path) -> str:
+    files = sorted(folder.glob("*.gguf"))
+    return f" To serve a GGUF file, name it: {files[0]}." if files else ""
+
+
+def _adapter_hint(folder: Path) -> str:
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    return " It is an adapter: merge it into its base model first."

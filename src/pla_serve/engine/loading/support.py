@@ -1,0 +1,279 @@
+"""Decides whether this engine computes a model right. Accepts on evidence, refuses by name.
+
+``check_config`` reads the config alone and is cheap: it runs before weights are fetched.
+``check_supported`` also builds the model without memory (on torch's meta device), runs it once, and
+looks at what every layer really asks of its attention: that catches what no config field tells.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from pla_serve.engine.loading.errors import UnsupportedModel
+
+CURE = (
+    "Models with full causal attention in every layer are served, such as Llama, Qwen2, Qwen3, "
+    "and Mistral without a sliding window."
+)
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+UNSTEADY_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings that depend on the longest sequence of the batch: a request's answer would
+depend on what it was batched with."""
+
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""Passed to attention functions by stock models, and without influence on the result."""
+
+_PROBE = "pla_serve_probe"
+_PROBE_TOKENS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """The same in every layer, which is what one KV pool needs."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse what the config already tells.
+
+    Raises:
+        UnsupportedModel: names the architecture, the reason, and the cure.
+    """
+    reason = _config_reason(config)
+    if reason is not None:
+        raise _refusal(config, reason)
+
+
+def check_supported(config: PreTrainedConfig) -> AttentionShape:
+    """``check_config``, and a run of the model without weights. Takes about a second.
+
+    Raises:
+        UnsupportedModel: names the architecture, the reason, and the cure.
+    """
+    check_config(config)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise _refusal(config, "transformers has no causal language model for it")
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise _refusal(config, "its attention cannot be replaced (no AttentionInterface)")
+    if getattr(model_class, "_is_stateful", False):
+        raise _refusal(config, "it carries a state other than KV (linear attention or Mamba)")
+    model = _build(config)
+    reason = _module_reason(model)
+    if reason is not None:
+        raise _refusal(config, reason)
+    return _examine(config, _run(config, model))
+
+
+def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The list of the model's decoder layers, in order: what preemption hooks into.
+
+    Raises:
+        UnsupportedModel: there is not exactly one list of ``count`` modules.
+    """
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(found) != 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not supported: it has {len(found)} lists of {count} "
+            f"decoder layers, where one is expected. {CURE}"
+        )
+    return found[0]
+
+
+def _refusal(config: PreTrainedConfig, reason: str) -> UnsupportedModel:
+    named = getattr(config, "architectures", None) or [type(config).__name__]
+    return UnsupportedModel(
+        f"{named[0]} (model_type {config.model_type!r}) is not supported: {reason}. {CURE}"
+    )
+
+
+def _config_reason(config: PreTrainedConfig) -> str | None:
+    """Why the config rules the model out, or None."""
+
+    def get(name: str) -> Any:
+        return getattr(config, name, None)
+
+    if get("is_encoder_decoder"):
+        return "it is an encoder-decoder"
+    if config.sub_configs:
+        nested = ", ".join(sorted(config.sub_configs))
+        return f"it is no plain decoder: its config nests others ({nested})"
+    if get("quantization_config") is not None:
+        return "its weights are quantized, and only float32 and bfloat16 are computed"
+    if any((get(name) or 0) > 1 for name in EXPERTS if isinstance(get(name), int)):
+        return "it is a mixture of experts, and only dense models are served"
+    if get("kv_lora_rank"):
+        return "it uses multi-head latent attention (MLA)"
+    if get("alibi"):
+        return "it uses ALiBi position biases"
+    kinds = sorted(set(get("layer_types") or ()) - {"full_attention"})
+    if kinds:
+        return f"it has layers of type {', '.join(kinds)}"
+    if get("attn_logit_softcapping"):
+        return "it caps attention scores (soft-capping)"
+    window = get("sliding_window")
+    if window and get("layer_types") is None and get("use_sliding_window") is not False:
+        return f"it uses a sliding window of {window} tokens"
+    return _rope_reason(get("rope_parameters"))
+
+
+def _rope_reason(parameters: Any) -> str | None:
+    """``parameters`` is one dict, or one per layer type."""
+    if not isinstance(parameters, dict):
+        return None
+    kind = parameters.get("rope_type")
+    if kind in UNSTEADY_ROPE:
+        return f"its rotary embedding ({kind}) depends on the longest sequence in a batch"
+    return next(filter(None, map(_rope_reason, parameters.values())), None)
+
+
+def _module_reason(model: nn.Module) -> str | None:
+    """Why the modules rule the model out, or None."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if re.search(r"MoE|Moe[A-Z]|Experts|SparseMoe", kind):
+            return f"it is a mixture of experts ({kind}), and only dense models are served"
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.RNNBase):
+            return f"{name} is a {kind}, which mixes tokens outside attention"
+    return None
+
+
+def _build(config: PreTrainedConfig) -> nn.Module:
+    """The model on the meta device, with recorders in place of attention and masks."""
+    AttentionInterface.register(_PROBE, _record_attention)
+    AttentionMaskInterface.register(_PROBE, _record_mask)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=_PROBE
+            )
+    except Exception as error:
+        raise _refusal(
+            config, f"transformers cannot build it ({type(error).__name__}: {error})"
+        ) from error
+    return model.eval()
+
+
+@dataclass(slots=True)
+class _Trace:
+    """What the layers of one forward pass asked for."""
+
+    modules: list[nn.Module] = field(default_factory=list)
+    shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """Query heads, KV heads, key size, value size."""
+    layers: list[int] = field(default_factory=list)
+    """Index of each decoder layer, as it was entered."""
+    layer_of_call: list[int] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+_trace: contextvars.ContextVar[_Trace] = contextvars.ContextVar("pla_serve_trace")
+
+
+def _run(config: PreTrainedConfig, model: nn.Module) -> _Trace:
+    """One forward pass on the meta device: no weights, no arithmetic."""
+    trace = _Trace()
+    for index, layer in enumerate(decoder_layers(model, config.num_hidden_layers)):
+        layer.register_forward_pre_hook(lambda *_, index=index: trace.layers.append(index))
+    ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device="meta")
+    token = _trace.set(trace)
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=ids,
+                position_ids=torch.zeros_like(ids),
+                attention_mask=torch.ones_like(ids),  # without it, packing is looked for by value
+                use_cache=False,
+            )
+    except Exception as error:
+        raise _refusal(
+            config,
+            f"its attention cannot be replaced ({type(error).__name__}: {error})",
+        ) from error
+    finally:
+        _trace.reset(token)
+    return trace
+
+
+def _record_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **extras: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stands in for an attention function; query is (1, heads, tokens, size)."""
+    trace = _trace.get()
+    trace.modules.append(module)
+    trace.shapes.append((query.shape[1], key.shape[1], key.shape[3], value.shape[3]))
+    trace.layer_of_call.append(trace.layers[-1] if trace.layers else -1)
+    if attention_mask is not None:
+        trace.reasons.append("it brings an attention mask of its own")
+    if not getattr(module, "is_causal", True) or extras.pop("is_causal", True) is False:
+        trace.reasons.append("its attention is not causal")
+    for name, setting in extras.items():
+        if setting is not None and name not in HARMLESS:
+            trace.reasons.append(f"it passes {name} to its attention")
+    output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+    return output, None
+
+
+def _record_mask(*_: Any, **settings: Any) -> None:
+    """Stands in for a mask builder; a plain causal mask needs none here."""
+    if settings.get("local_size") is not None:
+        _trace.get().reasons.append(
+            f"it uses a sliding or chunked window of {settings['local_size']} tokens"
+        )
+    function = settings.get("mask_function")
+    if function is not None and getattr(function, "__name__", "") != "causal_mask_function":
+        _trace.get().reasons.append("its attention mask is not the causal one")
+
+
+def _examine(config: PreTrainedConfig, trace: _Trace) -> AttentionShape:
+    count = config.num_hidden_layers
+    if trace.reasons:
+        raise _refusal(config, trace.reasons[0])
+    if trace.layers != list(range(count)):
+        raise _refusal(config, "its decoder layers do not run once each, in order")
+    if trace.layer_of_call != list(range(count)):
+        raise _refusal(config, "its layers do not call attention exactly once each")
+    if [getattr(module, "layer_idx", None) for module in trace.modules] != list(range(count)):
+        raise _refusal(config, "its attention modules do not number their layers")
+    if len(set(trace.shapes)) != 1:
+        raise _refusal(config, "its layers differ in attention heads or head size")
+    query_heads, kv_heads, key_size, value_size = trace.shapes[0]
+    if key_size != value_size:
+        raise _refusal(config, f"its keys ({key_size}) and values ({value_size}) differ in size")
+    return AttentionShape(count, query_heads, kv_heads, key_size)

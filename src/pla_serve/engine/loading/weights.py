@@ -1,0 +1,107 @@
+"""Puts a model's weights into torch modules."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from pla_serve.engine.config import DType
+from pla_serve.engine.loading.config import load_config
+from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
+from pla_serve.engine.loading.source import ModelSource, require_weights, some
+from pla_serve.engine.loading.support import check_supported
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is cuda if there is one, else cpu.
+
+    Raises:
+        ValueError: the device is not on this machine, or torch knows no such name.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{device!r} is no torch device; try auto, cpu or cuda.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{device} was asked for, but torch finds no CUDA device; use cpu.")
+    return chosen
+
+
+def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on a CPU, where it is as fast and more exact, and bfloat16 elsewhere."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if dtype == "float32" else torch.bfloat16
+
+
+def load_model(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    *,
+    attn_implementation: str = "sdpa",
+) -> torch.nn.Module:
+    """A transformers causal language model in eval mode, on ``device``, without gradients.
+
+    ``attn_implementation`` is a name known to transformers' ``AttentionInterface``. ``seed`` makes
+    the weights of a dummy source; the same seed gives the same weights on one kind of device.
+
+    Raises:
+        UnsupportedModel: this engine would not compute it right.
+        ModelUnavailable: weight files are missing or broken.
+    """
+    config = load_config(source)
+    check_supported(config)
+    if source.dummy:
+        model = _random(config, dtype, device, seed, attn_implementation)
+    else:
+        model = _read(source, dtype, device, attn_implementation)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _random(
+    config: object, dtype: torch.dtype, device: torch.device, seed: int, attention: str
+) -> torch.nn.Module:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), device:
+        torch.manual_seed(seed)
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+    return model.to(device)
+
+
+def _read(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, attention: str
+) -> torch.nn.Module:
+    require_weights(source.folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelUnavailable(
+            f"The weights in {source.folder} cannot be loaded ({type(error).__name__}: {error}). "
+            "If a file is cut short, fetch the model again."
+        ) from error
+    # transformers fills what it does not find with random numbers, and only warns.
+    if missing := sorted(str(key) for key in info["missing_keys"]):
+        raise UnsupportedModel(
+            f"{source.folder} lacks {len(missing)} weights of {type(model).__name__}: "
+            f"{some(missing)}."
+        )
+    loaded: torch.nn.Module = model
+    return loaded
