@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,9 @@ from pla_serve.engine.sampling.errors import GrammarError
 MAX_SPEC_CHARACTERS = 256 * 1024
 MAX_COMPILE_SECONDS = 1.0
 """CPU time of a compilation beyond which ``check_grammar`` refuses a grammar."""
+STEP_ALLOWANCE_SECONDS = 0.5
+STEP_SECONDS_A_TOKEN = 0.01
+"""CPU time that one text may take for its masks: the allowance, and this for each token."""
 LIMITS = llguidance.LLParserLimits(
     max_grammar_size=50_000, max_lexer_states=50_000, step_max_items=15_000, verbose_errors=False
 )
@@ -42,6 +45,7 @@ class GrammarCompiler:
         vocab_size: the width of the model's logits; ids that the tokenizer lacks are never allowed.
         eos_token_ids: the model's, beside the tokenizer's own.
         cache_size: compiled grammars kept.
+        clock: CPU seconds of the calling thread; other load on the machine must not count.
 
     Raises:
         ValueError: the tokenizer is not a fast one or has no EOS token.
@@ -54,6 +58,7 @@ class GrammarCompiler:
         *,
         eos_token_ids: Collection[int] = (),
         cache_size: int = 64,
+        clock: Callable[[], float] = time.thread_time,
     ) -> None:
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self.eos_token_ids = frozenset(own) | frozenset(eos_token_ids)
@@ -64,6 +69,8 @@ class GrammarCompiler:
             n_vocab=max(vocab_size, len(tokenizer)),
             eos_token=sorted(self.eos_token_ids),
         )
+        self._clock = clock
+        self._eos_bits = _bits_of(self.eos_token_ids, self._tokenizer.vocab_size)
         self._compiled = lru_cache(maxsize=cache_size)(self._compile)
 
     def check_grammar(self, grammar: Grammar) -> None:
@@ -87,7 +94,8 @@ class GrammarCompiler:
         Raises:
             GrammarError: what is wrong, for the client.
         """
-        return GrammarMatcher(self._compiled(grammar)[0].deep_copy(), self.eos_token_ids)
+        matcher = self._compiled(grammar)[0].deep_copy()
+        return GrammarMatcher(matcher, self.eos_token_ids, self._eos_bits, self._clock)
 
     def masks(self, matchers: Sequence[GrammarMatcher]) -> torch.Tensor:
         """(len(matchers), words) int32 on the CPU: bit i of word w allows token 32 * w + i.
@@ -103,12 +111,12 @@ class GrammarCompiler:
 
     def _compile(self, grammar: Grammar) -> tuple[Any, float]:
         """The matcher to copy, and the CPU seconds it took."""
-        begin = time.thread_time()
+        begin = self._clock()
         text = _to_llguidance(grammar)
         matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise GrammarError(f"bad {grammar.kind} grammar: {_first_lines(matcher.get_error())}")
-        return matcher, time.thread_time() - begin
+        return matcher, self._clock() - begin
 
 
 class GrammarMatcher:
@@ -116,35 +124,54 @@ class GrammarMatcher:
 
     Attributes:
         error: why it cannot go on, for the client; None while it can.
+        must_stop: the text is complete and nothing can be added.
     """
 
-    def __init__(self, matcher: Any, eos_token_ids: frozenset[int]) -> None:
-        self._matcher = matcher
+    def __init__(
+        self,
+        matcher: Any,
+        eos_token_ids: frozenset[int],
+        eos_bits: NDArray[np.int32],
+        clock: Callable[[], float],
+    ) -> None:
         self.eos_token_ids = eos_token_ids
         self.error: str | None = None
-
-    @property
-    def must_stop(self) -> bool:
-        """The text is complete and nothing can be added."""
-        return self.error is None and bool(self._matcher.is_stopped())
+        self.must_stop = False
+        self._matcher = matcher
+        self._eos_bits = eos_bits
+        self._clock = clock
+        self._seconds_left = STEP_ALLOWANCE_SECONDS
 
     def fill(self, bits: NDArray[np.int32], row: int) -> None:
         """Write the mask of the next token; nothing is allowed after an error."""
+        begin = self._clock()
         llguidance.numpy.fill_next_token_bitmask(self._matcher, bits, row)
-        self._note_error()
+        self._after_step(self._clock() - begin)
         if self.error is not None:
             bits[row] = 0
+        elif self._matcher.is_accepting():
+            self.must_stop = not (bits[row] & ~self._eos_bits).any()
 
     def advance(self, token: int) -> str | None:
         """Go past ``token``, which the mask allowed and which is no EOS; returns ``error``."""
+        begin = self._clock()
         self._matcher.consume_token(token)
-        self._note_error()
+        self._after_step(self._clock() - begin - STEP_SECONDS_A_TOKEN)
+        self.must_stop = self.error is None and bool(self._matcher.is_stopped())
         return self.error
 
-    def _note_error(self) -> None:
-        if self.error is None and self._matcher.is_error():
+    def _after_step(self, seconds: float) -> None:
+        self._seconds_left = min(self._seconds_left - seconds, STEP_ALLOWANCE_SECONDS)
+        if self.error is not None:
+            return
+        if self._matcher.is_error():
             cause = _first_lines(self._matcher.get_error())
             self.error = f"the grammar became too complex or contradicts itself: {cause}"
+        elif self._seconds_left < 0:
+            self.error = (
+                "the grammar is too ambiguous: it takes more than "
+                f"{1000 * STEP_SECONDS_A_TOKEN:.0f} ms a token to follow; simplify it"
+            )
 
 
 def forbid(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
@@ -160,6 +187,13 @@ def forbid(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> Non
     words = masks.to(logits.device, non_blocking=True).unsqueeze(2)
     allowed = ((words >> shifts) & 1).flatten(1)[:, :vocab].bool()
     logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+
+
+def _bits_of(tokens: Collection[int], vocab_size: int) -> NDArray[np.int32]:
+    words = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
+    for token in tokens:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words.view(np.int32)
 
 
 def _to_llguidance(grammar: Grammar) -> str:
