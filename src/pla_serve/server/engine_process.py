@@ -1,0 +1,171 @@
+"""One life of the engine: a child process, its two sockets and their private folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.messages import EngineFailed, FromEngine, Shutdown, ToEngine
+from pla_serve.engine.process import CORE, Launch
+
+LAST_WORDS_SECONDS = 0.2
+"""How long the reason for an exit may come after the exit itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What to start, as often as needed."""
+
+    config: EngineConfig
+    factory: str = CORE
+    """``module:attribute``, imported in the child; tests put a double here."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the child's environment."""
+    log_level: str = "INFO"
+
+
+class EngineProcess:
+    """Starts the child at once. ``deliver`` gets every message, then ``ended`` gets the reason.
+
+    Both are called on the event loop that was running at construction.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        deliver: Callable[[FromEngine], None],
+        ended: Callable[[str], None],
+    ) -> None:
+        self._deliver = deliver
+        self._ended = ended
+        self._reason: str | None = None
+        self._loop = asyncio.get_running_loop()
+        self._folder = _private_folder()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._open_sockets()
+        self._child = self._spawn(spec)
+        self.exited = asyncio.Event()
+        threading.Thread(target=self._reap, name="engine-reaper", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def send(self, message: ToEngine) -> None:
+        """Never blocks; a message to a child that has exited is dropped."""
+        if not self._out.closed:
+            self._out.send(self._encode(message), zmq.NOBLOCK)
+
+    def kill(self) -> None:
+        self._child.kill()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Ask the child to leave, and kill it if it does not."""
+        self.send(Shutdown())
+        try:
+            async with asyncio.timeout(grace_seconds):
+                await self.exited.wait()
+        except TimeoutError:
+            self.kill()
+            await self.exited.wait()
+
+    def _open_sockets(self) -> None:
+        """Each side binds the socket that it reads, so a send always has a peer to queue to."""
+        self._inbound = f"ipc://{self._folder / 'engine'}"
+        self._outbound = f"ipc://{self._folder / 'server'}"
+        self._context = zmq.Context()
+        self._in = self._context.socket(zmq.PULL)
+        self._out = self._context.socket(zmq.PUSH)
+        for socket in (self._in, self._out):
+            socket.set_hwm(0)
+            socket.linger = 0
+        self._in.bind(self._outbound)
+        self._out.connect(self._inbound)
+        self._loop.add_reader(self._in.fileno(), self._read)
+
+    def _spawn(self, spec: EngineSpec) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pla_serve.engine.process"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, **spec.env},
+        )
+        launch = Launch(
+            config=spec.config,
+            inbound=self._inbound,
+            outbound=self._outbound,
+            factory=spec.factory,
+            log_level=spec.log_level,
+        )
+        assert child.stdin is not None
+        with suppress(BrokenPipeError):  # a child that died already is seen by the reaper
+            child.stdin.write(msgspec.json.encode(launch) + b"\n")
+            child.stdin.flush()
+        return child
+
+    def _read(self) -> None:
+        # ZeroMQ's descriptor is edge-triggered: read until there is nothing more.
+        while not self._in.closed:
+            try:
+                frame = self._in.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            message = self._decode(frame)
+            if isinstance(message, EngineFailed):
+                self._reason = message.error
+            self._deliver(message)
+
+    def _reap(self) -> None:
+        status = self._child.wait()
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._on_exit, status)
+
+    def _on_exit(self, status: int) -> None:
+        self._read()
+        if status > 0 and self._reason is None:
+            self._loop.call_later(LAST_WORDS_SECONDS, self._finish, status)
+        else:
+            self._finish(status)
+
+    def _finish(self, status: int) -> None:
+        self._read()
+        self._close()
+        self.exited.set()
+        self._ended(self._reason or _describe(status))
+
+    def _close(self) -> None:
+        self._loop.remove_reader(self._in.fileno())
+        self._in.close()
+        self._out.close()
+        self._context.term()
+        assert self._child.stdin is not None
+        with suppress(BrokenPipeError):
+            self._child.stdin.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    """A new folder of mode 0700 whose path fits into a Unix socket address (107 bytes)."""
+    folder = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="pla-serve-", dir=folder if len(folder) < 70 else "/tmp"))
+
+
+def _describe(status: int) -> str:
+    if status < 0:
+        return f"the engine process was killed by {signal.Signals(-status).name}"
+    return f"the engine process exited with status {status}"

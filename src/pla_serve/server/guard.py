@@ -1,0 +1,125 @@
+"""What stands before the endpoints under /v1: keys, draining, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pla_serve.server.errors import ApiError, unavailable
+from pla_serve.server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class Keys:
+    """The API keys, compared in constant time; without any, everybody may come in."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [self._digest(key.encode()) for key in keys]
+
+    def admit(self, authorization: bytes | None) -> bool:
+        if not self._digests:
+            return True
+        scheme, _, key = (authorization or b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        offered = self._digest(key.strip())
+        # All are compared, so that the time does not tell which one matched.
+        matches = [hmac.compare_digest(offered, digest) for digest in self._digests]
+        return any(matches)
+
+    @staticmethod
+    def _digest(key: bytes) -> bytes:
+        return hashlib.sha256(key).digest()
+
+
+class Traffic:
+    """Counts what is in flight, and closes the door for the drain."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.draining = False
+        self._in_flight = 0
+        self._metrics = metrics
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    def change(self, by: int) -> None:
+        self._in_flight += by
+        self._metrics.set("pla_serve:http_requests_in_flight", self._in_flight)
+        if self._in_flight:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    async def drain(self, seconds: float) -> bool:
+        """Let nobody in any more; True once all are out, False if some are left after a while."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Guard:
+    """ASGI middleware. A request whose client disconnects is cancelled, wherever it is."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, traffic: Traffic) -> None:
+        self._app = app
+        self._keys = keys
+        self._traffic = traffic
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send)
+            return
+        self._traffic.change(+1)
+        try:
+            await run_while_connected(self._app, scope, receive, send)
+        finally:
+            self._traffic.change(-1)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        if not self._keys.admit(dict(scope["headers"]).get(b"authorization")):
+            return ApiError(401, "wrong or missing API key", code="invalid_api_key")
+        if self._traffic.draining:
+            return unavailable("the server is shutting down", 5.0)
+        return None
+
+
+async def run_while_connected(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run ``app`` until it is done, or cancel it when the client disconnects."""
+    inbox: asyncio.Queue[Message] = asyncio.Queue(maxsize=1)
+    task = asyncio.ensure_future(app(scope, inbox.get, send))
+
+    async def pump() -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                task.cancel()
+                return
+            await inbox.put(message)
+
+    pumping = asyncio.ensure_future(pump())
+    try:
+        await asyncio.wait({task})
+    finally:
+        # Also when the server itself cancels this request on its way out.
+        pumping.cancel()
+        task.cancel()
+    if not task.cancelled():
+        task.result()

@@ -1,0 +1,46 @@
+"""Fixtures: live servers with the fake engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules that tests share
+
+from server_harness import Live
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Live]]:
+    """Starts servers and stops them at the end of the test."""
+    servers: list[Live] = []
+
+    def start(*, ready: bool = True, **options: Any) -> Live:
+        servers.append(Live(**options))
+        if ready:
+            servers[-1].wait_ready()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator[Live]:
+    """A server for tests that leave it as they found it."""
+    server = Live()
+    server.wait_ready()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with live.client() as client:
+        yield client

@@ -1,0 +1,185 @@
+"""A deterministic engine core without a model: the double behind the tests of the API.
+
+It echoes the prompt, ``TOKENS_PER_STEP`` tokens a step, and ends with EOS after one echo, or never
+with ``ignore_eos``. Seeds stand for faults; see the constants.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.messages import (
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    EngineReady,
+    EngineStats,
+    Inbound,
+    LatencySample,
+    Outbound,
+    Output,
+    Rejected,
+    TokenLogprob,
+)
+
+EOS = 256
+VOCAB = 260
+REJECT_SEED = 429
+"""Refused, retry after 1.5 s."""
+REJECT_FOR_GOOD_SEED = 400
+CRASH_SEED = 666
+"""The core raises after the first token."""
+ERROR_SEED = 500
+"""The request fails after the first token, with finish_reason error."""
+SILENT_SEED = 7777
+"""Accepted, then nothing until it is aborted."""
+
+
+@dataclass
+class Running:
+    request: AddRequest
+    script: list[int]
+    cached: int
+    made: int = 0
+
+
+@dataclass
+class FakeCore:
+    config: EngineConfig
+    inbox: Callable[[], Iterable[Inbound]]
+    emit: Callable[[Outbound], None]
+    clock: Callable[[], float]
+    running: dict[str, Running] = field(default_factory=dict)
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    firsts: list[LatencySample] = field(default_factory=list)
+    steps: int = 0
+    told: int = -1
+    """Requests that ran at the last `EngineStats`."""
+
+    def __post_init__(self) -> None:
+        if self.config.model == "broken":
+            raise ValueError("there is no model called broken")
+        self.tokens_per_step = int(os.environ.get("FAKE_TOKENS_PER_STEP", "1"))
+        self.pause = float(os.environ.get("FAKE_PAUSE", "0"))
+        self.emit(
+            EngineReady(
+                max_model_len=self.config.max_model_len or 512,
+                kv_tokens=4096,
+                vocab_size=VOCAB,
+                device="fake",
+                dtype="float32",
+                policy=self.config.policy,
+            )
+        )
+
+    def step(self) -> float | None:
+        for message in self.inbox():
+            if isinstance(message, AbortRequest):
+                self.running.pop(message.id, None)
+            else:
+                self.admit(message)
+        for running in list(self.running.values()):
+            self.advance(running)
+        busy = any(r.request.sampling.seed != SILENT_SEED for r in self.running.values())
+        self.steps += 1
+        if self.told != len(self.running) or self.steps % 100 == 0:
+            self.told = len(self.running)
+            self.emit(self.stats())
+        return self.pause if busy else None
+
+    def admit(self, request: AddRequest) -> None:
+        seed = request.sampling.seed
+        if seed == REJECT_SEED:
+            self.emit(Rejected(id=request.id, reason="the queue is full", retry_after=1.5))
+            return
+        if seed == REJECT_FOR_GOOD_SEED:
+            self.emit(Rejected(id=request.id, reason="never", retry_after=None))
+            return
+        prompt = tuple(request.prompt)
+        cached = len(prompt) - 1 if prompt in self.seen else 0
+        self.prompt_tokens += len(prompt)
+        self.emit(Accepted(request.id, cached))
+        self.running[request.id] = Running(request, self.script(request), cached)
+
+    def script(self, request: AddRequest) -> list[int]:
+        grammar = request.sampling.grammar
+        if grammar is not None:
+            return [*json.dumps({"grammar": grammar.kind}).encode(), EOS]
+        if request.sampling.ignore_eos:
+            return list(request.prompt)
+        return [*request.prompt, EOS]
+
+    def advance(self, running: Running) -> None:
+        request, sampling = running.request, running.request.sampling
+        if sampling.seed == SILENT_SEED:
+            return
+        if sampling.seed == CRASH_SEED and running.made:
+            raise RuntimeError("the core was told to crash")
+        if sampling.seed == ERROR_SEED and running.made:
+            del self.running[request.id]
+            self.emit(Output(id=request.id, tokens=[], finish_reason="error", error="told to fail"))
+            return
+        count = min(self.tokens_per_step, sampling.max_tokens - running.made)
+        if not sampling.ignore_eos:
+            count = min(count, len(running.script) - running.made)
+        script, size = running.script, len(running.script)
+        tokens = [script[(running.made + i) % size] for i in range(count)]
+        first = running.made == 0
+        running.made += count
+        self.generation_tokens += count
+        self.emit(self.output(running, tokens, first))
+
+    def output(self, running: Running, tokens: list[int], first: bool) -> Output:
+        request, sampling = running.request, running.request.sampling
+        stops = {EOS} if not sampling.ignore_eos else set()
+        stopped = tokens[-1] in stops | set(sampling.stop_token_ids)
+        finish = "stop" if stopped else "length" if running.made == sampling.max_tokens else None
+        if finish:
+            del self.running[request.id]
+        if first:
+            self.seen.add(tuple(request.prompt))
+            waited = self.clock() - request.arrival
+            self.firsts.append(LatencySample(len(request.prompt) < 256, waited / 2, waited))
+        return Output(
+            id=request.id,
+            tokens=tokens,
+            logprobs=None
+            if sampling.logprobs is None
+            else [self.logprob(t, sampling.logprobs) for t in tokens],
+            finish_reason=finish,
+            stop_token=tokens[-1] if stopped else None,
+            cached_tokens=running.cached if first else None,
+        )
+
+    @staticmethod
+    def logprob(token: int, top: int) -> TokenLogprob:
+        return TokenLogprob(-0.5, 1, [((token + i) % VOCAB, -0.5 - i) for i in range(top)])
+
+    def stats(self) -> EngineStats:
+        firsts, self.firsts = self.firsts, []
+        return EngineStats(
+            short_waiting=0,
+            long_waiting=0,
+            running=len(self.running),
+            parked=0,
+            waiting_tokens=0,
+            queued_seconds=0.0,
+            kv_usage=len(self.running) / 100,
+            kv_cached_tokens=0,
+            prefix_queries=self.prompt_tokens,
+            prefix_hits=0,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            batches={"short": 1},
+            express_batches=0,
+            recompute_preemptions=0,
+            boundary_tokens=256,
+            cost_error=0.1,
+            firsts=firsts,
+        )

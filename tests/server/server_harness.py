@@ -1,0 +1,137 @@
+"""A live server whose engine is the fake core, run in a thread of the test process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.messages import Grammar
+from pla_serve.server.engine_process import EngineSpec
+from pla_serve.server.logprobs import _byte_alphabet
+from pla_serve.server.run import Instance, listen
+from pla_serve.server.settings import ServerSettings
+
+HERE = Path(__file__).parent
+MODEL = "org/echo"
+CONTEXT = 512
+DEADLINE = 20.0
+"""Seconds after which a test stops hoping; nothing takes that long unless it is broken."""
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{{ mood }}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """Every byte is a token with the byte as its id; 256 is EOS."""
+    alphabet = sorted(_byte_alphabet().items(), key=lambda item: item[1])
+    backend = Tokenizer(models.BPE(vocab=dict(alphabet), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """As strict as the tests need: a schema's type must be one of JSON's."""
+    if '"type": "nonsense"' in grammar.spec:
+        raise ValueError("nonsense is not a type")
+
+
+def until(condition: Callable[[], Any], what: str = "it") -> Any:
+    """Polls, so that a test waits for a fact and not for a time; returns the truthy value."""
+    end = time.monotonic() + DEADLINE
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"{what} did not come true within {DEADLINE} s")
+
+
+class Live:
+    """One running server."""
+
+    def __init__(self, *, env: dict[str, str] | None = None, **settings: Any) -> None:
+        template = settings.pop("chat_template", CHAT_TEMPLATE)
+        context = settings.pop("context", CONTEXT)
+        self.settings = ServerSettings(
+            **{"model_names": (MODEL, "alias"), "model_root": "somewhere", **settings}
+        )
+        self._spec = EngineSpec(
+            EngineConfig(max_model_len=context),
+            factory="fake_core:FakeCore",
+            env={"PYTHONPATH": str(HERE), **(env or {})},
+        )
+        self._tokenizer = make_tokenizer(template)
+        self._listener = listen("127.0.0.1", 0)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.status: Future[int] = Future()
+        self._instance: Future[Instance] = Future()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    @property
+    def instance(self) -> Instance:
+        return self._instance.result(DEADLINE)
+
+    def wait_ready(self) -> None:
+        until(lambda: httpx.get(f"{self.url}/ready").status_code == 200, "readiness")
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            **{
+                "base_url": f"{self.url}/v1",
+                "api_key": "key",
+                "max_retries": 0,
+                "timeout": DEADLINE,
+                **options,
+            }
+        )
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample."""
+        labels = {"model_name": MODEL, **labels}
+        value = self.instance.metrics.registry.get_sample_value(name, labels)
+        return 0.0 if value is None else value
+
+    def stop(self) -> int:
+        if not self.status.done():
+            self._loop.call_soon_threadsafe(self.instance.stop)
+        return self.status.result(DEADLINE)
+
+    def close(self) -> None:
+        self.stop()
+        self._thread.join(DEADLINE)
+
+    def _run(self) -> None:
+        async def main() -> int:
+            self._loop = asyncio.get_running_loop()
+            instance = Instance(
+                self.settings, self._spec, self._tokenizer, check_grammar=check_grammar
+            )
+            self._instance.set_result(instance)
+            return await instance.run(self._listener)
+
+        try:
+            self.status.set_result(asyncio.run(main()))
+        except BaseException as error:
+            if not self._instance.done():
+                self._instance.set_exception(error)
+            self.status.set_exception(error)
