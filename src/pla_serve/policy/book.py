@@ -129,16 +129,18 @@ class RequestBook:
         """
         chunks: list[Chunk] = []
         cap = self.cap
-        while tokens > 0 and len(chunks) < places and queue:
-            pending = queue.pop(now)
+        if places <= 0 or tokens <= 0:
+            return chunks
+        for pending in queue.drain(now):
             chunk = pending.whole
-            limit = min(cap, tokens)
-            if chunk is None or chunk.tokens > limit:
-                count = min(pending.new_tokens, limit)
+            if chunk is None or chunk.tokens > tokens:
+                count = min(pending.new_tokens, cap, tokens)
                 chunk = Chunk(pending.id, count, pending.history, count == pending.new_tokens)
             pending.flight = chunk
             tokens -= chunk.tokens
             chunks.append(chunk)
+            if tokens == 0 or len(chunks) == places:
+                break
         self._flying.update([chunk.request_id for chunk in chunks])
         return chunks
 

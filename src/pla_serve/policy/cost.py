@@ -17,7 +17,7 @@ from pla_serve.policy.protocol import Batch
 LEAST_BOUNDARY = 256
 """Tokens. Below this a prompt is short whatever bounds it: it is over before it is in the way."""
 MOST_BOUNDARY = 1024
-REFIT_EVERY = 128
+REFIT_EVERY = 256
 """Observations between two fits, so that fewer than one in a hundred pays for one."""
 FIRST_REFITS = frozenset({4, 8, 16, 32, 64})
 REFIT_ERROR = 0.25

@@ -14,8 +14,8 @@ class DecodePool:
     """
 
     def __init__(self) -> None:
-        self._ready: OrderedDict[str, int] = OrderedDict()
-        self._flying: dict[str, int] = {}
+        self._ready: OrderedDict[str, Chunk] = OrderedDict()
+        self._flying: dict[str, Chunk] = {}
         self._ready_context = 0
 
     def __len__(self) -> int:
@@ -35,38 +35,39 @@ class DecodePool:
     def start(self, request_id: str, context: int) -> None:
         """Add a request at the end of the turn; one that is here already starts anew."""
         self.discard(request_id)
-        self._ready[request_id] = context
+        self._ready[request_id] = Chunk(request_id, 1, context)
         self._ready_context += context
 
     def discard(self, request_id: str) -> None:
         """Forget a request, in flight or not; unknown ids are ignored."""
-        self._ready_context -= self._ready.pop(request_id, 0)
+        chunk = self._ready.pop(request_id, None)
+        if chunk is not None:
+            self._ready_context -= chunk.history
         self._flying.pop(request_id, None)
 
     def take(self, places: int) -> list[Chunk]:
         """Hand out the next step of at most ``places`` requests."""
         ready, flying = self._ready, self._flying
         if len(ready) <= places:
-            chunks = [Chunk(request_id, 1, context) for request_id, context in ready.items()]
+            chunks = list(ready.values())
             flying.update(ready)
             ready.clear()
             self._ready_context = 0
             return chunks
         chunks = []
         for _ in range(places):
-            request_id, context = ready.popitem(last=False)
-            flying[request_id] = context
-            self._ready_context -= context
-            chunks.append(Chunk(request_id, 1, context))
+            request_id, chunk = ready.popitem(last=False)
+            flying[request_id] = chunk
+            self._ready_context -= chunk.history
+            chunks.append(chunk)
         return chunks
 
     def settle(self, chunks: tuple[Chunk, ...]) -> None:
         """These steps were computed; requests that were removed meanwhile stay forgotten."""
         ready, flying = self._ready, self._flying
-        context_sum = self._ready_context
-        for request_id, _, history, _ in chunks:
-            if flying.get(request_id) == history:
+        for chunk in chunks:
+            request_id, _, history, _ = chunk
+            if flying.get(request_id) == chunk:
                 del flying[request_id]
-                ready[request_id] = history + 1
-                context_sum += history + 1
-        self._ready_context = context_sum
+                ready[request_id] = Chunk(request_id, 1, history + 1)
+                self._ready_context += history + 1

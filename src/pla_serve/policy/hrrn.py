@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
 from math import floor, log2
 
@@ -27,8 +28,6 @@ class ResponseRatioQueue:
         self._buckets: dict[tuple[int, int], SortedQueue] = {}
         self._of: dict[str, tuple[int, int]] = {}
         self._size = 0
-        self._heap: list[tuple[int, float, int, tuple[int, int]]] = []
-        self._scored_at: float | None = None
 
     def __len__(self) -> int:
         return self._size
@@ -41,7 +40,6 @@ class ResponseRatioQueue:
         bucket.push(request)
         self._of[request.id] = key
         self._size += 1
-        self._scored_at = None
 
     def discard(self, request: Pending) -> None:
         key = self._of.pop(request.id, None)
@@ -52,24 +50,21 @@ class ResponseRatioQueue:
         if not bucket:
             del self._buckets[key]
         self._size -= 1
-        self._scored_at = None
 
-    def pop(self, now: float) -> Pending:
-        if self._scored_at != now:
-            self._heap = [self._entry(key, now) for key in self._buckets]
-            heapify(self._heap)
-            self._scored_at = now
-        key = self._heap[0][3]
-        bucket = self._buckets[key]
-        request = bucket.pop(now)
-        if bucket:
-            heapreplace(self._heap, self._entry(key, now))
-        else:
-            heappop(self._heap)
-            del self._buckets[key]
-        del self._of[request.id]
-        self._size -= 1
-        return request
+    def drain(self, now: float) -> Iterator[Pending]:
+        heap = [_score(bucket, now) for bucket in self._buckets.values()]
+        heapify(heap)
+        while heap:
+            bucket = heap[0][3]
+            request = next(bucket.drain(now))
+            key = self._of.pop(request.id)
+            self._size -= 1
+            if bucket:
+                heapreplace(heap, _score(bucket, now))
+            else:
+                heappop(heap)
+                del self._buckets[key]
+            yield request
 
     def resort(self) -> None:
         requests = [r for bucket in self._buckets.values() for r in bucket.requests()]
@@ -82,10 +77,12 @@ class ResponseRatioQueue:
         """All of it: a newcomer has the lowest ratio there is. Too much for a small one."""
         return total
 
-    def _entry(self, key: tuple[int, int], now: float) -> tuple[int, float, int, tuple[int, int]]:
-        head = self._buckets[key].first()
-        assert head is not None
-        return (head.priority, (head.arrival - now) / max(head.seconds, 1e-9), head.order, key)
+
+def _score(bucket: SortedQueue, now: float) -> tuple[int, float, int, SortedQueue]:
+    """Smallest first: priority, the ratio's negative, order of arrival to break ties."""
+    head = bucket.first()
+    assert head is not None
+    return (head.priority, (head.arrival - now) / max(head.seconds, 1e-9), head.order, bucket)
 
 
 def hrrn(config: PolicyConfig, cost: CostModel) -> ContinuousBatching:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from pla_serve.policy.pending import Pending
 
 PATIENCE = 5.0
 """Seconds after its arrival at which a short request without a deadline counts as due."""
 DEMOTIONS = 4
-"""Late requests that one `DueQueue.pop` puts back, so that a decision stays quick."""
+"""Late requests that one `DueQueue.drain` puts back, so that a decision stays quick."""
 SAMPLES = 16
 """Requests looked at to estimate the work that goes before a newcomer."""
 
 Rank = tuple[float, ...]
-"""The greatest goes first."""
+"""The greatest goes first; all ranks of a queue have one length."""
 
 
 class PrefillQueue(Protocol):
@@ -32,12 +32,8 @@ class PrefillQueue(Protocol):
         """Take a request out, if it is queued."""
         ...
 
-    def pop(self, now: float) -> Pending:
-        """Take the first one out.
-
-        Raises:
-            IndexError: the queue is empty.
-        """
+    def drain(self, now: float) -> Iterator[Pending]:
+        """Take requests out, first to last, each when it is asked for."""
         ...
 
     def resort(self) -> None:
@@ -59,13 +55,13 @@ class SortedQueue:
 
     def __init__(self, rank: Callable[[Pending], Rank]) -> None:
         self._rank = rank
-        self._entries: list[tuple[Rank, int, Pending]] = []
+        self._entries: list[tuple[Any, ...]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def push(self, request: Pending) -> None:
-        entry = (self._rank(request), -request.order, request)
+        entry = (*self._rank(request), -request.order, request)
         request.entry = entry
         insort(self._entries, entry)
 
@@ -74,35 +70,37 @@ class SortedQueue:
             del self._entries[bisect_left(self._entries, request.entry)]
             request.entry = None
 
-    def pop(self, now: float) -> Pending:
-        request = self._entries.pop()[2]
-        request.entry = None
-        return request
+    def drain(self, now: float) -> Iterator[Pending]:
+        entries = self._entries
+        while entries:
+            request = entries.pop()[-1]
+            request.entry = None
+            yield request
 
     def first(self) -> Pending | None:
-        """The request that `pop` would take."""
-        return self._entries[-1][2] if self._entries else None
+        """The request that `drain` would take first."""
+        return self._entries[-1][-1] if self._entries else None
 
     def requests(self) -> list[Pending]:
         """All of them, last first."""
-        return [entry[2] for entry in self._entries]
+        return [entry[-1] for entry in self._entries]
 
     def resort(self) -> None:
         requests = self.requests()
-        self._entries = [(self._rank(request), -request.order, request) for request in requests]
+        self._entries = [(*self._rank(request), -request.order, request) for request in requests]
         self._entries.sort()
         for entry in self._entries:
-            entry[2].entry = entry
+            entry[-1].entry = entry
 
     def seconds_ahead(self, request: Pending, total: float) -> float:
         """Exact up to SAMPLES requests ahead, else from as many, evenly spaced."""
         size = len(self._entries)
-        ahead = size - bisect_left(self._entries, (self._rank(request), -request.order))
+        ahead = size - bisect_left(self._entries, (*self._rank(request), -request.order))
         if ahead == 0:
             return 0.0
         step = max(1, ahead // SAMPLES)
         sampled = self._entries[size - ahead :: step]
-        mean = sum(entry[2].seconds for entry in sampled) / len(sampled)
+        mean: float = sum(entry[-1].seconds for entry in sampled) / len(sampled)
         return min(total, ahead * mean)
 
 
@@ -119,16 +117,21 @@ class DueQueue(SortedQueue):
     def __init__(self) -> None:
         super().__init__(due_rank)
 
-    def pop(self, now: float) -> Pending:
-        request = super().pop(now)
-        for _ in range(DEMOTIONS):
+    def drain(self, now: float) -> Iterator[Pending]:
+        demotions = DEMOTIONS
+        for request in super().drain(now):
             deadline = request.deadline
-            if deadline is None or request.late or now + request.seconds <= deadline:
-                break
-            request.late = True
-            self.push(request)
-            request = super().pop(now)
-        return request
+            if (
+                deadline is not None
+                and demotions > 0
+                and not request.late
+                and now + request.seconds > deadline
+            ):
+                request.late = True
+                demotions -= 1
+                self.push(request)
+            else:
+                yield request
 
 
 def arrival_rank(request: Pending) -> Rank:
