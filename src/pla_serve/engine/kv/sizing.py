@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from pla_serve.engine.attention.cache import KVShape
@@ -64,6 +64,6 @@ def _budget(config: EngineConfig, shape: KVShape, device: torch.device, longest:
         return int(config.kv_cache_gib * GIB)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free: int = psutil.virtual_memory().available
     one = int(longest * shape.bytes_per_token * 1.1)
     return min(int(free * CPU_SHARE), max(int(CPU_DEFAULT_GIB * GIB), one))

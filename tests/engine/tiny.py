@@ -1,0 +1,190 @@
+"""Tiny random models, and engines of all sizes around them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pla_serve.engine import cpu
+from pla_serve.engine.attention.cache import KVCache, KVShape
+from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.attention.sdpa import SdpaCpu
+from pla_serve.engine.intake import Intake, Limits
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.loading import decoder_layers
+from pla_serve.engine.loop import EngineLoop, Parts
+from pla_serve.engine.memory import MemoryGate
+from pla_serve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Inbound,
+    Outbound,
+    Output,
+    Rejected,
+    SamplingParams,
+)
+from pla_serve.engine.runner import ModelRunner
+from pla_serve.engine.sampling import Sampler
+from pla_serve.policy.admission import Admission
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy
+
+VOCABULARY = 96
+EOS = 0
+BLOCK = 4
+MAX_BLOCKS = 256
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+}
+
+
+@cache
+def reference_model(name: str) -> torch.nn.Module:
+    """The stock model with eager attention."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager")
+    return model.eval()
+
+
+@cache
+def runner(name: str) -> ModelRunner:
+    """The same weights under the engine's attention and optimised modules."""
+    config = CONFIGS[name]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()
+    model.load_state_dict(reference_model(name).state_dict())
+    model.requires_grad_(False)
+    layers = decoder_layers(model, config.num_hidden_layers)
+    cpu.optimise(model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // 4
+    shape = KVShape(config.num_hidden_layers, 2, head_dim, torch.float32)
+    cache = KVCache(shape, MAX_BLOCKS * BLOCK, torch.device("cpu"))
+    for memory in (*cache.keys, *cache.values):
+        memory.fill_(torch.nan)  # whatever is read before it was written shows
+    return ModelRunner(model, layers, cache, SdpaCpu())
+
+
+@cache
+def expected(name: str, prompt: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """Greedy continuation by ``transformers.generate``, EOS included."""
+    with torch.inference_mode():
+        output = reference_model(name).generate(
+            torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=EOS
+        )
+    return tuple(output[0, len(prompt) :].tolist())
+
+
+@dataclass
+class Engine:
+    """A loop with its messages; time moves by a millisecond whenever it is asked for."""
+
+    loop: EngineLoop
+    parts: Parts
+    inbox: deque[Inbound]
+    emitted: list[Outbound]
+    clock: Callable[[], float]
+    on_poll: list[Callable[[], None]] = field(default_factory=list)
+
+    def add(self, request_id: str, prompt: Sequence[int], **sampling: object) -> None:
+        """Send a request; greedy unless told otherwise."""
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
+        self.inbox.append(
+            AddRequest(
+                id=request_id, prompt=list(prompt), sampling=params, arrival=self.clock()
+            )
+        )
+
+    def abort(self, request_id: str) -> None:
+        self.inbox.append(AbortRequest(request_id))
+
+    def run(self, most_steps: int = 20_000) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(most_steps):
+            if self.loop.step() is None and not self.inbox:
+                return
+        raise AssertionError("the engine does not come to rest")
+
+    def outputs(self, request_id: str) -> list[Output]:
+        return [o for o in self.emitted if isinstance(o, Output) and o.id == request_id]
+
+    def tokens(self, request_id: str) -> tuple[int, ...]:
+        return tuple(token for output in self.outputs(request_id) for token in output.tokens)
+
+    def rejected(self, request_id: str) -> Rejected | None:
+        found = [o for o in self.emitted if isinstance(o, Rejected) and o.id == request_id]
+        return found[0] if found else None
+
+
+def make_engine(
+    name: str,
+    policy: PrefillPolicy,
+    *,
+    cost: CostModel | None = None,
+    blocks: int = MAX_BLOCKS,
+    short_reserve: int = 0,
+    prefix_cache: bool = True,
+    admission: Admission | None = None,
+    max_model_len: int = 512,
+) -> Engine:
+    """An engine around the shared runner of this model, with KV memory of its own size."""
+    cost = cost or CostModel()
+    kv = KVManager(blocks, BLOCK, prefix_cache=prefix_cache)
+    sampler = Sampler(VOCABULARY, torch.device("cpu"))
+    limits = Limits(min(max_model_len, blocks * BLOCK), VOCABULARY, frozenset({EOS}), 0)
+    parts = Parts(
+        runner=runner(name),
+        kv=kv,
+        gate=MemoryGate(kv, short_reserve),
+        sampler=sampler,
+        intake=Intake(limits, admission or Admission(), kv, sampler, policy, cost),
+        policy=policy,
+        cost=cost,
+        device=torch.device("cpu"),
+    )
+    inbox: deque[Inbound] = deque()
+    emitted: list[Outbound] = []
+    ticks = count(1)
+
+    def clock() -> float:
+        return next(ticks) / 1000
+
+    engine: Engine
+
+    def poll() -> list[Inbound]:
+        for hook in engine.on_poll:
+            hook()
+        messages = list(inbox)
+        inbox.clear()
+        return messages
+
+    loop = EngineLoop(parts, inbox=poll, emit=emitted.append, clock=clock)
+    engine = Engine(loop, parts, inbox, emitted, clock)
+    return engine
