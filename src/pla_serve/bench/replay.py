@@ -1,0 +1,245 @@
+"""Makes a workload of a recorded trace.
+
+Prompts are filler in which equal blocks give equal text, so that the prefixes that were shared are
+shared again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pla_serve.bench.text import Piece
+from pla_serve.bench.traces import Row, TraceError, read_rows
+from pla_serve.bench.workload import Session, Turn, Workload, arrivals
+
+OverLength = Literal["drop", "clip"]
+_BLOCK_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """How a trace is replayed.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    speed: float = 1.0
+    """2 sends everything in half the time."""
+    max_requests: int | None = None
+    """The first so many of the file."""
+    max_input_tokens: int | None = None
+    over_length: OverLength = "drop"
+    """What happens to longer prompts: left out, or cut at the end."""
+    max_output_tokens: int | None = None
+    """Longer answers are cut."""
+    block_tokens: int | None = None
+    """Tokens in one block; None infers it from the file."""
+    rate: float | None = None
+    """Sessions a second, where the trace has no common clock: starts are drawn, Poisson."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("speed", "rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        for name in ("max_requests", "max_input_tokens", "max_output_tokens", "block_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> Workload:
+    """A workload from ``*.jsonl`` (Mooncake) or ``*.csv``, either with ``.gz``.
+
+    Raises:
+        TraceError: the file is missing, malformed, or needs an option that was not given.
+    """
+    rows = read_rows(path, options.max_requests)
+    block = options.block_tokens or _block_tokens(rows, path.name)
+    kept, fate = _fit(rows, options)
+    if not kept:
+        raise TraceError(
+            f"every prompt of {path.name} is longer than {options.max_input_tokens} tokens; "
+            "raise the limit or clip"
+        )
+    turns = _turns(kept, block, options)
+    if _common_clock(rows):
+        sessions, clock = _by_arrivals(kept, turns, options.speed), "the trace's arrivals"
+    else:
+        sessions, clock = _by_sessions(kept, turns, options, path.name)
+    parameters: dict[str, object] = {
+        "trace": path.name,
+        "clock": clock,
+        "speed": options.speed,
+        "requests": len(kept),
+        "block_tokens": block,
+        "max_input_tokens": options.max_input_tokens,
+        **fate,
+    }
+    return Workload(path.name, sessions, parameters)
+
+
+def _block_tokens(rows: list[Row], name: str) -> int | None:
+    """The power of two for which every row's block count fits its input, rounded up or down."""
+    if rows[0].block_tokens is not None:
+        return rows[0].block_tokens
+    sizes = [(row.input_tokens, sum(map(len, row.blocks))) for row in rows if row.blocks]
+    if not sizes:
+        return None
+    for size in _BLOCK_SIZES:
+        if all(n in (tokens // size, -(-tokens // size)) for tokens, n in sizes):
+            return size
+    raise TraceError(f"{name}: the block size cannot be told from the counts; give --block-tokens")
+
+
+def _fit(rows: list[Row], options: TraceOptions) -> tuple[list[Row], dict[str, object]]:
+    """Rows within the limit, and what happened to the others."""
+    limit = options.max_input_tokens
+    over = 0 if limit is None else sum(row.input_tokens > limit for row in rows)
+    if options.over_length == "drop":
+        kept = [row for row in rows if limit is None or row.input_tokens <= limit]
+        return kept, {"dropped_too_long": over, "clipped": 0}
+    return rows, {"dropped_too_long": 0, "clipped": over}
+
+
+def _turns(rows: list[Row], block: int | None, options: TraceOptions) -> list[Turn]:
+    """Requests in the order of the rows. Where the trace does not say how much of a prompt was
+    cached, new tokens are planned as if all blocks before were."""
+    seen: set[int] = set()
+    turns = []
+    for row, pieces in zip(rows, _prompts(rows, block), strict=True):
+        cached = row.cached_tokens
+        if cached is None and row.blocks and block:
+            cached = block * _known(row.blocks, seen)
+        turns.append(_turn(row, pieces, cached or 0, options))
+    return turns
+
+
+def _known(blocks: tuple[range, ...], seen: set[int]) -> int:
+    """How many leading blocks were seen before; remembers all."""
+    ids = [number for run in blocks for number in run]
+    known = sum(1 for _ in itertools.takewhile(seen.__contains__, ids))
+    seen.update(ids)
+    return known
+
+
+def _turn(row: Row, pieces: tuple[Piece, ...], cached: int, options: TraceOptions) -> Turn:
+    limit = options.max_input_tokens or row.input_tokens
+    return Turn(
+        f"r{row.index}",
+        "trace",
+        beginning(pieces, limit),
+        max(1, min(row.input_tokens, limit) - cached),
+        min(row.output_tokens, options.max_output_tokens or row.output_tokens),
+    )
+
+
+def _prompts(rows: list[Row], block: int | None) -> Iterator[tuple[Piece, ...]]:
+    """Prompts in the order of the rows, prefixes shared as the trace says."""
+    last: dict[str, tuple[Piece, ...]] = {}
+    for row in rows:
+        own = f"row{row.index}"
+        if row.blocks is not None and block is not None:
+            yield _from_blocks(row, row.blocks, block, own)
+            continue
+        shared = beginning(last.get(row.session or "", ()), row.cached_tokens or 0)
+        rest = row.input_tokens - sum(piece.tokens for piece in shared)
+        pieces = (*shared, Piece(own, rest)) if rest > 0 else beginning(shared, row.input_tokens)
+        if row.session is not None:
+            last[row.session] = pieces
+        yield pieces
+
+
+def _from_blocks(row: Row, blocks: tuple[range, ...], block: int, own: str) -> tuple[Piece, ...]:
+    pieces = [Piece(f"block{number}", block) for run in blocks for number in run]
+    tail = row.input_tokens - len(pieces) * block
+    if tail > 0:
+        pieces.append(Piece(own, tail))
+    return beginning(tuple(pieces), row.input_tokens)
+
+
+def beginning(pieces: tuple[Piece, ...], tokens: int) -> tuple[Piece, ...]:
+    """The first ``tokens`` tokens of a prompt; all of it if it has fewer."""
+    kept: list[Piece] = []
+    for piece in pieces:
+        if tokens <= 0:
+            break
+        kept.append(Piece(piece.key, min(piece.tokens, tokens)))
+        tokens -= piece.tokens
+    return tuple(kept)
+
+
+def _by_arrivals(rows: list[Row], turns: list[Turn], speed: float) -> tuple[Session, ...]:
+    """Every request at its own time, whatever became of the ones before."""
+    single = [
+        Session((row.arrival or 0.0) / speed, (turn,), remembers=False)
+        for row, turn in zip(rows, turns, strict=True)
+    ]
+    return tuple(sorted(single, key=lambda session: session.start))
+
+
+def _by_sessions(
+    rows: list[Row], turns: list[Turn], options: TraceOptions, name: str
+) -> tuple[tuple[Session, ...], str]:
+    """Sessions at drawn times, and how that was done in words for the record."""
+    if options.rate is None:
+        raise TraceError(f"{name} has no common clock: give the sessions' starts with --rate")
+    groups: dict[str, list[tuple[Row, Turn]]] = {}
+    for row, turn in zip(rows, turns, strict=True):
+        groups.setdefault(row.session or f"row{row.index}", []).append((row, turn))
+    times = arrivals(len(groups), options.rate, 1, random.Random(f"{options.seed}/starts"))
+    starts: dict[str, float] = {}
+    sessions = [
+        _session(starts.setdefault(_root(key), times[len(starts)]), members, options.speed)
+        for key, members in groups.items()
+    ]
+    sessions.sort(key=lambda session: session.start)
+    return tuple(sessions), f"session starts drawn, Poisson, {options.rate:g}/s; then the session's"
+
+
+def _session(start: float, members: list[tuple[Row, Turn]], speed: float) -> Session:
+    """Sub-agents of a session share its clock; a turn never precedes the answer before it."""
+    first = (members[0][0].arrival or 0.0) / speed
+    turns = tuple(_timed(row, turn, first, speed) for row, turn in members)
+    return Session(start + first, turns, remembers=False)
+
+
+def _timed(row: Row, turn: Turn, first: float, speed: float) -> Turn:
+    """With a recorded think time that counts; else the recorded arrival does."""
+    offset = 0.0 if row.think is not None else max(0.0, (row.arrival or 0.0) / speed - first)
+    return Turn(
+        turn.id,
+        turn.kind,
+        turn.pieces,
+        turn.new_tokens,
+        turn.max_tokens,
+        offset=offset,
+        think=(row.think or 0.0) / speed,
+    )
+
+
+def _common_clock(rows: list[Row]) -> bool:
+    """Whether all arrivals are known and on one clock.
+
+    Several sessions that each start at 0 have clocks of their own.
+    """
+    starts: dict[str, float] = {}
+    for row in rows:
+        if row.arrival is None:
+            return False
+        if row.session is not None:
+            root = _root(row.session)
+            starts[root] = min(starts.get(root, row.arrival), row.arrival)
+    return len(starts) <= 1 or any(start > 0 for start in starts.values())
+
+
+def _root(session: str) -> str:
+    """``12.1`` is a sub-agent of session 12."""
+    return session.partition(".")[0]
