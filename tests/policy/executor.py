@@ -78,7 +78,7 @@ class Executor:
         self.jobs = {job.id: job for job in jobs}
         self.trace = Trace()
         self.now = 0.0
-        self._ahead = sorted(jobs, key=lambda job: job.arrival, reverse=True)
+        self._ahead = sorted(jobs, key=lambda job: job.arrival)[::-1]
         self._layers = layers
         self._chaos = chaos
         self._random = random.Random(seed)

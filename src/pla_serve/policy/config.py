@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class PolicyConfig:
     decode_share: float = 0.25
     """Most of the device's time that decode steps take while a long prefill is under way."""
     aging: float = 1.0
-    """Seconds of remaining work that one second of waiting outweighs, among longs."""
+    """Seconds of remaining work that one second of waiting outweighs, among longs. At 0 a long
+    prefill may be passed by shorter ones for ever."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_batch_requests", "long_chunk_tokens"):
@@ -39,5 +41,6 @@ class PolicyConfig:
         for name in ("long_share", "decode_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
-        if self.express_burst_seconds < 0 or self.aging < 0:
-            raise ValueError("express_burst_seconds and aging must not be negative")
+        for name in ("express_burst_seconds", "aging"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)}")

@@ -1,0 +1,207 @@
+"""The stated bounds on every wait hold against arrivals that are out to break them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel, CostProfile
+from pla_serve.policy.fairness import (
+    ShareAccount,
+    long_wait_bound,
+    passing_window,
+    short_wait_bound,
+)
+from pla_serve.policy.protocol import BatchClass
+from pla_serve.policy.queues import PATIENCE
+from pla_serve.policy.registry import POLICIES, create_policy
+
+from .executor import Executor, Job, Trace
+
+PROFILE = CostProfile(1e-3, 1e-7, 1e-6, 1e-4, 1e-2)
+CONFIG = PolicyConfig(boundary_tokens=256, express_burst_seconds=1.0)
+SLACK = 1e-6
+
+
+def serve(jobs: list[Job], config: PolicyConfig, layers: int = 6, until: float = 1e9) -> Trace:
+    cost = CostModel(PROFILE)
+    cost.observe = lambda batch, seconds: None  # type: ignore[method-assign]  # no fit: exact
+    policy = create_policy("length-aware", config, cost)
+    executor = Executor(policy, config, cost, jobs, layers=layers, separate=True)
+    return executor.run(until)
+
+
+def long_bound(job: Job, jobs: list[Job], trace: Trace, config: PolicyConfig) -> float:
+    """`long_wait_bound` with what was really computed before the job's first token."""
+    own = CostModel(PROFILE).prefill_seconds(job.tokens, job.cached, config.long_chunk_tokens)
+    reach = job.arrival + passing_window(config, own)
+    may_pass = {other.id for other in jobs if other.arrival < reach}
+    assert job.first_token is not None
+    work = 0.0
+    for start, end, batch in trace.batches:
+        if batch.kind is BatchClass.LONG and start < job.first_token and end > job.arrival:
+            assert batch.prefills[0].request_id in may_pass, "passed by one that came too late"
+            work += CostModel(PROFILE).seconds(batch)
+    return long_wait_bound(config, work, trace.express_batch)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_long_under_a_flood_of_shorts(share: float) -> None:
+    """Shorts arrive faster than the machine can serve them, for ever."""
+    config = replace(CONFIG, long_share=share)
+    long = Job("long", 2.0, 4000)
+    flood = [Job(f"s{n}", n * 0.05, 100, deadline=n * 0.05 + 0.5) for n in range(1200)]
+    trace = serve([long, *flood], config, until=60)
+    assert long.first_token is not None, "starved"
+    wait = long.first_token - long.arrival
+    assert wait <= long_bound(long, [long], trace, config) + SLACK
+    express = sum(b.kind is not BatchClass.LONG for s, _, b in trace.batches if s >= 2.0)
+    assert express > 0, "the flood was not one"
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("layers", [1, 6])
+def test_short_under_a_flood_of_longs(share: float, layers: int) -> None:
+    """Longs pile up from the start; now and then shorts come in bursts that use up the credit."""
+    config = replace(CONFIG, long_share=share)
+    longs = [Job(f"l{n}", n * 0.3, 900 + 40 * n) for n in range(60)]
+    shorts = [Job(f"s{n}", 3 + n // 12 * 4.0, 200, outputs=4) for n in range(60)]
+    trace = serve(longs + shorts, config, layers)
+    for short in shorts:
+        before = [s for s in shorts if s.arrival <= short.arrival]
+        bound = short_wait_bound(config, len(before) + 2, trace.express_batch, trace.stretch)
+        alone = short_wait_bound(config, 12 + 2, trace.express_batch, trace.stretch)
+        assert short.first_token is not None
+        assert short.first_token - short.arrival <= min(bound, alone) + SLACK
+
+
+@st.composite
+def one_priority(draw: st.DrawFn) -> list[Job]:
+    jobs, now = [], 0.0
+    for number in range(draw(st.integers(1, 30))):
+        now += draw(st.sampled_from([0.0, 0.05, 0.4, 2.0]))
+        tokens = draw(st.one_of(st.integers(1, 256), st.integers(257, 3000)))
+        jobs.append(Job(f"r{number}", now, tokens, outputs=draw(st.integers(1, 30))))
+    return jobs
+
+
+@given(
+    jobs=one_priority(),
+    share=st.sampled_from([0.1, 0.5, 0.9]),
+    burst=st.sampled_from([0.0, 0.3, 3.0]),
+    aging=st.sampled_from([0.2, 1.0, 5.0]),
+    layers=st.sampled_from([1, 5]),
+)
+@settings(max_examples=80, deadline=None)
+def test_both_bounds_under_random_arrivals(
+    jobs: list[Job], share: float, burst: float, aging: float, layers: int
+) -> None:
+    config = replace(CONFIG, long_share=share, express_burst_seconds=burst, aging=aging)
+    trace = serve(jobs, config, layers)
+    shorts = [job for job in jobs if job.short]
+    for job in jobs:
+        assert job.first_token is not None
+        wait = job.first_token - job.arrival
+        if job.short:
+            ahead = [s for s in shorts if s.arrival <= job.arrival and s.first_token > job.arrival]
+            batches = len(ahead) + 2
+            bound = short_wait_bound(config, batches, trace.express_batch, trace.stretch)
+        else:
+            bound = long_bound(job, jobs, trace, config)
+        assert wait <= bound + SLACK
+
+
+def test_long_turn_is_not_interrupted() -> None:
+    """Once the burst is used up, long work runs until the account is level."""
+    config = replace(CONFIG, long_share=0.5, express_burst_seconds=1.0)
+    flood = [Job(f"s{n}", n * 0.05, 100) for n in range(400)]
+    trace = serve([Job("long", 0.0, 20_000), *flood], config, until=20)
+    kinds = [batch.kind for _, _, batch in sorted(trace.batches, key=lambda row: row[0])]
+    seconds = {BatchClass.LONG: 0.0, BatchClass.SHORT: 0.0}
+    for _, _, batch in trace.batches:
+        seconds[batch.kind] += CostModel(PROFILE).seconds(batch)
+    assert BatchClass.SHORT in kinds
+    assert seconds[BatchClass.LONG] == pytest.approx(seconds[BatchClass.SHORT], rel=0.2)
+
+
+def test_late_short_is_passed_only_for_a_while() -> None:
+    """A short that misses its deadline waits for those that can be saved, not for ever."""
+    hopeless = Job("late", 1.0, 100, deadline=1.0)
+    flood = [Job(f"s{n}", n * 0.1, 100, deadline=n * 0.1 + 30) for n in range(400)]
+    config = replace(CONFIG, max_batch_tokens=100)  # one at a time, slightly overloaded
+    serve([hopeless, *flood], config)
+    assert hopeless.first_token is not None
+    assert hopeless.first_token - 1.0 > 0.5
+    passed = [job for job in flood if (job.first_token or 0) < hopeless.first_token]
+    assert max(job.arrival for job in passed) <= 1.0 + 2 * PATIENCE
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_decodes_beyond_a_batch_take_turns(name: str) -> None:
+    config = PolicyConfig(max_batch_requests=4)
+    cost = CostModel(PROFILE)
+    jobs = [Job(f"d{n}", 0.0, 5, outputs=40) for n in range(11)]
+    policy = create_policy(name, config, cost)
+    trace = Executor(policy, config, cost, jobs).run()
+    steps: dict[str, list[int]] = {}
+    for number, (_, _, batch) in enumerate(trace.batches):
+        for chunk in batch.decodes:
+            steps.setdefault(chunk.request_id, []).append(number)
+    gaps = [b - a for rows in steps.values() for a, b in pairwise(rows)]
+    assert max(gaps) <= 11 / 2 + 1
+
+
+class TestShareAccount:
+    def test_level_at_the_start_and_never_in_credit(self) -> None:
+        account = ShareAccount(CONFIG)
+        account.start_long(0.0)
+        account.settle(100.0)
+        assert account.ahead == 0
+        account.charge_express(0.9)
+        assert not account.longs_turn
+
+    @given(
+        share=st.floats(0.05, 0.95),
+        burst=st.floats(0, 3),
+        pieces=st.lists(st.tuples(st.booleans(), st.floats(0.001, 0.5)), max_size=60),
+    )
+    def test_stated_inequality(
+        self, share: float, burst: float, pieces: list[tuple[bool, float]]
+    ) -> None:
+        """express <= long * (1 - s) / s + burst + the longest express batch."""
+        account = ShareAccount(replace(CONFIG, long_share=share, express_burst_seconds=burst))
+        now = express = long = longest = 0.0
+        for wants_express, seconds in pieces:
+            now += seconds
+            if wants_express and not account.longs_turn:
+                account.charge_express(seconds)
+                express += seconds
+                longest = max(longest, seconds)
+            else:
+                account.start_long(now - seconds)
+                account.stop_long(now)
+                long += seconds
+            assert express <= long * (1 - share) / share + burst + longest + SLACK
+
+    def test_pauses_do_not_count(self) -> None:
+        account = ShareAccount(CONFIG)
+        account.charge_express(5.0)
+        account.start_chunk(0.0)
+        account.stop_long(1.0)
+        account.start_long(11.0)
+        account.settle(12.0)
+        assert account.ran == pytest.approx(2.0)
+        assert account.ahead == pytest.approx(3.0)
+
+
+def test_bounds_grow_with_what_they_depend_on() -> None:
+    base = long_wait_bound(CONFIG, 10, 0.2)
+    assert base == pytest.approx(10 / 0.5 + 1.0 + 0.2)
+    assert long_wait_bound(replace(CONFIG, long_share=0.9), 10, 0.2) < base
+    assert short_wait_bound(CONFIG, 3, 0.2, 0.1) < short_wait_bound(CONFIG, 3, 0.2, 0.3)
+    assert passing_window(replace(CONFIG, aging=0), 3) == float("inf")

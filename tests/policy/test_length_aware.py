@@ -1,0 +1,299 @@
+"""What length-aware does at each point of choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel, CostProfile
+from pla_serve.policy.length_aware import LengthAware
+from pla_serve.policy.protocol import Batch, BatchClass, Chunk, Idle, PrefillRequest, Run
+
+from .executor import Executor, Job
+
+PROFILE = CostProfile(1e-3, 0, 0, 0, 1e-2)
+"""A millisecond a token and ten a batch: easy to reckon with."""
+CONFIG = PolicyConfig(boundary_tokens=256)
+
+
+def make(config: PolicyConfig = CONFIG) -> LengthAware:
+    cost = CostModel(PROFILE)
+    cost.observe = lambda batch, seconds: None  # type: ignore[method-assign]
+    return LengthAware(config, cost)
+
+
+def add(policy: LengthAware, name: str, tokens: int, now: float = 0.0, **rest: object) -> None:
+    policy.add(PrefillRequest(name, now, tokens, **rest), now)  # type: ignore[arg-type]
+
+
+def run(policy: LengthAware, now: float) -> Batch:
+    decision = policy.next(now)
+    assert isinstance(decision, Run)
+    return decision.batch
+
+
+def names(batch: Batch | None) -> list[str]:
+    assert batch is not None
+    return [chunk.request_id for chunk in batch.prefills]
+
+
+class TestExpress:
+    def test_a_short_is_taken_at_the_next_layer_boundary(self) -> None:
+        policy = make()
+        add(policy, "long", 2000)
+        running = run(policy, 0.0)
+        assert running.kind is BatchClass.LONG
+        assert policy.at_layer_boundary(0.01, running) is None
+        add(policy, "short", 100, 0.015)
+        express = policy.at_layer_boundary(0.02, running)
+        assert express == Batch(BatchClass.SHORT, (Chunk("short", 100, 0),))
+
+    def test_shorts_are_not_interrupted(self) -> None:
+        policy = make()
+        add(policy, "one", 100)
+        running = run(policy, 0.0)
+        add(policy, "two", 100)
+        assert policy.at_layer_boundary(0.01, running) is None
+
+    def test_decode_steps_ride_with_shorts(self) -> None:
+        policy = make()
+        policy.start_decode("d", 40, 0.0, 0.0)
+        add(policy, "short", 100)
+        assert run(policy, 0.0) == Batch(
+            BatchClass.SHORT, (Chunk("short", 100, 0),), (Chunk("d", 1, 40),)
+        )
+
+    def test_what_counts_is_uncached_tokens(self) -> None:
+        policy = make()
+        add(policy, "turn", 200, history=30_000)
+        add(policy, "prompt", 257)
+        assert names(run(policy, 0.0)) == ["turn"]
+        assert policy.waits_as_short(256, 9)
+        assert not policy.waits_as_short(257, 9)
+
+
+class TestDecodeGap:
+    def test_due_once_in_a_gap_while_a_long_runs(self) -> None:
+        """A step takes 11 ms; at a share of 1/4 the next one is due 33 ms after its end."""
+        policy = make()
+        policy.start_decode("d", 40, 0.0, 0.0)
+        add(policy, "long", 5000)
+        step = run(policy, 0.0)
+        assert step.kind is BatchClass.DECODE, "due at once: none ran before"
+        policy.observe(step, 0.011, 0.011)
+        running = run(policy, 0.011)
+        assert running.kind is BatchClass.LONG
+        assert policy.at_layer_boundary(0.040, running) is None
+        again = policy.at_layer_boundary(0.045, running)
+        assert again == Batch(BatchClass.DECODE, (), (Chunk("d", 1, 41),))
+
+    def test_without_longs_at_once(self) -> None:
+        policy = make()
+        policy.start_decode("d", 40, 0.0, 0.0)
+        step = run(policy, 0.0)
+        policy.observe(step, 0.011, 0.011)
+        assert run(policy, 0.011).decodes == (Chunk("d", 1, 41),)
+
+    @pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
+    def test_share_is_kept(self, share: float) -> None:
+        config = replace(CONFIG, decode_share=share, long_share=0.2, express_burst_seconds=9)
+        cost = CostModel(PROFILE)
+        policy = LengthAware(config, cost)
+        jobs = [Job(f"d{n}", 0.0, 5, outputs=5000) for n in range(8)] + [Job("long", 0.1, 30_000)]
+        executor = Executor(policy, config, cost, jobs, layers=30, separate=True)
+        trace = executor.run(until=20.0)
+        steps = [end - start for start, end, b in trace.batches if b.decodes and start > 0.1]
+        assert sum(steps) / 20 == pytest.approx(share, rel=0.25)
+        assert sum(steps) / 20 <= share * 1.02
+
+
+class TestLongs:
+    def test_one_at_a_time_in_equal_chunks(self) -> None:
+        policy = make()
+        add(policy, "a", 1100)
+        add(policy, "b", 1100)
+        sizes = []
+        for _ in range(3):
+            batch = run(policy, 0.0)
+            assert names(batch) == ["a"]
+            sizes.append(batch.tokens)
+            policy.observe(batch, 0.4, 0.4)
+        assert sizes == [367, 367, 366]
+        assert names(run(policy, 0.4)) == ["b"]
+
+    def test_shortest_remaining_first_unless_it_waited(self) -> None:
+        policy = make()
+        add(policy, "big", 3000, 0.0)
+        add(policy, "small", 600, 2.0)
+        assert names(run(policy, 2.0)) == ["small"], "3 s less 2 s of waiting against 0.6 s"
+        policy = make()
+        add(policy, "big", 3000, 0.0)
+        add(policy, "small", 600, 3.0)
+        assert names(run(policy, 3.0)) == ["big"]
+
+    def test_switch_only_if_it_is_worth_it(self) -> None:
+        for tokens, expected in ((1900, "begun"), (1500, "new")):
+            policy = make(replace(CONFIG, aging=0.0))
+            add(policy, "begun", 2500)
+            batch = run(policy, 0.0)
+            policy.observe(batch, 0.5, 0.5)  # 2000 left
+            add(policy, "new", tokens, 0.5)
+            assert names(run(policy, 0.5)) == [expected]
+
+    def test_priority_first(self) -> None:
+        policy = make()
+        add(policy, "small", 300)
+        add(policy, "urgent", 9000, priority=-1)
+        assert names(run(policy, 0.0)) == ["urgent"]
+
+
+class TestNested:
+    def running(self, policy: LengthAware, tokens: int = 4000) -> Batch:
+        add(policy, "outer", tokens)
+        return run(policy, 0.0)
+
+    def test_a_small_long_runs_inside_a_much_longer_one(self) -> None:
+        policy = make()
+        outer = self.running(policy)
+        add(policy, "medium", 300, 0.01)
+        inner = policy.at_layer_boundary(0.02, outer)
+        assert inner == Batch(BatchClass.LONG, (Chunk("medium", 300, 0),))
+        policy.observe(inner, 0.31, 0.33)
+        policy.observe(outer, 0.5, 0.83)
+        assert names(run(policy, 0.83)) == ["outer"]
+
+    @pytest.mark.parametrize(
+        ("outer_tokens", "tokens", "priority"), [(4000, 600, 0), (700, 400, 0), (4000, 300, 1)]
+    )
+    def test_not_if_too_big_or_not_worth_it(
+        self, outer_tokens: int, tokens: int, priority: int
+    ) -> None:
+        policy = make(replace(CONFIG, long_chunk_tokens=2048))
+        outer = self.running(policy, outer_tokens)
+        add(policy, "medium", tokens, 0.01, priority=priority)
+        assert policy.at_layer_boundary(0.02, outer) is None
+
+    def test_no_cliff_at_the_boundary(self) -> None:
+        """A prompt one token over the boundary waits hardly longer than one just below it."""
+        firsts = []
+        for tokens in (256, 257):
+            cost = CostModel(PROFILE)
+            policy = LengthAware(CONFIG, cost)
+            jobs = [Job(f"l{n}", 0.0, 6000) for n in range(3)] + [Job("probe", 1.0, tokens)]
+            Executor(policy, CONFIG, cost, jobs, layers=30, separate=True).run()
+            assert jobs[-1].first_token is not None
+            firsts.append(jobs[-1].first_token - 1.0)
+        assert firsts[1] <= firsts[0] * 1.1
+
+
+class TestShorts:
+    def test_arrival_order_then_deadlines_that_can_be_met(self) -> None:
+        policy = make(replace(CONFIG, max_batch_requests=1))
+        add(policy, "first", 100, 0.0)
+        add(policy, "hopeless", 100, 0.1, deadline=0.15)
+        add(policy, "hurried", 100, 0.2, deadline=0.5)
+        add(policy, "urgent", 100, 0.2, priority=-1)
+        order = []
+        for _ in range(4):
+            batch = run(policy, 0.2)
+            order += names(batch)
+            policy.observe(batch, 0.0, 0.2)
+        assert order == ["urgent", "hurried", "first", "hopeless"]
+
+    def test_a_part_goes_on_first(self) -> None:
+        policy = make(replace(CONFIG, max_batch_tokens=150))
+        add(policy, "a", 100)
+        add(policy, "b", 100)
+        add(policy, "c", 100)
+        batch = run(policy, 0.0)
+        assert [(c.request_id, c.tokens, c.completes) for c in batch.prefills] == [
+            ("a", 100, True),
+            ("b", 50, False),
+        ]
+        policy.observe(batch, 0.1, 0.1)
+        add(policy, "sooner", 10, 0.1, deadline=0.2)
+        assert names(run(policy, 0.1)) == ["b", "sooner", "c"]
+
+
+class TestContract:
+    def test_idle_when_empty_and_when_all_is_in_flight(self) -> None:
+        policy = make()
+        assert policy.next(0.0) == Idle()
+        add(policy, "a", 10)
+        run(policy, 0.0)
+        assert policy.next(0.0) == Idle()
+
+    def test_adding_what_is_in_flight_is_refused(self) -> None:
+        policy = make()
+        add(policy, "a", 10)
+        run(policy, 0.0)
+        with pytest.raises(ValueError, match="'a' is in flight"):
+            add(policy, "a", 10)
+
+    @pytest.mark.parametrize(("tokens", "history"), [(0, 0), (-1, 0), (5, -1)])
+    def test_nothing_to_compute_is_refused(self, tokens: int, history: int) -> None:
+        with pytest.raises(ValueError, match="new_tokens of at least 1"):
+            add(make(), "a", tokens, history=history)
+
+    def test_observing_another_chunk_is_refused(self) -> None:
+        policy = make()
+        add(policy, "a", 10)
+        run(policy, 0.0)
+        with pytest.raises(ValueError, match="was observed, but"):
+            policy.observe(Batch(BatchClass.SHORT, (Chunk("a", 9, 0, False),)), 0.1, 0.1)
+
+    def test_new_numbers_keep_the_place(self) -> None:
+        policy = make(replace(CONFIG, max_batch_requests=1))
+        add(policy, "a", 100)
+        add(policy, "b", 100)
+        policy.add(PrefillRequest("a", 0.0, 40, 60), 1.0)
+        assert run(policy, 1.0).prefills == (Chunk("a", 40, 60),)
+
+    def test_a_decoding_request_may_come_back_as_a_prefill(self) -> None:
+        policy = make()
+        policy.start_decode("a", 50, 0.0, 0.0)
+        add(policy, "a", 51)
+        assert run(policy, 0.0) == Batch(BatchClass.SHORT, (Chunk("a", 51, 0),))
+
+    def test_an_aborted_long_leaves_nothing_behind(self) -> None:
+        policy = make()
+        add(policy, "long", 5000)
+        running = run(policy, 0.0)
+        policy.remove("long")
+        assert policy.at_layer_boundary(0.1, running) is None
+        policy.observe(running, 0.5, 0.5)
+        policy.remove("never heard of")
+        assert policy.next(0.5) == Idle()
+        assert policy.state(0.5).long_tokens == 0
+
+
+class TestPredictedWait:
+    def test_short_and_long_on_an_idle_machine(self) -> None:
+        policy = make()
+        assert policy.predicted_wait(100, 0, 0.0) == pytest.approx(0.11)
+        assert policy.predicted_wait(1024, 0, 0.0) == pytest.approx(1.044)
+
+    def test_a_short_does_not_count_longs(self) -> None:
+        policy = make()
+        for n in range(20):
+            add(policy, f"l{n}", 5000)
+        assert policy.predicted_wait(100, 0, 0.0) == pytest.approx(0.11)
+        assert policy.predicted_wait(6000, 0, 0.0) > 20 * 5
+
+    def test_a_small_long_counts_only_those_before_it(self) -> None:
+        policy = make()
+        for n in range(100):
+            add(policy, f"l{n}", 5000)
+        add(policy, "small", 500)
+        assert policy.predicted_wait(600, 0, 0.0) < 5
+
+    def test_shorts_ahead_count_and_the_longs_turn(self) -> None:
+        policy = make()
+        for n in range(10):
+            add(policy, f"s{n}", 200)
+        assert policy.predicted_wait(100, 0, 0.0) == pytest.approx(2.0 + 0.01 + 0.11)
+        add(policy, "long", 5000)
+        with_longs = policy.predicted_wait(100, 0, 0.0)
+        assert with_longs == pytest.approx(2.12 + 0.12), "beyond a burst of 2 s, halves"
