@@ -1,0 +1,217 @@
+"""The open-loop load generator: every request leaves at its due time, whatever the others do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pla_serve.bench.client import Clock, Endpoint, Exchange, Target, Transport, exchange
+from pla_serve.bench.text import Filler
+from pla_serve.bench.workload import Session, Turn, Workload
+
+Sleep = Callable[[float], Awaitable[None]]
+LEAD = 0.25
+"""Seconds before its due time that a prompt is made, so that making it delays nothing."""
+
+
+@dataclass(slots=True)
+class Record:
+    """One request that became due; times in seconds from the start of the run."""
+
+    turn: Turn
+    session: int
+    due: float
+    exchange: Exchange = field(default_factory=Exchange)
+
+    @property
+    def ok(self) -> bool:
+        return self.exchange.error is None and self.exchange.done is not None
+
+    @property
+    def new_tokens(self) -> int:
+        """Prompt tokens that the server had to compute, as it says; else as planned."""
+        prompt, cached = self.exchange.prompt_tokens, self.exchange.cached_tokens
+        if prompt is None or cached is None:
+            return self.turn.new_tokens
+        return max(prompt - cached, 1)
+
+    @property
+    def lag(self) -> float | None:
+        """How late the client itself was."""
+        return None if self.exchange.sent is None else self.exchange.sent - self.due
+
+    @property
+    def ttft(self) -> float | None:
+        """From the due time, so that nothing that the client did late is hidden."""
+        return None if self.exchange.first is None else self.exchange.first - self.due
+
+    @property
+    def latency(self) -> float | None:
+        """Due time to the end of the answer."""
+        return self.exchange.done - self.due if self.ok and self.exchange.done else None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    records: list[Record]
+    """In the order in which they became due."""
+    seconds: float
+    """From the start to the end of the last answer."""
+    planned: int
+    stopped: str | None
+    """Why it ended early: ``interrupted`` or ``unfinished`` (out of time)."""
+
+
+class Observer(Protocol):
+    """Told of every request as it goes out and ends; shows progress."""
+
+    def sent(self, record: Record) -> None: ...
+
+    def finished(self, record: Record) -> None: ...
+
+
+class Silent:
+    def sent(self, record: Record) -> None:
+        pass
+
+    def finished(self, record: Record) -> None:
+        pass
+
+
+class Conversation:
+    """Makes the prompts of one session; keeps the real answers, as chat clients do."""
+
+    def __init__(self, endpoint: Endpoint, filler: Filler, *, ids: bool, remembers: bool) -> None:
+        self._endpoint = endpoint
+        self._filler = filler
+        self._ids = ids
+        self._remembers = remembers
+        self._messages: list[dict[str, str]] = []
+
+    def ask(self, turn: Turn) -> object:
+        """Messages for the chat endpoint; text or token ids for completions."""
+        if self._ids:
+            return self._filler.ids(turn.pieces)
+        if not self._remembers:
+            self._messages.clear()
+        self._messages.append({"role": "user", "content": self._filler.words(turn.pieces)})
+        if self._endpoint == "chat":
+            return self._messages
+        return "\n".join(message["content"] for message in self._messages)
+
+    def answered(self, text: str) -> None:
+        self._messages.append({"role": "assistant", "content": text})
+
+
+class LoadGenerator:
+    """Runs workloads against one target.
+
+    ``clock`` and ``sleep`` must agree with each other; tests give virtual ones.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        target: Target,
+        filler: Filler,
+        *,
+        clock: Clock,
+        sleep: Sleep = asyncio.sleep,
+        ids: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        self._transport = transport
+        self._target = target
+        self._filler = filler
+        self._clock = clock
+        self._sleep = sleep
+        self._ids = ids
+        self._observer: Observer = observer or Silent()
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ends the run now; what was not answered is recorded as interrupted."""
+        self._stop.set()
+
+    async def run(self, workload: Workload, max_seconds: float) -> RunResult:
+        """Sends the workload; returns when all is answered, at ``max_seconds``, or after `stop`.
+
+        Raises:
+            ValueError: token-id prompts cannot hold the answers that a multi-turn session needs.
+        """
+        if self._ids and workload.multi_turn:
+            raise ValueError(
+                "multi-turn sessions need text prompts: their history is the answers' text"
+            )
+        records: list[Record] = []
+        start = self._clock() + LEAD
+        ends = {
+            asyncio.ensure_future(self._all(workload, start, records)): None,
+            asyncio.ensure_future(self._stop.wait()): "interrupted",
+            asyncio.ensure_future(self._sleep(max_seconds + LEAD)): "unfinished",
+        }
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in ends:
+                task.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+        reasons = [ends[task] for task in done]
+        stopped = None if None in reasons else reasons[0]
+        for task in done:
+            task.result()
+        return _result(records, workload.requests, self._clock() - start, stopped)
+
+    async def _all(self, workload: Workload, start: float, records: list[Record]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number, session in enumerate(workload.sessions):
+                await self._until(start + session.start - LEAD)
+                group.create_task(self._session(number, session, start, records))
+
+    async def _session(
+        self, number: int, session: Session, start: float, records: list[Record]
+    ) -> None:
+        conversation = Conversation(
+            self._target.endpoint, self._filler, ids=self._ids, remembers=session.remembers
+        )
+        done = session.start
+        for position, turn in enumerate(session.turns):
+            think = turn.think if position else 0.0
+            record = Record(turn, number, max(session.start + turn.offset, done + think))
+            body = self._target.body(conversation.ask(turn), turn.max_tokens)
+            await self._until(start + record.due)
+            records.append(record)
+            await self._send(record, body, start)
+            if not record.ok:
+                return
+            conversation.answered(record.exchange.text)
+            done = self._clock() - start
+
+    async def _send(self, record: Record, body: bytes, start: float) -> None:
+        self._observer.sent(record)
+        await exchange(
+            self._transport,
+            self._target.path,
+            body,
+            lambda: self._clock() - start,
+            record.exchange,
+        )
+        self._observer.finished(record)
+
+    async def _until(self, moment: float) -> None:
+        wait = moment - self._clock()
+        if wait > 0:
+            await self._sleep(wait)
+
+
+def _result(records: list[Record], planned: int, elapsed: float, stopped: str | None) -> RunResult:
+    """Marks what was cut short; a run lasts until its last answer, or until it was stopped."""
+    for record in records:
+        if record.exchange.done is None:
+            record.exchange.error = record.exchange.error or stopped or "interrupted"
+    records.sort(key=lambda record: record.due)
+    ends = [record.exchange.done for record in records if record.exchange.done is not None]
+    seconds = elapsed if stopped else max(ends, default=0.0)
+    return RunResult(records, max(seconds, 1e-9), planned, stopped)

@@ -1,0 +1,179 @@
+"""From records to numbers. All times are seconds, all rates are per second of the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pla_serve.bench.load import Record, RunResult
+
+SHORT, LONG, ALL = "short", "long", "all"
+LATE = 0.1
+"""Seconds of send lag (P99) from which the client itself is suspect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """What a request has to keep, in seconds, and where short ends.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    short_tokens: int = 256
+    """At most this many new tokens are short, whatever boundary the server uses."""
+    ttft_short: float | None = None
+    ttft_long: float | None = None
+    itl: float | None = None
+    """For the mean gap between the events of one answer."""
+
+    def __post_init__(self) -> None:
+        if self.short_tokens < 0:
+            raise ValueError(f"short_tokens must not be negative, not {self.short_tokens}")
+        for name in ("ttft_short", "ttft_long", "itl"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+
+    @property
+    def given(self) -> bool:
+        return any(value is not None for value in (self.ttft_short, self.ttft_long, self.itl))
+
+    def is_short(self, record: Record) -> bool:
+        return record.new_tokens <= self.short_tokens
+
+    def met(self, record: Record) -> bool:
+        """A request that failed has met nothing."""
+        ttft = self.ttft_short if self.is_short(record) else self.ttft_long
+        if not record.ok or record.ttft is None or (ttft is not None and record.ttft > ttft):
+            return False
+        gaps = record.exchange.gaps
+        return self.itl is None or not gaps or sum(gaps) / len(gaps) <= self.itl
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Linear interpolation between closest ranks, as numpy's default."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClassReport:
+    """Requests of one class. Times are of requests that succeeded."""
+
+    requests: int
+    succeeded: int
+    ttft: Percentiles | None
+    itl: Percentiles | None
+    """Over all gaps of all answers together."""
+    latency: Percentiles | None
+    """End to end."""
+    requests_per_second: float
+    prompt_tokens_per_second: float
+    """Cached ones included; see ``cached_tokens``."""
+    output_tokens_per_second: float
+    prompt_tokens: int
+    cached_tokens: int | None
+    """None if the server does not report them."""
+    output_tokens: int
+    slo_attainment: float | None
+    """Share of requests that met the objectives; None without objectives."""
+    goodput: float | None
+    """Requests per second that met them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run."""
+
+    seconds: float
+    planned: int
+    sent: int
+    stopped: str | None
+    send_lag: Percentiles | None
+    errors: dict[str, int]
+    classes: dict[str, ClassReport]
+    warnings: list[str] = field(default_factory=list)
+
+
+def percentiles(values: Sequence[float]) -> Percentiles | None:
+    """None for no values."""
+    if not values:
+        return None
+    p50, p90, p99 = np.percentile(np.asarray(values, dtype=np.float64), (50, 90, 99))
+    return Percentiles(float(p50), float(p90), float(p99), float(np.mean(values)), len(values))
+
+
+def summarise(result: RunResult, objectives: Objectives) -> Report:
+    """The report of a run. Requests that the user cut short by interrupting count nowhere."""
+    records = [record for record in result.records if record.exchange.error != "interrupted"]
+    short = [record for record in records if objectives.is_short(record)]
+    long = [record for record in records if not objectives.is_short(record)]
+    groups = {SHORT: short, LONG: long, ALL: records}
+    lags = [record.lag for record in records if record.lag is not None]
+    errors = Counter(r.exchange.error for r in result.records if r.exchange.error is not None)
+    report = Report(
+        seconds=result.seconds,
+        planned=result.planned,
+        sent=len(result.records),
+        stopped=result.stopped,
+        send_lag=percentiles(lags),
+        errors=dict(errors.most_common()),
+        classes={
+            name: _of_class(group, result.seconds, objectives) for name, group in groups.items()
+        },
+    )
+    report.warnings.extend(_warnings(report))
+    return report
+
+
+def _of_class(records: list[Record], seconds: float, objectives: Objectives) -> ClassReport:
+    good = [record for record in records if record.ok]
+    met = sum(map(objectives.met, records)) if objectives.given else None
+    prompt = _total(record.exchange.prompt_tokens for record in good)
+    output = _total(record.exchange.output_tokens for record in good)
+    cached = [record.exchange.cached_tokens for record in good]
+    return ClassReport(
+        requests=len(records),
+        succeeded=len(good),
+        ttft=percentiles([record.ttft for record in good if record.ttft is not None]),
+        itl=percentiles([gap for record in good for gap in record.exchange.gaps]),
+        latency=percentiles([r.latency for r in good if r.latency is not None]),
+        requests_per_second=len(good) / seconds,
+        prompt_tokens_per_second=prompt / seconds,
+        output_tokens_per_second=output / seconds,
+        prompt_tokens=prompt,
+        cached_tokens=None if cached and None in cached else _total(cached),
+        output_tokens=output,
+        slo_attainment=None if met is None or not records else met / len(records),
+        goodput=None if met is None else met / seconds,
+    )
+
+
+def _total(counts: Iterable[int | None]) -> int:
+    return sum(count or 0 for count in counts)
+
+
+def _warnings(report: Report) -> list[str]:
+    found = []
+    if report.send_lag is not None and report.send_lag.p99 > LATE:
+        found.append(
+            f"the client itself was late (send lag P99 {report.send_lag.p99:.3f} s): it had too "
+            "little CPU, so the load was not the one asked for"
+        )
+    if report.stopped is not None:
+        found.append(f"the run was {report.stopped}: {report.sent} of {report.planned} requests")
+    failed = sum(count for kind, count in report.errors.items() if kind != "interrupted")
+    if failed:
+        found.append(f"{failed} requests failed; times are those of the others")
+    if report.classes[ALL].cached_tokens is None:
+        found.append("the server reports no cached tokens: classes go by planned new tokens")
+    return found
