@@ -91,7 +91,7 @@ class Hub:
         if self._down is not None:
             return None
         try:
-            return _bounded(lambda: self._client.look_up(repo, self._timeout), self._timeout + 1)
+            return _bounded(lambda: self._client.look_up(repo, self._timeout), 1.25 * self._timeout)
         except hub_errors.GatedRepoError as error:
             raise ModelUnavailable(
                 f"{repo} is gated: accept its terms at https://huggingface.co/{repo} and log in "
@@ -172,7 +172,7 @@ def _bounded(call: Callable[[], T], seconds: float) -> T:
     try:
         return future.result(timeout=seconds)
     except TimeoutError as error:
-        raise TimeoutError(f"no answer in {seconds:.0f} s") from error
+        raise TimeoutError(f"no answer in {seconds:g} s") from error
 
 
 def _not_an_id(repo: str) -> str:

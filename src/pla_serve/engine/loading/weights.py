@@ -86,6 +86,7 @@ def _read(
             device_map={"": device},
             attn_implementation=attention,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -102,6 +103,11 @@ def _read(
         raise UnsupportedModel(
             f"{source.folder} lacks {len(missing)} weights of {type(model).__name__}: "
             f"{some(missing)}."
+        )
+    if mismatched := sorted(str(key[0]) for key in info["mismatched_keys"]):
+        raise UnsupportedModel(
+            f"{len(mismatched)} weights in {source.folder} have another shape than its config "
+            f"says: {some(mismatched)}."
         )
     loaded: torch.nn.Module = model
     return loaded

@@ -1,0 +1,155 @@
+"""GGUF files: the converted model is the original one, or the file is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pla_serve.engine.loading import ModelSource, UnsupportedModel, eos_token_ids
+from pla_serve.engine.loading import gguf as gguf_cache
+from pla_serve.engine.loading.convert import _config, _read, convert
+from pla_serve.engine.loading.errors import ModelUnavailable
+from pla_serve.engine.loading.progress import Silent
+
+from . import tiny
+
+TOKENS = torch.arange(3, 33)[None]
+
+
+def written(path: Path, family: str = "Llama", **extra: Any) -> Any:
+    source = tiny.model(tiny.config(family, head_dim=16, tie_word_embeddings=family == "Llama"))
+    tiny.write_gguf(path, source, **extra)
+    return source
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_the_converted_model_is_the_original(tmp_path: Path, family: str) -> None:
+    changes = {} if family == "Qwen2" else {"head_dim": 16}
+    settings = tiny.config(family, tie_word_embeddings=family == "Llama", rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 12345.0}, **changes)  # fmt: skip
+    source = tiny.model(settings)
+    tiny.write_gguf(tmp_path / "m.gguf", source)
+    out = tmp_path / "out"
+    convert(tmp_path / "m.gguf", out)
+
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert loaded.config.rms_norm_eps == 1e-5
+    assert loaded.config.tie_word_embeddings == (family == "Llama")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS).logits, source.eval()(TOKENS).logits)
+    # the end of a turn ends a text too
+    assert eos_token_ids(ModelSource("m", out, "here")) == (1, 2)
+
+
+def test_the_tokenizer_keeps_specials_whole_and_digits_apart(tmp_path: Path) -> None:
+    written(tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("<|start|><|turn|>")["input_ids"] == [0, 2]
+    # the vocabulary has "198" and "1984" as tokens; this split must not reach them
+    assert tokenizer.tokenize("1984") == ["1", "9", "8", "4"]
+    assert tokenizer.decode(tokenizer("hello wörld 🙂\n")["input_ids"]) == "hello wörld 🙂\n"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert rendered == "<|start|>hi<|turn|>"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert tokenizer.model_max_length == 64
+
+
+def test_gpt2_splits_keep_digits_together(tmp_path: Path) -> None:
+    written(tmp_path / "m.gguf", pre="gpt-2")
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").tokenize("1984") == ["1984"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"rope__scaling__type": "yarn"}, r"sets rope\.scaling\.type"),
+        ({"attention__sliding_window": 4096}, r"sets attention\.sliding_window"),
+        ({"expert_count": 8}, "sets expert_count"),
+        ({"rope__dimension_count": 8}, r"rope\.dimension_count is not the size of a head"),
+        ({"pre": "from-the-future"}, "from-the-future"),
+    ],
+)
+def test_what_would_be_lost_is_refused(tmp_path: Path, extra: dict[str, Any], reason: str) -> None:
+    written(tmp_path / "m.gguf", **extra)
+    with pytest.raises(UnsupportedModel, match=reason):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_settings_that_say_nothing_special_are_passed_over(tmp_path: Path) -> None:
+    source = written(tmp_path / "m.gguf", rope__scaling__type="none", expert_count=0)
+    metadata, _ = _read(tmp_path / "m.gguf")
+    assert _config(tmp_path / "m.gguf", metadata).head_dim == source.config.head_dim
+
+
+def test_a_tensor_that_transformers_passes_over_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 3 files hold rope factors in a tensor of their own."""
+    plain = GGUFWriter.write_header_to_file
+
+    def with_factors(self: GGUFWriter, *args: Any) -> None:
+        self.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
+        plain(self, *args)
+
+    monkeypatch.setattr(GGUFWriter, "write_header_to_file", with_factors)
+    written(tmp_path / "m.gguf")
+    with pytest.raises(UnsupportedModel, match=r"not used: rope_freqs\.weight"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "gemma2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match="'gemma2' is not converted; llama, qwen2, qwen3"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("keep", [4, 100, 3000, -5000])
+def test_a_file_cut_short_is_refused(tmp_path: Path, keep: int) -> None:
+    written(tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(whole[:keep])
+    with pytest.raises(UnsupportedModel, match="broken or cut short"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_a_refusal_crosses_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one test through the real converter process; it must leave nothing in the cache."""
+    monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path / "cache"))
+    written(tmp_path / "m.gguf", expert_count=8)
+    with pytest.raises(UnsupportedModel, match=r"m\.gguf: its metadata sets expert_count"):
+        gguf_cache.converted(tmp_path / "m.gguf", Silent())
+    left = [path.name for path in (tmp_path / "cache" / "models").iterdir()]
+    assert all(name.endswith(".lock") for name in left)
+
+
+def test_a_crash_of_the_converter_is_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", shutil.which("false") or "/bin/false")
+    with pytest.raises(ModelUnavailable, match="exit status 1"):
+        gguf_cache.convert(tmp_path / "m.gguf", tmp_path, Silent())
+
+
+def test_a_changed_file_is_converted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path / "cache"))
+    seen: list[bytes] = []
+    monkeypatch.setattr(gguf_cache, "convert", lambda path, *_: seen.append(path.read_bytes()))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF one")
+    first = gguf_cache.converted(file, Silent())
+    assert gguf_cache.converted(file, Silent()) == first
+    file.write_bytes(b"GGUF, two")
+    assert gguf_cache.converted(file, Silent()) != first
+    assert seen == [b"GGUF one", b"GGUF, two"]
