@@ -26,6 +26,7 @@ from pla_serve.engine.sampling.draw import (
     keep_top_k,
     keep_top_p,
     pick,
+    scale,
     to_weights,
 )
 
@@ -40,7 +41,7 @@ def random_logits(seed: int, rows: int, vocab: int, spread: float = 3.0) -> torc
 def surviving(logits: torch.Tensor, **params: Any) -> torch.Tensor:
     """Probabilities (n, vocab) float64 after the filters."""
     rows = len(logits)
-    scaled = (logits - logits.amax(-1, keepdim=True)) / params.get("temperature", 1.0)
+    scaled = scale(logits.clone(), logits.amax(-1), [params.get("temperature", 1.0)] * rows)
     keep_min_p(scaled, [params.get("min_p", 0.0)] * rows)
     keep_top_k(scaled, [params.get("top_k", 0)] * rows)
     weights = to_weights(scaled)
@@ -181,7 +182,8 @@ def test_draws_have_the_frequencies_of_the_softmax() -> None:
     logits = random_logits(1, 1, 20, 1.5)
     n = 20_000
     fractions = torch.arange(n, dtype=torch.float64) / n
-    drawn = pick(to_weights(logits - logits.amax()).expand(n, -1), fractions)
+    weights = to_weights(scale(logits.clone(), logits.amax(-1), [1.0]))
+    drawn = pick(weights.expand(n, -1), fractions)
     expected = logits.double().softmax(-1)[0]
     # Evenly spaced fractions hit each token in proportion, give or take one.
     assert (torch.bincount(drawn, minlength=20) - n * expected).abs().max() <= 1.001

@@ -1,12 +1,16 @@
 """Temperature, min-p, top-k, top-p, and the draw by inverse CDF; all rows at once.
 
-Probabilities are whole numbers: exp(logit - peak) in units of 2**-34 of the likeliest token's,
-rounded down. Sums of them stay below 2**53 for any vocabulary up to 2**19, so float64 adds them
-exactly and no order of summation, batch shape or device can change which token is drawn.
+A scaled logit is (logit - peak) / (temperature * ln 2), so 2 to its power is a probability in units
+of the likeliest token's. (Powers of 2 take torch a third of the time of powers of e.)
+
+Weights are whole numbers: these powers in units of 2**-34, rounded down. Sums of them stay below
+2**53 for any vocabulary up to 2**19, so float64 adds them exactly and no order of summation, batch
+shape or device can change which token is drawn.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +43,7 @@ def draw(
     Returns:
         (n,) int64. Rows without a finite peak get any token.
     """
-    scaled = logits.sub_(peak.unsqueeze(1)).div_(_column([p.temperature for p in params], logits))
+    scaled = scale(logits, peak, [p.temperature for p in params])
     keep_min_p(scaled, [p.min_p for p in params])
     keep_top_k(scaled, [p.top_k for p in params])
     weights = to_weights(scaled)
@@ -48,15 +52,21 @@ def draw(
     return pick(weights, fractions)
 
 
+def scale(logits: torch.Tensor, peak: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
+    """Logarithms, to base 2, of how likely tokens are beside the likeliest; in place."""
+    factors = torch.tensor([1 / (t * math.log(2)) for t in temperatures], dtype=torch.float32)
+    return logits.sub_(peak.unsqueeze(1)).mul_(factors.to(logits.device).unsqueeze(1))
+
+
 def to_weights(scaled: torch.Tensor) -> torch.Tensor:
-    """(n, vocab) float32 whole numbers, RESOLUTION for logit 0; ``scaled`` is at most 0."""
-    return scaled.exp().mul_(RESOLUTION).floor_()
+    """(n, vocab) float32 whole numbers, RESOLUTION for the likeliest token."""
+    return scaled.exp2().mul_(RESOLUTION).floor_()
 
 
 def keep_min_p(scaled: torch.Tensor, min_p: Sequence[float]) -> None:
     """Drop, in place, tokens less likely than ``min_p`` times the likeliest (its logit is 0)."""
     if any(min_p):
-        floor = torch.tensor(min_p, dtype=torch.float32, device=scaled.device).log_()
+        floor = torch.tensor(min_p, dtype=torch.float32, device=scaled.device).log2_()
         _drop_below(scaled, floor)
 
 
@@ -68,7 +78,7 @@ def keep_top_k(scaled: torch.Tensor, top_k: Sequence[int]) -> None:
         return
     index = torch.tensor(rows, device=scaled.device)
     place = torch.tensor([top_k[row] - 1 for row in rows], device=scaled.device)
-    best = scaled[index].topk(max(top_k[row] for row in rows)).values
+    best = scaled.index_select(0, index).topk(max(top_k[row] for row in rows)).values
     floor = torch.full(scaled.shape[:1], -torch.inf, device=scaled.device)
     floor[index] = best.gather(1, place.unsqueeze(1)).squeeze(1)
     _drop_below(scaled, floor)
@@ -84,7 +94,7 @@ def keep_top_p(scaled: torch.Tensor, weights: torch.Tensor, top_p: Sequence[floa
         return
     index = torch.tensor(rows, device=scaled.device)
     share = torch.tensor([top_p[row] for row in rows], dtype=torch.float64, device=scaled.device)
-    wanted, mass = scaled[index], weights[index]
+    wanted, mass = scaled.index_select(0, index), weights.index_select(0, index)
     need = share * mass.sum(-1, dtype=torch.float64)
     floor = torch.full(scaled.shape[:1], -torch.inf, device=scaled.device)
     floor[index] = _nucleus_floor(wanted, mass, need, NUCLEUS_WIDTH)
@@ -122,10 +132,6 @@ def pick(weights: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
     rest = target - (upto.gather(1, block) - inside.sum(-1, keepdim=True))
     place = torch.searchsorted(inside.cumsum(1), rest, right=True)
     return (block * BLOCK + place).squeeze(1).clamp_(max=vocab - 1)
-
-
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
 
 
 def _drop_below(scaled: torch.Tensor, floor: torch.Tensor) -> None:

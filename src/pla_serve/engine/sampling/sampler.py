@@ -100,7 +100,9 @@ class Sampler:
         if special:
             index = torch.tensor(special, device=self._device)
             chosen = self._choose(
-                logits[index].float(), tokens[index], [sequences[row] for row in special]
+                logits.index_select(0, index).float(),
+                tokens[index],
+                [sequences[row] for row in special],
             )
             tokens[index] = chosen
         logprobs = self._logprobs(logits, tokens, sequences)
@@ -115,8 +117,8 @@ class Sampler:
         self, logits: torch.Tensor, tokens: torch.Tensor, sequences: Sequence[SequenceSampling]
     ) -> torch.Tensor:
         """(n,) tokens or error codes of rows that need more than an argmax; overwrites logits."""
+        # Whatever happens to a row that is not finite stays in that row.
         broken = tokens == NOT_FINITE
-        logits.masked_fill_(broken.unsqueeze(1), 0.0)
         self._apply_grammars(logits, sequences)
         self._apply_adjustments(logits, sequences)
         peak, chosen = row_max(logits)
@@ -125,7 +127,7 @@ class Sampler:
         if random:
             index = torch.tensor(random, device=logits.device)
             chosen[index] = draw(
-                logits[index],
+                logits.index_select(0, index),
                 peak[index],
                 [sequences[row].params for row in random],
                 [sequences[row].uniform() for row in random],
@@ -163,7 +165,9 @@ class Sampler:
             return {}
         index = torch.tensor(rows, device=self._device)
         tops = [sequences[row].params.logprobs or 0 for row in rows]
-        found = token_logprobs(logits[index].float(), tokens[index].clamp(min=0), tops)
+        found = token_logprobs(
+            logits.index_select(0, index).float(), tokens[index].clamp(min=0), tops
+        )
         return dict(zip(rows, found, strict=True))
 
     @staticmethod
