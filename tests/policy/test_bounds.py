@@ -201,7 +201,7 @@ class TestShareAccount:
 
 def test_bounds_grow_with_what_they_depend_on() -> None:
     base = long_wait_bound(CONFIG, 10, 0.2)
-    assert base == pytest.approx(10 / 0.5 + 1.0 + 0.2)
+    assert base == pytest.approx(10 / 0.5 + 1.0 + 2 * 0.2)
     assert long_wait_bound(replace(CONFIG, long_share=0.9), 10, 0.2) < base
     assert short_wait_bound(CONFIG, 3, 0.2, 0.1) < short_wait_bound(CONFIG, 3, 0.2, 0.3)
     assert passing_window(replace(CONFIG, aging=0), 3) == float("inf")

@@ -30,21 +30,21 @@ def jobs_of(draw: st.DrawFn, sizes: st.SearchStrategy[int]) -> list[Job]:
     jobs, now = [], 0.0
     for number in range(draw(st.integers(1, 30))):
         now += draw(st.sampled_from([0.0, 1e-9, 0.02, 0.5]))
-        outputs = draw(st.integers(1, 20))
+        outputs = draw(st.integers(1, 6))
         priority = draw(st.sampled_from([0, 0, 1]))
         jobs.append(Job(f"r{number}", now, draw(sizes), outputs=outputs, priority=priority))
     return jobs
 
 
 @given(
-    jobs=jobs_of(st.integers(1, 200)),
+    jobs=jobs_of(st.integers(1, 120)),
     batch_tokens=st.sampled_from([1, 50, 300, 2048]),
     batch_requests=st.sampled_from([1, 2, 5, 64]),
     chunk=st.sampled_from([30, 512]),
     chaos=st.sampled_from([0.0, 0.05]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_shorts_alone_run_in_the_batches_of_fcfs(
     jobs: list[Job], batch_tokens: int, batch_requests: int, chunk: int, chaos: float, seed: int
 ) -> None:

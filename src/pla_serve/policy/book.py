@@ -252,7 +252,7 @@ class RequestBook:
 
     def _price(self, pending: Pending) -> None:
         cap, tokens = self.cap, pending.new_tokens
-        pending.seconds = self.cost.prefill_seconds(tokens, pending.history, cap)
+        pending.seconds = self.cost.epoch_prefill_seconds(tokens, pending.history, cap)
         pending.whole = Chunk(pending.id, tokens, pending.history) if tokens <= cap else None
 
     def _count(self, pending: Pending, sign: int) -> None:

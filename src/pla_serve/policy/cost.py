@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import astuple, dataclass
-from math import ceil, inf, isfinite
+from math import inf, isfinite
 from statistics import median
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ class CostModel:
         self._fitted_at = 0
         self._patience = EARLY_REFIT
         self._epoch = 0
-        self._epoch_marks = self._marks()
+        self._epoch_profile = self._profile
         self._boundary_profile = self._profile
 
     @property
@@ -131,7 +131,7 @@ class CostModel:
 
     @property
     def epoch(self) -> int:
-        """Grows when predictions have moved so far that orders built on them should be renewed."""
+        """Grows when predictions have moved so far that `epoch_prefill_seconds` follows them."""
         return self._epoch
 
     def seconds(self, batch: Batch) -> float:
@@ -142,25 +142,18 @@ class CostModel:
         self, tokens: float, attention: float, kv: float, sequences: float, launches: float
     ) -> float:
         """Predicted time of the fields of a `Work`."""
-        unit = self._profile
-        return (
-            unit.per_token * tokens
-            + unit.per_attention * attention
-            + unit.per_kv * kv
-            + unit.per_sequence * sequences
-            + unit.per_launch * launches
-        )
+        return _seconds(self._profile, tokens, attention, kv, sequences, launches)
 
     def prefill_seconds(self, new_tokens: int, history: int, chunk: int | None = None) -> float:
         """Predicted time of a prefill alone, in equal chunks of at most ``chunk`` tokens."""
-        launches = ceil(new_tokens / chunk) if chunk else 1
-        return self.work_seconds(
-            new_tokens,
-            new_tokens * (history + new_tokens / 2),
-            launches * history + new_tokens * (launches + 1) / 2,
-            launches,
-            launches,
-        )
+        return _prefill_seconds(self._profile, new_tokens, history, chunk)
+
+    def epoch_prefill_seconds(self, new_tokens: int, history: int, chunk: int) -> float:
+        """The same with coefficients that change with `epoch` only.
+
+        For orders: two equal requests must not swap because a fit came between their arrivals.
+        """
+        return _prefill_seconds(self._epoch_profile, new_tokens, history, chunk)
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Learn that ``batch`` took ``seconds``.
@@ -203,9 +196,9 @@ class CostModel:
         self._fitted_at = self._observed
         fitted = refit(*self._window.samples(), np.array(astuple(self._profile)))
         self._profile = CostProfile(*fitted.tolist())
-        if _moved(self._epoch_marks, self._marks(), NEW_EPOCH):
+        if _moved(_marks(self._epoch_profile), _marks(self._profile), NEW_EPOCH):
             self._epoch += 1
-            self._epoch_marks = self._marks()
+            self._epoch_profile = self._profile
         old, new = (
             [_clamped_crossing(profile, history) for history in (0, 4096)]
             for profile in (self._boundary_profile, self._profile)
@@ -213,10 +206,40 @@ class CostModel:
         if _moved(old, new, NEW_BOUNDARY):
             self._boundary_profile = self._profile
 
-    def _marks(self) -> list[float]:
-        """Predictions for a chat turn, a document and a follow-up to a document."""
-        turns = ((64, 0), (2048, 0), (64, 4096))
-        return [self.prefill_seconds(new, history) for new, history in turns]
+
+def _seconds(
+    unit: CostProfile,
+    tokens: float,
+    attention: float,
+    kv: float,
+    sequences: float,
+    launches: float,
+) -> float:
+    return (
+        unit.per_token * tokens
+        + unit.per_attention * attention
+        + unit.per_kv * kv
+        + unit.per_sequence * sequences
+        + unit.per_launch * launches
+    )
+
+
+def _prefill_seconds(unit: CostProfile, new_tokens: int, history: int, chunk: int | None) -> float:
+    launches = -(-new_tokens // chunk) if chunk else 1
+    return _seconds(
+        unit,
+        new_tokens,
+        new_tokens * (history + new_tokens / 2),
+        launches * history + new_tokens * (launches + 1) / 2,
+        launches,
+        launches,
+    )
+
+
+def _marks(profile: CostProfile) -> list[float]:
+    """Predictions for a chat turn, a document and a follow-up to a document."""
+    turns = ((64, 0), (2048, 0), (64, 4096))
+    return [_prefill_seconds(profile, new, history, None) for new, history in turns]
 
 
 def _clamped_crossing(profile: CostProfile, history: float) -> float:

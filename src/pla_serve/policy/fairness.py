@@ -94,12 +94,12 @@ def long_wait_bound(config: PolicyConfig, long_work: float, express_batch: float
             more urgent one.
         express_batch: seconds of the longest express batch.
 
-    Follows from `ShareAccount`: of T seconds, T - long_work are express work, which is at most
+    One express batch may be under way when the request arrives, and is not charged before the
+    policy hears of the request. From then on, by `ShareAccount`, express work takes at most
     ``long_work * (1 - s) / s + burst + express_batch``. Holds for an executor that is never idle
     while the policy has work.
     """
-    burst = config.express_burst_seconds + express_batch
-    return long_work / config.long_share + burst
+    return long_work / config.long_share + config.express_burst_seconds + 2 * express_batch
 
 
 def short_wait_bound(

@@ -22,7 +22,7 @@ class Pending:
     history: int
     short: bool
     seconds: float
-    """Predicted time for what is left, alone, in chunks of ``long_chunk_tokens``."""
+    """Predicted time for what is left, alone, in full chunks; as of the cost model's epoch."""
     whole: Chunk | None
     """All that is left as one chunk, where the cap allows; made once, taken by a decision."""
     started: bool = False
