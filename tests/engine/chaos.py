@@ -91,8 +91,6 @@ class ChaosPolicy:
                 new, history = self._left[request_id]
                 tokens = new if rng.random() < 0.4 else rng.randint(1, new)
                 prefills.append(Chunk(request_id, tokens, history, tokens == new))
-        decodes = tuple(
-            Chunk(i, 1, self._decodes[i]) for i in decoding if i in chosen
-        )
+        decodes = tuple(Chunk(i, 1, self._decodes[i]) for i in decoding if i in chosen)
         self._flying |= chosen
         return Batch(BatchClass.MIXED, tuple(prefills), decodes)

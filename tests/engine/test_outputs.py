@@ -15,9 +15,7 @@ from pla_serve.policy.registry import POLICIES, create_policy
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.tiny import BLOCK, CONFIGS, VOCABULARY, Engine, expected, make_engine
 
-PATIENT = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+PATIENT = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOKENS = 8
 
 
@@ -77,9 +75,7 @@ def assert_at_rest(engine: Engine) -> None:
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 @PATIENT
-@given(
-    seed=st.integers(0, 2**32), cached=st.booleans(), aborts=st.booleans(), tight=st.booleans()
-)
+@given(seed=st.integers(0, 2**32), cached=st.booleans(), aborts=st.booleans(), tight=st.booleans())
 def test_random_schedules(name: str, seed: int, cached: bool, aborts: bool, tight: bool) -> None:
     rng = Random(seed)
     blocks = rng.randint(30, 60) if tight else 256

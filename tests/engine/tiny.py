@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -117,9 +120,7 @@ class Engine:
         """Send a request; greedy unless told otherwise."""
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
         self.inbox.append(
-            AddRequest(
-                id=request_id, prompt=list(prompt), sampling=params, arrival=self.clock()
-            )
+            AddRequest(id=request_id, prompt=list(prompt), sampling=params, arrival=self.clock())
         )
 
     def abort(self, request_id: str) -> None:
@@ -188,3 +189,11 @@ def make_engine(
     loop = EngineLoop(parts, inbox=poll, emit=emitted.append, clock=clock)
     engine = Engine(loop, parts, inbox, emitted, clock)
     return engine
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Tokenizer files for a vocabulary of VOCABULARY words, w0 to w95; w0 is EOS."""
+    words = {f"w{index}": index for index in range(VOCABULARY)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="w0").save_pretrained(folder)

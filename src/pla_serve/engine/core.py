@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -38,6 +39,8 @@ from pla_serve.engine.warmup import warm_up
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.registry import create_policy
+
+log = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -127,13 +130,9 @@ def _assemble(
     kv_plan: KVPlan,
     limits: Limits,
 ) -> Parts:
-    tokenizer = load_tokenizer(source)
-    grammars = None
-    if tokenizer is not None and (limits.eos_token_ids or tokenizer.eos_token_id is not None):
-        grammars = GrammarCompiler(tokenizer, limits.vocab_size, eos_token_ids=limits.eos_token_ids)
     policy = create_policy(config.policy, config.policy_config, cost)
     kv = KVManager(kv_plan.blocks, config.block_tokens, prefix_cache=config.prefix_cache)
-    sampler = Sampler(limits.vocab_size, device, grammars)
+    sampler = Sampler(limits.vocab_size, device, _grammars(source, limits))
     queued = config.max_queued_tokens or 4 * kv_plan.blocks * config.block_tokens
     admission = Admission(queued, config.max_predicted_wait)
     return Parts(
@@ -146,6 +145,18 @@ def _assemble(
         cost=cost,
         device=device,
     )
+
+
+def _grammars(source: ModelSource, limits: Limits) -> GrammarCompiler | None:
+    """None, with the reason in the log, for a tokenizer that grammars cannot be built on."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        return None
+    try:
+        return GrammarCompiler(tokenizer, limits.vocab_size, eos_token_ids=limits.eos_token_ids)
+    except ValueError as error:
+        log.warning("structured output is off, this tokenizer does not allow it: %s", error)
+        return None
 
 
 def _attention_backend(device: torch.device) -> AttentionBackend:

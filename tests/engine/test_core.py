@@ -1,0 +1,102 @@
+"""From settings to tokens: a folder of a tiny model through the whole of the engine."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+
+from pla_serve.engine.attention.cache import KVShape
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.core import EngineCore
+from pla_serve.engine.kv.sizing import GIB, plan_kv
+from pla_serve.engine.messages import (
+    AddRequest,
+    EngineReady,
+    Inbound,
+    Outbound,
+    Output,
+    SamplingParams,
+)
+from tests.engine.tiny import CONFIGS, expected, reference_model, write_tokenizer
+
+CPU = torch.device("cpu")
+SHAPE = KVShape(layers=2, heads=2, head_dim=8, dtype=torch.float32)
+
+
+def serve_one(config: EngineConfig, prompt: tuple[int, ...]) -> tuple[EngineReady, list[int]]:
+    """Start an engine and ask for eight greedy tokens."""
+    inbox: deque[Inbound] = deque()
+    emitted: list[Outbound] = []
+
+    def poll() -> list[Inbound]:
+        messages = list(inbox)
+        inbox.clear()
+        return messages
+
+    core = EngineCore(config, inbox=poll, emit=emitted.append)
+    ready = emitted[0]
+    assert isinstance(ready, EngineReady)
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    inbox.append(AddRequest(id="x", prompt=list(prompt), sampling=sampling, arrival=0.0))
+    while core.step() is not None:
+        pass
+    return ready, [t for o in emitted if isinstance(o, Output) for t in o.tokens]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Llama without a tokenizer: prompts are token ids."""
+    reference_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_dummy_weights_are_the_same_each_time(folder: Path) -> None:
+    config = EngineConfig(
+        model=str(folder), load_format="dummy", kv_cache_gib=0.001, threads=1, seed=5
+    )
+    first, tokens = serve_one(config, (1, 2, 3))
+    _, again = serve_one(config, (1, 2, 3))
+    assert tokens == again
+    assert (first.dtype, first.device, first.policy) == ("float32", "cpu", "length-aware")
+    assert first.vocab_size == CONFIGS["llama"]().vocab_size
+
+
+def test_bfloat16_runs_and_float32_is_exact(folder: Path, tokenizer_files: None) -> None:
+    config = EngineConfig(model=str(folder), kv_cache_gib=0.001, threads=1)
+    _, tokens = serve_one(config, (1, 2, 3))
+    assert tuple(tokens) == expected("llama", (1, 2, 3), 8)
+    narrow = EngineConfig(model=str(folder), kv_cache_gib=0.001, threads=1, dtype="bfloat16")
+    ready, tokens = serve_one(narrow, (1, 2, 3))
+    assert ready.dtype == "bfloat16"
+    assert 1 <= len(tokens) <= 8
+
+
+@pytest.fixture
+def tokenizer_files(folder: Path) -> None:
+    """What a folder of real weights must have."""
+    write_tokenizer(folder)
+
+
+def test_kv_memory_bounds_the_model_length() -> None:
+    config = EngineConfig(kv_cache_gib=100 * 16 * SHAPE.bytes_per_token / GIB)
+    plan = plan_kv(config, SHAPE, CPU, positions=1_000_000)
+    assert (plan.blocks, plan.short_reserve, plan.max_model_len) == (100, 5, 95 * 16)
+    assert plan_kv(config, SHAPE, CPU, positions=64).max_model_len == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "positions", "message"),
+    [
+        (EngineConfig(max_model_len=65), 64, "exceeds the 64 positions"),
+        (EngineConfig(kv_cache_gib=1e-9), 64, "raise kv_cache_gib"),
+        (EngineConfig(kv_cache_gib=1e-4, max_model_len=4096), 8192, "lower max_model_len"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_cure(
+    config: EngineConfig, positions: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_kv(config, SHAPE, CPU, positions)
