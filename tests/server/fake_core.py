@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.messages import (
@@ -37,6 +39,8 @@ ERROR_SEED = 500
 """The request fails after the first token, with finish_reason error."""
 SILENT_SEED = 7777
 """Accepted, then nothing until it is aborted."""
+GATED_SEED = 8888
+"""The first token at once, the others when the file FAKE_GATE exists."""
 
 
 @dataclass
@@ -65,6 +69,10 @@ class FakeCore:
     def __post_init__(self) -> None:
         if self.config.model == "broken":
             raise ValueError("there is no model called broken")
+        gate = os.environ.get("FAKE_START_GATE")
+        while gate and not Path(gate).exists():
+            time.sleep(0.005)
+        self.gate = Path(os.environ.get("FAKE_GATE", "/nowhere"))
         self.tokens_per_step = int(os.environ.get("FAKE_TOKENS_PER_STEP", "1"))
         self.pause = float(os.environ.get("FAKE_PAUSE", "0"))
         self.emit(
@@ -118,6 +126,9 @@ class FakeCore:
     def advance(self, running: Running) -> None:
         request, sampling = running.request, running.request.sampling
         if sampling.seed == SILENT_SEED:
+            return
+        if sampling.seed == GATED_SEED and running.made and not self.gate.exists():
+            time.sleep(0.005)
             return
         if sampling.seed == CRASH_SEED and running.made:
             raise RuntimeError("the core was told to crash")

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.messages import Grammar
+from pla_serve.server.detokenize import _byte_spelling
 from pla_serve.server.engine_process import EngineSpec
-from pla_serve.server.logprobs import _byte_alphabet
 from pla_serve.server.run import Instance, listen
 from pla_serve.server.settings import ServerSettings
 
@@ -30,7 +30,7 @@ DEADLINE = 20.0
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no such role') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}{{ mood }}"
 )
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """Every byte is a token with the byte as its id; 256 is EOS."""
-    alphabet = sorted(_byte_alphabet().items(), key=lambda item: item[1])
+    alphabet = sorted(_byte_spelling().items(), key=lambda item: item[1])
     backend = Tokenizer(models.BPE(vocab=dict(alphabet), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -69,12 +69,14 @@ class Live:
 
     def __init__(self, *, env: dict[str, str] | None = None, **settings: Any) -> None:
         template = settings.pop("chat_template", CHAT_TEMPLATE)
-        context = settings.pop("context", CONTEXT)
+        config = EngineConfig(
+            model=settings.pop("model", MODEL), max_model_len=settings.pop("context", CONTEXT)
+        )
         self.settings = ServerSettings(
             **{"model_names": (MODEL, "alias"), "model_root": "somewhere", **settings}
         )
         self._spec = EngineSpec(
-            EngineConfig(max_model_len=context),
+            config,
             factory="fake_core:FakeCore",
             env={"PYTHONPATH": str(HERE), **(env or {})},
         )

@@ -258,7 +258,7 @@ def test_continues_the_final_message(client: openai.OpenAI) -> None:
 
 
 def test_template_that_refuses_is_a_bad_request(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="no tools here"):
+    with pytest.raises(openai.BadRequestError, match="no such role"):
         client.chat.completions.create(
             model=MODEL, messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]
         )

@@ -75,8 +75,9 @@ def _explain(error: ValidationError) -> ApiError:
     param = str(first["loc"][0])[:200] if first["loc"] else None
     if first["type"] == "extra_forbidden":
         return unsupported(where)
-    if first["type"] == "unsupported":
-        return unsupported(param or where, first["msg"])
+    if first["type"] in ("unsupported", "wrong"):
+        code = "unsupported_parameter" if first["type"] == "unsupported" else None
+        return invalid(first["msg"], first["ctx"]["param"], code)
     message = first["msg"].removeprefix("Value error, ")
     return invalid(f"{where}: {message}" if where else message, param)
 

@@ -19,6 +19,7 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from pla_serve.engine.loading import ModelSource
     from pla_serve.engine.messages import EngineReady, Grammar
     from pla_serve.server.endpoints import GrammarCheck
 
@@ -289,8 +290,7 @@ def start(
     config: EngineConfig, settings: ServerSettings, chat_template: str | None, log_level: str
 ) -> int:
     """Load, serve, drain; returns the exit status. What the user can mend exits with one line."""
-    from pla_serve.engine.loading import LoadingError, load_tokenizer, resolve
-    from pla_serve.engine.loading.progress import ConsoleProgress
+    from pla_serve.engine.loading import ConsoleProgress, LoadingError, resolve
     from pla_serve.server.engine_client import EngineStartError
     from pla_serve.server.engine_process import EngineSpec
     from pla_serve.server.run import Instance, listen, run
@@ -302,7 +302,7 @@ def start(
     try:
         listener = listen(settings.host, settings.port)
         source = resolve(config.model, config.load_format, progress=ConsoleProgress())
-        tokenizer = load_tokenizer(source)
+        tokenizer = _tokenizer(source)
     except (LoadingError, OSError, ValueError) as error:
         _fail(error)
     host, port = listener.getsockname()[:2]
@@ -313,7 +313,7 @@ def start(
             EngineSpec(config, log_level=log_level),
             tokenizer,
             chat_template=chat_template,
-            check_grammar=_grammar_check(tokenizer),
+            check_grammar=_grammar_check(tokenizer, source),
             on_ready=lambda engine: _announce(settings, host, port, engine.info),
         )
 
@@ -323,14 +323,23 @@ def start(
         _fail(error)
 
 
-def _grammar_check(tokenizer: Any) -> GrammarCheck:
+def _tokenizer(source: ModelSource) -> Any:
+    from pla_serve.engine.loading import load_config, load_tokenizer
+    from pla_serve.server.numbers import numbers_tokenizer
+
+    found = load_tokenizer(source)
+    return found if found is not None else numbers_tokenizer(load_config(source).vocab_size)
+
+
+def _grammar_check(tokenizer: Any, source: ModelSource) -> GrammarCheck:
     """Its import takes seconds, so it begins in a thread while the engine loads its weights."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     def build() -> Any:
+        from pla_serve.engine.loading import eos_token_ids
         from pla_serve.engine.sampling.grammar import GrammarCompiler
 
-        return GrammarCompiler(tokenizer, len(tokenizer))
+        return GrammarCompiler(tokenizer, len(tokenizer), eos_token_ids=eos_token_ids(source))
 
     compiler = thread.submit(build)
     thread.shutdown(wait=False)
@@ -347,7 +356,7 @@ def _announce(settings: ServerSettings, host: str, port: int, info: EngineReady 
     key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
     print(
         f"Ready: {settings.model_names[0]} ({info.dtype} on {info.device}, {info.max_model_len} "
-        f"tokens of context, policy {info.policy}) on http://{address}. Try:\n"
+        f"tokens of context, policy {info.policy}). Try:\n"
         f"curl http://{address}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         '-d \'{"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32}\'',
         flush=True,

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from pla_serve.engine.messages import EngineReady, Grammar
 from pla_serve.server.answer import EventWriter, Header, whole
 from pla_serve.server.body import read_json
+from pla_serve.server.detokenize import TokenBytes
 from pla_serve.server.engine_client import EngineClient, EngineUnavailableError
 from pla_serve.server.errors import ApiError, invalid, json_response, too_long, unavailable
 from pla_serve.server.event_stream import EventStream
@@ -39,7 +40,7 @@ class Service:
 
     settings: ServerSettings
     engine: EngineClient
-    tokenizer: Any
+    token_bytes: TokenBytes
     encoder: PromptEncoder
     names: TokenNames
     metrics: Metrics
@@ -96,7 +97,7 @@ class Endpoints:
         if grammar is not None:
             await self._check(grammar)
         session = service.engine.session(settings.max_unread_tokens)
-        generation = Generation(plan, session, service.tokenizer, service.metrics)
+        generation = Generation(plan, session, service.token_bytes, service.metrics)
         headers = {"x-request-id": header.id}
         streams = False
         try:

@@ -17,7 +17,7 @@ from pla_serve.engine.messages import (
     SamplingParams,
     TokenLogprob,
 )
-from pla_serve.server.detokenize import Detokenizer
+from pla_serve.server.detokenize import Detokenizer, TokenBytes
 from pla_serve.server.errors import ApiError, failed, invalid, over_capacity, unavailable
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.session import EngineDiedError, EngineSession, SlowReaderError, Update
@@ -80,7 +80,7 @@ class Generation:
         self,
         plan: Plan,
         session: EngineSession,
-        tokenizer: Any,
+        token_bytes: TokenBytes,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -91,7 +91,7 @@ class Generation:
         self._choices = {
             choice.id: choice
             for index in range(len(plan.prompts) * plan.n)
-            for choice in [self._choice(index, tokenizer)]
+            for choice in [self._choice(index, token_bytes)]
         }
         self._unfinished = len(self._choices)
         self._held: list[Update] = []
@@ -156,9 +156,9 @@ class Generation:
             retry.cancel()
         self._session.close()
 
-    def _choice(self, index: int, tokenizer: Any) -> Choice:
+    def _choice(self, index: int, token_bytes: TokenBytes) -> Choice:
         plan = self.plan
-        detokenizer = Detokenizer(tokenizer, plan.stop, plan.include_stop, plan.skip_special)
+        detokenizer = Detokenizer(token_bytes, plan.stop, plan.include_stop, plan.skip_special)
         return Choice(index, index // plan.n, f"{plan.id}-{index}", detokenizer)
 
     def _submit(self, choice: Choice) -> None:

@@ -32,7 +32,11 @@ class PromptEncoder:
         self, tokenizer: Any, *, chat_template: str | None = None, threads: int = 2
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = chat_template or tokenizer.chat_template
+        template = chat_template or tokenizer.chat_template
+        # Some models name several; the one for tools is of no use here.
+        self._template: str | None = (
+            template.get("default") if isinstance(template, dict) else template
+        )
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
     def close(self) -> None:
@@ -111,18 +115,15 @@ class PromptEncoder:
         return ids
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        if self._tokenizer.is_fast:
-            backend = self._tokenizer.backend_tokenizer
-            ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
-        else:
-            ids = self._tokenizer.encode(text, add_special_tokens=special)
+        backend = self._tokenizer.backend_tokenizer
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
     def _message(self, message: Message) -> dict[str, Any]:
         """As templates expect it: without empty fields, arguments of past calls as objects."""
         fields = message.model_dump(exclude_none=True)
         fields.setdefault("content", "")
-        if message.role == "developer" and "developer" not in self._template:
+        if message.role == "developer" and "developer" not in (self._template or ""):
             fields["role"] = "system"
         for call in fields.get("tool_calls", ()):
             function = call.get("function")

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from pla_serve.server.app import build_app
+from pla_serve.server.detokenize import TokenBytes
 from pla_serve.server.endpoints import GrammarCheck, Service
 from pla_serve.server.engine_client import EngineClient, EngineStartError
 from pla_serve.server.engine_process import EngineSpec
@@ -104,12 +105,13 @@ class Instance:
         self.traffic = Traffic(self.metrics)
         self.engine = EngineClient(spec, self.metrics)
         self.encoder = PromptEncoder(tokenizer, chat_template=chat_template)
+        token_bytes = TokenBytes(tokenizer)
         service = Service(
             settings=settings,
             engine=self.engine,
-            tokenizer=tokenizer,
+            token_bytes=token_bytes,
             encoder=self.encoder,
-            names=TokenNames(tokenizer),
+            names=TokenNames(token_bytes),
             metrics=self.metrics,
             check_grammar=check_grammar,
             started=int(time.time()),

@@ -24,9 +24,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-def refuse(message: str) -> PydanticCustomError:
+def refuse(param: str, message: str) -> PydanticCustomError:
     """Ends as `unsupported_parameter`."""
-    return PydanticCustomError("unsupported", "{reason}", {"reason": message})
+    return PydanticCustomError("unsupported", "{reason}", {"reason": message, "param": param})
+
+
+def wrong(param: str, message: str) -> PydanticCustomError:
+    """A fault that only several fields together show; ``param`` is the one to mend."""
+    return PydanticCustomError("wrong", "{reason}", {"reason": message, "param": param})
 
 
 def read_prompts(value: object) -> list[str | list[int]]:
@@ -65,7 +70,9 @@ def _read_part(part: object) -> str:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise ValueError("a content part must be an object with a type")
     if part["type"] != "text":
-        raise refuse(f"content parts of type {part['type'][:50]} are not supported, only text")
+        raise refuse(
+            "messages", f"content parts of type {part['type'][:50]} are not supported, only text"
+        )
     if not isinstance(part.get("text"), str):
         raise ValueError("a content part of type text must have a string text")
     return str(part["text"])
@@ -200,9 +207,9 @@ class GenerationRequest(Ignored):
     @model_validator(mode="after")
     def _consistent(self) -> GenerationRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise refuse("best_of is only supported if it equals n")
+            raise refuse("best_of", "best_of is only supported if it equals n")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream")
+            raise wrong("stream_options", "stream_options needs stream: true")
         return self
 
 
@@ -216,7 +223,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _echoes(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise refuse("echo with logprobs is not supported: prompts have no logprobs here")
+            raise refuse("echo", "echo with logprobs is not supported: prompts have no logprobs")
         return self
 
 
@@ -256,15 +263,16 @@ class ChatRequest(GenerationRequest):
     def _chats(self) -> ChatRequest:
         if self.tools and self.tool_choice != "none":
             raise refuse(
+                "tools",
                 "tools are not supported: tool calls are not parsed out of the answer. "
-                "With tool_choice none they are shown to the model"
+                "With tool_choice none they are shown to the model",
             )
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise wrong("top_logprobs", "top_logprobs needs logprobs: true")
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message needs add_generation_prompt: false")
+            raise wrong("continue_final_message", "set add_generation_prompt: false beside it")
         if self.continue_final_message and self.messages[-1].content is None:
-            raise ValueError("continue_final_message needs content in the last message")
+            raise wrong("continue_final_message", "the last message has no content")
         return self
 
     @property

@@ -1,0 +1,42 @@
+"""A server process with the fake engine: prints its port and its engine's pid when it is ready."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from server_harness import CONTEXT, HERE, MODEL, check_grammar, make_tokenizer
+
+from pla_serve.engine.config import EngineConfig
+from pla_serve.server.engine_client import EngineClient
+from pla_serve.server.engine_process import EngineSpec
+from pla_serve.server.run import Instance, listen, run
+from pla_serve.server.settings import ServerSettings
+
+
+def main() -> int:
+    listener = listen("127.0.0.1", 0)
+
+    def on_ready(engine: EngineClient) -> None:
+        print(listener.getsockname()[1], engine.pid, flush=True)
+
+    def instance() -> Instance:
+        return Instance(
+            ServerSettings((MODEL,), MODEL, drain_seconds=float(sys.argv[1])),
+            EngineSpec(
+                EngineConfig(max_model_len=CONTEXT),
+                factory="fake_core:FakeCore",
+                env={"PYTHONPATH": str(HERE)},
+            ),
+            make_tokenizer(),
+            check_grammar=check_grammar,
+            on_ready=on_ready,
+        )
+
+    return run(instance, listener)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
