@@ -1,0 +1,80 @@
+# PLA-Serve. Two commands do all set-up:
+#
+#   make serve    install, fetch the model, serve it on http://127.0.0.1:8000
+#   make test     install, then run every check that a change must pass
+#
+# Variables, as in `make serve PORT=9000`:
+#   PYTHON       the Python to build the environment with, 3.11 or newer     (python3)
+#   VENV         where the environment lies                                 (.venv)
+#   MODEL        a folder of safetensors, a GGUF file, or a Hugging Face id (SmolLM2-135M-Instruct)
+#   HOST, PORT   where to listen                                            (127.0.0.1, 8000)
+#   ARGS         further options of `pla-serve serve`, or of pytest         (none)
+#   TORCH_INDEX  a package index for torch. On Linux, PyPI's build brings several gigabytes of CUDA;
+#                for a CPU use TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# Stamps say what an environment holds, so that a second run installs nothing.
+MADE := $(VENV)/.pla-serve-made
+TORCHED := $(VENV)/.pla-serve-torch
+INSTALLED := $(VENV)/.pla-serve-installed
+DEVELOPED := $(VENV)/.pla-serve-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev serve test lint format
+
+help:
+	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
+
+install: $(INSTALLED)
+
+dev: $(DEVELOPED)
+
+serve: $(INSTALLED)
+	$(BIN)/pla-serve serve "$(MODEL)" --host "$(HOST)" --port "$(PORT)" $(ARGS)
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+lint: $(DEVELOPED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEVELOPED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(MADE):
+	@command -v "$(PYTHON)" >/dev/null || \
+	  { echo "There is no $(PYTHON) here. Install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "PLA-Serve needs Python 3.11 or newer; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	@touch $@
+
+# torch comes first and alone: its index may be another one than that of the rest.
+$(TORCHED): $(MADE) constraints.txt
+	$(PIP) install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") $(TORCH)
+	@touch $@
+
+$(INSTALLED): $(TORCHED) pyproject.toml constraints.txt
+	$(PIP) install --constraint constraints.txt --editable .
+	@touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@
