@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+_SECRET = ("--api-key",)
 _PACKAGES = ("torch", "transformers", "numpy")
 
 
@@ -44,7 +45,16 @@ def describe(command: Sequence[str] | None = None) -> dict[str, object]:
 
 
 def _command(argv: Sequence[str]) -> str:
-    return shlex.join(_without_folder(word) for word in argv)
+    """The words without folders and keys."""
+    words: list[str] = []
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        if words and words[-1] in _SECRET:
+            word = "***"
+        elif flag in _SECRET and equals:
+            word = f"{flag}=***"
+        words.append(_without_folder(word))
+    return shlex.join(words)
 
 
 def _without_folder(word: str) -> str:

@@ -1,0 +1,3 @@
+from pla_serve.cli import app
+
+app()

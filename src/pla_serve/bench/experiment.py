@@ -1,0 +1,196 @@
+"""Runs the same workload against each entry in turn, and sums up."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import httpx
+
+from pla_serve.bench.calibrate import (
+    Costs,
+    Probe,
+    idle_ttft,
+    measure_costs,
+    sized_by_server,
+    warm_up,
+)
+from pla_serve.bench.client import HttpTransport, Target
+from pla_serve.bench.load import LoadGenerator, Observer, RunResult
+from pla_serve.bench.report import Objectives, Percentiles, Report, summarise
+from pla_serve.bench.servers import Entry, Open, ServerError
+from pla_serve.bench.text import WordFiller
+from pla_serve.bench.workload import Workload
+
+MakeWorkload = Callable[[float, int], Workload]
+"""Requests a second and repetition to a workload; sizes and order do not depend on the rate."""
+IDLE_REQUESTS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An experiment.
+
+    ``load`` replaces ``rate``: the first entry's server is measured before its first run, and the
+    rate is load times its capacity. All entries get that rate.
+    """
+
+    entries: tuple[Entry, ...]
+    open_server: Open
+    target: Target
+    """An empty model name stands for the first that the server lists."""
+    make_workload: MakeWorkload
+    objectives: Objectives
+    rate: float = 1.0
+    load: float | None = None
+    repeat: int = 1
+    idle: bool = False
+    warm: bool = True
+    size_words: bool = True
+    """Learn from the first server's usage how many tokens a word has."""
+    ids: bool = False
+    api_key: str | None = None
+    max_seconds: float | None = None
+    """None: three times the span of the arrivals, and two minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One entry, once."""
+
+    entry: str
+    repetition: int
+    report: Report
+    idle: Percentiles | None
+    result: RunResult
+
+
+@dataclass(slots=True)
+class Outcome:
+    """All runs that were finished, also when the rest was called off."""
+
+    rate: float
+    costs: Costs | None = None
+    runs: list[Run] = field(default_factory=list)
+    workloads: list[Workload] = field(default_factory=list)
+    interrupted: bool = False
+
+    def of(self, entry: str) -> list[Run]:
+        return [run for run in self.runs if run.entry == entry]
+
+
+class Experiment:
+    """Runs a plan. ``observe`` makes the observer of a run from its title and workload."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        filler: WordFiller,
+        observe: Callable[[str, Workload], Observer],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._filler = filler
+        self._observe = observe
+        self._tell = tell
+        self._sized = False
+        self.outcome = Outcome(plan.rate)
+
+    def run(self) -> Outcome:
+        """A B C, A B C, ...: drift of the machine meets all entries alike."""
+        for repetition in range(self._plan.repeat):
+            for entry in self._plan.entries:
+                self._tell(f"{entry.label}: starting")
+                with self._plan.open_server(entry) as url:
+                    asyncio.run(self._measure(entry, repetition, url))
+                if self.outcome.interrupted:
+                    return self.outcome
+        return self.outcome
+
+    async def _measure(self, entry: Entry, repetition: int, url: str) -> None:
+        plan = self._plan
+        transport = HttpTransport(url, plan.api_key)
+        try:
+            probe = await self._connect(transport, repetition)
+            shape = plan.make_workload(1.0, repetition)
+            longest = max(turn.new_tokens for turn in shape.turns)
+            if plan.warm:
+                self._tell(f"{entry.label}: warming up")
+                await warm_up(probe, longest)
+            if plan.load is not None and self.outcome.costs is None:
+                self._tell(f"{entry.label}: measuring its capacity")
+                self.outcome.costs = await measure_costs(probe, longest)
+                self.outcome.rate = plan.load * self.outcome.costs.capacity(shape)
+            idle = await self._idle(probe, entry, shape) if plan.idle else None
+            workload = plan.make_workload(self.outcome.rate, repetition)
+            result = await self._load(probe, entry, repetition, workload)
+        finally:
+            await transport.close()
+        report = summarise(result, plan.objectives)
+        self.outcome.runs.append(Run(entry.label, repetition, report, idle, result))
+        if len(self.outcome.workloads) <= repetition:
+            self.outcome.workloads.append(workload)
+
+    async def _connect(self, transport: HttpTransport, repetition: int) -> Probe:
+        """Finds out what the plan leaves to the server; later entries get the same."""
+        target = self._plan.target
+        if not target.model:
+            target = replace(target, model=await _first_model(transport))
+        if self._plan.size_words and not self._sized and not self._plan.ids:
+            probe = Probe(transport, target, self._filler, "probe")
+            self._filler = await sized_by_server(probe, self._filler)
+            self._sized = True
+        filler = replace(self._filler, salt=f"{self._filler.salt}/{repetition}")
+        return Probe(transport, target, filler, "probe", self._plan.ids)
+
+    async def _idle(self, probe: Probe, entry: Entry, shape: Workload) -> Percentiles | None:
+        self._tell(f"{entry.label}: short requests on an idle server")
+        limit = self._plan.objectives.short_tokens
+        sizes = [turn.new_tokens for turn in shape.turns if turn.new_tokens <= limit]
+        return await idle_ttft(replace(probe, name=f"{probe.name}/idle"), sizes[:IDLE_REQUESTS])
+
+    async def _load(
+        self, probe: Probe, entry: Entry, repetition: int, workload: Workload
+    ) -> RunResult:
+        plan = self._plan
+        title = entry.label if plan.repeat == 1 else f"{entry.label} ({repetition + 1})"
+        generator = LoadGenerator(
+            probe.transport,
+            probe.target,
+            probe.filler,
+            clock=asyncio.get_running_loop().time,
+            ids=plan.ids,
+            observer=self._observe(title, workload),
+        )
+        span = workload.sessions[-1].start
+        with self._stopped_by_ctrl_c(generator):
+            return await generator.run(workload, plan.max_seconds or 3 * span + 120)
+
+    @contextmanager
+    def _stopped_by_ctrl_c(self, generator: LoadGenerator) -> Iterator[None]:
+        """The first Ctrl-C ends the run and reports; a second one is the ordinary one."""
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            self.outcome.interrupted = True
+            generator.stop()
+            loop.remove_signal_handler(signal.SIGINT)
+
+        loop.add_signal_handler(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+
+async def _first_model(transport: HttpTransport) -> str:
+    try:
+        return str((await transport.get("/v1/models"))["data"][0]["id"])
+    except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
+        raise ServerError(
+            f"the server does not list its models ({error}); is its URL right, does it need "
+            "--api-key? Name a model with --model if it has no list"
+        ) from None

@@ -1,0 +1,207 @@
+"""One call of ``pla-serve bench``: what was asked for, done and reported."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from pla_serve.bench.client import Endpoint, Target
+from pla_serve.bench.experiment import Experiment, MakeWorkload, Outcome, Plan
+from pla_serve.bench.progress import ProgressView
+from pla_serve.bench.replay import TraceOptions, read_trace
+from pla_serve.bench.report import ALL, Objectives
+from pla_serve.bench.save import save_json
+from pla_serve.bench.servers import Entry, Open, ServerError, fresh, parse_entries, running
+from pla_serve.bench.summary import summaries
+from pla_serve.bench.table import comparison_table, run_table
+from pla_serve.bench.text import load_tokenizer, make_filler
+from pla_serve.bench.workload import Workload, WorkloadConfig, generate
+
+DEFAULT_LOAD = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What was asked for.
+
+    Raises:
+        ValueError: options that do not go together; the message says which.
+    """
+
+    compare: str | None
+    serve_arguments: tuple[str, ...]
+    base_url: str
+    model: str | None
+    api_key: str | None
+    endpoint: Endpoint
+    token_ids: bool
+    tokenizer: Path | None
+    ignore_eos: bool
+    extra_body: dict[str, Any]
+    workload: WorkloadConfig
+    trace: Path | None
+    trace_options: TraceOptions
+    rate: float | None
+    load: float | None
+    salt: str | None
+    repeat: int
+    max_seconds: float | None
+    warm: bool
+    idle: bool
+    objectives: Objectives
+    baseline: str | None
+    output: Path | None
+    records: bool
+
+    def __post_init__(self) -> None:
+        if self.rate is not None and self.load is not None:
+            raise ValueError("--rate and --load exclude each other")
+        if self.load is not None and self.trace is not None:
+            raise ValueError("a trace has its own arrivals: use --speed, not --load")
+        if self.load is not None and not self.load > 0:
+            raise ValueError(f"--load must be positive, not {self.load}")
+        if self.serve_arguments and self.compare is None:
+            raise ValueError("flags after -- are for the servers that --compare starts")
+        if self.token_ids and self.endpoint != "completions":
+            raise ValueError("--token-ids needs --endpoint completions")
+        if self.baseline is not None and self.baseline not in self.labels:
+            raise ValueError(f"--baseline {self.baseline} is none of {', '.join(self.labels)}")
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        if self.compare is not None:
+            return parse_entries(self.compare)
+        return (Entry(self.base_url, ()),)
+
+    @property
+    def labels(self) -> list[str]:
+        return [entry.label for entry in self.entries]
+
+    @property
+    def workload_maker(self) -> MakeWorkload:
+        if self.trace is None:
+            return lambda rate, repetition: generate(
+                replace(self.workload, rate=rate, seed=self.workload.seed + repetition)
+            )
+        first = read_trace(self.trace, self.trace_options)
+        return lambda rate, repetition: first
+
+    def parameters(self, salt: str) -> dict[str, object]:
+        """For the record; without secrets and folders."""
+        fields = asdict(self)
+        del fields["api_key"], fields["workload"], fields["trace_options"]
+        for name in ("trace", "tokenizer", "output"):
+            fields[name] = getattr(self, name).name if getattr(self, name) else None
+        return fields | {"salt": salt}
+
+
+def run(job: Job, console: Console | None = None) -> int:
+    """Runs, prints and saves; returns the exit status: 0, 1 if every request failed, 130 after
+    Ctrl-C.
+
+    Raises:
+        RuntimeError: a server did not start, or failed before the load.
+        ValueError: the trace cannot be read.
+    """
+    console = console or Console()
+    salt = job.salt or secrets.token_hex(8)
+    tokenizer = load_tokenizer(job.tokenizer) if job.tokenizer else None
+    plan = _plan(job, sized=tokenizer is not None)
+    with ProgressView(console, job.objectives) as view:
+        filler = make_filler(salt, tokenizer)
+        experiment = Experiment(plan, filler, view.observe, view.tell)
+        outcome = _finish(experiment)
+    _show(job, outcome, console)
+    if job.output is not None and outcome.runs:
+        _save(job, outcome, salt, console)
+    if outcome.interrupted:
+        return 130
+    return 0 if any(run.report.classes[ALL].succeeded for run in outcome.runs) else 1
+
+
+def _plan(job: Job, *, sized: bool) -> Plan:
+    load = job.load if job.rate is not None or job.trace is not None else job.load or DEFAULT_LOAD
+    return Plan(
+        entries=job.entries,
+        open_server=_opener(job),
+        target=Target(job.model or "", job.endpoint, job.ignore_eos, job.extra_body),
+        make_workload=job.workload_maker,
+        objectives=job.objectives,
+        rate=job.rate or 1.0,
+        load=load,
+        repeat=job.repeat,
+        idle=job.idle,
+        warm=job.warm,
+        size_words=not sized,
+        ids=job.token_ids,
+        api_key=job.api_key,
+        max_seconds=job.max_seconds,
+    )
+
+
+def _opener(job: Job) -> Open:
+    if job.compare is not None:
+        return fresh(job.serve_arguments)
+    try:
+        httpx.get(job.base_url, trust_env=False, timeout=10)
+    except httpx.TransportError as error:
+        raise ServerError(
+            f"no server answers at {job.base_url} ({error}). Start one with pla-serve serve, "
+            "name another with --base-url, or let --compare start its own"
+        ) from None
+    return running(job.base_url)
+
+
+def _finish(experiment: Experiment) -> Outcome:
+    try:
+        return experiment.run()
+    except KeyboardInterrupt:
+        experiment.outcome.interrupted = True
+        return experiment.outcome
+
+
+def _show(job: Job, outcome: Outcome, console: Console) -> None:
+    if job.repeat == 1:
+        for run in outcome.runs:
+            console.print(run_table(run, job.objectives))
+    else:
+        for warning in dict.fromkeys(w for run in outcome.runs for w in run.report.warnings):
+            console.print(f"warning: {warning}")
+    if len(outcome.runs) > 1:
+        baseline = job.baseline or job.labels[0]
+        console.print(comparison_table(summaries(outcome, baseline), baseline))
+    if outcome.costs is not None:
+        console.print(f"{outcome.rate:.3f} requests/s", highlight=False)
+
+
+def _save(job: Job, outcome: Outcome, salt: str, console: Console) -> None:
+    from pla_serve.bench.figure import draw
+
+    assert job.output is not None
+    found = summaries(outcome, job.baseline or job.labels[0])
+    json_path, png_path = job.output.with_suffix(".json"), job.output.with_suffix(".png")
+    save_json(json_path, outcome, found, job.parameters(salt), records=job.records)
+    draw(found, png_path, title=title(outcome.workloads), subtitle=_subtitle(outcome))
+    console.print(f"saved {json_path} and {png_path}", highlight=False)
+
+
+def title(workloads: list[Workload]) -> str:
+    name = workloads[0].name
+    named = {
+        "chat+documents": "Chat beside long documents",
+        "chat": "Chat",
+        "documents": "Documents",
+    }
+    return named.get(name, name)
+
+
+def _subtitle(outcome: Outcome) -> str:
+    workload = outcome.workloads[0]
+    runs = max(len(outcome.of(run.entry)) for run in outcome.runs)
+    times = f", median of {runs} runs" if runs > 1 else ""
+    return f"{workload.requests} requests, {outcome.rate:.2f} a second{times}"

@@ -1,0 +1,74 @@
+"""Results on disk: JSON that says how it came about, and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+
+from pla_serve.bench.environment import describe
+from pla_serve.bench.experiment import Outcome, Run
+from pla_serve.bench.load import Record
+from pla_serve.bench.summary import Summary
+
+
+def save_json(
+    path: Path,
+    outcome: Outcome,
+    summaries: Sequence[Summary],
+    parameters: dict[str, object],
+    *,
+    records: bool,
+) -> None:
+    """Everything needed to read the numbers and to repeat the run. Makes the folder."""
+    content = {
+        "environment": describe(),
+        "parameters": parameters,
+        "workloads": [workload.parameters for workload in outcome.workloads],
+        "rate": outcome.rate,
+        "costs": asdict(outcome.costs) if outcome.costs else None,
+        "interrupted": outcome.interrupted,
+        "summary": [asdict(summary) for summary in summaries],
+        "runs": [_run(run, records) for run in outcome.runs],
+    }
+    write_json(path, content)
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+
+
+def _run(run: Run, records: bool) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "entry": run.entry,
+        "repetition": run.repetition,
+        "idle_ttft": asdict(run.idle) if run.idle else None,
+        "report": asdict(run.report),
+    }
+    if records:
+        entry["records"] = [_record(record) for record in run.result.records]
+    return entry
+
+
+def _record(record: Record) -> dict[str, object]:
+    """One request, without its text."""
+    exchange = record.exchange
+    return {
+        "id": record.turn.id,
+        "kind": record.turn.kind,
+        "session": record.session,
+        "due": record.due,
+        "sent": exchange.sent,
+        "first": exchange.first,
+        "done": exchange.done,
+        "gaps": [round(gap, 5) for gap in exchange.gaps],
+        "new_tokens": record.new_tokens,
+        "prompt_tokens": exchange.prompt_tokens,
+        "cached_tokens": exchange.cached_tokens,
+        "output_tokens": exchange.output_tokens,
+        "error": exchange.error,
+        "detail": exchange.detail,
+    }

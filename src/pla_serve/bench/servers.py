@@ -1,0 +1,161 @@
+"""Servers to measure: one that runs already, or fresh ones started for each run."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+import httpx
+
+START_SECONDS = 600.0
+"""The first start may have to fetch and convert a model."""
+STOP_SECONDS = 45.0
+"""A little more than the server takes to drain."""
+
+_KNOB = re.compile(r"[a-z][a-z0-9-]*")
+
+
+class ServerError(RuntimeError):
+    """A server did not start, or is not there; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One policy with its knobs, as in ``fcfs:max-batch-tokens=512:long-chunk-tokens=256``."""
+
+    label: str
+    flags: tuple[str, ...]
+
+
+Open = Callable[[Entry], AbstractContextManager[str]]
+"""Gives the base URL of a server for an entry, while entered."""
+
+
+def parse_entries(text: str) -> tuple[Entry, ...]:
+    """Comma-separated entries.
+
+    Raises:
+        ValueError: an entry is malformed or is named twice.
+    """
+    entries = tuple(_parse_entry(part.strip()) for part in text.split(","))
+    labels = [entry.label for entry in entries]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{label} is compared with itself; use --repeat to measure it again")
+    return entries
+
+
+def _parse_entry(text: str) -> Entry:
+    policy, *knobs = text.split(":")
+    if not _KNOB.fullmatch(policy):
+        raise ValueError(f"an entry starts with a policy's name, as in fcfs: {text!r}")
+    flags = ["--policy", policy]
+    for knob in knobs:
+        name, equals, value = knob.partition("=")
+        if not _KNOB.fullmatch(name) or (equals and not value):
+            raise ValueError(f"a knob is a flag of serve, as in max-batch-tokens=512: {knob!r}")
+        flags += [f"--{name}", value] if equals else [f"--{name}"]
+    return Entry(text, tuple(flags))
+
+
+def running(base_url: str) -> Open:
+    """A server that is there already; it is left as it is."""
+
+    @contextmanager
+    def open_server(entry: Entry) -> Iterator[str]:
+        yield base_url
+
+    return open_server
+
+
+def fresh(serve_args: Sequence[str]) -> Open:
+    """A new ``pla-serve serve`` each time, on a free port of the loopback interface."""
+
+    @contextmanager
+    def open_server(entry: Entry) -> Iterator[str]:
+        port = free_port()
+        command = [sys.executable, "-m", "pla_serve", "serve", *serve_args, *entry.flags]
+        with started([*command, "--port", str(port)], f"http://127.0.0.1:{port}") as url:
+            yield url
+
+    return open_server
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    url: str,
+    *,
+    ready: str = "/ready",
+    environment: dict[str, str] | None = None,
+    seconds: float = START_SECONDS,
+) -> Iterator[str]:
+    """Runs a server until the block ends; SIGTERM, then SIGKILL if it does not drain.
+
+    It gets a process group of its own, so that Ctrl-C reaches the bench alone.
+
+    Raises:
+        ServerError: it ended or was not ready in time; the message has the end of its log.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            problem = _wait_until_ready(process, url + ready, seconds)
+            if problem:
+                raise ServerError(f"the server {problem}. {_tail(log)}")
+            yield url
+        finally:
+            _stop(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, seconds: float) -> str | None:
+    """What went wrong, or None."""
+    end = time.monotonic() + seconds
+    with httpx.Client(trust_env=False, timeout=5.0) as client:
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                return f"ended with status {process.returncode} before it was ready"
+            try:
+                if client.get(url).status_code == 200:
+                    return None
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+    return f"was not ready after {seconds:.0f} s"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _tail(log: IO[bytes], lines: int = 12) -> str:
+    log.seek(0)
+    end = log.read().decode(errors="replace").strip().splitlines()[-lines:]
+    return "Its log ends with:\n" + "\n".join(end) if end else "It wrote no log."
