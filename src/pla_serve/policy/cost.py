@@ -19,14 +19,14 @@ LEAST_BOUNDARY = 256
 MOST_BOUNDARY = 1024
 REFIT_EVERY = 256
 """Observations between two fits, so that fewer than one in a hundred pays for one."""
-FIRST_REFITS = frozenset({4, 8, 16, 32, 64})
-REFIT_ERROR = 0.25
-"""Median relative error at which the next fit comes early: after EARLY_REFIT observations, then
-twice as many each time while the error stays."""
-EARLY_REFIT = 16
+FIRST_REFIT = 4
+"""The first fit; the next ones come after twice as many observations each, up to REFIT_EVERY."""
+ALARM = 0.25
+"""Median relative error of ALARM_WINDOW observations that means that the machine has changed."""
+ALARM_WINDOW = 16
 NEW_EPOCH = 0.2
 """Relative change of the predictions that makes queues sort again."""
-NEW_BOUNDARY = 0.15
+NEW_BOUNDARY = 0.25
 """Relative change of L_m below which the old one stays, so that classes do not flicker."""
 
 
@@ -116,10 +116,10 @@ class CostModel:
     def __init__(self, profile: CostProfile | None = None) -> None:
         self._profile = profile or CostProfile()
         self._window = SampleWindow()
-        self._errors: deque[float] = deque(maxlen=64)
+        self._ratios: deque[float] = deque(maxlen=64)
         self._observed = 0
         self._fitted_at = 0
-        self._patience = EARLY_REFIT
+        self._patience = FIRST_REFIT
         self._epoch = 0
         self._epoch_profile = self._profile
         self._boundary_profile = self._profile
@@ -164,15 +164,18 @@ class CostModel:
         work = work_of(batch)
         if work.tokens == 0 or not 0 < seconds < inf:
             return
-        self._errors.append(abs(self.work_seconds(*work) - seconds) / seconds)
+        self._ratios.append(self.work_seconds(*work) / seconds)
         self._window.add(work, seconds, int(work.tokens), int(work.kv))
         self._observed += 1
-        if self._due():
+        since = self._observed - self._fitted_at
+        if self._patience == REFIT_EVERY and since % ALARM_WINDOW == 0 and self._alarm():
+            self._start_again()
+        if since >= self._patience:
             self._refit()
 
     def error(self) -> float:
         """Median absolute relative error of the last predictions; 0 before the first."""
-        return median(self._errors) if self._errors else 0.0
+        return median([abs(ratio - 1) for ratio in self._ratios]) if self._ratios else 0.0
 
     def boundary(self, history: int = 0) -> int:
         """L_m: the most new tokens, on ``history`` cached ones, that still count as short.
@@ -182,19 +185,28 @@ class CostModel:
         """
         return round(_clamped_crossing(self._boundary_profile, history))
 
-    def _due(self) -> bool:
-        since = self._observed - self._fitted_at
-        if since >= REFIT_EVERY or self._observed in FIRST_REFITS:
-            return True
-        if since != self._patience:
-            return False
-        wrong = self.error() > REFIT_ERROR
-        self._patience = min(2 * self._patience, REFIT_EVERY) if wrong else EARLY_REFIT
-        return wrong
+    def _alarm(self) -> bool:
+        return median([abs(ratio - 1) for ratio in self._last_ratios()]) > ALARM
+
+    def _start_again(self) -> None:
+        """The machine has changed: go by its last samples, and scale to them what they leave open.
+
+        All times change alike with a clock; what does not is found by the fits that follow, which
+        come as often as in the beginning.
+        """
+        self._window.keep_last(ALARM_WINDOW)
+        factor = 1 / max(median(self._last_ratios()), 1e-9)
+        self._profile = CostProfile(*(unit * factor for unit in astuple(self._profile)))
+        self._patience = FIRST_REFIT
+
+    def _last_ratios(self) -> list[float]:
+        return list(self._ratios)[-ALARM_WINDOW:]
 
     def _refit(self) -> None:
         self._fitted_at = self._observed
-        fitted = refit(*self._window.samples(), np.array(astuple(self._profile)))
+        samples = self._window.samples()
+        self._patience = min(2 * self._patience, REFIT_EVERY)
+        fitted = refit(*samples, np.array(astuple(self._profile)))
         self._profile = CostProfile(*fitted.tolist())
         if _moved(_marks(self._epoch_profile), _marks(self._profile), NEW_EPOCH):
             self._epoch += 1

@@ -18,7 +18,7 @@ HALF_LIFE = 256
 LEAST_WEIGHT = 0.02
 PULL = 0.1
 """Weight of the last coefficients against samples of weight 1: it decides what these do not."""
-ROBUST_ROUNDS = 3
+ROBUST_ROUNDS = 6
 
 
 class SampleWindow:
@@ -47,6 +47,14 @@ class SampleWindow:
         stratum.append((self._count, work, seconds))
         self._count += 1
 
+    def keep_last(self, count: int) -> None:
+        """Forget all but the last ``count`` samples."""
+        for key, stratum in list(self._strata.items()):
+            while stratum and stratum[0][0] < self._count - count:
+                stratum.popleft()
+            if not stratum:
+                del self._strata[key]
+
     def samples(self) -> tuple[Vector, Vector, Vector]:
         """Features (samples, features), seconds (samples,) and weights (samples,)."""
         rows = [row for stratum in self._strata.values() for row in stratum]
@@ -59,8 +67,10 @@ def refit(features: Vector, seconds: Vector, weights: Vector, last: Vector) -> V
     """Coefficients that explain the samples, none negative.
 
     Least squares of the *relative* error (a wrong 10 ms matters more in a batch of 20 ms than in
-    one of a second), non-negative, with Huber weights found by a few rounds of reweighting, and a
-    slight pull to ``last`` so that directions which the samples leave open do not drift.
+    one of a second), non-negative (`scipy.optimize.nnls`), with a slight pull to ``last`` so that
+    directions which the samples leave open do not drift. Errors are relative to the larger of
+    measured and predicted, so they lie between -1 and 1, and count less the further they lie
+    beyond the median (Huber weights, a few rounds of reweighting): outliers have little say.
 
     Args:
         features: (samples, features), not negative.
@@ -71,26 +81,31 @@ def refit(features: Vector, seconds: Vector, weights: Vector, last: Vector) -> V
     Returns:
         (features,); ``last`` if the solver finds no solution.
     """
-    relative = features / seconds[:, None]
-    top = relative.max(axis=0)
+    top = (features / seconds[:, None]).max(axis=0)
     seen = top > 0
     if not seen.any():
         return last
-    unit = relative[:, seen] / top[seen]  # now a coefficient is a share of some sample's time
-    before = last[seen] * top[seen]
-    pull = PULL * np.eye(int(seen.sum()))
+    unit = features[:, seen] / top[seen]  # a coefficient is now a share of some sample's time
+    before = solution = last[seen] * top[seen]
     robust = np.ones_like(seconds)
-    solution = before
     for _ in range(ROBUST_ROUNDS):
-        scale = np.sqrt(weights * robust)
+        scale = np.sqrt(weights * robust) / np.maximum(seconds, unit @ solution)
         try:
-            solution, _ = nnls(
-                np.vstack([unit * scale[:, None], pull]), np.concatenate([scale, PULL * before])
-            )
-        except RuntimeError:  # did not converge
+            solution = _solve(unit * scale[:, None], seconds * scale, before)
+        except (RuntimeError, np.linalg.LinAlgError):  # did not converge
             return last
-        errors = np.abs(unit @ solution - 1)
+        predicted = unit @ solution
+        errors = np.abs(predicted - seconds) / np.maximum(predicted, seconds)
         robust = np.minimum(1, (1.5 * np.median(errors) + 0.02) / np.maximum(errors, 1e-9))
     result = last.copy()
     result[seen] = solution / top[seen]
     return result
+
+
+def _solve(rows: Vector, targets: Vector, before: Vector) -> Vector:
+    """argmin |rows x - targets|^2 + PULL^2 |x - before|^2 over x >= 0, by its normal equations."""
+    gram = rows.T @ rows + PULL**2 * np.eye(len(before))
+    factor = np.linalg.cholesky(gram)
+    right = np.linalg.solve(factor, rows.T @ targets + PULL**2 * before)
+    solution, _ = nnls(factor.T, right)
+    return np.asarray(solution)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from pla_serve.policy.admission import LEAST_RETRY, Admission, Admit, Refuse
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel, CostProfile
+from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
+from pla_serve.policy.registry import POLICIES, create_policy
+
+
+@dataclass
+class Bench:
+    """A policy with some work in it; a millisecond a token."""
+
+    policy: PrefillPolicy
+    cost: CostModel
+
+    def decide(self, admission: Admission, tokens: int, **rest: float) -> Admit | Refuse:
+        request = PrefillRequest("new", 0.0, tokens, **rest)  # type: ignore[arg-type]
+        own = self.cost.prefill_seconds(tokens, 0, 512)
+        return admission.decide(request, self.policy, own, 0.0)
+
+
+def bench(name: str, *waiting: int) -> Bench:
+    cost = CostModel(CostProfile(1e-3, 0, 0, 0, 0))
+    policy = create_policy(name, PolicyConfig(), cost)
+    for number, tokens in enumerate(waiting):
+        policy.add(PrefillRequest(f"r{number}", 0.0, tokens), 0.0)
+    return Bench(policy, cost)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_are_bounded_to_the_token(name: str) -> None:
+    admission = Admission(max_queued_tokens=1000)
+    full = bench(name, 200, 700)
+    assert isinstance(full.decide(admission, 100), Admit)
+    refusal = full.decide(admission, 101)
+    assert isinstance(refusal, Refuse)
+    assert "900 prompt tokens wait already; with 101 more" in refusal.reason
+    assert refusal.retry_after_seconds == LEAST_RETRY
+
+
+def test_retry_tells_when_enough_has_drained() -> None:
+    refusal = bench("fcfs", 50_000).decide(Admission(max_queued_tokens=30_000), 5000)
+    assert isinstance(refusal, Refuse)
+    assert refusal.retry_after_seconds == pytest.approx(25.0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_idle_machine_takes_any_prompt(name: str) -> None:
+    admission = Admission(max_queued_tokens=10, max_predicted_wait=0.5)
+    assert isinstance(bench(name).decide(admission, 1_000_000), Admit)
+
+
+def test_wait_is_bounded_by_what_this_request_would_wait() -> None:
+    """A short does not wait for longs under length-aware, so it is not refused for them."""
+    admission = Admission(max_predicted_wait=20.0)
+    assert isinstance(bench("length-aware", 50_000).decide(admission, 100), Admit)
+    refusal = bench("fcfs", 50_000).decide(admission, 100)
+    assert isinstance(refusal, Refuse)
+    assert "exceeds the limit of 20 s" in refusal.reason
+    assert refusal.retry_after_seconds == pytest.approx(30.0, rel=0.01)
+
+
+def test_a_deadline_out_of_reach_is_told_but_not_refused() -> None:
+    full = bench("length-aware", 200, 200)
+    assert full.decide(Admission(), 100, deadline=0.3) == Admit(pytest.approx(0.5), late=True)
+    assert full.decide(Admission(), 100, deadline=0.6) == Admit(pytest.approx(0.5), late=False)
+
+
+@pytest.mark.parametrize("field", ["max_queued_tokens", "max_predicted_wait"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_bounds_must_be_positive(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        Admission(**{field: value})  # type: ignore[arg-type]
