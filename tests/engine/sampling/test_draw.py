@@ -60,7 +60,8 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     visible = theirs > 4 * theirs.amax(-1, keepdim=True) / RESOLUTION
     assert ((ours > 0) | ~visible).all()
     assert ((theirs > 0) | (ours == 0)).all()
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
+    # float32 rounds a logit of several hundred (the lowest temperature) by some 1e-5, both ways.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)

@@ -272,6 +272,27 @@ def test_a_grammar_that_is_slow_to_follow_fails_alone(
     assert "too ambiguous" in fails_alone(compiler, tokenizer, vocab_size)
 
 
+def test_a_used_up_grammar_is_compiled_anew_and_nobody_notices(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each text visits states of its own; together they pass a limit that none passes alone."""
+    limits = llguidance.LLParserLimits(max_lexer_states=150, verbose_errors=False)
+    monkeypatch.setattr(module, "LIMITS", limits)
+    compiler = GrammarCompiler(tokenizer, vocab_size)
+    sampler = Sampler(vocab_size, torch.device("cpu"), compiler)
+    params = SamplingParams(max_tokens=99, grammar=Grammar("regex", "([ab]*a[ab]{9}c)?"))
+    compiled = []
+    for text in range(12):
+        name = str(text)
+        sequence = sampler.start(name, (), params, frozenset({EOS}), default_seed=0)
+        logits = torch.full((1, vocab_size), -50.0)
+        logits[0, [tokenizer.convert_tokens_to_ids(one) for one in "ab"]] = 0.0
+        drawn = [sampler.sample(logits, [sequence])[0] for _ in range(24)]
+        assert [one.error for one in drawn] == [None] * 24
+        compiled.append(compiler.compiled(params.grammar))
+    assert len(set(map(id, compiled))) > 1
+
+
 @pytest.mark.parametrize(
     ("grammar", "cause"),
     [

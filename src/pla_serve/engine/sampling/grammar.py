@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import llguidance
@@ -30,11 +32,25 @@ STEP_ALLOWANCE_SECONDS = 0.5
 STEP_SECONDS_A_TOKEN = 0.01
 """CPU time that one text may take for its masks: the allowance, and this for each token."""
 LIMITS = llguidance.LLParserLimits(
-    max_grammar_size=50_000, max_lexer_states=50_000, step_max_items=15_000, verbose_errors=False
+    max_grammar_size=50_000, step_max_items=15_000, verbose_errors=False
 )
 """Tighter than llguidance's own where a hostile grammar could hold up the whole batch."""
+RENEWALS = 2
+"""How often a text may leave a compiled grammar that is full for a fresh one."""
 WHITESPACE = r"[ \n\t\r]{0,64}"
 """Between the parts of JSON. Bounded, or a small model can write blanks until its last token."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledGrammar:
+    """A matcher at its start, to be copied, and the CPU seconds it took to make.
+
+    Copies share what they learn of the grammar's states, which is what makes later masks cheap. But
+    states are limited in number, so one compiled grammar can be used up by its copies together.
+    """
+
+    matcher: Any
+    seconds: float
 
 
 class GrammarCompiler:
@@ -69,9 +85,11 @@ class GrammarCompiler:
             n_vocab=max(vocab_size, len(tokenizer)),
             eos_token=sorted(self.eos_token_ids),
         )
-        self._clock = clock
-        self._eos_bits = _bits_of(self.eos_token_ids, self._tokenizer.vocab_size)
-        self._compiled = lru_cache(maxsize=cache_size)(self._compile)
+        self.clock = clock
+        self.eos_bits = _bits_of(self.eos_token_ids, self._tokenizer.vocab_size)
+        self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._cache_size = cache_size
+        self._lock = Lock()
 
     def check_grammar(self, grammar: Grammar) -> None:
         """Compile it, so that a request with a bad grammar is refused before it costs anything.
@@ -81,7 +99,7 @@ class GrammarCompiler:
         Raises:
             GrammarError: what is wrong, for the client.
         """
-        seconds = self._compiled(grammar)[1]
+        seconds = self.compiled(grammar).seconds
         if seconds > MAX_COMPILE_SECONDS:
             raise GrammarError(
                 f"the grammar takes {seconds:.1f} s to compile, more than {MAX_COMPILE_SECONDS} s; "
@@ -94,8 +112,7 @@ class GrammarCompiler:
         Raises:
             GrammarError: what is wrong, for the client.
         """
-        matcher = self._compiled(grammar)[0].deep_copy()
-        return GrammarMatcher(matcher, self.eos_token_ids, self._eos_bits, self._clock)
+        return GrammarMatcher(self, grammar)
 
     def masks(self, matchers: Sequence[GrammarMatcher]) -> torch.Tensor:
         """(len(matchers), words) int32 on the CPU: bit i of word w allows token 32 * w + i.
@@ -109,14 +126,37 @@ class GrammarCompiler:
             matcher.fill(bits, row)
         return torch.from_numpy(bits)
 
-    def _compile(self, grammar: Grammar) -> tuple[Any, float]:
-        """The matcher to copy, and the CPU seconds it took."""
-        begin = self._clock()
+    def compiled(self, grammar: Grammar) -> CompiledGrammar:
+        """From the cache, or made now.
+
+        Raises:
+            GrammarError: what is wrong, for the client.
+        """
+        with self._lock:
+            known = self._cache.get(grammar)
+            if known is not None:
+                self._cache.move_to_end(grammar)
+                return known
+        made = self._compile(grammar)
+        with self._lock:
+            self._cache[grammar] = made
+            if len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return made
+
+    def discard(self, grammar: Grammar, used_up: CompiledGrammar) -> None:
+        """Compile ``grammar`` anew when it is next asked for, if ``used_up`` is still the one."""
+        with self._lock:
+            if self._cache.get(grammar) is used_up:
+                del self._cache[grammar]
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        begin = self.clock()
         text = _to_llguidance(grammar)
         matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise GrammarError(f"bad {grammar.kind} grammar: {_first_lines(matcher.get_error())}")
-        return matcher, self._clock() - begin
+        return CompiledGrammar(matcher, self.clock() - begin)
 
 
 class GrammarMatcher:
@@ -125,40 +165,56 @@ class GrammarMatcher:
     Attributes:
         error: why it cannot go on, for the client; None while it can.
         must_stop: the text is complete and nothing can be added.
+
+    Raises:
+        GrammarError: the grammar is bad.
     """
 
-    def __init__(
-        self,
-        matcher: Any,
-        eos_token_ids: frozenset[int],
-        eos_bits: NDArray[np.int32],
-        clock: Callable[[], float],
-    ) -> None:
-        self.eos_token_ids = eos_token_ids
+    def __init__(self, compiler: GrammarCompiler, grammar: Grammar) -> None:
+        self.eos_token_ids = compiler.eos_token_ids
         self.error: str | None = None
         self.must_stop = False
-        self._matcher = matcher
-        self._eos_bits = eos_bits
-        self._clock = clock
+        self._compiler = compiler
+        self._grammar = grammar
+        self._compiled = compiler.compiled(grammar)
+        self._matcher = self._compiled.matcher.deep_copy()
+        self._tokens: list[int] = []
+        self._renewals = 0
         self._seconds_left = STEP_ALLOWANCE_SECONDS
 
     def fill(self, bits: NDArray[np.int32], row: int) -> None:
         """Write the mask of the next token; nothing is allowed after an error."""
-        begin = self._clock()
+        begin = self._compiler.clock()
         llguidance.numpy.fill_next_token_bitmask(self._matcher, bits, row)
-        self._after_step(self._clock() - begin)
+        while self._matcher.is_error() and self._renew():
+            llguidance.numpy.fill_next_token_bitmask(self._matcher, bits, row)
+        self._after_step(self._compiler.clock() - begin)
         if self.error is not None:
             bits[row] = 0
         elif self._matcher.is_accepting():
-            self.must_stop = not (bits[row] & ~self._eos_bits).any()
+            self.must_stop = not (bits[row] & ~self._compiler.eos_bits).any()
 
     def advance(self, token: int) -> str | None:
         """Go past ``token``, which the mask allowed and which is no EOS; returns ``error``."""
-        begin = self._clock()
+        begin = self._compiler.clock()
+        self._tokens.append(token)
         self._matcher.consume_token(token)
-        self._after_step(self._clock() - begin - STEP_SECONDS_A_TOKEN)
+        while self._matcher.is_error() and self._renew():
+            pass
+        self._after_step(self._compiler.clock() - begin - STEP_SECONDS_A_TOKEN)
         self.must_stop = self.error is None and bool(self._matcher.is_stopped())
         return self.error
+
+    def _renew(self) -> bool:
+        """Go to the same place of a freshly compiled copy; False if that was tried enough."""
+        if self.error is not None or self._renewals == RENEWALS:
+            return False
+        self._renewals += 1
+        self._compiler.discard(self._grammar, self._compiled)
+        self._compiled = self._compiler.compiled(self._grammar)
+        self._matcher = self._compiled.matcher.deep_copy()
+        self._matcher.consume_tokens(self._tokens)
+        return True
 
     def _after_step(self, seconds: float) -> None:
         self._seconds_left = min(self._seconds_left - seconds, STEP_ALLOWANCE_SECONDS)

@@ -59,10 +59,9 @@ class SequenceSampling:
         self.greedy = params.temperature < GREEDY_BELOW
         self._key = key
         stop_ids = frozenset(params.stop_token_ids)
-        # A grammar ends its text with EOS, so there EOS keeps its meaning whatever ignore_eos says.
-        heeds_eos = not params.ignore_eos or grammar is not None
-        self.stop_ids = stop_ids | eos_token_ids if heeds_eos else stop_ids
+        self.stop_ids = stop_ids if params.ignore_eos else stop_ids | eos_token_ids
         if grammar is not None:
+            # It ends its text with EOS, so that keeps its meaning whatever ignore_eos says.
             self.stop_ids |= grammar.eos_token_ids
         self._early_stops = tuple(sorted(stop_ids | eos_token_ids | self.stop_ids))
         self.bias = params.logit_bias or {}
