@@ -74,6 +74,62 @@ class TestExpress:
         assert not policy.waits_as_short(257, 9)
 
 
+class TestLongTime:
+    """Long work is timed by the clock, less the express work inside it."""
+
+    def test_express_work_inside_does_not_count(self) -> None:
+        policy = make()
+        add(policy, "long", 5000)
+        running = run(policy, 0.0)
+        add(policy, "short", 100, 0.1)
+        express = policy.at_layer_boundary(0.1, running)
+        assert express is not None
+        policy.observe(express, 0.11, 0.21)
+        assert policy.at_layer_boundary(0.25, running) is None
+        assert policy._account.ran == pytest.approx(0.1 + 0.04)
+
+    def test_it_goes_on_if_the_express_work_is_taken_back(self) -> None:
+        policy = make()
+        add(policy, "long", 5000)
+        running = run(policy, 0.0)
+        add(policy, "short", 100, 0.1)
+        assert policy.at_layer_boundary(0.1, running) is not None
+        policy.remove("short")
+        assert policy.at_layer_boundary(0.15, running) is None
+        policy.observe(running, 0.5, 0.5)
+        assert policy._account.ran == pytest.approx(0.45)
+
+    def test_only_contested_time_is_charged(self) -> None:
+        """A long that arrives at the end of an express batch has not waited for all of it."""
+        policy = make()
+        add(policy, "short", 100, 0.0)
+        express = run(policy, 0.0)
+        add(policy, "long", 5000, 0.08)
+        policy.observe(express, 0.11, 0.11)
+        assert policy._account.ahead == pytest.approx(0.03)
+
+    def test_nothing_is_owed_once_no_long_is_left(self) -> None:
+        policy = make(replace(CONFIG, express_burst_seconds=0.1))
+        add(policy, "long", 300, 0.0)
+        add(policy, "short", 100, 0.0)
+        policy.observe(run(policy, 0.0), 0.11, 0.11)
+        running = run(policy, 0.11)
+        assert running.kind is BatchClass.LONG
+        policy.remove("long")
+        add(policy, "another", 5000, 5.0)
+        add(policy, "short", 100, 5.0)
+        assert run(policy, 5.0).kind is BatchClass.SHORT
+
+    def test_an_aborted_long_no_longer_contests(self) -> None:
+        policy = make()
+        add(policy, "long", 5000, 0.0)
+        run(policy, 0.0)
+        policy.remove("long")
+        policy.start_decode("d", 40, 0.0, 0.0)
+        policy.observe(run(policy, 0.1), 0.1, 0.2)
+        assert run(policy, 0.2).decodes, "no gap between steps: nothing contests"
+
+
 class TestDecodeGap:
     def test_due_once_in_a_gap_while_a_long_runs(self) -> None:
         """A step takes 11 ms; at a share of 1/4 the next one is due 33 ms after its end."""

@@ -48,13 +48,9 @@ class ShareAccount:
             self._since = now
 
     def start_chunk(self, now: float) -> None:
-        """The executor takes up a new batch of long work."""
+        """The executor takes up a new batch of long work; one that came back uncounted is void."""
         self.ran = 0.0
         self._since = now
-
-    def drop_long(self) -> None:
-        """No long work runs, and what ran since the last call does not count."""
-        self._since = None
 
     def stop_long(self, now: float) -> None:
         """Long work ends, or stands still for express work."""

@@ -80,7 +80,6 @@ class LengthAware:
         self._flying_longs.discard(request_id)
 
     def next(self, now: float) -> Decision:
-        self._account.drop_long()  # the device is free, so a batch that was not observed came back
         if self._longs and (self._account.longs_turn or not self._express_due(now)):
             return Run(self._long(now))
         batch = self._express(now)
