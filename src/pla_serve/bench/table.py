@@ -13,107 +13,111 @@ from pla_serve.bench.experiment import Run
 from pla_serve.bench.report import ALL, LONG, SHORT, ClassReport, Objectives, Percentiles
 from pla_serve.bench.summary import Summary
 
+NOTHING = "-"
+_TIMES = {"TTFT": "ttft", "ITL": "itl", "end to end": "latency"}
+
 
 def run_table(run: Run, objectives: Objectives) -> RenderableType:
-    """One run: a line for each class."""
-    table = Table(title=run.entry, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column("")
-    for head in ("requests", "TTFT P50", "P90", "P99", "ITL P50", "P90", "P99"):
-        table.add_column(head, justify="right")
-    for head in ("end to end P50", "P90", "P99", "requests/s", "SLO met", "goodput/s"):
-        table.add_column(head, justify="right")
+    """One run: a column for each class."""
+    table = _table(run.entry, "")
+    parts = [run.report.classes[name] for name in (SHORT, LONG, ALL)]
     for name in (SHORT, LONG, ALL):
-        part = run.report.classes[name]
-        table.add_row(_class_name(name, objectives), *_cells(part))
-    return Group(table, Text("\n".join(_notes(run))), Text(""))
+        table.add_column(_class_name(name, objectives), justify="right")
+    table.add_row("requests", *(f"{part.requests:,}" for part in parts))
+    for title, metric in _TIMES.items():
+        for rank in ("p50", "p90", "p99"):
+            cells = (_seconds(_rank(getattr(part, metric), rank)) for part in parts)
+            table.add_row(f"{title} {rank.upper()}, s", *cells)
+    table.add_row("requests/s", *(_number(part.requests_per_second) for part in parts))
+    table.add_row("prompt tokens/s", *(_number(part.prompt_tokens_per_second) for part in parts))
+    table.add_row("  of them cached", *map(_cached, parts))
+    table.add_row("output tokens/s", *(_number(part.output_tokens_per_second) for part in parts))
+    if objectives.given:
+        table.add_row("SLO met", *(_share(part.slo_attainment) for part in parts))
+        table.add_row("goodput, requests/s", *(_number(part.goodput) for part in parts))
+    return Group(table, Text("\n".join(_notes(run)) + "\n"))
 
 
 def comparison_table(summaries: Sequence[Summary], baseline: str) -> RenderableType:
-    """One line for each entry, medians over its runs."""
-    table = Table(
-        title="Comparison (TTFT in seconds, medians over runs)",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        pad_edge=False,
-    )
-    table.add_column("")
-    heads = ("short P50", "P90", "P99", "long P50", "P90", "P99", "requests/s", "tokens/s out")
-    for head in (*heads, f"short P90 to {baseline}", "to idle", "SLO met"):
-        table.add_column(head, justify="right")
-    for summary in summaries:
-        values = summary.values
-        table.add_row(
-            summary.entry,
-            *(_seconds(values.get(f"short_ttft_{rank}")) for rank in ("p50", "p90", "p99")),
-            *(_seconds(values.get(f"long_ttft_{rank}")) for rank in ("p50", "p90", "p99")),
-            _number(values.get("requests_per_second")),
-            _number(values.get("output_tokens_per_second")),
-            _times(summary.ratios.get("short_ttft_p90")),
-            _times(values.get("short_ttft_p90_over_idle")),
-            _share(values.get("all_slo_attainment")),
+    """One line for each entry, medians over its runs. Columns without any value are left out."""
+    table = _table(f"TTFT in seconds, medians over runs; x: short P90 to that of {baseline}", "")
+    columns: list[tuple[str, list[str]]] = [
+        (
+            f"{name} P50" if rank == "p50" else rank.upper(),
+            _column(summaries, f"{name}_ttft_{rank}"),
         )
+        for name in (SHORT, LONG)
+        for rank in ("p50", "p90", "p99")
+    ]
+    columns += [
+        ("x", [_times(summary.ratios.get("short_ttft_p90")) for summary in summaries]),
+        ("x idle", [_times(s.values.get("short_ttft_p90_over_idle")) for s in summaries]),
+        ("req/s", [_number(summary.values.get("requests_per_second")) for summary in summaries]),
+        ("SLO met", [_share(summary.values.get("all_slo_attainment")) for summary in summaries]),
+    ]
+    columns = [column for column in columns if set(column[1]) != {NOTHING}]
+    for head, _ in columns:
+        table.add_column(head, justify="right")
+    for row, summary in enumerate(summaries):
+        table.add_row(summary.entry.replace(":", "\n  "), *(cells[row] for _, cells in columns))
     return table
 
 
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column(first)
+    return table
+
+
+def _column(summaries: Sequence[Summary], name: str) -> list[str]:
+    return [_seconds(summary.values.get(name)) for summary in summaries]
+
+
+def _rank(values: Percentiles | None, rank: str) -> float | None:
+    return None if values is None else getattr(values, rank)
+
+
+def _cached(part: ClassReport) -> str:
+    if part.cached_tokens is None:
+        return "not reported"
+    return _share(part.cached_tokens / part.prompt_tokens) if part.prompt_tokens else NOTHING
+
+
 def _class_name(name: str, objectives: Objectives) -> str:
-    signs = {SHORT: "≤", LONG: ">"}
-    sign = signs.get(name)
+    sign = {SHORT: "≤", LONG: ">"}.get(name)
     return f"{name} ({sign} {objectives.short_tokens} new)" if sign else name
 
 
-def _cells(part: ClassReport) -> list[str]:
-    return [
-        str(part.requests),
-        *_three(part.ttft),
-        *_three(part.itl),
-        *_three(part.latency),
-        _number(part.requests_per_second),
-        _share(part.slo_attainment),
-        _number(part.goodput),
-    ]
-
-
 def _notes(run: Run) -> list[str]:
-    whole = run.report.classes[ALL]
-    cached = "not reported" if whole.cached_tokens is None else f"{whole.cached_tokens:,}"
-    notes = [
-        f"{whole.requests_per_second:.2f} requests/s, "
-        f"{whole.prompt_tokens_per_second:,.0f} prompt tokens/s (cached: {cached} of "
-        f"{whole.prompt_tokens:,}), {whole.output_tokens_per_second:,.1f} output tokens/s "
-        f"over {run.report.seconds:.1f} s"
-    ]
+    report = run.report
+    lag = f", send lag P99 {report.send_lag.p99 * 1000:.0f} ms" if report.send_lag else ""
+    notes = [f"{report.sent} requests in {report.seconds:.1f} s{lag}"]
     if run.idle is not None:
-        short = run.report.classes[SHORT].ttft
-        over = f"; under load {_times(short.p90 / run.idle.p90)} of P90" if short else ""
+        short = report.classes[SHORT].ttft
+        over = f"; under load P90 is {_times(short.p90 / run.idle.p90)} that" if short else ""
         notes.append(
-            f"idle short TTFT P50 {_seconds(run.idle.p50)} P90 {_seconds(run.idle.p90)}{over}"
+            f"idle: short TTFT P50 {_seconds(run.idle.p50)}, P90 {_seconds(run.idle.p90)}{over}"
         )
-    if run.report.errors:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in run.report.errors.items())
+    if report.errors:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.errors.items())
         notes.append(f"failed: {kinds}")
-    return notes + [f"warning: {warning}" for warning in run.report.warnings]
-
-
-def _three(values: Percentiles | None) -> list[str]:
-    if values is None:
-        return ["-"] * 3
-    return [_seconds(values.p50), _seconds(values.p90), _seconds(values.p99)]
+    return notes + [f"warning: {warning}" for warning in report.warnings]
 
 
 def _seconds(value: float | None) -> str:
     """Three figures or so: 0.012, 1.23, 45.6."""
     if value is None:
-        return "-"
+        return NOTHING
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    return NOTHING if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    return NOTHING if value is None else f"{value:.2f}x"
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    return NOTHING if value is None else f"{value:.1%}"
