@@ -106,6 +106,19 @@ def test_a_tensor_that_transformers_passes_over_is_noticed(
         convert(tmp_path / "m.gguf", tmp_path / "out")
 
 
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = GGUFWriter.write_header_to_file
+
+    def as_a_part(self: GGUFWriter, *args: Any) -> None:
+        self.add_uint16("split.count", 3)
+        plain(self, *args)
+
+    monkeypatch.setattr(GGUFWriter, "write_header_to_file", as_a_part)
+    written(tmp_path / "m.gguf")
+    with pytest.raises(UnsupportedModel, match="one of 3 parts"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "m.gguf", "gemma2")
     writer.write_header_to_file()

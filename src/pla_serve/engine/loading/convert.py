@@ -81,6 +81,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"GGUF architecture {architecture!r} is not converted; "
             f"{', '.join(ARCHITECTURES)} are. Serve its safetensors instead."
         )
+    if (parts := metadata.get("split.count", 1)) > 1:
+        raise UnsupportedModel(f"it is one of {parts} parts: merge them with llama-gguf-split.")
     prefix = f"{architecture}."
     keys = {key.removeprefix(prefix) for key in reader.fields if key.startswith(prefix)}
     if missing := sorted(REQUIRED - keys):

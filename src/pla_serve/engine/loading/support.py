@@ -76,6 +76,8 @@ def check_supported(config: PreTrainedConfig) -> AttentionShape:
         UnsupportedModel: names the architecture, the reason, and the cure.
     """
     check_config(config)
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise _refusal(config, "its config does not say how many layers it has")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise _refusal(config, "transformers has no causal language model for it")
