@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pla_serve.bench.client import Endpoint, Target
 from pla_serve.bench.load import LEAD, LoadGenerator, Record, RunResult
 from pla_serve.bench.text import Piece, make_filler
 from pla_serve.bench.workload import Session, Turn, Workload, WorkloadConfig, generate
+
 from .virtual import Script, ScriptedServer, run_virtual
 
 TICK = pytest.approx
@@ -23,9 +25,7 @@ def turn(name: str, *, tokens: int = 5, answer: int = 3, **times: float) -> Turn
 
 
 def single(*starts: float) -> Workload:
-    return Workload(
-        "test", tuple(Session(at, (turn(f"s{i}"),)) for i, at in enumerate(starts))
-    )
+    return Workload("test", tuple(Session(at, (turn(f"s{i}"),)) for i, at in enumerate(starts)))
 
 
 def play(
@@ -93,7 +93,7 @@ def test_first_turns_leave_when_due_and_later_ones_after_answer_and_thought(
         session = workload.sessions[number]
         assert [record.turn for record in records] == list(session.turns)
         assert records[0].due == TICK(session.start)
-        for before, after in zip(records, records[1:], strict=False):
+        for before, after in itertools.pairwise(records):
             assert before.exchange.done is not None
             assert after.due == TICK(before.exchange.done + after.turn.think)
 

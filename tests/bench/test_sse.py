@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -10,7 +12,8 @@ from pla_serve.bench.sse import EventSplitter, decode
 STREAM = (
     b": keep-alive\n\n"
     b'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}\r\n\r\n'
-    b'event: message\nid: 7\ndata:{"choices": [{"delta": {"content": "gr\xc3\xbc\xc3\x9fe\\n\\n"}}]}\n\n'
+    b"event: message\nid: 7\n"
+    b'data:{"choices": [{"delta": {"content": "gr\xc3\xbc\xc3\x9fe\\n\\n"}}]}\n\n'
     b"\n\n"
     b'data: {"choices": [],\ndata: "usage": null}\n\n'
     b"data: [DONE]\n\n"
@@ -26,7 +29,7 @@ def feed(portions: list[bytes]) -> list[bytes]:
 @given(st.lists(st.integers(0, len(STREAM)), max_size=30))
 def test_events_do_not_depend_on_how_the_bytes_are_cut(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(STREAM)]
-    payloads = feed([STREAM[a:b] for a, b in zip(edges, edges[1:], strict=False)])
+    payloads = feed([STREAM[a:b] for a, b in itertools.pairwise(edges)])
 
     assert payloads[-1] == b"[DONE]"
     role, text, usage = map(decode, payloads[:-1])

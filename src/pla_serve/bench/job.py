@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from pla_serve.bench.client import Endpoint, Target
 from pla_serve.bench.experiment import Experiment, MakeWorkload, Outcome, Plan
@@ -110,7 +111,7 @@ def run(job: Job, console: Console | None = None) -> int:
     """
     console = console or Console()
     salt = job.salt or secrets.token_hex(8)
-    tokenizer = load_tokenizer(job.tokenizer) if job.tokenizer else None
+    tokenizer = _tokenizer(job.tokenizer)
     plan = _plan(job, sized=tokenizer is not None)
     with ProgressView(console, job.objectives) as view:
         filler = make_filler(salt, tokenizer)
@@ -122,6 +123,13 @@ def run(job: Job, console: Console | None = None) -> int:
     if outcome.interrupted:
         return 130
     return 0 if any(run.report.classes[ALL].succeeded for run in outcome.runs) else 1
+
+
+def _tokenizer(path: Path | None) -> Tokenizer | None:
+    found = load_tokenizer(path) if path else None
+    if path and found is None:
+        raise ValueError(f"--tokenizer {path} holds no tokenizer.json")
+    return found
 
 
 def _plan(job: Job, *, sized: bool) -> Plan:

@@ -50,7 +50,8 @@ class Record:
     @property
     def latency(self) -> float | None:
         """Due time to the end of the answer."""
-        return self.exchange.done - self.due if self.ok and self.exchange.done else None
+        done = self.exchange.done
+        return done - self.due if self.ok and done is not None else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,9 +146,9 @@ def make_filler(
     return WordFiller(salt, _WORDS, None, per_word, tokenizer.get_vocab_size())
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The fast tokenizer in a model folder, or None."""
-    file = folder / "tokenizer.json"
+def load_tokenizer(path: Path) -> Tokenizer | None:
+    """A ``tokenizer.json``, or the one in a model folder; None if there is none."""
+    file = path / "tokenizer.json" if path.is_dir() else path
     return Tokenizer.from_file(str(file)) if file.is_file() else None
 
 
@@ -172,9 +172,10 @@ def calibrated(filler: WordFiller, words: int, tokens: int) -> WordFiller:
 def _single_token_words(tokenizer: Tokenizer) -> dict[str, int]:
     """Words that are one and the same token each inside a sentence."""
     lead = len(tokenizer.encode("the", add_special_tokens=False).ids)
-    found = {}
+    found: dict[int, list[str]] = {}
     for word in _WORDS:
         ids = tokenizer.encode(f"the {word}", add_special_tokens=False).ids
         if len(ids) == lead + 1:
-            found[word] = ids[-1]
-    return found
+            found.setdefault(ids[-1], []).append(word)
+    # An id of several words stands for the unknown.
+    return {words[0]: token for token, words in found.items() if len(words) == 1}

@@ -99,6 +99,8 @@ def _project_csv(file: Iterable[str]) -> Iterator[Row]:
     earlier: list[tuple[range, ...]] = []
     for index, cells in enumerate(table):
         try:
+            if None in cells:
+                raise ValueError("more cells than columns; are blocks with commas quoted?")
             blocks = cells.get("blocks")
             earlier.append(_decode_blocks(blocks, earlier) if blocks else ())
             yield Row(
