@@ -15,7 +15,7 @@ from .executor import Executor, Job
 
 PROFILE = CostProfile(1e-3, 0, 0, 0, 1e-2)
 """A millisecond a token and ten a batch: easy to reckon with."""
-CONFIG = PolicyConfig(boundary_tokens=256)
+CONFIG = PolicyConfig(boundary_tokens=256, decode_share=0.25)
 
 
 def make(config: PolicyConfig = CONFIG) -> LengthAware:
@@ -198,6 +198,19 @@ class TestLongs:
             add(policy, "new", tokens, 0.5)
             assert names(run(policy, 0.5)) == [expected]
 
+    def test_the_order_follows_the_cost_model(self) -> None:
+        """History turns out to be dear: the long with little of it goes first after all."""
+        cost = CostModel(PROFILE)
+        policy = LengthAware(CONFIG, cost)
+        add(policy, "plain", 3000)
+        add(policy, "deep", 2000, history=20_000)
+        truth = CostModel(replace(PROFILE, per_attention=1e-7))
+        for n in range(600):
+            sample = Batch(BatchClass.LONG, (Chunk("other", 100 + n, 1000 * (n % 20), False),))
+            policy.observe(sample, truth.seconds(sample), 0.0)
+        assert cost.epoch > 0
+        assert names(run(policy, 0.0)) == ["plain"]
+
     def test_priority_first(self) -> None:
         policy = make()
         add(policy, "small", 300)
@@ -312,6 +325,13 @@ class TestContract:
         policy.start_decode("a", 50, 0.0, 0.0)
         add(policy, "a", 51)
         assert run(policy, 0.0) == Batch(BatchClass.SHORT, (Chunk("a", 51, 0),))
+
+    def test_a_prefill_that_starts_to_decode_is_no_longer_one(self) -> None:
+        policy = make()
+        add(policy, "a", 51)
+        policy.start_decode("a", 51, 0.0, 0.0)
+        assert policy.state(0.0).short_requests == 0
+        assert run(policy, 0.0) == Batch(BatchClass.DECODE, (), (Chunk("a", 1, 51),))
 
     def test_an_aborted_long_leaves_nothing_behind(self) -> None:
         policy = make()

@@ -26,8 +26,9 @@ class PolicyConfig:
     """Share of the device's time that waiting long prefills are guaranteed, 0 to 1."""
     express_burst_seconds: float = 2.0
     """How far express work may run ahead of that guarantee before longs get their turn."""
-    decode_share: float = 0.25
-    """Most of the device's time that decode steps take while a long prefill is under way."""
+    decode_share: float = 0.1
+    """Most of the device's time that decode steps of their own (not in a short batch) take while a
+    long prefill is under way. More of it gives steadier streams and slower long prefills."""
     aging: float = 1.0
     """Seconds of remaining work that one second of waiting outweighs, among longs. At 0 a long
     prefill may be passed by shorter ones for ever."""
