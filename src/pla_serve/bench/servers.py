@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -84,8 +85,8 @@ def fresh(serve_args: Sequence[str]) -> Open:
     def open_server(entry: Entry) -> Iterator[str]:
         port = free_port()
         command = [sys.executable, "-m", "pla_serve", "serve", *serve_args, *entry.flags]
-        with started([*command, "--port", str(port)], f"http://127.0.0.1:{port}") as url:
-            yield url
+        with started([*command, "--port", str(port)], f"http://127.0.0.1:{port}") as server:
+            yield server.url
 
     return open_server
 
@@ -96,6 +97,23 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server of ours to stop, in a process group of its own."""
+
+    url: str
+    pid: int
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stands still, with all its children, so that it takes nothing from what is measured."""
+        os.killpg(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.pid, signal.SIGCONT)
+
+
 @contextmanager
 def started(
     command: Sequence[str],
@@ -104,7 +122,7 @@ def started(
     ready: str = "/ready",
     environment: dict[str, str] | None = None,
     seconds: float = START_SECONDS,
-) -> Iterator[str]:
+) -> Iterator[Started]:
     """Runs a server until the block ends; SIGTERM, then SIGKILL if it does not drain.
 
     It gets a process group of its own, so that Ctrl-C reaches the bench alone.
@@ -125,7 +143,7 @@ def started(
             problem = _wait_until_ready(process, url + ready, seconds)
             if problem:
                 raise ServerError(f"the server {problem}. {_tail(log)}")
-            yield url
+            yield Started(url, process.pid)
         finally:
             _stop(process)
 
