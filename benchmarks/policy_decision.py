@@ -2,7 +2,7 @@
 
 Serving runs on a virtual clock: batches take what the cost model predicts, give or take a tenth;
 whatever finishes is replaced, so the queue stays full. Every call is timed by itself, garbage
-collection included.
+collection included. "decision" is `next` and `at_layer_boundary` together, as an engine asks them.
 
     python benchmarks/policy_decision.py --queued 10000 --json result.json
 """
@@ -30,7 +30,8 @@ from pla_serve.policy.registry import POLICIES, create_policy
 
 DECISIONS = ("next", "at_layer_boundary")
 DECODING = 64
-LAYERS = 8
+LAYERS = 30
+"""Of the model: so often is a running batch asked about."""
 
 
 CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.thread_time_ns}
@@ -52,7 +53,8 @@ class Stopwatch:
     def microseconds(self) -> dict[str, dict[str, float]]:
         """P50, P99 and maximum by name."""
         report: dict[str, dict[str, float]] = {}
-        for name, times in self.times.items():
+        decisions = [took for name in DECISIONS for took in self.times[name]]
+        for name, times in {"decision": decisions, **self.times}.items():
             ordered = sorted(times)
             report[name] = {
                 "calls": len(ordered),
@@ -157,7 +159,7 @@ def main() -> None:
         load = Load(name, args.queued, args.seed, Stopwatch(CLOCKS[args.clock]))
         load.rounds(args.rounds)
         results[name] = load.watch.microseconds()
-        for call, row in sorted(results[name].items(), key=lambda item: item[0] not in DECISIONS):
+        for call, row in results[name].items():
             figures = [f"{row[key]:.1f}" for key in ("p50_us", "p99_us", "max_us")]
             table.add_row(name, call, str(row["calls"]), *figures)
         table.add_section()

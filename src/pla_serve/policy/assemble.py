@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pla_serve.policy.book import RequestBook
-from pla_serve.policy.protocol import Batch, BatchClass, Chunk
+from pla_serve.policy.protocol import Batch, BatchClass
 from pla_serve.policy.queues import PrefillQueue
 
 
@@ -29,23 +29,20 @@ class Assembler:
         decodes = book.decodes
         places, tokens = config.max_batch_requests, config.max_batch_tokens
         kept = min(len(decodes), self._decode_places(min(places, tokens))) if queue else 0
-        prefills = book.take(queue, places - kept, tokens - kept, now)
-        used = sum([chunk.tokens for chunk in prefills])
+        prefills, used, shorts = book.take(queue, places - kept, tokens - kept, now)
         steps = decodes.take(min(places - len(prefills), tokens - used))
         if not prefills and not steps:
             return None
         self._prefill_turn = not prefills
-        return Batch(self._kind(prefills, steps), tuple(prefills), tuple(steps))
+        if not prefills:
+            kind = BatchClass.DECODE
+        elif shorts == len(prefills):
+            kind = BatchClass.SHORT
+        else:
+            kind = BatchClass.MIXED if shorts or steps else BatchClass.LONG
+        return Batch(kind, tuple(prefills), tuple(steps))
 
     def _decode_places(self, places: int) -> int:
         if places > 1:
             return places // 2
         return 0 if self._prefill_turn else 1
-
-    def _kind(self, prefills: list[Chunk], steps: list[Chunk]) -> BatchClass:
-        if not prefills:
-            return BatchClass.DECODE
-        shorts = sum([self._book.waits_short(chunk.request_id) for chunk in prefills])
-        if shorts == len(prefills):
-            return BatchClass.SHORT
-        return BatchClass.MIXED if shorts or steps else BatchClass.LONG

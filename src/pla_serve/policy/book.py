@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
@@ -41,6 +42,15 @@ class Backlog:
         )
 
 
+class Taken(NamedTuple):
+    """Prefills handed out together."""
+
+    chunks: list[Chunk]
+    tokens: int
+    shorts: int
+    """How many of them are short."""
+
+
 class RequestBook:
     """Keeps requests through waiting, flight and decode; the queues it is given order them.
 
@@ -76,10 +86,6 @@ class RequestBook:
     def get(self, request_id: str) -> Pending | None:
         """The unfinished prefill of this id."""
         return self._pending.get(request_id)
-
-    def waits_short(self, request_id: str) -> bool:
-        """The class that an unfinished prefill was given when it was added."""
-        return self._pending[request_id].short
 
     def probe(self, new_tokens: int, history: int, now: float) -> Pending:
         """A request that arrives now, to be compared with queued ones but not kept."""
@@ -122,27 +128,29 @@ class RequestBook:
         self._queues[pending.short].discard(pending)
         self._flying.discard(request_id)
 
-    def take(self, queue: PrefillQueue, places: int, tokens: int, now: float) -> list[Chunk]:
+    def take(self, queue: PrefillQueue, places: int, tokens: int, now: float) -> Taken:
         """Hand out prefills in the queue's order until ``places`` or ``tokens`` are used up.
 
         Nobody gets more than ``cap`` tokens; the last one may get a part.
         """
         chunks: list[Chunk] = []
-        cap = self.cap
+        shorts, left = 0, tokens
         if places <= 0 or tokens <= 0:
-            return chunks
+            return Taken(chunks, 0, 0)
         for pending in queue.drain(now):
-            chunk = pending.whole
-            if chunk is None or chunk.tokens > tokens:
-                count = min(pending.new_tokens, cap, tokens)
+            chunk, count = pending.whole, pending.new_tokens
+            if chunk is None or count > left:
+                count = min(count, self.cap, left)
                 chunk = Chunk(pending.id, count, pending.history, count == pending.new_tokens)
             pending.flight = chunk
-            tokens -= chunk.tokens
+            shorts += pending.short
+            left -= count
             chunks.append(chunk)
-            if tokens == 0 or len(chunks) == places:
+            places -= 1
+            if left == 0 or places == 0:
                 break
-        self._flying.update([chunk.request_id for chunk in chunks])
-        return chunks
+        self._flying.update([chunk[0] for chunk in chunks])
+        return Taken(chunks, tokens - left, shorts)
 
     def hand_out(self, pending: Pending, tokens: int) -> Chunk:
         """The next ``tokens`` tokens of a prefill that its queue has let go."""

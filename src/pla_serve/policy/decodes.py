@@ -54,12 +54,9 @@ class DecodePool:
             ready.clear()
             self._ready_context = 0
             return chunks
-        chunks = []
-        for _ in range(places):
-            request_id, chunk = ready.popitem(last=False)
-            flying[request_id] = chunk
-            self._ready_context -= chunk.history
-            chunks.append(chunk)
+        chunks = [ready.popitem(last=False)[1] for _ in range(places)]
+        flying.update([(chunk[0], chunk) for chunk in chunks])
+        self._ready_context -= sum([chunk[2] for chunk in chunks])
         return chunks
 
     def settle(self, chunks: tuple[Chunk, ...]) -> None:

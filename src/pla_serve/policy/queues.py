@@ -12,6 +12,7 @@ PATIENCE = 5.0
 """Seconds after its arrival at which a short request without a deadline counts as due."""
 DEMOTIONS = 4
 """Late requests that one `DueQueue.drain` puts back, so that a decision stays quick."""
+NEAR = 256
 SAMPLES = 16
 """Requests looked at to estimate the work that goes before a newcomer."""
 
@@ -61,9 +62,11 @@ class SortedQueue:
         return len(self._entries)
 
     def push(self, request: Pending) -> None:
+        entries = self._entries
         entry = (*self._rank(request), -request.order, request)
         request.entry = entry
-        insort(self._entries, entry)
+        near = len(entries) - NEAR  # most that come back belong near the front: look there first
+        insort(entries, entry, near if near > 0 and entries[near] < entry else 0)
 
     def discard(self, request: Pending) -> None:
         if request.entry is not None:
@@ -118,8 +121,9 @@ class DueQueue(SortedQueue):
         super().__init__(due_rank)
 
     def drain(self, now: float) -> Iterator[Pending]:
-        demotions = DEMOTIONS
-        for request in super().drain(now):
+        entries, demotions = self._entries, DEMOTIONS
+        while entries:
+            request = entries.pop()[-1]
             deadline = request.deadline
             if (
                 deadline is not None
@@ -130,8 +134,9 @@ class DueQueue(SortedQueue):
                 request.late = True
                 demotions -= 1
                 self.push(request)
-            else:
-                yield request
+                continue
+            request.entry = None
+            yield request
 
 
 def arrival_rank(request: Pending) -> Rank:
