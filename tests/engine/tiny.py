@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -40,7 +40,7 @@ from pla_serve.engine.messages import (
     SamplingParams,
 )
 from pla_serve.engine.runner import ModelRunner
-from pla_serve.engine.sampling import Sampler
+from pla_serve.engine.sampling import GrammarCompiler, Sampler
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy
@@ -154,12 +154,14 @@ def make_engine(
     prefix_cache: bool = True,
     admission: Admission | None = None,
     max_model_len: int = 512,
+    grammars: GrammarCompiler | None = None,
 ) -> Engine:
     """An engine around the shared runner of this model, with KV memory of its own size."""
     cost = cost or CostModel()
     kv = KVManager(blocks, BLOCK, prefix_cache=prefix_cache)
-    sampler = Sampler(VOCABULARY, torch.device("cpu"))
-    limits = Limits(min(max_model_len, blocks * BLOCK), VOCABULARY, frozenset({EOS}), 0)
+    sampler = Sampler(VOCABULARY, torch.device("cpu"), grammars)
+    longest = min(max_model_len, (blocks - short_reserve) * BLOCK)
+    limits = Limits(longest, VOCABULARY, frozenset({EOS}), 0)
     parts = Parts(
         runner=runner(name),
         kv=kv,
@@ -189,6 +191,18 @@ def make_engine(
     loop = EngineLoop(parts, inbox=poll, emit=emitted.append, clock=clock)
     engine = Engine(loop, parts, inbox, emitted, clock)
     return engine
+
+
+@cache
+def grammar_compiler() -> GrammarCompiler:
+    """For a vocabulary in which each token but EOS is one ASCII character."""
+    characters = [chr(code) for code in range(0x21, 0x7F)]
+    vocabulary = {"<eos>": EOS, **{c: i for i, c in enumerate(characters, 1)}, "Ġ": 95}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    return GrammarCompiler(tokenizer, VOCABULARY)
 
 
 def write_tokenizer(folder: Path) -> None:
