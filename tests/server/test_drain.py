@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -71,7 +72,8 @@ def test_drain_lets_work_finish_and_nobody_in(tmp_path: Path) -> None:
             assert httpx.get(f"{process.url}/health").status_code == 200
             gate.touch()
             rest = list(lines)
-            assert any('"text":"b"' in line for line in rest)
+            events = [json.loads(line[6:]) for line in rest if line.startswith("data: {")]
+            assert "".join(event["choices"][0]["text"] for event in events) == "bc"
             assert "data: [DONE]" in rest
         assert process.child.wait(DEADLINE) == 0
 

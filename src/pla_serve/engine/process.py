@@ -1,8 +1,9 @@
-"""The process that hosts one engine core: ``python -m pla_serve.engine.process``.
+"""The process that hosts one engine core: ``python -m pla_serve.engine.process FACTORY``.
 
-It reads one line of JSON, a `Launch`, from its standard input, and ends when that input does: the
-pipe closes with the parent, however the parent died. SIGINT and SIGTERM are ignored, because a
-terminal or a service manager sends them to the whole group while the parent still drains.
+It imports the factory, which takes seconds, and then reads one line of JSON, a `Launch`, from its
+standard input. It ends when that input does: the pipe closes with the parent, however the parent
+died. SIGINT and SIGTERM are ignored, because a terminal or a service manager sends them to the
+whole group while the parent still drains.
 """
 
 from __future__ import annotations
@@ -65,8 +66,6 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """ZeroMQ address where the child listens for `ToEngine`."""
     outbound: str
     """ZeroMQ address where the parent listens for `FromEngine`."""
-    factory: str = CORE
-    """``module:attribute`` of a `CoreFactory`."""
     log_level: str = "INFO"
 
 
@@ -119,11 +118,11 @@ def load_factory(name: str) -> CoreFactory:
     return factory
 
 
-def serve(launch: Launch, channel: Channel) -> int:
+def serve(factory: str, launch: Launch, channel: Channel) -> int:
     """Run the core until `Shutdown` or a crash, which it reports. Returns the exit status."""
     starting = True
     try:
-        core = load_factory(launch.factory)(
+        core = load_factory(factory)(
             launch.config, inbox=channel.inbox, emit=channel.emit, clock=time.monotonic
         )
         starting = False
@@ -159,13 +158,19 @@ def exit_with_parent() -> None:
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
+    factory = sys.argv[1]
+    with suppress(Exception):  # it is raised again where it can be reported
+        load_factory(factory)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1  # the parent is gone, or has no use for an engine
+    launch = msgspec.json.decode(line, type=Launch)
     logging.basicConfig(
         level=launch.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
     )
     threading.Thread(target=exit_with_parent, name="parent-watch", daemon=True).start()
     channel = Channel(launch)
-    status = serve(launch, channel)
+    status = serve(factory, launch, channel)
     channel.close()
     return status
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +56,8 @@ class Endpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        # One thread: hostile grammars take a second each, and shall not take all cores for it.
+        self._grammars = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     async def chat(self, request: Request) -> Response:
         arrival = time.monotonic()
@@ -159,7 +163,9 @@ class Endpoints:
 
     async def _check(self, grammar: Grammar) -> None:
         try:
-            await self._service.encoder.run(lambda: self._service.check_grammar(grammar))
+            await asyncio.get_running_loop().run_in_executor(
+                self._grammars, self._service.check_grammar, grammar
+            )
         except ValueError as error:
             raise invalid(f"the constraint cannot be used: {error}", "response_format") from None
 

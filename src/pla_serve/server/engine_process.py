@@ -43,10 +43,20 @@ class EngineSpec:
     log_level: str = "INFO"
 
 
-class EngineProcess:
-    """Starts the child at once. ``deliver`` gets every message, then ``ended`` gets the reason.
+def spawn(spec: EngineSpec) -> subprocess.Popen[bytes]:
+    """A child that imports what it needs and then waits to be told what to serve."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pla_serve.engine.process", spec.factory],
+        stdin=subprocess.PIPE,
+        env={**QUIET_THREADS, **os.environ, **spec.env},
+    )
 
-    Both are called on the event loop that was running at construction.
+
+class EngineProcess:
+    """Starts at once, with ``child`` if one was spawned for ``spec`` already.
+
+    ``deliver`` gets every message, then ``ended`` gets the reason. Both are called on the event
+    loop that was running at construction.
     """
 
     def __init__(
@@ -55,6 +65,7 @@ class EngineProcess:
         *,
         deliver: Callable[[FromEngine], None],
         ended: Callable[[str], None],
+        child: subprocess.Popen[bytes] | None = None,
     ) -> None:
         self._deliver = deliver
         self._ended = ended
@@ -64,7 +75,8 @@ class EngineProcess:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
         self._open_sockets()
-        self._child = self._spawn(spec)
+        self._child = child or spawn(spec)
+        self._launch(spec)
         self.exited = asyncio.Event()
         threading.Thread(target=self._reap, name="engine-reaper", daemon=True).start()
 
@@ -104,24 +116,18 @@ class EngineProcess:
         self._out.connect(self._inbound)
         self._loop.add_reader(self._in.fileno(), self._read)
 
-    def _spawn(self, spec: EngineSpec) -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pla_serve.engine.process"],
-            stdin=subprocess.PIPE,
-            env={**QUIET_THREADS, **os.environ, **spec.env},
-        )
+    def _launch(self, spec: EngineSpec) -> None:
         launch = Launch(
             config=spec.config,
             inbound=self._inbound,
             outbound=self._outbound,
-            factory=spec.factory,
             log_level=spec.log_level,
         )
-        assert child.stdin is not None
+        stdin = self._child.stdin
+        assert stdin is not None
         with suppress(BrokenPipeError):  # a child that died already is seen by the reaper
-            child.stdin.write(msgspec.json.encode(launch) + b"\n")
-            child.stdin.flush()
-        return child
+            stdin.write(msgspec.json.encode(launch) + b"\n")
+            stdin.flush()
 
     def _read(self) -> None:
         # ZeroMQ's descriptor is edge-triggered: read until there is nothing more.

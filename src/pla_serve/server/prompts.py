@@ -6,14 +6,12 @@ import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 
 from pla_serve.server.errors import invalid, too_long, unsupported
 from pla_serve.server.schema import ChatRequest, Message
-
-Result = TypeVar("Result")
 
 INLINE_CHARACTERS = 2_000
 """Shorter texts are tokenised on the event loop: a thread's hand-over costs more (about 0.1 ms)."""
@@ -94,12 +92,10 @@ class PromptEncoder:
         text: str = self._tokenizer.decode(tokens)
         return text
 
-    async def run(self, work: Callable[[], Result]) -> Result:
-        """Other slow work on the same threads, such as compiling a grammar."""
+    async def _run(self, characters: int, work: Callable[[], list[int]]) -> list[int]:
+        if characters <= INLINE_CHARACTERS:
+            return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    async def _run(self, characters: int, work: Callable[[], Result]) -> Result:
-        return work() if characters <= INLINE_CHARACTERS else await self.run(work)
 
     def _encode(self, text: str, limit: int, special: bool) -> list[int]:
         """A text that cannot fit costs no more than a few times one that fills the context."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from pla_serve.server.app import build_app
 from pla_serve.server.detokenize import TokenBytes
 from pla_serve.server.endpoints import GrammarCheck, Service
 from pla_serve.server.engine_client import EngineClient, EngineStartError
-from pla_serve.server.engine_process import EngineSpec
+from pla_serve.server.engine_process import EngineProcess, EngineSpec
 from pla_serve.server.guard import Traffic
 from pla_serve.server.logprobs import TokenNames
 from pla_serve.server.metrics import Metrics
@@ -42,22 +43,19 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: the address cannot be had; the message says which.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 60), ("TCP_USER_TIMEOUT", 120_000)):
-            if hasattr(socket, option):
-                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        listener.bind(address)
-        listener.listen(2048)
+        listener = socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
         raise OSError(
             f"cannot listen on {host}:{port}: {error.strerror or error}. "
             "Choose another with --host and --port."
         ) from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_USER_TIMEOUT", 120_000)):
+        if hasattr(socket, option):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     return listener
 
 
@@ -98,12 +96,14 @@ class Instance:
         chat_template: str | None = None,
         check_grammar: GrammarCheck,
         on_ready: Callable[[EngineClient], None] = lambda engine: None,
+        child: subprocess.Popen[bytes] | None = None,
     ) -> None:
+        """``child``: of `spawn`, for the engine's first life."""
         self._settings = settings
         self._on_ready = on_ready
         self.metrics = Metrics(settings.model_names[0])
         self.traffic = Traffic(self.metrics)
-        self.engine = EngineClient(spec, self.metrics)
+        self.engine = EngineClient(spec, self.metrics, start=_starter(child))
         self.encoder = PromptEncoder(tokenizer, chat_template=chat_template)
         token_bytes = TokenBytes(tokenizer)
         service = Service(
@@ -178,6 +178,15 @@ class Instance:
         with suppress(asyncio.CancelledError, EngineStartError):
             await engine
         self.encoder.close()
+
+
+def _starter(child: subprocess.Popen[bytes] | None) -> Callable[..., EngineProcess]:
+    spare = [child]
+
+    def start(spec: EngineSpec, **callbacks: Any) -> EngineProcess:
+        return EngineProcess(spec, child=spare.pop() if spare else None, **callbacks)
+
+    return start
 
 
 def run(instance: Callable[[], Instance], listener: socket.socket) -> int:

@@ -27,7 +27,7 @@ class ServerSettings:
     """A stream whose client leaves more tokens of one choice unread is ended."""
     stall_seconds: float = 60.0
     """A stream whose client reads nothing for so long is ended."""
-    restart_wait: float = 30.0
+    restart_wait: float = 60.0
     """How long a request waits for an engine that starts or restarts before it gets a 503."""
     drain_seconds: float = 30.0
     """How long requests in flight may go on after SIGTERM."""

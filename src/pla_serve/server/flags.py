@@ -1,0 +1,204 @@
+"""The flags of ``pla-serve serve``: types, names, help. Their defaults are those of the configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pla_serve.engine.config import DType as DTypes
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.config import LoadFormat as LoadFormats
+
+MODEL = "Model"
+CACHE = "KV cache"
+SCHEDULE = "Scheduling"
+ADMISSION = "Admission"
+HTTP = "HTTP server"
+Policies = Literal["length-aware", "fcfs", "hrrn", "srpt"]
+LogLevels = Literal["debug", "info", "warning", "error"]
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="A folder of safetensors, a GGUF file, or a Hugging Face id. "
+        f"Default: {EngineConfig().model}."
+    ),
+]
+ModelFlag = Annotated[
+    str | None,
+    typer.Option("--model", help="The same as the argument.", rich_help_panel=MODEL),
+]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What clients call the model; may be repeated. Default: the model as given.",
+        rich_help_panel=MODEL,
+    ),
+]
+LoadFormat = Annotated[
+    LoadFormats,
+    typer.Option(
+        help="dummy makes random weights from the config.",
+        rich_help_panel=MODEL,
+    ),
+]
+Dtype = Annotated[DTypes, typer.Option(help="auto follows the model.", rich_help_panel=MODEL)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads. Default: all cores.", rich_help_panel=MODEL),
+]
+Seed = Annotated[int, typer.Option(help="For requests that give none.", rich_help_panel=MODEL)]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens of prompt and output. Default: the model's, as far as KV goes.",
+        rich_help_panel=MODEL,
+    ),
+]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        help="A Jinja file that takes the place of the model's template.", rich_help_panel=MODEL
+    ),
+]
+KvCacheGib = Annotated[
+    float | None,
+    typer.Option(help="Memory for KV. Default: a share of what is free.", rich_help_panel=CACHE),
+]
+BlockSize = Annotated[int, typer.Option(help="Tokens in one KV block.", rich_help_panel=CACHE)]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Reuse the KV of prompts that begin alike.",
+        rich_help_panel=CACHE,
+    ),
+]
+ShortKvReserve = Annotated[
+    float,
+    typer.Option(help="Share of the KV that long prefills may not take.", rich_help_panel=CACHE),
+]
+Policy = Annotated[
+    Policies,
+    typer.Option(help="What runs next.", rich_help_panel=SCHEDULE),
+]
+MaxBatchTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-batch-tokens",
+        "--max-num-batched-tokens",
+        help="Most tokens in one batch.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+MaxBatchRequests = Annotated[
+    int,
+    typer.Option(
+        "--max-batch-requests",
+        "--max-num-seqs",
+        help="Most requests in one batch.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+LongChunkTokens = Annotated[
+    int,
+    typer.Option(
+        "--long-chunk-tokens",
+        "--long-prefill-token-threshold",
+        help="Most tokens of one long prefill in one batch.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+BoundaryTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="At most this many new tokens are short. Default: fitted while serving.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+LongShare = Annotated[
+    float,
+    typer.Option(
+        help="Share of time that waiting long prefills are guaranteed.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+ExpressBurstSeconds = Annotated[
+    float,
+    typer.Option(
+        help="How far short prefills may run ahead of that share.", rich_help_panel=SCHEDULE
+    ),
+]
+DecodeShare = Annotated[
+    float,
+    typer.Option(
+        help="Most of the time for decode steps during a long prefill.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+Aging = Annotated[
+    float,
+    typer.Option(
+        help="Seconds of work that a second of waiting outweighs, among longs.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+MaxQueuedTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Refuse (429) when more new tokens wait. Default: 4 times the KV.",
+        rich_help_panel=ADMISSION,
+    ),
+]
+MaxPredictedWait = Annotated[
+    float,
+    typer.Option(
+        help="Refuse (429) what would wait longer, in seconds; 0: never.",
+        rich_help_panel=ADMISSION,
+    ),
+]
+Host = Annotated[
+    str,
+    typer.Option(help="0.0.0.0 opens it to the network.", rich_help_panel=HTTP),
+]
+Port = Annotated[int, typer.Option(help="0 picks a free one.", rich_help_panel=HTTP)]
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="PLA_SERVE_API_KEY",
+        help="Clients must send one of these; may be repeated.",
+        rich_help_panel=HTTP,
+        show_envvar=True,
+    ),
+]
+MaxBodyMib = Annotated[float, typer.Option(help="Largest request body.", rich_help_panel=HTTP)]
+KeepAliveSeconds = Annotated[
+    float,
+    typer.Option(help="A silent stream gets a comment this often.", rich_help_panel=HTTP),
+]
+StallSeconds = Annotated[
+    float,
+    typer.Option(
+        help="A stream whose client reads nothing so long is ended.", rich_help_panel=HTTP
+    ),
+]
+MaxUnreadTokens = Annotated[
+    int,
+    typer.Option(
+        help="A stream whose client leaves more tokens unread is ended.", rich_help_panel=HTTP
+    ),
+]
+RestartWait = Annotated[
+    float,
+    typer.Option(
+        help="How long requests wait for a starting engine before a 503.", rich_help_panel=HTTP
+    ),
+]
+DrainSeconds = Annotated[
+    float,
+    typer.Option(help="How long SIGTERM lets requests finish.", rich_help_panel=HTTP),
+]
+LogLevel = Annotated[LogLevels, typer.Option(rich_help_panel=HTTP)]

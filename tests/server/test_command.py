@@ -1,0 +1,147 @@
+"""Flags of ``pla-serve serve``: what they become, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pla_serve.cli import app
+from pla_serve.engine.config import EngineConfig
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.server import command
+from pla_serve.server.settings import ServerSettings
+
+
+class Started:
+    """Takes the place of `command.start`."""
+
+    def __call__(
+        self, engine: EngineConfig, server: ServerSettings, template: str | None, log_level: str
+    ) -> int:
+        self.engine, self.server = engine, server
+        self.template, self.log_level = template, log_level
+        return 0
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    started = Started()
+    monkeypatch.setattr(command, "start", started)
+    return started
+
+
+def serve(*args: str, **options: Any) -> Result:
+    return CliRunner().invoke(app, ["serve", *args], **options)
+
+
+def test_defaults_are_those_of_the_configs(started: Started) -> None:
+    assert serve().exit_code == 0
+    assert started.engine == EngineConfig()
+    name = EngineConfig().model
+    assert started.server == ServerSettings(model_names=(name,), model_root=name)
+
+
+def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
+    """Sets each flag to something else than its default, and finds no field left at it."""
+    (tmp_path / "template").write_text("hello")
+    flags = {
+        "--load-format": "dummy", "--dtype": "float32", "--device": "cpu", "--seed": 3,
+        "--max-model-len": 99, "--block-size": 8, "--kv-cache-gib": 0.5,
+        "--short-kv-reserve": 0.1, "--threads": 1, "--policy": "fcfs",
+        "--max-batch-tokens": 100, "--max-batch-requests": 3, "--long-chunk-tokens": 50,
+        "--boundary-tokens": 10, "--long-share": 0.4, "--express-burst-seconds": 1,
+        "--decode-share": 0.3, "--aging": 2, "--max-queued-tokens": 5,
+        "--max-predicted-wait": 7, "--served-model-name": "m", "--host": "::1", "--port": 1,
+        "--api-key": "k", "--max-body-mib": 1, "--keep-alive-seconds": 1,
+        "--max-unread-tokens": 5, "--stall-seconds": 1, "--restart-wait": 1,
+        "--drain-seconds": 1, "--chat-template": tmp_path / "template", "--log-level": "debug",
+    }  # fmt: skip
+    words = [str(word) for flag in flags.items() for word in flag]
+    result = serve("some/model", "--no-prefix-cache", *words)
+    assert result.exit_code == 0, result.output
+    policy = started.engine.policy_config
+    default_server = ServerSettings(model_names=("x",), model_root="x")
+    for mine, default in (
+        (started.engine, EngineConfig()),
+        (policy, PolicyConfig()),
+        (started.server, default_server),
+    ):
+        for field in fields(default):
+            assert getattr(mine, field.name) != getattr(default, field.name), field.name
+    assert (started.template, started.log_level) == ("hello", "debug")
+
+
+def test_names_of_vllm(started: Started) -> None:
+    serve(
+        "--model", "m", "--max-num-batched-tokens", "77", "--max-num-seqs", "5",
+        "--long-prefill-token-threshold", "33",
+    )  # fmt: skip
+    assert started.engine.model == "m"
+    policy = started.engine.policy_config
+    assert (policy.max_batch_tokens, policy.max_batch_requests) == (77, 5)
+    assert policy.long_chunk_tokens == 33
+
+
+def test_keys_come_from_the_environment(started: Started) -> None:
+    serve(env={"PLA_SERVE_API_KEY": "one two"})
+    assert started.server.api_keys == ("one", "two")
+
+
+def test_zero_means_no_bound_on_the_wait(started: Started) -> None:
+    serve("--max-predicted-wait", "0")
+    assert started.engine.max_predicted_wait is None
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--long-share", "2"], "long_share must lie between 0 and 1"),
+        (["--port", "70000"], "port must lie between 0 and 65535"),
+        (["--max-batch-tokens", "0"], "max_batch_tokens must be at least 1"),
+        (["--keep-alive-seconds", "nan"], "keep_alive_seconds must be positive"),
+        (["--served-model-name", ""], "at least one name"),
+        (["--chat-template", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["a", "--model", "b"], "two models"),
+    ],
+)
+def test_bad_values_are_one_line(started: Started, args: list[str], reason: str) -> None:
+    result = serve(*args)
+    assert result.exit_code == 1
+    assert reason in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["--policy", "magic"], ["--nonsense"], ["--port", "x"]])
+def test_unknown_flags_and_choices_are_usage_errors(started: Started, args: list[str]) -> None:
+    assert serve(*args).exit_code == 2
+
+
+def test_busy_port_is_said_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = serve("/no/such/model", "--port", str(taken.getsockname()[1]))
+    assert result.exit_code == 1
+    assert "cannot listen" in result.stderr
+    assert "--port" in result.stderr
+
+
+def test_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    result = serve(str(tmp_path / "nowhere"), "--port", "0")
+    assert result.exit_code == 1
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, pla_serve.cli\n"
+        "print([m for m in ('torch', 'transformers', 'fastapi', 'zmq') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

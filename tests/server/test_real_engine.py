@@ -1,0 +1,230 @@
+"""The whole of ``pla-serve serve``: command, server and engine, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from server_harness import DEADLINE, make_tokenizer, until
+from transformers import LlamaConfig
+
+NAME = "tiny"
+HELLO = [{"role": "user", "content": "hello there"}]
+PROMPT = "<user>hello there<assistant>"
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}, "ok": {"type": "boolean"}},
+    "required": ["colour", "ok"],
+    "additionalProperties": False,
+}
+START_SECONDS = 120.0
+
+
+@dataclass
+class Server:
+    child: subprocess.Popen[bytes]
+    url: str
+    told: str
+    """What it printed when it was ready."""
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        found = re.search(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+        assert found, f"no metric {name}"
+        return float(found[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config and a tokenizer; the weights are made up."""
+    path = tmp_path_factory.mktemp("tiny")
+    make_tokenizer().save_pretrained(path)
+    LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=256,
+        bos_token_id=None,
+    ).save_pretrained(path)
+    return path
+
+
+def command(folder: Path | str, *flags: str) -> list[str]:
+    words = f"serve {folder} --load-format dummy --port 0 --threads 1 --kv-cache-gib 0.02"
+    return [sys.executable, "-m", "pla_serve", *words.split(), *flags]
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    flags = ("--served-model-name", NAME, "--api-key", "secret", "--keep-alive-seconds", "0.5")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command(folder, *flags), stdout=subprocess.PIPE, env=env) as child:
+        try:
+            assert child.stdout is not None
+            told = (child.stdout.readline() + child.stdout.readline()).decode()
+            found = re.search(r"http://127\.0\.0\.1:\d+", told)
+            assert found, f"not ready: {told}"
+            yield Server(child, found[0], told)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(DEADLINE) == 0
+        finally:
+            child.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    options = {"api_key": "secret", "max_retries": 0, "timeout": START_SECONDS}
+    with openai.OpenAI(base_url=f"{server.url}/v1", **options) as client:
+        yield client
+
+
+def test_ready_line_says_what_to_try(server: Server) -> None:
+    assert "curl http://" in server.told
+    assert NAME in server.told
+    assert "secret" not in server.told
+
+
+def test_chat_streams_what_it_answers(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "messages": HELLO, "max_tokens": 12, "temperature": 0}
+    answer = client.chat.completions.create(**options)
+    assert answer.usage.prompt_tokens == len(PROMPT)
+    assert 1 <= answer.usage.completion_tokens <= 12
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert text == answer.choices[0].message.content
+
+
+def test_followers_of_n_find_the_prompt_cached(server: Server, client: openai.OpenAI) -> None:
+    prompt = "a prompt of some length that nobody else sends. " * 4
+    before = server.metric("vllm:prefix_cache_hits_total")
+    answer = client.completions.create(
+        model=NAME, prompt=prompt, n=4, max_tokens=4, seed=5, extra_body={"ignore_eos": True}
+    )
+    assert len({choice.text for choice in answer.choices}) > 1  # seeds differ
+    assert answer.usage.completion_tokens == 16
+    until(lambda: server.metric("vllm:prefix_cache_hits_total") - before >= 3 * 176, "reuse")
+
+
+def test_seed_repeats_an_answer(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "prompt": "x", "max_tokens": 12, "seed": 7}
+    texts = {client.completions.create(**options).choices[0].text for _ in range(3)}
+    assert len(texts) == 1
+
+
+def test_json_schema_is_obeyed(client: openai.OpenAI) -> None:
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model=NAME,
+            messages=HELLO,
+            seed=seed,
+            max_tokens=300,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
+            },
+        )
+        value = json.loads(answer.choices[0].message.content)
+        assert value["colour"] in ("red", "green")
+        assert isinstance(value["ok"], bool)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        ({"regex": "[0-9]{3}"}, r"\d{3}"),
+        ({"choice": ["yes (1)", "no\nway", "a.b"]}, r"yes \(1\)|no\nway|a\.b"),
+        ({"grammar": 'start: "a" "b"'}, "ab"),
+    ],
+)
+def test_constraints_are_obeyed(
+    client: openai.OpenAI, constraint: dict[str, object], pattern: str
+) -> None:
+    answer = client.completions.create(
+        model=NAME, prompt="x", max_tokens=30, extra_body={"structured_outputs": constraint}
+    )
+    assert re.fullmatch(pattern, answer.choices[0].text)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [{"json": {"type": "nonsense"}}, {"regex": "("}, {"grammar": "start: nowhere"}],
+)
+def test_bad_constraints_are_refused(client: openai.OpenAI, constraint: dict[str, object]) -> None:
+    with pytest.raises(openai.BadRequestError, match="constraint"):
+        client.completions.create(
+            model=NAME, prompt="x", extra_body={"structured_outputs": constraint}
+        )
+
+
+def test_logprobs_belong_to_the_tokens(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=NAME, messages=HELLO, temperature=0, max_tokens=6, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for entry in content:
+        assert entry.logprob <= 0
+        assert entry.logprob == entry.top_logprobs[0].logprob  # greedy takes the likeliest
+        assert len(entry.top_logprobs) == 3
+
+
+def test_stop_string_cuts_what_greedy_says(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "prompt": [1, 2, 3], "temperature": 0, "max_tokens": 30}
+    text = client.completions.create(**options).choices[0].text
+    stop = text[len(text) // 2 :][:2]
+    answer = client.completions.create(**options, stop=stop)
+    assert answer.choices[0].text == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_prompts_that_cannot_be_served(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=NAME, prompt="x" * 600)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="260"):
+        client.completions.create(model=NAME, prompt=[260])
+
+
+def test_closing_a_stream_frees_its_memory(server: Server, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model=NAME, prompt="x", stream=True, max_tokens=500, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    until(lambda: server.metric("vllm:num_requests_running") == 0, "the end of it")
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def test_killed_engine_comes_back(server: Server, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model=NAME, prompt="x", stream=True, max_tokens=500, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    os.kill(child_of(server.child.pid), signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="killed by SIGKILL"):
+        list(stream)
+    assert httpx.get(f"{server.url}/ready").status_code == 503
+    answer = client.completions.create(model=NAME, prompt="x", max_tokens=3)  # waits for it
+    assert answer.usage.completion_tokens >= 1
+    assert server.metric("pla_serve:engine_restarts_total") == 1
+
+
+def child_of(pid: int) -> int:
+    """The only child process of ``pid``."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    (child,) = [int(word) for task in tasks for word in task.read_text().split()]
+    return child
