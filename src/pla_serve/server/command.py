@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pla_serve.engine.messages import EngineReady, Grammar
     from pla_serve.server.endpoints import GrammarCheck
 
+log = logging.getLogger(__name__)
+
 _ENGINE, _POLICY, _SERVER = EngineConfig(), PolicyConfig(), ServerSettings(("model",), "")
 
 
@@ -130,6 +132,7 @@ def start(
     except OSError as error:
         _fail(error)
     host, port = listener.getsockname()[:2]
+    log.info("loading %s for port %d", config.model, port)
     spec = EngineSpec(config, log_level=log_level)
     with listener, spawn(spec) as child:  # it imports torch while this process does
         try:

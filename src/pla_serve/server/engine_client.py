@@ -201,6 +201,7 @@ class EngineClient:
             self.state = State.READY
             self._ready.set()
             self._observer.ready(message)
+            log.info("the engine is ready")
         elif isinstance(message, EngineFailed):
             self._lose(message.error)
         else:
