@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-Run = tuple[int, int]
-"""Slots from the first up to, not including, the second."""
+from pla_serve.engine.kv.blocks import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +20,7 @@ class Span:
     history: int
     """Tokens before them whose KV is in the cache."""
     runs: tuple[Run, ...]
-    """Slots of history and new tokens, in order."""
+    """Slots of history and new tokens, in order, as runs of neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,8 @@ class SpanRequest:
     tokens: Sequence[int]
     """The new tokens."""
     history: int
-    blocks: Sequence[int]
-    """Its block table, which covers history and new tokens."""
+    runs: Sequence[Run]
+    """Its blocks, which cover history and new tokens, as runs of neighbours."""
     wants_logits: bool
     """Whether the logits of the last new token are wanted."""
 
@@ -62,7 +61,7 @@ def build(requests: Sequence[SpanRequest], block_tokens: int, device: torch.devi
     for request in requests:
         length = len(request.tokens)
         end = request.history + length
-        runs = slot_runs(request.blocks, end, block_tokens)
+        runs = slot_runs(request.runs, end, block_tokens)
         spans.append(Span(len(tokens), length, request.history, runs))
         tokens += request.tokens
         positions += range(request.history, end)
@@ -78,26 +77,17 @@ def build(requests: Sequence[SpanRequest], block_tokens: int, device: torch.devi
     )
 
 
-def slot_runs(blocks: Sequence[int], tokens: int, block_tokens: int) -> tuple[Run, ...]:
-    """The first ``tokens`` slots of a block table as the fewest runs of neighbours."""
-    runs: list[Run] = []
+def slot_runs(runs: Sequence[Run], tokens: int, block_tokens: int) -> tuple[Run, ...]:
+    """The first ``tokens`` slots of these runs of blocks."""
+    slots: list[Run] = []
     left = tokens
-    start = previous = -2
-    count = 0
-    for block in blocks:
+    for first, end in runs:
         if left <= 0:
             break
-        if block != previous + 1:
-            if count:
-                runs.append((start * block_tokens, start * block_tokens + count))
-            start, count = block, 0
-        taken = min(block_tokens, left)
-        count += taken
+        taken = min((end - first) * block_tokens, left)
+        slots.append((first * block_tokens, first * block_tokens + taken))
         left -= taken
-        previous = block
-    if count:
-        runs.append((start * block_tokens, start * block_tokens + count))
-    return tuple(runs)
+    return tuple(slots)
 
 
 def _slots_from(runs: Sequence[Run], skip: int) -> list[int]:

@@ -277,7 +277,7 @@ class EngineLoop:
             SpanRequest(
                 tokens=m.sequence.tokens[m.sequence.computed : m.sequence.computed + m.tokens],
                 history=m.sequence.computed,
-                blocks=m.sequence.table.blocks,
+                runs=m.sequence.table.runs(),
                 wants_logits=m.yields,
             )
             for m in members

@@ -66,7 +66,7 @@ def _time(
     first = 0
     for new, history in shape:
         count = -(-(new + history) // block_tokens)
-        spans.append(SpanRequest([0] * new, history, range(first, first + count), True))
+        spans.append(SpanRequest([0] * new, history, [(first, first + count)], True))
         first += count
     flat = build(spans, block_tokens, device)
     runner.forward(flat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from random import Random
 
 import torch
@@ -12,9 +13,16 @@ from hypothesis import strategies as st
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
 from pla_serve.engine.forward import FlatBatch, SpanRequest, build, slot_runs
+from pla_serve.engine.kv.blocks import Run, extend_runs
 
 BLOCK = 4
 CPU = torch.device("cpu")
+
+
+def runs_of(blocks: list[int]) -> list[Run]:
+    runs: list[Run] = []
+    extend_runs(runs, blocks)
+    return runs
 
 
 def random_batch(rng: Random, heads: int, dim: int) -> tuple[KVCache, FlatBatch]:
@@ -28,7 +36,7 @@ def random_batch(rng: Random, heads: int, dim: int) -> tuple[KVCache, FlatBatch]
     spans = []
     for _ in range(rng.randint(1, 4)):
         length, history = rng.choice((1, 1, 2, 7, 20)), rng.choice((0, 0, 1, 4, 9, 21))
-        own = [blocks.pop() for _ in range(-(-(length + history) // BLOCK))]
+        own = runs_of([blocks.pop() for _ in range(-(-(length + history) // BLOCK))])
         spans.append(SpanRequest([0] * length, history, own, True))
         for start, end in slot_runs(own, length + history, BLOCK):
             cache.keys[0][start:end] = torch.randn(end - start, heads, dim)
@@ -53,7 +61,7 @@ def test_reference_by_hand() -> None:
     cache = KVCache(KVShape(1, 1, 2, torch.float32), 8, CPU)
     cache.keys[0][:3, 0] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     cache.values[0][:3, 0] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
-    batch = build([SpanRequest([0, 0], 1, [0], True)], BLOCK, CPU)
+    batch = build([SpanRequest([0, 0], 1, [(0, 1)], True)], BLOCK, CPU)
     query = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     output = SdpaReference().attend(0, query, cache, batch, 1.0)[:, 0]
     weight = math.e / (math.e + 1)
@@ -68,6 +76,6 @@ def test_reference_by_hand() -> None:
 def test_runs_name_each_slot_in_order(blocks: list[int], tokens: int) -> None:
     tokens = min(tokens, len(blocks) * BLOCK)
     slots = [block * BLOCK + offset for block in blocks for offset in range(BLOCK)][:tokens]
-    runs = slot_runs(blocks, tokens, BLOCK)
+    runs = slot_runs(runs_of(blocks), tokens, BLOCK)
     assert [slot for start, end in runs for slot in range(start, end)] == slots
-    assert all(a[1] != b[0] for a, b in zip(runs, runs[1:], strict=False)), "runs are maximal"
+    assert all(a[1] != b[0] for a, b in pairwise(runs)), "runs are maximal"

@@ -1,5 +1,7 @@
 """The KV manager against a model that stores every token's prefix in its block."""
 
+from itertools import pairwise
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -71,8 +73,17 @@ class ManagerMachine(RuleBasedStateMachine):
         for tokens, table in self.live:
             assert len(table.blocks) == -(-len(tokens) // BLOCK)
             self.check_readable(tokens, table, len(tokens))
+            runs = table.runs()
+            assert [b for first, end in runs for b in range(first, end)] == table.blocks
+            assert all(a[1] != b[0] for a, b in pairwise(runs))
         held = {block for _, table in self.live for block in table.blocks}
         assert self.kv.available == BLOCKS - len(held)
+
+    @invariant()
+    def each_block_is_offered_for_eviction_once(self) -> None:
+        offered = [block for _, block in self.kv._tree._leaves]
+        assert len(offered) == len(set(offered))
+        assert set(offered) <= set(self.kv._tree._by_block)
 
     def teardown(self) -> None:
         for _, table in self.live:
@@ -115,6 +126,40 @@ def test_least_recently_used_prefix_goes_first() -> None:
     assert kv.reserve([2] * 5, other) == 0
     assert kv.cached_prefix([0] * 9) == 8
     assert kv.cached_prefix([1] * 9) <= 4
+
+
+class CountedTokens(list[int]):
+    """Counts how often blocks of it are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index: object) -> object:
+        self.looks += 1
+        return super().__getitem__(index)
+
+
+def test_remembering_costs_what_is_new_however_long_the_context() -> None:
+    kv = KVManager(BLOCKS * 10, BLOCK)
+    tokens = CountedTokens(range(BLOCK * BLOCKS * 8))
+    table = BlockTable()
+    assert kv.reserve(tokens, table) == 0
+    kv.remember(tokens, len(tokens) - BLOCK, table)
+    tokens.looks = 0
+    kv.remember(tokens, len(tokens), table)
+    assert tokens.looks == 1
+    assert kv.cached_prefix([*tokens, 1]) == len(tokens)
+
+
+def test_what_was_given_back_last_is_evicted_last_whoever_began_first() -> None:
+    kv = KVManager(6, BLOCK)
+    tables = [BlockTable(), BlockTable()]
+    for value, table in enumerate(tables):
+        kv.reserve([value] * 8, table)
+        kv.remember([value] * 8, 8, table)
+    kv.release(tables[1])
+    kv.release(tables[0])
+    kv.reserve([2] * 16, BlockTable())
+    assert (kv.cached_prefix([0] * 9), kv.cached_prefix([1] * 9)) == (8, 0)
 
 
 def test_sequences_leave_each_other_room_to_grow() -> None:

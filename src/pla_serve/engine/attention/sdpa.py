@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pla_serve.engine.attention.cache import KVCache
-from pla_serve.engine.forward import FlatBatch, Run, Span
+from pla_serve.engine.forward import FlatBatch, Span
+from pla_serve.engine.kv.blocks import Run
 
 
 class SdpaReference:
@@ -51,7 +52,7 @@ class SdpaCpu:
     ) -> torch.Tensor:
         """See AttentionBackend."""
         keys, values = cache.keys[layer], cache.values[layer]
-        heads, tokens, head_dim = query.shape
+        _, tokens, head_dim = query.shape
         grouped = query.view(cache.shape.heads, -1, tokens, head_dim)
         groups = grouped.shape[1]
         attended = [

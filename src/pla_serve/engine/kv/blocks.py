@@ -6,6 +6,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
+Run = tuple[int, int]
+"""Neighbours from the first up to, not including, the second."""
+
+
+def extend_runs(runs: list[Run], blocks: Iterable[int]) -> None:
+    """Append ``blocks`` to ``runs``, joined where they are neighbours."""
+    for block in blocks:
+        if runs and runs[-1][1] == block:
+            runs[-1] = (runs[-1][0], block + 1)
+        else:
+            runs.append((block, block + 1))
+
 
 class BlockPool:
     """``count`` blocks, each with a number of holders; a block without holders is free.

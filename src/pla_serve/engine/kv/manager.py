@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pla_serve.engine.kv.blocks import BlockPool
+from pla_serve.engine.kv.blocks import BlockPool, Run, extend_runs
 from pla_serve.engine.kv.prefix import PrefixTree
 
 GROWTH_BLOCKS = 16
@@ -19,6 +19,20 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     inserted: int = 0
     """Leading blocks that the prefix cache has been told of."""
+    _runs: list[Run] = field(default_factory=list)
+    _in_runs: int = 0
+    """Leading blocks that ``_runs`` covers."""
+
+    def runs(self) -> list[Run]:
+        """The blocks as the fewest runs of neighbours; costs only what was added since."""
+        extend_runs(self._runs, self.blocks[self._in_runs :])
+        self._in_runs = len(self.blocks)
+        return self._runs
+
+    def forget_runs(self) -> None:
+        """Other blocks have taken the place of some."""
+        self._runs = []
+        self._in_runs = 0
 
 
 class KVManager:
@@ -97,9 +111,8 @@ class KVManager:
         """Tell the prefix cache of the first ``computed`` tokens, in whole blocks."""
         whole = computed // self.block_tokens
         if self._prefix_cache and whole > table.inserted:
-            known = table.blocks[:whole]
-            self._tree.insert(tokens, known)
-            table.blocks[:whole] = known
+            if self._tree.insert(tokens, table.blocks, table.inserted, whole):
+                table.forget_runs()
             table.inserted = whole
 
     def release(self, table: BlockTable) -> None:
@@ -107,6 +120,7 @@ class KVManager:
         self._tree.release(table.blocks)
         table.blocks = []
         table.inserted = 0
+        table.forget_runs()
 
     def _ensure_free(self, count: int) -> None:
         short = count - self._pool.free

@@ -18,6 +18,9 @@ class _Node:
     parent: _Node | None
     children: dict[Key, _Node] = field(default_factory=dict)
     last_used: int = 0
+    """When it was given back last."""
+    offered: bool = False
+    """It is in the heap of candidates for eviction, at most once."""
 
 
 class PrefixTree:
@@ -36,7 +39,7 @@ class PrefixTree:
         self._evictable = 0
         self._tick = 0
         self._leaves: list[tuple[int, int]] = []
-        """Heap of (last_used, block): candidates for eviction, checked when they come up."""
+        """Heap of (last_used, block): blocks offered for eviction, checked when they come up."""
         self.version = 0
         """Changes whenever a match may have changed."""
 
@@ -56,24 +59,24 @@ class PrefixTree:
     def hold(self, tokens: Sequence[int], limit: int) -> list[int]:
         """``match``, and the caller becomes a holder of these blocks (see ``release``)."""
         path = self._path(tokens, limit)
-        self._tick += 1
         for node in path:
-            node.last_used = self._tick
             if self._pool.holders(node.block) == 1:
                 self._evictable -= 1
         blocks = [node.block for node in path]
         self._pool.hold(blocks)
         return blocks
 
-    def insert(self, tokens: Sequence[int], blocks: list[int]) -> None:
-        """Cache ``blocks``, held by the caller, as the KV of the whole blocks of ``tokens``.
+    def insert(self, tokens: Sequence[int], blocks: list[int], start: int, stop: int) -> bool:
+        """Cache ``blocks[start:stop]`` as the KV of those blocks of ``tokens``.
 
-        Where the tree knows the same tokens by another block, the caller gets to hold that one and
-        its own is freed: ``blocks`` is changed in place. So one prefix is stored once.
+        The caller holds all of ``blocks``, and those before ``start`` are cached already. Where the tree knows
+        the same tokens by another block, the caller gets to hold that one and its own is freed:
+        ``blocks`` is changed in place. So one prefix is stored once. Returns whether it changed.
         """
-        self._tick += 1
-        node = self._root
-        for index, block in enumerate(blocks):
+        node = self._by_block[blocks[start - 1]] if start else self._root
+        changed = False
+        for index in range(start, stop):
+            block = blocks[index]
             key = self._key(tokens, index)
             child = node.children.get(key)
             if child is None:
@@ -88,33 +91,44 @@ class PrefixTree:
                 self._pool.hold((child.block,))
                 self._pool.release((block,))
                 blocks[index] = child.block
-            child.last_used = self._tick
+                changed = True
             node = child
+        return changed
 
     def release(self, blocks: Sequence[int]) -> None:
         """The caller stops holding these blocks of one sequence, given in order."""
+        self._tick += 1
         for block in reversed(blocks):
             self._pool.release((block,))
             node = self._by_block.get(block)
-            if node is not None and self._pool.holders(block) == 1:
-                self._evictable += 1
-                if not node.children:
-                    heapq.heappush(self._leaves, (node.last_used, block))
+            if node is not None:
+                node.last_used = self._tick
+                if self._pool.holders(block) == 1:
+                    self._evictable += 1
+                    self._offer(node)
 
     def evict(self, count: int) -> int:
         """Free up to ``count`` blocks that only the tree holds; returns how many it freed."""
         freed = 0
         while freed < count and self._leaves:
             last_used, block = heapq.heappop(self._leaves)
-            node = self._by_block.get(block)
-            if node is None or node.children or self._pool.holders(block) != 1:
-                continue
-            if node.last_used != last_used:
-                heapq.heappush(self._leaves, (node.last_used, block))
-                continue
-            self._drop(node)
-            freed += 1
+            node = self._by_block[block]
+            node.offered = False
+            if node.last_used == last_used and self._is_free_leaf(node):
+                self._drop(node)
+                freed += 1
+            else:
+                self._offer(node)
         return freed
+
+    def _offer(self, node: _Node) -> None:
+        """Make ``node`` a candidate if it is one; called whenever it may have become one."""
+        if not node.offered and self._is_free_leaf(node):
+            node.offered = True
+            heapq.heappush(self._leaves, (node.last_used, node.block))
+
+    def _is_free_leaf(self, node: _Node) -> bool:
+        return node is not self._root and not node.children and self._pool.holders(node.block) == 1
 
     def _drop(self, node: _Node) -> None:
         parent = node.parent
@@ -124,8 +138,7 @@ class PrefixTree:
         self._pool.release((node.block,))
         self._evictable -= 1
         self.version += 1
-        if parent.block >= 0 and not parent.children and self._pool.holders(parent.block) == 1:
-            heapq.heappush(self._leaves, (parent.last_used, parent.block))
+        self._offer(parent)
 
     def _path(self, tokens: Sequence[int], limit: int) -> list[_Node]:
         path: list[_Node] = []
