@@ -69,9 +69,10 @@ class PrefixTree:
     def insert(self, tokens: Sequence[int], blocks: list[int], start: int, stop: int) -> bool:
         """Cache ``blocks[start:stop]`` as the KV of those blocks of ``tokens``.
 
-        The caller holds all of ``blocks``, and those before ``start`` are cached already. Where the tree knows
-        the same tokens by another block, the caller gets to hold that one and its own is freed:
-        ``blocks`` is changed in place. So one prefix is stored once. Returns whether it changed.
+        The caller holds all of ``blocks``, and those before ``start`` are cached already. Where the
+        tree knows the same tokens by another block, the caller gets to hold that one and its own is
+        freed: ``blocks`` is changed in place. So one prefix is stored once. Returns whether it
+        changed.
         """
         node = self._by_block[blocks[start - 1]] if start else self._root
         changed = False
