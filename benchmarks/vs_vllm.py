@@ -222,7 +222,7 @@ def compare(
 ) -> dict[str, dict]:
     """Prints the table; returns medians, ratios and whether they are what was promised."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for head in ("tokens/s; http: requests/s", *names, "ratio", "wanted", ""):
+    for head in ("tokens/s (http: req/s)", *names, "ratio", "wanted", ""):
         table.add_column(head, justify="left" if head.startswith("tokens") else "right")
     rows = {}
     for name, value in mine.items():
