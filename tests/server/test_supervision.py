@@ -164,6 +164,7 @@ class Script:
     def __init__(self, *lives: bool) -> None:
         self.lives = list(lives)
         self.started = 0
+        self.grace: float | None = None
         self.end: Callable[[str], None] = lambda reason: None
 
     def __call__(
@@ -181,6 +182,7 @@ class Script:
     def kill(self) -> None: ...
 
     async def stop(self, grace_seconds: float) -> None:
+        self.grace = grace_seconds
         self.end("stopped")
 
 
@@ -241,6 +243,22 @@ def test_sessions_fail_when_the_engine_dies_and_cannot_submit_until_it_is_back()
         await run
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("loaded", "grace"), [(True, 5.0), (False, 0.0)])
+def test_an_engine_that_still_loads_gets_no_grace(loaded: bool, grace: float) -> None:
+    async def main() -> Script:
+        script = Script(True)
+        client, _ = make_client(script)
+        run = asyncio.create_task(client.run())
+        await asyncio.sleep(0)  # started; what it says comes in the next turn
+        if loaded:
+            await client.ready()
+        await client.stop(5.0)
+        await run
+        return script
+
+    assert asyncio.run(main()).grace == grace
 
 
 def test_only_so_many_wait_for_an_engine() -> None:

@@ -133,7 +133,8 @@ class EngineClient:
             await asyncio.sleep(delay)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
-        """End the engine for good; requests in flight fail."""
+        """End the engine for good; requests in flight fail. One that still loads is killed."""
+        grace_seconds = grace_seconds if self.is_ready else 0.0
         self.state = State.STOPPED
         self._lose("the server is shutting down")
         if self._process is not None:
@@ -197,6 +198,8 @@ class EngineClient:
         if isinstance(message, EngineStats):
             self._observer.stats(message)
         elif isinstance(message, EngineReady):
+            if self.state is State.STOPPED:
+                return  # it became ready on its way out
             self.info = message
             self.state = State.READY
             self._ready.set()
