@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -133,10 +134,13 @@ def start(
         _fail(error)
     host, port = listener.getsockname()[:2]
     log.info("loading %s for port %d", config.model, port)
-    spec = EngineSpec(config, log_level=log_level)
-    with listener, spawn(spec) as child:  # it imports torch while this process does
+    with (
+        listener,
+        spawn(EngineSpec(config, log_level=log_level)) as child,
+    ):  # it imports torch while this process does
         try:
-            tokenizer, check_grammar = _load(config)
+            source, tokenizer, check_grammar = _load(config)
+            spec = EngineSpec(_located(config, source), log_level=log_level)
 
             def instance() -> Instance:
                 return Instance(
@@ -156,8 +160,17 @@ def start(
             child.kill()  # does nothing to one that has ended
 
 
-def _load(config: EngineConfig) -> tuple[Any, GrammarCheck]:
-    """The tokenizer, and a check of grammars with it. Fetches the model if it is not here yet."""
+def _located(config: EngineConfig, source: ModelSource) -> EngineConfig:
+    """The same settings with the model where it was found, so that nobody looks for it again."""
+    return replace(
+        config,
+        model=str(source.folder / source.config_file if source.dummy else source.folder),
+        load_format="dummy" if source.dummy else "safetensors",
+    )
+
+
+def _load(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
+    """Source, tokenizer, and a check of grammars. Fetches the model if it is not here yet."""
     from pla_serve.engine.loading import (
         ConsoleProgress,
         LoadingError,
@@ -174,7 +187,7 @@ def _load(config: EngineConfig) -> tuple[Any, GrammarCheck]:
             tokenizer = numbers_tokenizer(load_config(source).vocab_size)
     except (LoadingError, OSError, ValueError) as error:
         _fail(error)
-    return tokenizer, _grammar_check(tokenizer, source)
+    return source, tokenizer, _grammar_check(tokenizer, source)
 
 
 def _grammar_check(tokenizer: Any, source: ModelSource) -> GrammarCheck:

@@ -44,7 +44,10 @@ LoadFormat = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-Dtype = Annotated[DTypes, typer.Option(help="auto follows the model.", rich_help_panel=MODEL)]
+Dtype = Annotated[
+    DTypes,
+    typer.Option(help="auto is float32 on a CPU, bfloat16 elsewhere.", rich_help_panel=MODEL),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
 Threads = Annotated[
     int | None,
