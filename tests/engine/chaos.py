@@ -49,6 +49,8 @@ class ChaosPolicy:
         return Idle()
 
     def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
+        chunks = (*running.prefills, *running.decodes)
+        assert any(c.request_id in self._flying for c in chunks), "nobody waits for this batch"
         return self._pick() if self._random.random() < self._express else None
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:

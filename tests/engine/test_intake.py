@@ -7,7 +7,7 @@ import pytest
 from pla_serve.engine.messages import Accepted, EngineStats
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.cost import CostModel
+from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.registry import create_policy
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.tiny import VOCABULARY, make_engine
@@ -59,6 +59,41 @@ def test_over_capacity_is_told_at_once_and_with_a_time() -> None:
     assert refusal is not None
     assert refusal.retry_after is not None
     assert refusal.retry_after >= 1
+
+
+def test_what_waits_for_memory_counts_against_capacity() -> None:
+    cost = CostModel()
+    policy = create_policy("fcfs", PolicyConfig(), cost)
+    admission = Admission(max_queued_tokens=100)
+    engine = make_engine("llama", policy, cost=cost, blocks=20, admission=admission)
+    engine.add("holder", [1] * 60, max_tokens=15, ignore_eos=True)
+    engine.loop.step()
+    engine.add("parked", [2] * 60, max_tokens=1)
+    engine.loop.step()
+    assert len(engine.parts.gate) == 1
+    engine.add("refused", [3] * 60, max_tokens=1)
+    engine.add("small", [4] * 30, max_tokens=1)
+    engine.run()
+    refusal = engine.rejected("refused")
+    assert refusal is not None
+    assert "60 prompt tokens wait already" in refusal.reason
+    assert [len(engine.tokens(i)) for i in ("holder", "parked", "small")] == [15, 1, 1]
+
+
+def test_the_time_of_those_who_wait_for_memory_counts_too() -> None:
+    cost = CostModel(CostProfile(1e-3, 0, 0, 0, 0))
+    policy = create_policy("fcfs", PolicyConfig(), cost)
+    admission = Admission(max_predicted_wait=0.1)
+    engine = make_engine("llama", policy, cost=cost, blocks=20, admission=admission)
+    engine.add("holder", [1] * 60, max_tokens=15, ignore_eos=True)
+    engine.loop.step()
+    for index in range(4):
+        engine.add(f"parked{index}", [2 + index] * 40, max_tokens=1)
+        engine.loop.step()
+    assert engine.rejected("parked2") is None
+    refusal = engine.rejected("parked3")
+    assert refusal is not None
+    assert "predicted wait of 0.1" in refusal.reason
 
 
 def test_output_stops_at_the_length_of_the_model() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.memory import PATIENCE_SECONDS, MemoryGate, choose_victim
+from pla_serve.engine.memory import PATIENCE_SECONDS, MemoryGate
 from pla_serve.engine.messages import AddRequest, SamplingParams
 from pla_serve.engine.sampling import Sampler
 from pla_serve.engine.sequence import Sequence
@@ -30,6 +30,10 @@ def sequence(name: str, blocks: int, arrival: float, priority: int = 0) -> Seque
     return Sequence(request, sampling, short=blocks < 3, tokens=list(prompt))
 
 
+def reserve(gate: MemoryGate, one: Sequence, *, short: bool, now: float) -> bool:
+    return gate.reserve(one, short, len(one.tokens), now)
+
+
 def hash_of(name: str) -> int:
     return sum(ord(c) * 7**i for i, c in enumerate(name)) % 1000
 
@@ -37,8 +41,8 @@ def hash_of(name: str) -> int:
 def test_longs_leave_the_reserve_to_shorts() -> None:
     kv = KVManager(10, BLOCK)
     gate = MemoryGate(kv, short_reserve=2)
-    assert not gate.reserve(sequence("long", 9, 0.0), short=False, now=0.0)
-    assert gate.reserve(sequence("short", 2, 1.0), short=True, now=1.0)
+    assert not reserve(gate, sequence("long", 9, 0.0), short=False, now=0.0)
+    assert reserve(gate, sequence("short", 2, 1.0), short=True, now=1.0)
     assert len(gate) == 1
 
 
@@ -46,14 +50,14 @@ def test_parked_prompts_are_not_overtaken_within_their_class() -> None:
     kv = KVManager(10, BLOCK)
     gate = MemoryGate(kv, short_reserve=0)
     holder = sequence("holder", 6, 0.0)
-    assert gate.reserve(holder, short=False, now=0.0)
+    assert reserve(gate, holder, short=False, now=0.0)
     large, small = sequence("large", 8, 1.0), sequence("small", 3, 2.0)
-    assert not gate.reserve(large, short=False, now=1.0)
-    assert not gate.reserve(small, short=False, now=2.0), "it would fit, but came later"
+    assert not reserve(gate, large, short=False, now=1.0)
+    assert not reserve(gate, small, short=False, now=2.0), "it would fit, but came later"
     assert gate.unpark(2.5) == []
-    kv.release(holder.table)
+    gate.release(holder)
     assert gate.unpark(3.0) == [large]
-    kv.release(large.table)
+    gate.release(large)
     assert gate.unpark(4.0) == [small]
     assert len(gate) == 0
 
@@ -62,27 +66,40 @@ def test_a_long_that_has_waited_holds_back_later_shorts() -> None:
     kv = KVManager(10, BLOCK)
     gate = MemoryGate(kv, short_reserve=0)
     holder = sequence("holder", 6, 0.0)
-    assert gate.reserve(holder, short=False, now=0.0)
+    assert reserve(gate, holder, short=False, now=0.0)
     patient = sequence("patient", 8, 1.0)
-    assert not gate.reserve(patient, short=False, now=1.0)
+    assert not reserve(gate, patient, short=False, now=1.0)
     late = 1.0 + PATIENCE_SECONDS
-    assert gate.reserve(sequence("early", 1, 2.0), short=True, now=late - 0.1)
-    assert not gate.reserve(sequence("later", 1, 3.0), short=True, now=late)
-    assert gate.reserve(sequence("before", 1, 0.5), short=True, now=late), "it is more entitled"
-    kv.release(holder.table)
+    assert reserve(gate, sequence("early", 1, 2.0), short=True, now=late - 0.1)
+    assert not reserve(gate, sequence("later", 1, 3.0), short=True, now=late)
+    assert reserve(gate, sequence("before", 1, 0.5), short=True, now=late), "it is more entitled"
+    gate.release(holder)
     assert [s.id for s in gate.unpark(late)] == ["patient"] or kv.available < 8
 
 
 def test_an_aborted_prompt_holds_nobody_back() -> None:
     kv = KVManager(4, BLOCK)
     gate = MemoryGate(kv, short_reserve=0)
-    assert not gate.reserve(sequence("large", 5, 0.0), short=False, now=0.0)
-    gone = sequence("gone", 5, 0.0)
-    gate.forget(gone)
-    assert len(gate) == 1
-    large = sequence("large", 5, 0.0)
-    gate.forget(large)
-    assert gate.reserve(sequence("next", 1, 1.0), short=False, now=99.0)
+    large, small = sequence("large", 5, 0.0), sequence("small", 1, 1.0)
+    assert not reserve(gate, large, short=False, now=0.0)
+    assert not reserve(gate, small, short=False, now=1.0)
+    assert gate.backlog(False) == (2, 6 * BLOCK)
+    assert gate.unpark(2.0) == []
+    gate.release(large)
+    assert gate.backlog(False) == (1, BLOCK)
+    assert gate.unpark(3.0) == [small]
+    assert gate.backlog(False) == (0, 0)
+
+
+def test_asking_again_costs_nothing_until_something_changes() -> None:
+    kv = KVManager(4, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    holder, waiting = sequence("holder", 3, 0.0), sequence("waiting", 2, 1.0)
+    assert reserve(gate, holder, short=False, now=0.0)
+    assert not reserve(gate, waiting, short=False, now=1.0)
+    assert gate.unpark(2.0) == []
+    waiting.tokens = None  # type: ignore[assignment]
+    assert gate.unpark(3.0) == [], "it was looked at"
 
 
 @given(
@@ -94,14 +111,15 @@ def test_the_victim_is_the_least_entitled(
     ranks: list[tuple[int, int]], growing: int, flying: set[int]
 ) -> None:
     kv = KVManager(100, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
     everyone = []
     for index, (priority, arrival) in enumerate(ranks):
         one = sequence(f"s{index}", 1, float(arrival), priority)
-        assert kv.reserve(one.tokens, one.table) is not None
+        assert reserve(gate, one, short=True, now=0.0)
         one.in_flight = index in flying
         everyone.append(one)
     me = everyone[growing % len(everyone)]
-    victim = choose_victim(everyone, me)
+    victim = gate.victim(me)
     worse = [s for s in everyone if s.rank > me.rank and not s.in_flight]
     if not worse:
         assert victim is None

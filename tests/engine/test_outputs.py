@@ -176,6 +176,29 @@ def test_a_short_prompt_is_answered_inside_a_long_one() -> None:
     assert engine.tokens("long") == expected("llama", long, 1)
 
 
+def test_memory_that_comes_free_inside_a_long_prompt_is_used_there() -> None:
+    cost = CostModel()
+    config = PolicyConfig(boundary_tokens=16, long_chunk_tokens=512)
+    policy = create_policy("length-aware", config, cost)
+    engine = make_engine("llama", policy, cost=cost, blocks=28)
+    engine.add("ends", [5] * 5, max_tokens=3, ignore_eos=True)
+    engine.loop.step()
+    engine.loop.step()
+    assert len(engine.tokens("ends")) == 2
+    engine.add("long", [3, 4] * 50, max_tokens=1)
+    polls: list[int] = []
+
+    def arrive() -> None:
+        polls.append(1)
+        if len(polls) == 2:
+            engine.add("short", [7] * 12, max_tokens=1)
+
+    engine.on_poll.append(arrive)
+    engine.run()
+    order = [o.id for o in engine.emitted if hasattr(o, "tokens")]
+    assert order == ["ends", "ends", "ends", "short", "long"]
+
+
 def test_the_loop_is_the_only_state() -> None:
     """Two engines around one runner do not disturb each other's bookkeeping."""
     engines = [make_engine("llama", ChaosPolicy(s), blocks=60) for s in range(2)]

@@ -159,15 +159,16 @@ def make_engine(
     """An engine around the shared runner of this model, with KV memory of its own size."""
     cost = cost or CostModel()
     kv = KVManager(blocks, BLOCK, prefix_cache=prefix_cache)
+    gate = MemoryGate(kv, short_reserve)
     sampler = Sampler(VOCABULARY, torch.device("cpu"), grammars)
     longest = min(max_model_len, (blocks - short_reserve) * BLOCK)
     limits = Limits(longest, VOCABULARY, frozenset({EOS}), 0)
     parts = Parts(
         runner=runner(name),
         kv=kv,
-        gate=MemoryGate(kv, short_reserve),
+        gate=gate,
         sampler=sampler,
-        intake=Intake(limits, admission or Admission(), kv, sampler, policy, cost),
+        intake=Intake(limits, admission or Admission(), kv, sampler, policy, cost, gate),
         policy=policy,
         cost=cost,
         device=torch.device("cpu"),

@@ -132,15 +132,16 @@ def _assemble(
 ) -> Parts:
     policy = create_policy(config.policy, config.policy_config, cost)
     kv = KVManager(kv_plan.blocks, config.block_tokens, prefix_cache=config.prefix_cache)
+    gate = MemoryGate(kv, kv_plan.short_reserve)
     sampler = Sampler(limits.vocab_size, device, _grammars(source, limits))
     queued = config.max_queued_tokens or 4 * kv_plan.blocks * config.block_tokens
     admission = Admission(queued, config.max_predicted_wait)
     return Parts(
         runner=runner,
         kv=kv,
-        gate=MemoryGate(kv, kv_plan.short_reserve),
+        gate=gate,
         sampler=sampler,
-        intake=Intake(limits, admission, kv, sampler, policy, cost),
+        intake=Intake(limits, admission, kv, sampler, policy, cost, gate),
         policy=policy,
         cost=cost,
         device=device,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import AddRequest, Rejected
 from pla_serve.engine.sampling import Sampler, SamplingError
 from pla_serve.engine.sequence import Sequence
-from pla_serve.policy.admission import Admission, Refuse
+from pla_serve.policy.admission import Admission, Admit, Refuse
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
 
@@ -35,6 +36,7 @@ class Intake:
         sampler: Sampler,
         policy: PrefillPolicy,
         cost: CostModel,
+        gate: MemoryGate,
     ) -> None:
         self.limits = limits
         self._admission = admission
@@ -42,6 +44,7 @@ class Intake:
         self._sampler = sampler
         self._policy = policy
         self._cost = cost
+        self._gate = gate
 
     def admit(self, request: AddRequest, now: float) -> tuple[Sequence, PrefillRequest] | Rejected:
         """No work is spent beyond a look at the prefix cache and compiling a grammar."""
@@ -57,8 +60,8 @@ class Intake:
             deadline=request.deadline,
             priority=request.priority,
         )
-        own = self._cost.prefill_seconds(numbers.new_tokens, numbers.history)
-        verdict = self._admission.decide(numbers, self._policy, own, now)
+        short = self._policy.waits_as_short(numbers.new_tokens, numbers.history)
+        verdict = self._weigh(numbers, short, now)
         if isinstance(verdict, Refuse):
             return Rejected(
                 id=request.id, reason=verdict.reason, retry_after=verdict.retry_after_seconds
@@ -76,11 +79,26 @@ class Intake:
         sequence = Sequence(
             request=request,
             sampling=sampling,
-            short=self._policy.waits_as_short(numbers.new_tokens, numbers.history),
+            short=short,
             tokens=list(request.prompt),
             seen_version=self._kv.version,
         )
         return sequence, numbers
+
+    def _weigh(self, numbers: PrefillRequest, short: bool, now: float) -> Admit | Refuse:
+        """Against what waits in the policy, and for memory."""
+        own = self._cost.prefill_seconds(numbers.new_tokens, numbers.history)
+        requests, tokens = self._gate.backlog(short)
+        _, others = self._gate.backlog(not short)
+        parked = requests * self._cost.prefill_seconds(tokens // requests, 0) if requests else 0.0
+        return self._admission.decide(
+            numbers,
+            self._policy,
+            own,
+            now,
+            parked_tokens=tokens + others,
+            parked_seconds=parked,
+        )
 
     def _fault(self, request: AddRequest) -> str | None:
         limits = self.limits

@@ -14,7 +14,7 @@ import torch
 from pla_serve.engine.forward import SpanRequest, build
 from pla_serve.engine.intake import Intake
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.memory import MemoryGate, choose_victim
+from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import (
     AbortRequest,
     Accepted,
@@ -158,8 +158,7 @@ class EngineLoop:
         """Nothing of it is left but what the prefix cache keeps."""
         del self._sequences[sequence.id]
         self._unstarted.pop(sequence.id, None)
-        self._parts.gate.forget(sequence)
-        self._kv.release(sequence.table)
+        self._parts.gate.release(sequence)
 
     # Memory
 
@@ -189,7 +188,7 @@ class EngineLoop:
         self._telemetry.recompute_preemptions += 1
         self._preempted.add(sequence.id)
         self._policy.remove(sequence.id)
-        self._kv.release(sequence.table)
+        self._parts.gate.release(sequence)
         sequence.computed = 0
         self._unstarted[sequence.id] = sequence
         sequence.seen_version = self._kv.version
@@ -248,7 +247,7 @@ class EngineLoop:
             self._unstarted.pop(sequence.id, None)
             left = len(sequence.tokens) - chunk.history
             short = self._policy.waits_as_short(left, chunk.history)
-            if not self._parts.gate.reserve(sequence, short, now):
+            if not self._parts.gate.reserve(sequence, short, left, now):
                 self._policy.remove(sequence.id)
                 return False
         if sequence.computed != chunk.history:
@@ -266,7 +265,7 @@ class EngineLoop:
             return False
         sequence = self._sequences[chunk.request_id]
         while not self._kv.grow(sequence.table, len(sequence.tokens)):
-            victim = choose_victim(self._sequences.values(), sequence)
+            victim = self._parts.gate.victim(sequence)
             self._preempt(victim if victim is not None else sequence)
             if victim is None:
                 return False
@@ -285,11 +284,14 @@ class EngineLoop:
         flat = build(spans, self._kv.block_tokens, self._parts.device)
 
         def at_boundary() -> None:
-            self._take_inbox()
-            if all(member.sequence.aborted for member in members):
-                raise _Abandoned
-            self._report_if_due()
-            while not nested:
+            while True:
+                self._take_inbox()
+                if all(member.sequence.aborted for member in members):
+                    raise _Abandoned
+                self._unpark()
+                self._report_if_due()
+                if nested:
+                    return
                 express = self._policy.at_layer_boundary(self._clock(), batch)
                 if express is None or not self._run(express, nested=True):
                     return

@@ -51,24 +51,33 @@ class Admission:
                 raise ValueError(f"{name} must be positive or None, not {value}")
 
     def decide(
-        self, request: PrefillRequest, policy: PrefillPolicy, own_seconds: float, now: float
+        self,
+        request: PrefillRequest,
+        policy: PrefillPolicy,
+        own_seconds: float,
+        now: float,
+        *,
+        parked_tokens: int = 0,
+        parked_seconds: float = 0.0,
     ) -> Admit | Refuse:
         """Weigh a request against what ``policy`` has queued.
 
         Args:
             own_seconds: predicted time of its prefill alone (`CostModel.prefill_seconds`).
+            parked_tokens: what the executor keeps from the policy, for want of memory.
+            parked_seconds: predicted time of the part of that which goes before the request.
         """
         state = policy.state(now)
-        queued = state.short_tokens + state.long_tokens
+        queued = state.short_tokens + state.long_tokens + parked_tokens
         limit = self.max_queued_tokens
         if limit is not None and queued > 0 and queued + request.new_tokens > limit:
             excess = min(1.0, (queued + request.new_tokens - limit) / queued)
             return Refuse(
                 f"{queued} prompt tokens wait already; with {request.new_tokens} more they would "
                 f"exceed the limit of {limit}",
-                max(LEAST_RETRY, excess * state.seconds),
+                max(LEAST_RETRY, excess * (state.seconds + parked_seconds)),
             )
-        predicted = policy.predicted_wait(request.new_tokens, request.history, now)
+        predicted = policy.predicted_wait(request.new_tokens, request.history, now) + parked_seconds
         wait = predicted - own_seconds
         if self.max_predicted_wait is not None and wait > self.max_predicted_wait:
             return Refuse(
