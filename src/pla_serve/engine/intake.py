@@ -82,6 +82,7 @@ class Intake:
             short=short,
             tokens=list(request.prompt),
             seen_version=self._kv.version,
+            seen_cached=cached,
         )
         return sequence, numbers
 

@@ -178,10 +178,15 @@ class EngineLoop:
                 return
             del self._unstarted[request_id]
             self._unstarted[request_id] = sequence
-            sequence.seen_version = version
-            self._policy.add(
-                sequence.prefill(self._kv.cached_prefix(sequence.tokens)), self._clock()
-            )
+            told = sequence.seen_cached
+            if self._look_up(sequence) != told:
+                self._policy.add(sequence.prefill(sequence.seen_cached), self._clock())
+
+    def _look_up(self, sequence: Sequence) -> int:
+        """How much of it is cached now."""
+        sequence.seen_version = self._kv.version
+        sequence.seen_cached = self._kv.cached_prefix(sequence.tokens)
+        return sequence.seen_cached
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take its memory; it is prefilled again, output so far included, when there is some."""
@@ -191,9 +196,7 @@ class EngineLoop:
         self._parts.gate.release(sequence)
         sequence.computed = 0
         self._unstarted[sequence.id] = sequence
-        sequence.seen_version = self._kv.version
-        cached = self._kv.cached_prefix(sequence.tokens)
-        self._policy.add(sequence.prefill(cached), self._clock())
+        self._policy.add(sequence.prefill(self._look_up(sequence)), self._clock())
 
     # Batches
 

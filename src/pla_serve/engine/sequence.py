@@ -27,7 +27,9 @@ class Sequence:
     """A batch that is being computed writes to its blocks."""
     aborted: bool = False
     seen_version: int = -1
-    """State of the prefix cache when the policy was last told its numbers."""
+    """State of the prefix cache when its prefix was last looked up."""
+    seen_cached: int = 0
+    """Cached tokens found then, which is what the policy goes by."""
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache when its prefill began."""
     started: float | None = None
