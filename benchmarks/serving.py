@@ -66,12 +66,7 @@ def measure(
     )
     with ProgressView(console, plan.objectives) as view:
         filler = make_filler(secrets.token_hex(8))
-        experiment = Experiment(plan, filler, view.observe, view.tell)
-        try:
-            return experiment.run()
-        except KeyboardInterrupt:
-            experiment.outcome.interrupted = True
-            return experiment.outcome
+        return Experiment(plan, filler, view.observe, view.tell).run()
 
 
 def sweep(options: argparse.Namespace) -> None:

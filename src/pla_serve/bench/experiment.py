@@ -100,14 +100,23 @@ class Experiment:
         self.outcome = Outcome(plan.rate)
 
     def run(self) -> Outcome:
-        """A B C, A B C, ...: drift of the machine meets all entries alike."""
-        for repetition in range(self._plan.repeat):
-            for entry in self._plan.entries:
-                self._tell(f"{entry.label}: starting")
-                with self._plan.open_server(entry) as url:
-                    asyncio.run(self._measure(entry, repetition, url))
-                if self.outcome.interrupted:
-                    return self.outcome
+        """A B C, A B C, ...: drift of the machine meets all entries alike.
+
+        Ctrl-C and SIGTERM end it with what there is, and no server is left behind.
+        """
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            for repetition in range(self._plan.repeat):
+                for entry in self._plan.entries:
+                    self._tell(f"{entry.label}: starting")
+                    with self._plan.open_server(entry) as url:
+                        asyncio.run(self._measure(entry, repetition, url))
+                    if self.outcome.interrupted:
+                        return self.outcome
+        except KeyboardInterrupt:
+            self.outcome.interrupted = True
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return self.outcome
 
     async def _measure(self, entry: Entry, repetition: int, url: str) -> None:

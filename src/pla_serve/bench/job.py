@@ -116,7 +116,7 @@ def run(job: Job, console: Console | None = None) -> int:
     with ProgressView(console, job.objectives) as view:
         filler = make_filler(salt, tokenizer)
         experiment = Experiment(plan, filler, view.observe, view.tell)
-        outcome = _finish(experiment)
+        outcome = experiment.run()
     _show(job, outcome, console)
     if job.output is not None and outcome.runs:
         _save(job, outcome, salt, console)
@@ -134,11 +134,12 @@ def _tokenizer(path: Path | None) -> Tokenizer | None:
 
 def _plan(job: Job, *, sized: bool) -> Plan:
     load = job.load if job.rate is not None or job.trace is not None else job.load or DEFAULT_LOAD
+    make_workload = job.workload_maker
     return Plan(
         entries=job.entries,
         open_server=_opener(job),
         target=Target(job.model or "", job.endpoint, job.ignore_eos, job.extra_body),
-        make_workload=job.workload_maker,
+        make_workload=make_workload,
         objectives=job.objectives,
         rate=job.rate or 1.0,
         load=load,
@@ -163,14 +164,6 @@ def _opener(job: Job) -> Open:
             "name another with --base-url, or let --compare start its own"
         ) from None
     return running(job.base_url)
-
-
-def _finish(experiment: Experiment) -> Outcome:
-    try:
-        return experiment.run()
-    except KeyboardInterrupt:
-        experiment.outcome.interrupted = True
-        return experiment.outcome
 
 
 def _show(job: Job, outcome: Outcome, console: Console) -> None:
