@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.config import EngineConfig
@@ -78,6 +79,17 @@ def test_bfloat16_runs_and_float32_is_exact(folder: Path, tokenizer_files: None)
 def tokenizer_files(folder: Path) -> None:
     """What a folder of real weights must have."""
     write_tokenizer(folder)
+
+
+def test_learned_positions_are_not_exceeded_at_start(tmp_path: Path) -> None:
+    config = GPT2Config(
+        vocab_size=96, n_positions=200, n_embd=32, n_layer=2, n_head=4, eos_token_id=0
+    )
+    config.save_pretrained(tmp_path)
+    served = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_gib=0.001, threads=1)
+    ready, tokens = serve_one(served, (5,) * 199)
+    assert ready.max_model_len == 200
+    assert len(tokens) == 1
 
 
 def test_kv_memory_bounds_the_model_length() -> None:

@@ -15,9 +15,11 @@ Shape = tuple[tuple[int, int], ...]
 """(new tokens, history) of each sequence."""
 
 BUDGET_SECONDS = 10.0
+LONG_SECONDS = 0.5
+"""What takes this long is not dominated by what happens only once: its first time counts."""
 
 
-def shapes(chunk: int, most_tokens: int) -> Iterator[Shape]:
+def shapes(chunk: int) -> Iterator[Shape]:
     """Single prompts, batches of short ones, decode steps and chunks, small ones first."""
     for count in (1, 4, 8):
         yield ((1, 128),) * count
@@ -26,8 +28,7 @@ def shapes(chunk: int, most_tokens: int) -> Iterator[Shape]:
         yield ((tokens, 512),)
     yield ((32, 128),) * 4
     for history in (0, chunk, 3 * chunk):
-        if history + chunk <= most_tokens:
-            yield ((chunk, history),)
+        yield ((chunk, history),)
 
 
 def warm_up(
@@ -35,23 +36,31 @@ def warm_up(
     cost: CostModel,
     *,
     chunk: int,
+    longest: int,
     blocks: int,
     block_tokens: int,
     device: torch.device,
     clock: Callable[[], float],
 ) -> None:
-    """Time each shape twice, of which the second counts; stops after BUDGET_SECONDS.
+    """Run each shape twice in a row, the second is timed; all within about BUDGET_SECONDS.
 
-    Uses the KV blocks from the first on, before anyone has a claim to them.
+    Leaves out what exceeds the KV or has a sequence of more than ``longest`` tokens: a model may
+    have no more positions. Leaves out, too, what would take longer than the time that is left, as
+    the shapes before it tell. Uses the KV blocks from the first on, before anyone has a claim.
     """
-    begin = clock()
+    deadline = clock() + BUDGET_SECONDS
     for _ in range(2):
-        for shape in shapes(chunk, blocks * block_tokens):
-            if clock() - begin > BUDGET_SECONDS:
-                return
+        for shape in shapes(chunk):
             wanted = sum(-(-(new + history) // block_tokens) for new, history in shape)
-            if wanted <= blocks:
+            if wanted > blocks or any(sum(sequence) > longest for sequence in shape):
+                continue
+            if clock() + 2 * cost.seconds(_as_batch(shape)) < deadline:
                 _time(runner, cost, shape, block_tokens, device, clock)
+
+
+def _as_batch(shape: Shape) -> Batch:
+    chunks = tuple(Chunk(str(i), new, history) for i, (new, history) in enumerate(shape))
+    return Batch(BatchClass.MIXED, prefills=chunks)
 
 
 def _time(
@@ -69,11 +78,17 @@ def _time(
         spans.append(SpanRequest([0] * new, history, [(first, first + count)], True))
         first += count
     flat = build(spans, block_tokens, device)
-    runner.forward(flat)
-    started = clock()
-    logits = runner.forward(flat)
+    for _ in range(2):
+        _wait_for(device)
+        started = clock()
+        runner.forward(flat)
+        _wait_for(device)
+        seconds = clock() - started
+        if seconds > LONG_SECONDS:
+            break
+    cost.observe(_as_batch(shape), seconds)
+
+
+def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    del logits
-    chunks = tuple(Chunk(str(i), new, history) for i, (new, history) in enumerate(shape))
-    cost.observe(Batch(BatchClass.MIXED, prefills=chunks), clock() - started)
