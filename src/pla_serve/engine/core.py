@@ -84,7 +84,9 @@ def build_parts(
     model_config = load_config(source)
     attention = check_supported(model_config)
     shape = KVShape(attention.layers, attention.kv_heads, attention.head_dim, dtype)
-    model = load_model(source, dtype, device, config.seed, attn_implementation=IMPLEMENTATION)
+    model = load_model(
+        source, dtype, device, config.seed, attn_implementation=IMPLEMENTATION, checked=True
+    )
     layers = decoder_layers(model, attention.layers)
     if device.type == "cpu":
         cpu.optimise(model)

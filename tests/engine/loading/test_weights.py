@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
+from transformers.utils import logging as transformers_logging
 
 from pla_serve.engine.loading import (
     ModelSource,
@@ -47,6 +48,14 @@ def test_the_saved_weights_are_loaded(saved: ModelSource, dtype: torch.dtype) ->
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for name, tensor in load_file(saved.folder / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor.to(dtype)), name
+
+
+def test_nothing_is_printed(saved: ModelSource, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers_logging.enable_progress_bar()
+    capfd.readouterr()
+    load_model(saved, torch.float32, CPU, seed=0)
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.is_progress_bar_enabled(), "others may want theirs"
 
 
 def test_random_weights_are_those_of_the_seed(tmp_path: Path) -> None:

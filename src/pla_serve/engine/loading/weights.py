@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from pla_serve.engine.config import DType
 from pla_serve.engine.loading.config import load_config
@@ -43,24 +47,40 @@ def load_model(
     seed: int,
     *,
     attn_implementation: str = "sdpa",
+    checked: bool = False,
 ) -> torch.nn.Module:
     """A transformers causal language model in eval mode, on ``device``, without gradients.
 
     ``attn_implementation`` is a name known to transformers' ``AttentionInterface``. ``seed`` makes
     the weights of a dummy source; the same seed gives the same weights on one kind of device.
+    ``checked`` says that ``check_supported`` has accepted this source's config already.
 
     Raises:
         UnsupportedModel: this engine would not compute it right.
         ModelUnavailable: weight files are missing or broken.
     """
     config = load_config(source)
-    check_supported(config)
+    if not checked:
+        check_supported(config)
     if source.dummy:
         model = _random(config, dtype, device, seed, attn_implementation)
     else:
-        model = _read(source, dtype, device, attn_implementation)
+        with _no_progress_bars():
+            model = _read(source, dtype, device, attn_implementation)
     model.requires_grad_(False)
     return model.eval()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Reading local weights takes seconds, and the output may be a log."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _random(
