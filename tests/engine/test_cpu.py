@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig
@@ -39,3 +42,21 @@ def test_a_norm_that_differs_is_left_alone() -> None:
     model = AutoModelForCausalLM.from_config(GemmaConfig(**SIZES, head_dim=8)).eval()
     optimise(model.requires_grad_(False))
     assert not [m for m in model.modules() if isinstance(m, FusedRMSNorm)]
+
+
+def test_a_processor_without_bfloat16_keeps_its_plain_linears(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    for dtype, packed in ((torch.float32, True), (torch.bfloat16, False)):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8, dtype=dtype)).requires_grad_(False)
+        optimise(model)
+        assert isinstance(model[0], PackedLinear) == packed
+
+
+def test_weights_are_not_kept_twice() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8)).requires_grad_(False)
+    weight = weakref.ref(model[0].weight)
+    optimise(model)
+    gc.collect()
+    assert weight() is None

@@ -51,17 +51,24 @@ class FusedRMSNorm(torch.nn.Module):
 def optimise(model: torch.nn.Module) -> None:
     """Replace the modules of ``model``, on the CPU, that have a faster equal."""
     with torch.no_grad():
-        _replace(model, packs=hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+        _replace(model)
 
 
-def _replace(parent: torch.nn.Module, packs: bool) -> None:
+def _replace(parent: torch.nn.Module) -> None:
     for name, child in parent.named_children():
-        if type(child) is torch.nn.Linear and packs:
+        if type(child) is torch.nn.Linear and _packs(child.weight.dtype):
             setattr(parent, name, PackedLinear(child))
         elif (epsilon := _rms_epsilon(child)) is not None:
             setattr(parent, name, FusedRMSNorm(child, epsilon))
         else:
-            _replace(child, packs)
+            _replace(child)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch, on this processor, multiplies packed weights."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _rms_epsilon(module: torch.nn.Module) -> float | None:
