@@ -41,6 +41,8 @@ KNOBS = ((512, 128), (512, 256), (512, 512), (1024, 256), (2048, 128), (2048, 25
 NO_LOSS = 0.97
 """Requests per second, to plain fcfs: what a tuned baseline and we ourselves may lose."""
 LOAD = 0.7
+SERVE = ("--max-predicted-wait", "0")
+"""Nobody is refused, so that all policies answer the same requests."""
 console = Console()
 
 
@@ -54,7 +56,7 @@ def measure(
     """Every entry on fresh servers, interleaved; the rate comes from the first entry's capacity."""
     plan = Plan(
         entries=tuple(entries),
-        open_server=fresh(options.serve),
+        open_server=fresh([*SERVE, *options.serve]),
         target=Target(""),
         make_workload=lambda rate, repetition: generate(
             replace(config, rate=rate, seed=config.seed + repetition)
@@ -201,7 +203,7 @@ def report(
     found = summaries(outcome, PLAIN)
     console.print(comparison_table(found, PLAIN))
     path = options.results / f"serving-{name}.json"
-    parameters = {"config": asdict(config), "load": LOAD, "serve": options.serve}
+    parameters = {"config": asdict(config), "load": LOAD, "serve": [*SERVE, *options.serve]}
     save_json(path, outcome, found, parameters, records=False)
     amend(path, {"checks": checks})
     draw(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def _idle_line(axes: Any, summaries: Sequence[Summary]) -> None:
     known = [v for s in summaries if (v := s.values.get("idle_ttft_p90")) is not None]
     if not known:
         return
-    idle = sorted(known)[len(known) // 2]
+    idle = statistics.median(known)
     axes.axvline(idle, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.annotate(
         f"idle {_label(idle)}",
@@ -86,7 +87,7 @@ def _frame(axes: Any, summaries: Sequence[Summary]) -> None:
     axes.set_xlim(low, high * 1.5)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=INK)
+    axes.tick_params(which="both", length=0, colors=INK)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#cccccc")

@@ -40,32 +40,35 @@ def run_table(run: Run, objectives: Objectives) -> RenderableType:
 
 def comparison_table(summaries: Sequence[Summary], baseline: str) -> RenderableType:
     """One line for each entry, medians over its runs. Columns without any value are left out."""
-    table = _table(f"TTFT in seconds, medians over runs; x: short P90 to that of {baseline}", "")
+    title = f"TTFT in seconds, medians over runs. x: short P90 to that of {baseline}"
+    table = _table(title, "", width=12)
     columns: list[tuple[str, list[str]]] = [
         (
-            f"{name} P50" if rank == "p50" else rank.upper(),
+            f"{name if rank == 'p50' else ''}\n{rank.upper()}",
             _column(summaries, f"{name}_ttft_{rank}"),
         )
         for name in (SHORT, LONG)
         for rank in ("p50", "p90", "p99")
     ]
     columns += [
-        ("x", [_times(summary.ratios.get("short_ttft_p90")) for summary in summaries]),
-        ("x idle", [_times(s.values.get("short_ttft_p90_over_idle")) for s in summaries]),
-        ("req/s", [_number(summary.values.get("requests_per_second")) for summary in summaries]),
-        ("SLO met", [_share(summary.values.get("all_slo_attainment")) for summary in summaries]),
+        ("\nx", [_times(summary.ratios.get("short_ttft_p90")) for summary in summaries]),
+        ("x\nidle", [_times(s.values.get("short_ttft_p90_over_idle")) for s in summaries]),
+        ("\nreq/s", [_number(summary.values.get("requests_per_second")) for summary in summaries]),
+        ("SLO\nmet", [_share(summary.values.get("all_slo_attainment")) for summary in summaries]),
     ]
     columns = [column for column in columns if set(column[1]) != {NOTHING}]
     for head, _ in columns:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     for row, summary in enumerate(summaries):
         table.add_row(summary.entry.replace(":", "\n  "), *(cells[row] for _, cells in columns))
     return table
 
 
-def _table(title: str, first: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column(first)
+def _table(title: str, first: str, width: int | None = None) -> Table:
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column(first, min_width=width, overflow="fold")
     return table
 
 
@@ -116,7 +119,7 @@ def _number(value: float | None) -> str:
 
 
 def _times(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}x"
+    return NOTHING if value is None else f"{value:.3g}x"
 
 
 def _share(value: float | None) -> str:
