@@ -13,11 +13,12 @@ from pla_serve.policy.protocol import (
     PrefillRequest,
     QueueState,
     Run,
+    Wait,
 )
 
 
 class ChaosPolicy:
-    """Random batches of random chunks, and random batches at random layer boundaries."""
+    """Random batches of random chunks, also at random layer boundaries, and random waits."""
 
     def __init__(self, seed: int, express: float = 0.3) -> None:
         self._random = Random(seed)
@@ -41,6 +42,8 @@ class ChaosPolicy:
         self._flying.discard(request_id)
 
     def next(self, now: float) -> Decision:
+        if (self._left or self._decodes) and self._random.random() < 0.1:
+            return Wait(now + 0.003)
         batch = self._pick()
         if batch is not None:
             return Run(batch)

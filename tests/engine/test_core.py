@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2Config
 
 from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.core import EngineCore
+from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.kv.sizing import GIB, plan_kv
 from pla_serve.engine.messages import (
     AddRequest,
@@ -21,6 +24,7 @@ from pla_serve.engine.messages import (
     Output,
     SamplingParams,
 )
+from pla_serve.policy.config import PolicyConfig
 from tests.engine.tiny import CONFIGS, expected, reference_model, write_tokenizer
 
 CPU = torch.device("cpu")
@@ -97,6 +101,43 @@ def test_kv_memory_bounds_the_model_length() -> None:
     plan = plan_kv(config, SHAPE, CPU, positions=1_000_000)
     assert (plan.blocks, plan.short_reserve, plan.max_model_len) == (100, 5, 95 * 16)
     assert plan_kv(config, SHAPE, CPU, positions=64).max_model_len == 64
+
+
+@given(
+    blocks=st.integers(1, 400),
+    block_tokens=st.integers(1, 40),
+    reserve=st.floats(0, 0.9),
+    positions=st.integers(2, 3000),
+)
+def test_whatever_is_admitted_fits_even_as_a_long(
+    blocks: int, block_tokens: int, reserve: float, positions: int
+) -> None:
+    """Else it would be parked for ever."""
+    gib = (blocks + 0.5) * block_tokens * SHAPE.bytes_per_token / GIB
+    config = EngineConfig(kv_cache_gib=gib, block_tokens=block_tokens, short_kv_reserve=reserve)
+    try:
+        plan = plan_kv(config, SHAPE, CPU, positions)
+    except ValueError as error:
+        assert "no room for KV" in str(error)  # noqa: PT017
+        return
+    kv = KVManager(plan.blocks, block_tokens)
+    everything = list(range(plan.max_model_len))
+    assert kv.reserve(everything, BlockTable(), spare=plan.short_reserve) == 0
+
+
+def test_the_longest_prompt_and_the_longest_output_are_served(folder: Path) -> None:
+    config = EngineConfig(
+        model=str(folder),
+        load_format="dummy",
+        kv_cache_gib=20 * 16 * 2 * 3 * 2 * 8 * 4 / GIB,
+        short_kv_reserve=0.3,
+        threads=1,
+        policy_config=PolicyConfig(boundary_tokens=8),
+    )
+    ready, _ = serve_one(config, (1, 2, 3))
+    assert (ready.kv_tokens, ready.max_model_len) == (20 * 16, 14 * 16)
+    _, tokens = serve_one(config, (5,) * (14 * 16 - 1))
+    assert len(tokens) == 1
 
 
 @pytest.mark.parametrize(
