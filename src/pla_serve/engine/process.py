@@ -35,6 +35,9 @@ from pla_serve.engine.messages import (
 log = logging.getLogger(__name__)
 
 CORE = "pla_serve.engine.core:EngineCore"
+MOST_AT_ONCE = 128
+"""Messages taken in one go: a flood of them must not hold up the batch that is under way."""
+LONGEST_PAUSE = 3600.0
 LINGER_SECONDS = 2.0
 """How long a process that ends waits for its last messages to leave."""
 
@@ -86,25 +89,27 @@ class Channel:
         """True once a `Shutdown` came in."""
 
     def inbox(self) -> Iterable[Inbound]:
-        """All messages that have arrived; never blocks."""
+        """Messages that have arrived, up to MOST_AT_ONCE; never blocks."""
         arrived: list[Inbound] = []
-        while True:
+        for _ in range(MOST_AT_ONCE):
             try:
                 message = self._decode(self._in.recv(zmq.NOBLOCK))
             except zmq.Again:
-                return arrived
+                break
             if isinstance(message, Shutdown):
                 self.closing = True
             else:
                 arrived.append(message)
+        return arrived
 
     def emit(self, message: FromEngine) -> None:
         self._out.send(self._encode(message), zmq.NOBLOCK)
 
     def wait(self, seconds: float | None) -> None:
         """Block until a message is there, or for ``seconds``; None: however long it takes."""
-        # Rounded up: a pause cut short by the poller's milliseconds would spin.
-        self._in.poll(None if seconds is None else int(seconds * 1000) + 1)
+        # Rounded up: a pause cut short by the poller's milliseconds would spin. A longer one than
+        # it can count is cut: who waits is asked again.
+        self._in.poll(None if seconds is None else int(min(seconds, LONGEST_PAUSE) * 1000) + 1)
 
     def close(self) -> None:
         self._in.close(linger=0)
