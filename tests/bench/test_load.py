@@ -46,11 +46,10 @@ def play(
             make_filler("salt"),
             clock=loop.time,
             ids=ids,
-            observer=observer,
         )
         if stop_at is not None:
             loop.call_at(stop_at + LEAD, generator.stop)
-        return await generator.run(workload, max_seconds)
+        return await generator.run(workload, max_seconds, observer)
 
     return run_virtual(main())
 

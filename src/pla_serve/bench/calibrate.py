@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pla_serve.bench.client import Exchange, Target, Transport, one
+from pla_serve.bench.client import Exchange, Target, one
 from pla_serve.bench.report import Percentiles, percentiles
 from pla_serve.bench.text import Filler, Piece, WordFiller, calibrated
+from pla_serve.bench.transport import Transport
 from pla_serve.bench.workload import Workload
 
 WARM_UP_TOKENS = (16, 64, 256, 1024, 2048, 64, 256)

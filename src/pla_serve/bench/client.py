@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import httpx
 import msgspec
 
 from pla_serve.bench.sse import DONE, EventSplitter, decode
+from pla_serve.bench.transport import Transport
 
 Endpoint = Literal["chat", "completions"]
 Clock = Callable[[], float]
@@ -71,45 +70,6 @@ class Exchange:
     detail: str = ""
 
 
-class Transport(Protocol):
-    """Posts a body and streams what comes back. Tests put a scripted one here."""
-
-    def post(
-        self, path: str, body: bytes
-    ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
-        """Status and the body in portions; raises OSError or httpx.TransportError."""
-        ...
-
-
-class HttpTransport:
-    """Connections are opened as needed, without a limit: a free slot is never waited for."""
-
-    def __init__(self, base_url: str, api_key: str | None = None, timeout: float = 600.0) -> None:
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        if api_key:
-            headers["authorization"] = f"Bearer {api_key}"
-        self._client = httpx.AsyncClient(
-            base_url=base_url.rstrip("/").removesuffix("/v1"),
-            headers=headers,
-            timeout=httpx.Timeout(timeout, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=False,
-        )
-
-    @asynccontextmanager
-    async def post(self, path: str, body: bytes) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        async with self._client.stream("POST", path, content=body) as response:
-            yield response.status_code, response.aiter_raw()
-
-    async def get(self, path: str) -> Any:
-        """JSON. Raises httpx.HTTPError."""
-        response = await self._client.get(path)
-        return response.raise_for_status().json()
-
-    async def close(self) -> None:
-        await self._client.aclose()
-
-
 async def exchange(
     transport: Transport, path: str, body: bytes, clock: Clock, into: Exchange
 ) -> None:
@@ -124,9 +84,9 @@ async def exchange(
                 into.detail = b"".join([part async for part in portions])[:300].decode(
                     errors="replace"
                 )
-    except (TimeoutError, httpx.TimeoutException) as error:
+    except TimeoutError as error:
         into.error, into.detail = "timeout", str(error)
-    except (OSError, httpx.HTTPError) as error:
+    except OSError as error:
         into.error, into.detail = "connection", f"{type(error).__name__}: {error}"
     except msgspec.MsgspecError as error:
         into.error, into.detail = "malformed", str(error)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import httpx
-
 from pla_serve.bench.calibrate import (
     Costs,
     Probe,
@@ -18,11 +16,12 @@ from pla_serve.bench.calibrate import (
     sized_by_server,
     warm_up,
 )
-from pla_serve.bench.client import HttpTransport, Target
+from pla_serve.bench.client import Target
 from pla_serve.bench.load import LoadGenerator, Observer, RunResult
 from pla_serve.bench.report import Objectives, Percentiles, Report, summarise
 from pla_serve.bench.servers import Entry, Open, ServerError
 from pla_serve.bench.text import WordFiller
+from pla_serve.bench.transport import HttpTransport
 from pla_serve.bench.workload import Workload
 
 MakeWorkload = Callable[[float, int], Workload]
@@ -172,11 +171,11 @@ class Experiment:
             probe.filler,
             clock=asyncio.get_running_loop().time,
             ids=plan.ids,
-            observer=self._observe(title, workload),
         )
         span = workload.sessions[-1].start
         with self._stopped_by_ctrl_c(generator):
-            return await generator.run(workload, plan.max_seconds or 3 * span + 120)
+            observer = self._observe(title, workload)
+            return await generator.run(workload, plan.max_seconds or 3 * span + 120, observer)
 
     @contextmanager
     def _stopped_by_ctrl_c(self, generator: LoadGenerator) -> Iterator[None]:
@@ -198,7 +197,7 @@ class Experiment:
 async def _first_model(transport: HttpTransport) -> str:
     try:
         return str((await transport.get("/v1/models"))["data"][0]["id"])
-    except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise ServerError(
             f"the server does not list its models ({error}); is its URL right, does it need "
             "--api-key? Name a model with --model if it has no list"

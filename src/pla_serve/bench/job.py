@@ -176,6 +176,9 @@ def _show(job: Job, outcome: Outcome, console: Console) -> None:
     if len(outcome.runs) > 1:
         baseline = job.baseline or job.labels[0]
         console.print(comparison_table(summaries(outcome, baseline), baseline))
+    if outcome.interrupted:
+        planned = job.repeat * len(job.entries)
+        console.print(f"interrupted: {len(outcome.runs)} of {planned} runs", highlight=False)
     if outcome.costs is not None:
         console.print(f"{outcome.rate:.3f} requests/s", highlight=False)
 

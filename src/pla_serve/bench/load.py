@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pla_serve.bench.client import Clock, Endpoint, Exchange, Target, Transport, exchange
+from pla_serve.bench.client import Clock, Endpoint, Exchange, Target, exchange
 from pla_serve.bench.text import Filler
+from pla_serve.bench.transport import Transport
 from pla_serve.bench.workload import Session, Turn, Workload
 
 Sleep = Callable[[float], Awaitable[None]]
@@ -121,7 +122,6 @@ class LoadGenerator:
         clock: Clock,
         sleep: Sleep = asyncio.sleep,
         ids: bool = False,
-        observer: Observer | None = None,
     ) -> None:
         self._transport = transport
         self._target = target
@@ -129,14 +129,16 @@ class LoadGenerator:
         self._clock = clock
         self._sleep = sleep
         self._ids = ids
-        self._observer: Observer = observer or Silent()
+        self._observer: Observer = Silent()
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
         """Ends the run now; what was not answered is recorded as interrupted."""
         self._stop.set()
 
-    async def run(self, workload: Workload, max_seconds: float) -> RunResult:
+    async def run(
+        self, workload: Workload, max_seconds: float, observer: Observer | None = None
+    ) -> RunResult:
         """Sends the workload; returns when all is answered, at ``max_seconds``, or after `stop`.
 
         Raises:
@@ -146,6 +148,7 @@ class LoadGenerator:
             raise ValueError(
                 "multi-turn sessions need text prompts: their history is the answers' text"
             )
+        self._observer = observer or Silent()
         records: list[Record] = []
         start = self._clock() + LEAD
         ends = {

@@ -1,0 +1,208 @@
+"""HTTP/1.1 at little cost for each portion of a stream: the client shares the machine with what it
+measures. httptools parses; this file keeps connections."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import httptools
+import msgspec
+
+IDLE_SECONDS = 2.0
+"""Servers close idle connections after five seconds or more."""
+
+
+class Transport(Protocol):
+    """Posts a body and streams what comes back. Tests put a scripted one here."""
+
+    def post(
+        self, path: str, body: bytes
+    ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
+        """Status and the body in portions; raises OSError, of which TimeoutError is one."""
+        ...
+
+
+class HttpTransport:
+    """Connections are opened as needed, without a limit: a free one is never waited for.
+
+    Args:
+        base_url: with or without ``/v1``; https is checked against the system's certificates.
+        timeout: seconds for one request from its start to its end.
+
+    Raises:
+        ValueError: ``base_url`` is not one.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None, timeout: float = 3600.0) -> None:
+        url = urlsplit(base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"a server's URL is like http://127.0.0.1:8000, not {base_url!r}")
+        self._host = url.hostname
+        self._port = url.port or (443 if url.scheme == "https" else 80)
+        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._prefix = url.path.rstrip("/").removesuffix("/v1")
+        authorization = f"authorization: Bearer {api_key}\r\n" if api_key else ""
+        self._headers = f"host: {url.netloc.rpartition('@')[2]}\r\n{authorization}"
+        self._timeout = timeout
+        self._idle: list[tuple[_Connection, float]] = []
+
+    @asynccontextmanager
+    async def post(self, path: str, body: bytes) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        async with self._request(f"POST {self._prefix}{path}", head, body) as connection:
+            yield connection.status, connection.portions()
+
+    async def get(self, path: str) -> Any:
+        """JSON.
+
+        Raises:
+            OSError: no server, or another status than 200.
+            msgspec.DecodeError: the answer is not JSON.
+        """
+        async with self._request(f"GET {self._prefix}{path}", "", b"") as connection:
+            content = b"".join([portion async for portion in connection.portions()])
+            if connection.status != 200:
+                raise ConnectionError(f"GET {path} gave status {connection.status}")
+        return msgspec.json.decode(content)
+
+    async def close(self) -> None:
+        for connection, _ in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    @asynccontextmanager
+    async def _request(self, line: str, headers: str, body: bytes) -> AsyncIterator[_Connection]:
+        message = f"{line} HTTP/1.1\r\n{self._headers}{headers}\r\n".encode() + body
+        async with asyncio.timeout(self._timeout):
+            connection = self._kept() or await self._connect()
+            try:
+                await connection.ask(message)
+                yield connection
+            finally:
+                self._keep(connection)
+
+    def _keep(self, connection: _Connection) -> None:
+        if connection.reusable:
+            self._idle.append((connection, asyncio.get_running_loop().time()))
+        else:
+            connection.close()
+
+    def _kept(self) -> _Connection | None:
+        """One that was idle so briefly that the server has surely not closed it. A request that
+        fails is never sent again: the failure is what is measured."""
+        oldest = asyncio.get_running_loop().time() - IDLE_SECONDS
+        while self._idle:
+            connection, since = self._idle.pop()
+            if connection.reusable and since >= oldest:
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(
+            _Connection, self._host, self._port, ssl=self._tls
+        )
+        return connection
+
+
+class _Connection(asyncio.Protocol):
+    """One request at a time. The methods named ``on_`` are called by the parser."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._news = asyncio.Event()
+        self._body: list[bytes] = []
+        self._framed = False
+        self._begun = False
+        self._complete = False
+        self._keep = False
+        self._error: str | None = None
+
+    async def ask(self, message: bytes) -> None:
+        """Sends a request; returns when the status is there.
+
+        Raises:
+            ConnectionError: the connection is lost, or this is not HTTP.
+        """
+        self._parser = httptools.HttpResponseParser(self)
+        self._begun = self._complete = self._framed = self._keep = False
+        self._body.clear()
+        if self._transport is None or self._error is not None:
+            raise ConnectionResetError(self._error or "not connected")
+        self._transport.write(message)
+        while not self._begun:
+            await self._more()
+
+    async def portions(self) -> AsyncIterator[bytes]:
+        """The body as it comes, in as few portions as had arrived.
+
+        Raises:
+            ConnectionError: it was lost before the end.
+        """
+        while True:
+            if self._body:
+                portion = b"".join(self._body)
+                self._body.clear()
+                yield portion
+            elif self._complete:
+                return
+            else:
+                await self._more()
+
+    @property
+    def reusable(self) -> bool:
+        return self._complete and self._keep and self._error is None
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _more(self) -> None:
+        if self._error is not None:
+            raise ConnectionResetError(self._error)
+        self._news.clear()
+        await self._news.wait()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            if self._parser is not None:
+                self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._error = f"the answer is not HTTP: {error}"
+        self._news.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._begun and not self._framed:
+            self._complete = True  # a body without a length ends with its connection
+        self._error = self._error or str(exc or "the server closed the connection")
+        self._news.set()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self._framed = True
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None
+        self.status = self._parser.get_status_code()
+        self._begun = self.status >= 200
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        assert self._parser is not None
+        if self._begun:
+            self._complete = True
+            self._keep = self._parser.should_keep_alive()
