@@ -134,16 +134,35 @@ class TestDecodeGap:
     def test_due_once_in_a_gap_while_a_long_runs(self) -> None:
         """A step takes 11 ms; at a share of 1/4 the next one is due 33 ms after its end."""
         policy = make()
-        policy.start_decode("d", 40, 0.0, 0.0)
         add(policy, "long", 5000)
-        step = run(policy, 0.0)
+        running = run(policy, 0.0)
+        policy.start_decode("d", 40, 0.0, 0.01)
+        step = policy.at_layer_boundary(0.01, running)
+        assert step is not None
         assert step.kind is BatchClass.DECODE, "due at once: none ran before"
-        policy.observe(step, 0.011, 0.011)
-        running = run(policy, 0.011)
-        assert running.kind is BatchClass.LONG
-        assert policy.at_layer_boundary(0.040, running) is None
-        again = policy.at_layer_boundary(0.045, running)
+        policy.observe(step, 0.011, 0.021)
+        assert policy.at_layer_boundary(0.050, running) is None
+        again = policy.at_layer_boundary(0.055, running)
         assert again == Batch(BatchClass.DECODE, (), (Chunk("d", 1, 41),))
+
+    def test_steps_ride_along_with_the_next_chunk(self) -> None:
+        policy = make(replace(CONFIG, max_batch_requests=3))
+        add(policy, "long", 5000)
+        running = run(policy, 0.0)
+        assert not running.decodes
+        for name in "abc":
+            policy.start_decode(name, 40, 0.0, 0.01)
+        policy.observe(running, 0.5, 0.5)
+        step = run(policy, 0.5)
+        policy.observe(step, 0.011, 0.511)
+        riding = run(policy, 0.511)
+        assert riding.kind is BatchClass.LONG
+        assert [chunk.tokens for chunk in riding.decodes] == [1, 1], "as many as have a place"
+        others = {"a", "b", "c"} - {chunk.request_id for chunk in riding.decodes}
+        assert policy.at_layer_boundary(0.52, riding) is None, "the gap counts"
+        late = policy.at_layer_boundary(0.6, riding)
+        assert late is not None
+        assert {chunk.request_id for chunk in late.decodes} == others, "riders are in flight"
 
     def test_without_longs_at_once(self) -> None:
         policy = make()
@@ -152,9 +171,10 @@ class TestDecodeGap:
         policy.observe(step, 0.011, 0.011)
         assert run(policy, 0.011).decodes == (Chunk("d", 1, 41),)
 
-    @pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
+    @pytest.mark.parametrize("share", [0.1, 0.25, 0.4])
     def test_share_is_kept(self, share: float) -> None:
         config = replace(CONFIG, decode_share=share, long_share=0.2, express_burst_seconds=9)
+        config = replace(config, max_batch_requests=1)  # no place for riders
         cost = CostModel(PROFILE)
         policy = LengthAware(config, cost)
         jobs = [Job(f"d{n}", 0.0, 5, outputs=5000) for n in range(8)] + [Job("long", 0.1, 30_000)]

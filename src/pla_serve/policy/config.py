@@ -19,7 +19,8 @@ class PolicyConfig:
     max_batch_requests: int = 64
     """Most requests in one batch."""
     long_chunk_tokens: int = 512
-    """Most tokens of one long prefill in one batch; for baselines the cap per request."""
+    """Most tokens of one long prefill in one batch; for baselines the cap per request. Streams that
+    decode meanwhile get a token a chunk; large chunks read history and weights less often."""
     boundary_tokens: int | None = None
     """L_m, at most this many new tokens are short; None takes it from the fitted cost model."""
     long_share: float = 0.5
@@ -27,7 +28,7 @@ class PolicyConfig:
     express_burst_seconds: float = 2.0
     """How far express work may run ahead of that guarantee before longs get their turn."""
     decode_share: float = 0.1
-    """Most of the device's time that decode steps of their own (not in a short batch) take while a
+    """Most of the device's time that decode steps of their own (in no prefill's batch) take while a
     long prefill is under way. More of it gives steadier streams and slower long prefills."""
     aging: float = 1.0
     """Seconds of remaining work that one second of waiting outweighs, among longs. At 0 a long

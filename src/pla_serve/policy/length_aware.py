@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 from pla_serve.policy.assemble import Assembler
@@ -35,7 +36,8 @@ class LengthAware:
     *Express work* is short prefills together with decode steps. It goes before long prefills, also
     at the layer boundaries of one that runs, where decode steps alone are due only so often that
     they take ``decode_share`` of the time. Long prefills run one at a time in equal chunks of at
-    most ``long_chunk_tokens``, the shortest remaining first, aged (`queues.aged_rank`); one that
+    most ``long_chunk_tokens``, with the decode steps that are ready as each begins, the shortest
+    remaining first, aged (`queues.aged_rank`); one that
     has begun is left only for one that undercuts it clearly. A long little above the boundary may
     run inside a much longer one, so that nothing is lost by being just too long.
 
@@ -86,7 +88,7 @@ class LengthAware:
         return Run(batch) if batch is not None else Idle()
 
     def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
-        if running.kind is not BatchClass.LONG:
+        if running.kind is not BatchClass.LONG or not running.prefills:
             return None
         account = self._account
         account.start_long(now)  # it stands still if express work was taken back as a whole
@@ -101,13 +103,13 @@ class LengthAware:
         self._book.settle(batch)
         self._book.renew_prices()
         account = self._account
+        if batch.decodes:
+            self._decoded_at = now
         if batch.kind is BatchClass.LONG:
             account.stop_long(now)
             self._flying_longs.difference_update([chunk.request_id for chunk in batch.prefills])
         else:
             self._express_started = None
-            if batch.decodes:
-                self._decoded_at = now
             if self._contested():
                 account.charge_express(min(seconds, now - self._contested_since))
         if self._flying_longs:
@@ -156,13 +158,19 @@ class LengthAware:
         return batch
 
     def _long(self, now: float) -> Batch:
-        """One chunk of the long that is to go on; a chunk is an equal part of what is left."""
+        """One chunk of the long that is to go on; a chunk is an equal part of what is left.
+
+        Decode steps ride along: a token more in a large batch costs a fraction of a step alone,
+        which has to read all weights for it.
+        """
         pending = self._pick_long()
         tokens, cap = pending.new_tokens, self._book.cap
         batch = self._fly(pending, -(-tokens // -(-tokens // cap)))
         self._current = pending.id
         self._account.start_chunk(now)
-        return batch
+        places, room = self._config.max_batch_requests - 1, self._config.max_batch_tokens
+        riders = self._book.decodes.take(min(places, room - batch.tokens))
+        return replace(batch, decodes=tuple(riders)) if riders else batch
 
     def _pick_long(self) -> Pending:
         head = self._longs.first()
