@@ -80,7 +80,7 @@ def sweep(options: argparse.Namespace) -> None:
             for budget, chunk in knobs
         )
     )
-    config = workload("chat+documents", 16 if options.quick else 50)
+    config = workload("chat+documents", options.requests or (16 if options.quick else 50))
     outcome = measure((Entry(PLAIN, ("--policy", PLAIN)), *entries), config, options, 1)
     found = report(outcome, options, "sweep", config, {})
     tuned = {policy: best(found, policy) for policy in BASELINES}
@@ -105,8 +105,8 @@ def compare(options: argparse.Namespace) -> None:
     labels = options.tuned.split(",") if options.tuned else tuned_entries(options.results)
     labels = [label for label in labels if label != PLAIN]
     entries = parse_entries(",".join((PLAIN, *labels, OURS)))
-    config = workload("chat+documents", 16 if options.quick else 100)
-    outcome = measure(entries, config, options, 1 if options.quick else 3)
+    config = workload("chat+documents", options.requests or (16 if options.quick else 100))
+    outcome = measure(entries, config, options, options.repeat or (1 if options.quick else 3))
     found = {summary.entry: summary for summary in summaries(outcome, PLAIN)}
     if OURS not in found:
         return
@@ -147,9 +147,9 @@ def headline_checks(found: dict[str, Summary]) -> dict[str, dict]:
 def one_class(options: argparse.Namespace) -> None:
     """With one class only, the policies should be the same within noise."""
     for mix, requests in (("chat", 120), ("documents", 24)):
-        config = workload(mix, 12 if options.quick else requests)
+        config = workload(mix, options.requests or (12 if options.quick else requests))
         entries = parse_entries(f"{PLAIN},{OURS}")
-        outcome = measure(entries, config, options, 1 if options.quick else 3)
+        outcome = measure(entries, config, options, options.repeat or (1 if options.quick else 3))
         if len({run.entry for run in outcome.runs}) < len(entries):
             return
         checks = one_class_checks(outcome)
@@ -236,6 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("what", choices=("sweep", "headline", "one-class"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--requests", type=int, help="of a run, in place of the defaults")
+    parser.add_argument("--repeat", type=int, help="rounds over all entries; medians count")
     parser.add_argument("--tuned", help="baseline entries, in place of the sweep's")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument(
