@@ -25,10 +25,12 @@ from pla_serve.engine.process import CORE, Launch
 LAST_WORDS_SECONDS = 0.2
 """How long the reason for an exit may come after the exit itself."""
 
-QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of the engine that wait for each other sleep. By default they spin, and on a machine that
-other processes use too (this one and its clients, say) a spinning thread keeps the very thread from
-running that it waits for: steps then take ten times as long. The user's environment goes first."""
+QUIET_THREADS = {"GOMP_SPINCOUNT": "10000"}
+"""Threads of the engine that wait for each other spin some tens of microseconds, then sleep. Without
+a bound, on a machine that other processes use too (this one and its clients, say), a spinning thread
+keeps the very thread from running that it waits for, and steps take ten times as long; without any
+spinning a step of many small operations pays for a wake-up in each. The user's environment goes
+first."""
 
 
 @dataclass(frozen=True, slots=True)
