@@ -26,11 +26,12 @@ LAST_WORDS_SECONDS = 0.2
 """How long the reason for an exit may come after the exit itself."""
 
 QUIET_THREADS = {"GOMP_SPINCOUNT": "10000"}
-"""Threads of the engine that wait for each other spin some tens of microseconds, then sleep. Without
-a bound, on a machine that other processes use too (this one and its clients, say), a spinning thread
-keeps the very thread from running that it waits for, and steps take ten times as long; without any
-spinning a step of many small operations pays for a wake-up in each. The user's environment goes
-first."""
+"""Threads of the engine that wait for each other spin some tens of microseconds, then sleep.
+
+Without a bound, on a machine that other processes use too (this one and its clients, say), a
+spinning thread keeps the very thread from running that it waits for, and steps take ten times as
+long. Without any spinning a step of many small operations pays for a wake-up in each. The user's
+environment goes first."""
 
 
 @dataclass(frozen=True, slots=True)
