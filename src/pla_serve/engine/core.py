@@ -91,10 +91,9 @@ def build_parts(
     if device.type == "cpu":
         cpu.optimise(model)
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
-    runner = ModelRunner(
-        model, layers, KVCache(shape, kv_plan.blocks * config.block_tokens, device),
-        _attention_backend(device),
-    )  # fmt: skip
+    kv_tokens = kv_plan.blocks * config.block_tokens
+    cache = KVCache(shape, kv_tokens, device)
+    runner = ModelRunner(model, layers, cache, _attention_backend(device))
     cost = CostModel()
     warm_up(
         runner,
@@ -115,7 +114,7 @@ def build_parts(
     parts = _assemble(config, source, device, runner, cost, kv_plan, limits)
     ready = EngineReady(
         max_model_len=kv_plan.max_model_len,
-        kv_tokens=kv_plan.blocks * config.block_tokens,
+        kv_tokens=kv_tokens,
         vocab_size=limits.vocab_size,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -137,7 +136,7 @@ def _assemble(
     kv = KVManager(kv_plan.blocks, config.block_tokens, prefix_cache=config.prefix_cache)
     gate = MemoryGate(kv, kv_plan.short_reserve)
     sampler = Sampler(limits.vocab_size, device, _grammars(source, limits))
-    queued = config.max_queued_tokens or 4 * kv_plan.blocks * config.block_tokens
+    queued = config.max_queued_tokens or 4 * kv.capacity_tokens
     admission = Admission(queued, config.max_predicted_wait)
     return Parts(
         runner=runner,

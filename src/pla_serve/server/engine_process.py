@@ -29,7 +29,7 @@ QUIET_THREADS = {"GOMP_SPINCOUNT": "10000"}
 """Threads of the engine that wait for each other spin some tens of microseconds, then sleep.
 
 Without a bound, on a machine that other processes use too (this one and its clients, say), a
-spinning thread keeps the very thread from running that it waits for, and steps take ten times as
+spinning thread keeps the very thread from running that it waits for, and steps take many times as
 long. Without any spinning a step of many small operations pays for a wake-up in each. The user's
 environment goes first."""
 
