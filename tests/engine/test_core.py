@@ -153,3 +153,8 @@ def test_what_does_not_fit_is_refused_with_the_cure(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan_kv(config, SHAPE, CPU, positions)
+
+
+def test_a_bound_of_no_queued_tokens_is_refused_rather_than_taken_as_none() -> None:
+    with pytest.raises(ValueError, match="max_queued_tokens must be at least 1"):
+        EngineConfig(max_queued_tokens=0)
