@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pla_serve.policy.baselines.hrrn import STEPS_PER_OCTAVE, ResponseRatioQueue
 from pla_serve.policy.decodes import DecodePool
-from pla_serve.policy.hrrn import STEPS_PER_OCTAVE, ResponseRatioQueue
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import Chunk
 from pla_serve.policy.queues import (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pla_serve.policy.baselines.fcfs import fcfs
+from pla_serve.policy.baselines.hrrn import hrrn
+from pla_serve.policy.baselines.srpt import srpt
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.fcfs import fcfs
-from pla_serve.policy.hrrn import hrrn
 from pla_serve.policy.length_aware import LengthAware
 from pla_serve.policy.protocol import PrefillPolicy
-from pla_serve.policy.srpt import srpt
 
 POLICIES: dict[str, Callable[[PolicyConfig, CostModel], PrefillPolicy]] = {
     "length-aware": LengthAware,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.continuous import ContinuousBatching
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.queues import SortedQueue, aged_rank
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
 from math import floor, log2
 
+from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.continuous import ContinuousBatching
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.queues import SortedQueue, arrival_rank
