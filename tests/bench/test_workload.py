@@ -1,24 +1,14 @@
 from __future__ import annotations
 
-import random
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.bench.workload import (
-    LengthDistribution,
-    Mix,
-    Workload,
-    WorkloadConfig,
-    arrivals,
-    generate,
-)
+from pla_serve.bench.workload import Mix, Workload, WorkloadConfig, generate
 
 
 def shapes(workload: Workload) -> list[Any]:
@@ -69,34 +59,6 @@ def test_a_seed_is_a_workload_and_the_rate_changes_times_only() -> None:
 def test_requests_come_at_the_rate() -> None:
     workload = generate(WorkloadConfig(requests=4000, rate=8.0))
     assert workload.requests / workload.sessions[-1].start == pytest.approx(8.0, rel=0.1)
-
-
-@given(st.integers(1, 60), st.floats(0.1, 100), st.integers(1, 7), st.integers(0, 99))
-def test_bursts(count: int, rate: float, burst: int, seed: int) -> None:
-    times = arrivals(count, rate, burst, random.Random(seed))
-    assert len(times) == count
-    assert times == sorted(times)
-    assert times[0] == 0
-    sizes = [times.count(time) for time in dict.fromkeys(times)]
-    assert all(size == burst for size in sizes[:-1])
-    assert sizes[-1] <= burst
-
-
-def test_arrivals_are_poisson() -> None:
-    gaps = np.array([b - a for a, b in pairwise(arrivals(5000, 3.0, 1, random.Random(1)))])
-    assert gaps.mean() == pytest.approx(1 / 3, rel=0.06)
-    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.06)
-
-
-def test_messages_have_the_sizes_of_lmsys() -> None:
-    rng = random.Random(2)
-    sizes = [LengthDistribution(high=100_000).sample(rng) for _ in range(20_000)]
-    p10, p50, p90, p99 = np.percentile(sizes, [10, 50, 90, 99])
-    assert p10 == pytest.approx(6, abs=1.5)
-    assert p50 == pytest.approx(17, abs=2)
-    assert p90 == pytest.approx(120, rel=0.25)
-    assert p99 == pytest.approx(1200, rel=0.3)
-    assert np.mean(np.array(sizes) <= 256) == pytest.approx(0.947, abs=0.01)
 
 
 def test_the_mean_number_of_turns() -> None:

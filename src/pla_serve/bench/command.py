@@ -241,7 +241,8 @@ def bench(
     from pla_serve.bench.job import Job, run
     from pla_serve.bench.replay import TraceOptions
     from pla_serve.bench.report import Objectives
-    from pla_serve.bench.workload import LengthDistribution, WorkloadConfig
+    from pla_serve.bench.workload import WorkloadConfig
+    from pla_serve.traces.lengths import Lmsys
 
     try:
         if duration is not None and rate is None:
@@ -264,7 +265,7 @@ def bench(
                 seed=seed,
                 document_share=document_share,
                 document_tokens=_range("--document-tokens", document_tokens),
-                message=LengthDistribution(high=longest_message),
+                message=Lmsys(high=longest_message),
                 mean_turns=mean_turns,
                 think_seconds=think_seconds,
                 output_tokens=_range("--output-tokens", output_tokens),

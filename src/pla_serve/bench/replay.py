@@ -6,7 +6,6 @@ shared again.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from pla_serve.bench.text import Piece
-from pla_serve.bench.traces import Row, TraceError, read_rows
-from pla_serve.bench.workload import Session, Turn, Workload, arrivals
+from pla_serve.bench.workload import Session, Turn, Workload
+from pla_serve.traces.arrivals import poisson
+from pla_serve.traces.blocks import SeenBlocks, block_size
+from pla_serve.traces.clock import common_clock
+from pla_serve.traces.files import read_rows
+from pla_serve.traces.rows import Row, TraceError, root
 
 OverLength = Literal["drop", "clip"]
-_BLOCK_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +58,13 @@ class TraceOptions:
 
 
 def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> Workload:
-    """A workload from ``*.jsonl`` (Mooncake) or ``*.csv``, either with ``.gz``.
+    """A workload from a file of any format that `traces.files` reads.
 
     Raises:
         TraceError: the file is missing, malformed, or needs an option that was not given.
     """
     rows = read_rows(path, options.max_requests)
-    block = options.block_tokens or _block_tokens(rows, path.name)
+    block = options.block_tokens or block_size(rows, path.name)
     kept, fate = _fit(rows, options)
     if not kept:
         raise TraceError(
@@ -70,7 +72,7 @@ def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> Workload:
             "raise the limit or clip"
         )
     turns = _turns(kept, block, options)
-    if _common_clock(rows):
+    if common_clock(rows):
         sessions, clock = _by_arrivals(kept, turns, options.speed), "the trace's arrivals"
     else:
         sessions, clock = _by_sessions(kept, turns, options, path.name)
@@ -86,19 +88,6 @@ def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> Workload:
     return Workload(path.name, sessions, parameters)
 
 
-def _block_tokens(rows: list[Row], name: str) -> int | None:
-    """The power of two for which every row's block count fits its input, rounded up or down."""
-    if rows[0].block_tokens is not None:
-        return rows[0].block_tokens
-    sizes = [(row.input_tokens, sum(map(len, row.blocks))) for row in rows if row.blocks]
-    if not sizes:
-        return None
-    for size in _BLOCK_SIZES:
-        if all(n in (tokens // size, -(-tokens // size)) for tokens, n in sizes):
-            return size
-    raise TraceError(f"{name}: the block size cannot be told from the counts; give --block-tokens")
-
-
 def _fit(rows: list[Row], options: TraceOptions) -> tuple[list[Row], dict[str, object]]:
     """Rows within the limit, and what happened to the others."""
     limit = options.max_input_tokens
@@ -112,22 +101,16 @@ def _fit(rows: list[Row], options: TraceOptions) -> tuple[list[Row], dict[str, o
 def _turns(rows: list[Row], block: int | None, options: TraceOptions) -> list[Turn]:
     """Requests in the order of the rows. Where the trace does not say how much of a prompt was
     cached, new tokens are planned as if all blocks before were."""
-    seen: set[int] = set()
+    seen = SeenBlocks()
     turns = []
-    for row, pieces in zip(rows, _prompts(rows, block), strict=True):
+    for row, (pieces, shared) in zip(rows, _prompts(rows, block), strict=True):
         cached = row.cached_tokens
-        if cached is None and row.blocks and block:
-            cached = block * _known(row.blocks, seen)
-        turns.append(_turn(row, pieces, cached or 0, options))
+        if row.blocks is None or block is None:
+            cached = shared
+        elif cached is None:
+            cached = block * seen.add(row.blocks)
+        turns.append(_turn(row, pieces, cached, options))
     return turns
-
-
-def _known(blocks: tuple[range, ...], seen: set[int]) -> int:
-    """How many leading blocks were seen before; remembers all."""
-    ids = [number for run in blocks for number in run]
-    known = sum(1 for _ in itertools.takewhile(seen.__contains__, ids))
-    seen.update(ids)
-    return known
 
 
 def _turn(row: Row, pieces: tuple[Piece, ...], cached: int, options: TraceOptions) -> Turn:
@@ -141,20 +124,25 @@ def _turn(row: Row, pieces: tuple[Piece, ...], cached: int, options: TraceOption
     )
 
 
-def _prompts(rows: list[Row], block: int | None) -> Iterator[tuple[Piece, ...]]:
-    """Prompts in the order of the rows, prefixes shared as the trace says."""
+def _prompts(rows: list[Row], block: int | None) -> Iterator[tuple[tuple[Piece, ...], int]]:
+    """Prompts in the order of the rows, prefixes shared as the trace says, and the tokens that one
+    without blocks has of its session's prompt before.
+
+    No more than that prompt is shared: filler holds no answers, though a trace may count them.
+    """
     last: dict[str, tuple[Piece, ...]] = {}
     for row in rows:
         own = f"row{row.index}"
         if row.blocks is not None and block is not None:
-            yield _from_blocks(row, row.blocks, block, own)
+            yield _from_blocks(row, row.blocks, block, own), 0
             continue
         shared = beginning(last.get(row.session or "", ()), row.cached_tokens or 0)
-        rest = row.input_tokens - sum(piece.tokens for piece in shared)
+        tokens = sum(piece.tokens for piece in shared)
+        rest = row.input_tokens - tokens
         pieces = (*shared, Piece(own, rest)) if rest > 0 else beginning(shared, row.input_tokens)
         if row.session is not None:
             last[row.session] = pieces
-        yield pieces
+        yield pieces, min(tokens, row.input_tokens)
 
 
 def _from_blocks(row: Row, blocks: tuple[range, ...], block: int, own: str) -> tuple[Piece, ...]:
@@ -194,10 +182,10 @@ def _by_sessions(
     groups: dict[str, list[tuple[Row, Turn]]] = {}
     for row, turn in zip(rows, turns, strict=True):
         groups.setdefault(row.session or f"row{row.index}", []).append((row, turn))
-    times = arrivals(len(groups), options.rate, 1, random.Random(f"{options.seed}/starts"))
+    times = poisson(len(groups), options.rate, 1, random.Random(f"{options.seed}/starts"))
     starts: dict[str, float] = {}
     sessions = [
-        _session(starts.setdefault(_root(key), times[len(starts)]), members, options.speed)
+        _session(starts.setdefault(root(key), times[len(starts)]), members, options.speed)
         for key, members in groups.items()
     ]
     sessions.sort(key=lambda session: session.start)
@@ -223,23 +211,3 @@ def _timed(row: Row, turn: Turn, first: float, speed: float) -> Turn:
         offset=offset,
         think=(row.think or 0.0) / speed,
     )
-
-
-def _common_clock(rows: list[Row]) -> bool:
-    """Whether all arrivals are known and on one clock.
-
-    Several sessions that each start at 0 have clocks of their own.
-    """
-    starts: dict[str, float] = {}
-    for row in rows:
-        if row.arrival is None:
-            return False
-        if row.session is not None:
-            root = _root(row.session)
-            starts[root] = min(starts.get(root, row.arrival), row.arrival)
-    return len(starts) <= 1 or any(start > 0 for start in starts.values())
-
-
-def _root(session: str) -> str:
-    """``12.1`` is a sub-agent of session 12."""
-    return session.partition(".")[0]

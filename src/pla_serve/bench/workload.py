@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pla_serve.bench.text import Piece
+from pla_serve.traces.arrivals import poisson
+from pla_serve.traces.lengths import ChatLengths, Lmsys, Uniform
 
 Mix = Literal["chat+documents", "chat", "documents"]
 
@@ -71,29 +73,6 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class LengthDistribution:
-    """A mixture of two lognormals, rounded up to whole tokens and clipped.
-
-    The default fits the lengths of user messages in LMSYS-Chat-1M (Zheng et al. 2023,
-    arXiv 2309.11998): 10th, 50th, 90th and 99th percentile of 10,000 messages are 6, 17, 120 and
-    1.2K tokens, 95% are at most 256. The fit (maximum likelihood): two in three are a line or two
-    around 14 tokens, one in three has pasted text, around 56 tokens with a long tail.
-    """
-
-    weight: float = 0.659
-    """Share of the first lognormal."""
-    mu: tuple[float, float] = (2.604, 4.021)
-    sigma: tuple[float, float] = (0.685, 1.515)
-    low: int = 2
-    high: int = 2048
-
-    def sample(self, rng: random.Random) -> int:
-        part = 0 if rng.random() < self.weight else 1
-        tokens = math.ceil(rng.lognormvariate(self.mu[part], self.sigma[part]))
-        return min(max(tokens, self.low), self.high)
-
-
-@dataclass(frozen=True, slots=True)
 class WorkloadConfig:
     """The built-in workload.
 
@@ -113,7 +92,7 @@ class WorkloadConfig:
     """
     document_tokens: tuple[int, int] = (2048, 4096)
     """Range of a document's size; uniform."""
-    message: LengthDistribution = LengthDistribution()
+    message: Lmsys = field(default_factory=Lmsys)
     mean_turns: float = 2.0
     """Of a chat session; geometric. LMSYS-Chat-1M has 2.0."""
     max_turns: int = 8
@@ -149,21 +128,9 @@ def generate(config: WorkloadConfig) -> Workload:
     shapes = _sessions(config)
     turns = sum(len(turns) for turns in shapes)
     session_rate = config.rate * len(shapes) / turns
-    starts = arrivals(
-        len(shapes), session_rate, config.burst, random.Random(f"{config.seed}/times")
-    )
+    starts = poisson(len(shapes), session_rate, config.burst, random.Random(f"{config.seed}/times"))
     sessions = tuple(Session(start, turns) for start, turns in zip(starts, shapes, strict=True))
     return Workload(config.mix, sessions, _parameters(config))
-
-
-def arrivals(count: int, rate: float, burst: int, rng: random.Random) -> list[float]:
-    """``count`` times in seconds, from 0: a Poisson process of bursts, ``rate`` times a second."""
-    times: list[float] = []
-    now = 0.0
-    while len(times) < count:
-        times += [now] * min(burst, count - len(times))
-        now += rng.expovariate(rate / burst)
-    return times
 
 
 def _sessions(config: WorkloadConfig) -> list[tuple[Turn, ...]]:
@@ -187,16 +154,17 @@ def _document(config: WorkloadConfig, name: str, rng: random.Random) -> tuple[Tu
 
 
 def _chat(config: WorkloadConfig, name: str, most: int, rng: random.Random) -> tuple[Turn, ...]:
-    turns: list[Turn] = []
-    goes_on = True
-    while goes_on and len(turns) < min(most, config.max_turns):
-        key = f"{name}.{len(turns)}"
-        tokens = config.message.sample(rng)
-        think = rng.expovariate(1.0) * config.think_seconds if turns else 0.0
-        answer = rng.randint(*config.output_tokens)
-        turns.append(Turn(key, "chat", (Piece(key, tokens),), tokens, answer, think=think))
-        goes_on = rng.random() >= 1 / config.mean_turns
-    return tuple(turns)
+    lengths = ChatLengths(
+        message=config.message,
+        answer=Uniform(*config.output_tokens),
+        mean_turns=config.mean_turns,
+        max_turns=min(most, config.max_turns),
+        think_seconds=config.think_seconds,
+    )
+    return tuple(
+        Turn(f"{name}.{i}", "chat", (Piece(f"{name}.{i}", new),), new, answer, think=think)
+        for i, (new, answer, think) in enumerate(lengths.session(rng))
+    )
 
 
 def _parameters(config: WorkloadConfig) -> dict[str, object]:

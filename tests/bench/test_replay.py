@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from pla_serve.bench.replay import TraceOptions, read_trace
 from pla_serve.bench.text import make_filler
-from pla_serve.bench.traces import TraceError, read_rows
 from pla_serve.bench.workload import Workload
+from pla_serve.traces.files import read_rows
+from pla_serve.traces.rows import TraceError
 
 FILLER = make_filler("salt")
 
@@ -138,6 +139,20 @@ def test_sessions_with_clocks_of_their_own_need_starts(tmp_path: Path) -> None:
     assert read_trace(path, TraceOptions(rate=0.1, speed=2.0, seed=1)) != workload
 
 
+def test_what_is_shared_is_never_more_than_was_sent(tmp_path: Path) -> None:
+    """A trace may count the answer to the prompt before as cached; filler has no answers."""
+    path = csv_file(
+        tmp_path,
+        """session_id,turn,input_tokens,cached_prefix_tokens,output_tokens
+        0,1,50,0,30
+        0,2,90,80,5""",
+    )
+    workload = read_trace(path, TraceOptions(rate=1.0))
+    first, second = prompts(workload).values()
+    assert shared(first, second) == 50
+    assert [turn.new_tokens for turn in workload.turns] == [50, 40]
+
+
 def test_without_arrivals_only_the_answers_order_turns(tmp_path: Path) -> None:
     path = csv_file(
         tmp_path,
@@ -223,8 +238,8 @@ def test_equal_ids_give_equal_text(tmp_path: Path, rows: list[Any]) -> None:
         ("a.csv", "input_tokens,output_tokens,blocks\n64,2,|1-9\n64,2,|1\n", "--block-tokens"),
         ("a.csv", "input_tokens,output_tokens,blocks\n64,2,|1,3\n", "data row 0: more cells"),
         ("a.jsonl", '{"timestamp": 1}\n', "request 1: not a Mooncake line"),
-        ("a.jsonl", "[1]\n", "not a Mooncake line"),
-        ("a.parquet", "x", "ends in .jsonl or .csv"),
+        ("a.jsonl", "[1]\n", "conversation 0: not ShareGPT"),
+        ("a.parquet", "x", "a.parquet: not a known trace"),
         ("a.csv.gz", "not gzip", "cannot read"),
     ],
 )

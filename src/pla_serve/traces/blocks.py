@@ -1,0 +1,81 @@
+"""Block ids of prompts: their code in this project's CSV, and the size of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from pla_serve.traces.rows import Row, TraceError
+
+_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def decode_blocks(text: str, earlier: Sequence[tuple[range, ...]]) -> tuple[range, ...]:
+    """``J:K|a-b,c``: the first K ids of data row J, then the ids a to b and c.
+
+    ``earlier`` holds the blocks of the rows before, from row 0.
+
+    Raises:
+        ValueError: the text is not of this form, or row J has fewer than K ids.
+    """
+    before, bar, after = text.partition("|")
+    if not bar:
+        raise ValueError(f"blocks need a bar, as in 0:3|7-9: {text!r}")
+    ranges: list[range] = []
+    if before:
+        row, _, count = before.partition(":")
+        if not 0 <= int(row) < len(earlier):
+            raise ValueError(f"blocks refer to row {row}, which is not before this one")
+        ranges += _first(earlier[int(row)], int(count))
+    for part in after.split(",") if after else ():
+        low, _, high = part.partition("-")
+        first, last = int(low), int(high or low)
+        if ranges and ranges[-1].stop == first:
+            ranges[-1] = range(ranges[-1].start, last + 1)  # fewer pieces for all that follow
+        else:
+            ranges.append(range(first, last + 1))
+    return tuple(ranges)
+
+
+def _first(ranges: tuple[range, ...], count: int) -> Iterator[range]:
+    for run in ranges:
+        if count <= 0:
+            return
+        yield run if len(run) <= count else run[:count]
+        count -= len(run)
+    if count > 0:
+        raise ValueError(f"blocks refer to {count} more than the row that they name has")
+
+
+def block_size(rows: Sequence[Row], name: str) -> int | None:
+    """The power of two for which every row's block count fits its input, rounded up or down; None
+    for a trace without blocks.
+
+    Raises:
+        TraceError: no size fits all rows.
+    """
+    if rows[0].block_tokens is not None:
+        return rows[0].block_tokens
+    sizes = [(row.input_tokens, sum(map(len, row.blocks))) for row in rows if row.blocks]
+    if not sizes:
+        return None
+    for size in _SIZES:
+        if all(n in (tokens // size, -(-tokens // size)) for tokens, n in sizes):
+            return size
+    raise TraceError(
+        f"{name}: the block size cannot be told from the counts; "
+        "give --block-tokens, or :block-tokens=N after the name"
+    )
+
+
+class SeenBlocks:
+    """Remembers blocks and says how much of a prompt they hold already."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def add(self, blocks: Iterable[range]) -> int:
+        """How many leading blocks were seen before; all are from now on."""
+        ids = [block for run in blocks for block in run]
+        known = next((i for i, block in enumerate(ids) if block not in self._seen), len(ids))
+        self._seen.update(ids[known:])
+        return known
