@@ -9,11 +9,17 @@ from pla_serve.policy.registry import POLICIES, create_policy
 
 
 def test_every_name_makes_a_fresh_policy() -> None:
-    for name in ("length-aware", "fcfs", "hrrn", "srpt"):
+    assert {"length-aware", "fcfs", "hrrn", "srpt"} <= set(POLICIES)
+    for name in POLICIES:
         policy: PrefillPolicy = create_policy(name, PolicyConfig(), CostModel())
         assert policy is not create_policy(name, PolicyConfig(), CostModel())
         assert policy.waits_as_short(10, 0)
-    assert set(POLICIES) == {"length-aware", "fcfs", "hrrn", "srpt"}
+
+
+def test_knobs_may_stand_in_the_name() -> None:
+    policy = create_policy("fcfs:boundary_tokens=5", PolicyConfig(), CostModel())
+    assert policy.waits_as_short(5, 0)
+    assert not policy.waits_as_short(6, 0)
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
