@@ -1,0 +1,212 @@
+"""From a text such as a command line has to rows on one clock.
+
+::
+
+    FILE[:KEY=VALUE...]                    a recorded trace, any format that `files` reads
+    gen:KIND[:KEY=VALUE...]                generated, see `generator`
+    mix:SOURCE@SHARE+SOURCE@SHARE[+...]    several of those, see `mix`
+
+    mooncake.csv.gz:max-input=32768
+    gen:burst-short:requests=5000:factor=10
+    mix:lmsys.csv.gz@0.9+mooncake.csv.gz:min-new=2049@0.1
+
+No character of it means anything to a shell. Keys of a file are those of `FileOptions`, of a
+generated trace those of `generator.GeneratorOptions`, with hyphens for underscores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pla_serve.traces.blocks import block_size
+from pla_serve.traces.cached import recount_cached
+from pla_serve.traces.clock import ClockOptions, on_one_clock
+from pla_serve.traces.files import read_rows
+from pla_serve.traces.generator import KINDS, GeneratorOptions, generate_rows
+from pla_serve.traces.mix import Part, mix
+from pla_serve.traces.rows import Row, TraceError
+from pla_serve.traces.sharegpt import CountTokens, about_four_characters
+
+_Options = TypeVar("_Options", "FileOptions", GeneratorOptions)
+_OPTION = re.compile(r"^(?P<rest>.+):(?P<key>[A-Za-z_-]+)=(?P<value>[^:/]*)$")
+_PART = re.compile(r"(?P<source>.+?)@(?P<share>[0-9.eE-]+)(?:\+|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """Which rows of a file count.
+
+    Raises:
+        ValueError: a field is below 1.
+    """
+
+    min_new: int | None = None
+    max_new: int | None = None
+    min_input: int | None = None
+    max_input: int | None = None
+    first: int | None = None
+    """So many rows of the file, before anything is left out."""
+    block_tokens: int | None = None
+    """Tokens in one block, where they cannot be told from the counts."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, not {value}")
+
+    def keeps(self, row: Row) -> bool:
+        return (
+            (self.min_new is None or row.new_tokens >= self.min_new)
+            and (self.max_new is None or row.new_tokens <= self.max_new)
+            and (self.min_input is None or row.input_tokens >= self.min_input)
+            and (self.max_input is None or row.input_tokens <= self.max_input)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A workload in numbers."""
+
+    name: str
+    """The spec, with file names for paths."""
+    rows: tuple[Row, ...]
+    """In the order of their arrivals, of which the first is 0, numbered in it. ``cached_tokens``
+    is what the rows before it hold, and ``block_tokens`` is known where there are blocks."""
+    clock: str
+    """Where the arrivals come from, in words."""
+    left_out: int
+    """Rows with prompts above ``max_input_tokens``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    seed: int
+    count_tokens: CountTokens
+    max_input_tokens: int | None
+    max_requests: int | None
+
+    def source(self, text: str) -> tuple[str, list[Row], int]:
+        """Name, rows and how many had too long prompts, of a file or something generated."""
+        rest, options = _split_options(text)
+        if rest.startswith("gen:"):
+            kind = next((k for k in KINDS if k == rest.removeprefix("gen:")), None)
+            if kind is None:
+                raise TraceError(f"{rest} is not known; there are gen:" + ", gen:".join(KINDS))
+            rows = generate_rows(kind, _parse(GeneratorOptions, options, rest), self.seed)
+            return (text, *self._fitting(rows, text))
+        path = Path(rest)
+        keep = _parse(FileOptions, options, path.name)
+        rows = read_rows(path, keep.first, self.count_tokens)
+        kept, over = self._fitting(_complete(rows, keep, path.name), path.name)
+        kept = [row for row in kept if keep.keeps(row)]
+        if not kept:
+            raise TraceError(f"no request of {path.name} is within its limits; widen them")
+        return path.name + text[len(rest) :], kept, over
+
+    def _fitting(self, rows: list[Row], name: str) -> tuple[list[Row], int]:
+        limit = self.max_input_tokens
+        kept = rows if limit is None else [row for row in rows if row.input_tokens <= limit]
+        if not kept:
+            raise TraceError(f"every prompt of {name} is longer than {limit} tokens")
+        return kept, len(rows) - len(kept)
+
+    def mixture(self, text: str) -> tuple[str, list[Row], int]:
+        parts, names, over = [], [], 0
+        for source, share in _split_mix(text):
+            name, rows, dropped = self.source(source)
+            parts.append(Part(name, rows, share))
+            names.append(f"{name}@{share:g}")
+            over += dropped
+        return "mix:" + "+".join(names), mix(parts, self.seed, self.max_requests), over
+
+
+def load_trace(
+    spec: str,
+    *,
+    seed: int = 0,
+    max_input_tokens: int | None = None,
+    max_requests: int | None = None,
+    session_span: float = 3600.0,
+    think_seconds: float = 5.0,
+    count_tokens: CountTokens = about_four_characters,
+) -> Trace:
+    """Rows on one clock; equal arguments give equal rows.
+
+    ``max_input_tokens`` leaves longer prompts out, ``max_requests`` keeps the first to arrive.
+    What is drawn where a trace does not tell times is described in `clock.on_one_clock`.
+    Turns of a session arrive no earlier than their recorded times; whoever replays them lets
+    each also wait for the answer before it, and ``think`` where it is known.
+
+    Raises:
+        TraceError: the spec or a file cannot be read; the message says what to change.
+        ValueError: an option is out of range.
+    """
+    for name, value in (("max_input_tokens", max_input_tokens), ("max_requests", max_requests)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    clock = ClockOptions(seed, session_span=session_span, think_seconds=think_seconds)
+    loader = _Loader(seed, count_tokens, max_input_tokens, max_requests)
+    if spec.startswith("mix:"):
+        name, rows, over = loader.mixture(spec)
+    else:
+        name, rows, over = loader.source(spec)
+    timed, words = on_one_clock(rows, clock)
+    if spec.startswith("gen:"):
+        words = "generated"
+    timed = recount_cached(timed[:max_requests])
+    return Trace(name, tuple(replace(row, index=i) for i, row in enumerate(timed)), words, over)
+
+
+def _complete(rows: list[Row], options: FileOptions, name: str) -> list[Row]:
+    """Rows whose size of blocks is known, and how much of the prompt was cached."""
+    size = options.block_tokens or block_size(rows, name)
+    if size is not None:
+        rows = [replace(row, block_tokens=size) if row.blocks else row for row in rows]
+    return rows if all(row.cached_tokens is not None for row in rows) else recount_cached(rows)
+
+
+def _split_options(text: str) -> tuple[str, dict[str, str]]:
+    """Peels ``:key=value`` off the end; a path may hold colons."""
+    options: dict[str, str] = {}
+    while match := _OPTION.match(text):
+        text = match["rest"]
+        key = match["key"].replace("-", "_")
+        if key in options:
+            raise TraceError(f"{match['key']} is given twice")
+        options[key] = match["value"]
+    return text, options
+
+
+def _split_mix(text: str) -> Iterable[tuple[str, float]]:
+    body = text.removeprefix("mix:")
+    parts = list(_PART.finditer(body))
+    if len(parts) < 2 or sum(len(part[0]) for part in parts) != len(body):
+        raise TraceError(f"{text!r}: a mixture is written mix:FILE@0.9+FILE:min-new=2049@0.1")
+    try:
+        return [(part["source"], float(part["share"])) for part in parts]
+    except ValueError:
+        raise TraceError(f"{text!r}: a share after @ is not a number") from None
+
+
+def _parse(kind: type[_Options], given: dict[str, str], name: str) -> _Options:
+    known = {field.name: str(field.type) for field in fields(kind)}
+    values: dict[str, float] = {}
+    for key, text in given.items():
+        if key not in known:
+            has = ", ".join(field.replace("_", "-") for field in known)
+            raise TraceError(f"{name} has no option {key.replace('_', '-')}; it has {has}")
+        try:
+            values[key] = int(text) if known[key].startswith("int") else float(text)
+        except ValueError:
+            what = "a whole number" if known[key].startswith("int") else "a number"
+            key = key.replace("_", "-")
+            raise TraceError(f"{name}: {key}={text} is not {what}") from None
+    try:
+        return kind(**values)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise TraceError(f"{name}: {error}") from None
