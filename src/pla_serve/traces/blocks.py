@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 from pla_serve.traces.rows import Row, TraceError
@@ -68,14 +69,40 @@ def block_size(rows: Sequence[Row], name: str) -> int | None:
 
 
 class SeenBlocks:
-    """Remembers blocks and says how much of a prompt they hold already."""
+    """Remembers blocks and says how much of a prompt they hold already.
+
+    Ids are kept as disjoint intervals in their order, so a prompt costs a few look-ups for each of
+    its ranges, not one for each of its blocks.
+    """
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
+        self._starts: list[int] = []
+        self._stops: list[int] = []
 
     def add(self, blocks: Iterable[range]) -> int:
         """How many leading blocks were seen before; all are from now on."""
-        ids = [block for run in blocks for block in run]
-        known = next((i for i, block in enumerate(ids) if block not in self._seen), len(ids))
-        self._seen.update(ids[known:])
+        known, leading = 0, True
+        for run in blocks:
+            if leading:
+                seen = self._begins(run)
+                known += seen
+                leading = seen == len(run)
+            if not leading:
+                self._insert(run.start, run.stop)
         return known
+
+    def _begins(self, run: range) -> int:
+        place = bisect_right(self._starts, run.start) - 1
+        if place < 0:
+            return 0
+        return max(0, min(self._stops[place], run.stop) - run.start)
+
+    def _insert(self, start: int, stop: int) -> None:
+        # All intervals that touch the new one become one with it.
+        low = bisect_left(self._stops, start)
+        high = bisect_right(self._starts, stop)
+        if low < high:
+            start = min(start, self._starts[low])
+            stop = max(stop, self._stops[high - 1])
+        self._starts[low:high] = [start]
+        self._stops[low:high] = [stop]
