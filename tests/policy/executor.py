@@ -16,6 +16,7 @@ from pla_serve.policy.protocol import (
     PrefillPolicy,
     PrefillRequest,
     Run,
+    Wait,
 )
 
 Stage = Literal["ahead", "waiting", "flying", "parked", "decoding", "stepping", "done", "aborted"]
@@ -60,7 +61,15 @@ class Trace:
 
 
 class Executor:
-    """Runs jobs to their end. ``chaos`` is the chance of each disturbance at each occasion."""
+    """Runs jobs to their end.
+
+    Args:
+        chaos: the chance of each disturbance at each occasion.
+        separate: the classes never share a batch, and long prefills run one at a time.
+        waits: the policy may let the device rest although prefills wait.
+
+    One that interrupts may do so in any batch, or in long ones only if it is ``separate``.
+    """
 
     def __init__(
         self,
@@ -73,6 +82,7 @@ class Executor:
         chaos: float = 0.0,
         seed: int = 0,
         separate: bool = False,
+        waits: bool = False,
     ) -> None:
         self.policy, self.config, self.cost = policy, config, cost
         self.jobs = {job.id: job for job in jobs}
@@ -83,6 +93,10 @@ class Executor:
         self._chaos = chaos
         self._random = random.Random(seed)
         self._separate = separate
+        self._waits = waits
+        self._interrupts = {BatchClass.LONG} if separate else set(BatchClass)
+        if not policy.interrupts:
+            self._interrupts.clear()
 
     def run(self, until: float = float("inf")) -> Trace:
         """Serve everything (or stop at ``until``); AssertionError if the policy breaks a rule."""
@@ -93,7 +107,10 @@ class Executor:
             if isinstance(decision, Run):
                 self._execute(decision.batch, nested=False)
                 continue
-            assert isinstance(decision, Idle), "nothing here is worth waiting for"
+            if isinstance(decision, Wait):
+                self._rest(decision.until)
+                continue
+            assert isinstance(decision, Idle)
             ready = [job.id for job in self.jobs.values() if job.stage in ("waiting", "decoding")]
             assert not ready, f"idle although {ready} wait"
             if self._ahead:
@@ -103,6 +120,15 @@ class Executor:
         if until == float("inf"):
             self._check_end()
         return self.trace
+
+    def _rest(self, until: float) -> None:
+        """Nothing runs until then, unless something arrives."""
+        assert self._waits, "nothing here is worth waiting for"
+        assert self.now < until < float("inf")
+        stages = [job.stage for job in self.jobs.values()]
+        assert "waiting" in stages, "waits for nothing"
+        assert "decoding" not in stages, "decode steps cost nothing while the device rests"
+        self.now = min([until, *(job.arrival for job in self._ahead[-1:])])
 
     # What happens to the policy from outside.
 
@@ -162,13 +188,14 @@ class Executor:
             return
         seconds = self.cost.seconds(batch)
         start = self.now
-        interruptible = batch.kind is BatchClass.LONG and not nested and self._layers > 1
+        interruptible = batch.kind in self._interrupts and not nested and self._layers > 1
         if batch.kind is BatchClass.LONG:
             layer = seconds / self._layers if interruptible else seconds
             self.trace.stretch = max(self.trace.stretch, layer)
         else:
             self.trace.express_batch = max(self.trace.express_batch, seconds)
-            assert nested or self.policy.at_layer_boundary(self.now, batch) is None
+            if batch.kind not in self._interrupts:
+                assert nested or self.policy.at_layer_boundary(self.now, batch) is None
         if interruptible:
             self._layer_by_layer(batch, seconds / self._layers)
         else:
@@ -250,7 +277,7 @@ class Executor:
             job = self.jobs[chunk.request_id]
             assert job.stage == "waiting", f"{job.id} is {job.stage}"
             assert chunk.history == job.computed
-            assert 1 <= chunk.tokens <= min(job.target - job.computed, config.long_chunk_tokens)
+            assert 1 <= chunk.tokens <= min(job.target - job.computed, config.max_chunk_tokens)
             assert chunk.completes == (job.computed + chunk.tokens == job.target)
             job.stage = "flying"
         for chunk in batch.decodes:
@@ -275,7 +302,7 @@ class Executor:
                 assert False in classes
         if self._separate and batch.kind is BatchClass.LONG:
             assert len(batch.prefills) == 1
-        assert self._separate or not nested
+        assert self._interrupts or not nested
 
     def _check_state(self) -> None:
         state = self.policy.state(self.now)

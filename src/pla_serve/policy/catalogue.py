@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
+from pla_serve.policy.baselines.bucketserve import BucketOptions, bucketserve
+from pla_serve.policy.baselines.fastserve import FastServe, FeedbackOptions
 from pla_serve.policy.baselines.fcfs import fcfs
 from pla_serve.policy.baselines.hrrn import hrrn
 from pla_serve.policy.baselines.srpt import srpt
@@ -37,5 +39,7 @@ POLICIES: Mapping[str, PolicyKind] = MappingProxyType(
         "fcfs": PolicyKind(fcfs, CONTINUOUS),
         "hrrn": PolicyKind(hrrn, CONTINUOUS),
         "srpt": PolicyKind(srpt, (*CONTINUOUS, "aging")),
+        "bucketserve": PolicyKind(bucketserve, CONTINUOUS, BucketOptions),
+        "fastserve": PolicyKind(FastServe, CONTINUOUS, FeedbackOptions),
     }
 )

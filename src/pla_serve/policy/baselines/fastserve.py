@@ -1,0 +1,169 @@
+"""Skip-join multi-level feedback queue: after FastServe."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf, isfinite
+
+from pla_serve.policy.baselines.continuous import ContinuousBatching
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.pending import Pending
+from pla_serve.policy.protocol import Batch
+from pla_serve.policy.queues import Rank, SortedQueue
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackOptions:
+    """Knobs of `FastServe`.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    levels: int = 10
+    """Number of queues."""
+    quantum_seconds: float = 0.02
+    """Quantum of the first level; that of the last one has no end."""
+    ratio: float = 2.0
+    """Quantum of a level over that of the one before."""
+    starve_seconds: float = 10.0
+    """A request that has not been served for so long moves to the first level."""
+
+    def __post_init__(self) -> None:
+        if self.levels < 1:
+            raise ValueError(f"levels must be at least 1, not {self.levels}")
+        if not self.ratio >= 1 or not isfinite(self.ratio):
+            raise ValueError(f"ratio must be finite and at least 1, not {self.ratio}")
+        for name in ("quantum_seconds", "starve_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a request stands among the levels."""
+
+    level: int
+    joined: float
+    """When it came to this level; within a level the earlier goes first."""
+    since: float
+    """When it was served last, promoted, or, before that, when it arrived."""
+    used: float = 0.0
+    """Seconds of service in this level."""
+
+
+class FeedbackQueue:
+    """Lower levels first; priority before level.
+
+    The whole order is one static key, so a move is a removal and an insertion. Who may starve is
+    found at the front of a list in order of `Place.since`.
+    """
+
+    def __init__(self, options: FeedbackOptions) -> None:
+        self._options = options
+        quanta = [options.quantum_seconds * options.ratio**n for n in range(options.levels - 1)]
+        self._quanta = [*quanta, inf]
+        self._sorted = SortedQueue(self._rank)
+        self._places: dict[str, Place] = {}
+        self._waiting: OrderedDict[str, Pending] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def level(self, request_id: str) -> int | None:
+        """Where a request is, counted from 0; None if it is unknown."""
+        place = self._places.get(request_id)
+        return None if place is None else place.level
+
+    def push(self, request: Pending) -> None:
+        """Back to its place, or into the first level whose quantum covers what it needs."""
+        if request.id not in self._places:
+            level = self._fitting(request.seconds)
+            self._places[request.id] = Place(level, request.arrival, request.arrival)
+        self._sorted.push(request)
+        self._waiting[request.id] = request
+
+    def discard(self, request: Pending) -> None:
+        self._sorted.discard(request)
+        self._places.pop(request.id, None)
+        self._waiting.pop(request.id, None)
+
+    def drain(self, now: float) -> Iterator[Pending]:
+        self._promote(now)
+        for request in self._sorted.drain(now):
+            del self._waiting[request.id]
+            yield request
+
+    def resort(self) -> None:
+        """A level once joined is left only by its quantum or by starvation."""
+
+    def seconds_ahead(self, request: Pending, total: float) -> float:
+        return self._sorted.seconds_ahead(request, total)
+
+    def charge(self, batch: Batch, seconds: float, now: float) -> None:
+        """Whoever was in ``batch`` was served for ``seconds``; a used-up quantum demotes."""
+        for chunk in batch.prefills:
+            place = self._places.get(chunk.request_id)
+            if place is None or chunk.request_id in self._waiting:
+                continue  # removed while it ran, perhaps added anew
+            if chunk.completes:
+                del self._places[chunk.request_id]
+                continue
+            place.since = now
+            place.used += seconds
+            if place.used >= self._quanta[place.level]:
+                place.level += 1
+                place.joined = now
+                place.used = 0.0
+
+    def _promote(self, now: float) -> None:
+        starve = self._options.starve_seconds
+        while self._waiting:
+            request = next(iter(self._waiting.values()))
+            place = self._places[request.id]
+            if now < place.since + starve:
+                return
+            place.since = now
+            self._waiting.move_to_end(request.id)
+            if place.level > 0:
+                self._sorted.discard(request)
+                place.level, place.joined, place.used = 0, now, 0.0
+                self._sorted.push(request)
+
+    def _fitting(self, seconds: float) -> int:
+        return min(bisect_left(self._quanta, seconds), len(self._quanta) - 1)
+
+    def _rank(self, request: Pending) -> Rank:
+        place = self._places.get(request.id)
+        if place is None:  # it is only asked where it would stand
+            return (-request.priority, -self._fitting(request.seconds), -request.arrival)
+        return (-request.priority, -place.level, -place.joined)
+
+
+class FastServe(ContinuousBatching):
+    """Skip-join multi-level feedback queue, after FastServe (arXiv 2305.05920, NSDI '26).
+
+    A prompt skips the levels whose quantum is below its predicted prefill time. Each batch that it
+    is part of counts against the quantum; when that is used up it goes one level down. Who has not
+    been served for ``starve_seconds`` goes to the first level. A newcomer in a lower level passes
+    a prompt that has begun: preemption between batches, as FastServe's between iterations.
+
+    FastServe keeps decoding requests in the same levels and moves their KV out of the way; here
+    levels order prefills only, and decode steps ride along as in all baselines. Its prefill is one
+    iteration; here one of more than ``max_batch_tokens`` or ``long_chunk_tokens`` takes several.
+    The default quanta and starvation limit are ours. Deadlines and ``aging`` are not used.
+    """
+
+    def __init__(
+        self, config: PolicyConfig, cost: CostModel, options: FeedbackOptions | None = None
+    ) -> None:
+        self._levels = FeedbackQueue(options or FeedbackOptions())
+        super().__init__(config, cost, self._levels)
+
+    def observe(self, batch: Batch, seconds: float, now: float) -> None:
+        self._levels.charge(batch, seconds, now)
+        super().observe(batch, seconds, now)
