@@ -79,6 +79,16 @@ def test_the_size_fits_every_row(size: int, up: bool, tokens: list[int]) -> None
         Row(i, 0.0, n, 1, blocks=(range(count),))
         for i, (n, count) in enumerate(zip(tokens, counts, strict=True))
     ]
+    found = block_size(rows, "t")
+    assert found is not None
+    assert found <= size  # few rows may fit several sizes
+    for n, count in zip(tokens, counts, strict=True):
+        assert n / found - 1 < count < n / found + 1
+
+
+@pytest.mark.parametrize("size", [8, 64, 512])
+def test_rows_of_many_sizes_leave_one_block_size(size: int) -> None:
+    rows = [Row(i, 0.0, n, 1, blocks=(range(n // size),)) for i, n in enumerate((4096, 1500, 9000))]
     assert block_size(rows, "t") == size
 
 
