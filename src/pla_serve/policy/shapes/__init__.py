@@ -1,0 +1,1 @@
+"""Captured shapes: which batch goes into which, and which ones are worth capturing."""
