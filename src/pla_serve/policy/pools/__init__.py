@@ -1,0 +1,1 @@
+"""How many instances serve which class: pressure, balance and scale."""

@@ -1,0 +1,147 @@
+"""A pool controller in seconds of work, which answers a burst within one control period."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor, inf, isfinite
+
+from pla_serve.policy.pools.protocol import InstanceReport, Move, Pool, other_class
+from pla_serve.policy.pools.rates import WorkRate
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceOptions:
+    """Raises:
+    ValueError: a field is out of range.
+    """
+
+    horizon_seconds: float = 10.0
+    """A pool is large enough if it keeps up with its arrivals and clears its backlog in this time.
+    Longer than a control period and a drain, or the controller chases its own effect."""
+    memory_seconds: float = 30.0
+    """How far back the arrival rate looks while it does not change."""
+    dead_band: float = 0.1
+    """Share by which a new split must lower the worst demand an instance."""
+    min_instances: int = 1
+    """A pool of this size gives none away."""
+
+    def __post_init__(self) -> None:
+        for name in ("horizon_seconds", "memory_seconds"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, not {value}")
+        if not 0 <= self.dead_band < 1:
+            raise ValueError(f"dead_band must be at least 0 and below 1, not {self.dead_band}")
+        if self.min_instances < 1:
+            raise ValueError(f"min_instances must be at least 1, not {self.min_instances}")
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one class asks of its pool."""
+
+    queued: float
+    """Seconds of prefill that wait or run."""
+    rate: float
+    """Seconds of prefill that arrive a second."""
+
+    def instances(self, horizon: float) -> float:
+        """How many keep up with the arrivals and clear the backlog in ``horizon`` seconds."""
+        return self.rate + self.queued / horizon
+
+    def recovery(self, instances: int) -> float:
+        """Seconds until so many have cleared the backlog; infinite if they do not keep up."""
+        if not self.queued:
+            return 0.0
+        return self.queued / (instances - self.rate) if instances > self.rate else inf
+
+
+class BalanceController:
+    """Goes straight to the split with the least worst demand an instance, and stays there.
+
+    The demand of a class is ``d = rate + queued / horizon`` instances. Of all splits of n
+    instances, the one that minimises ``max(d_s / n_s, d_l / n_l)`` is an integer next to
+    ``n d_s / (d_s + d_l)``; as many instances move at once as it takes. Nothing moves
+
+    - while both pools are large enough, ``d <= n``: spare instances stay where they are;
+    - unless the worst demand an instance falls by ``dead_band``. Under demands that do not change
+      the first decision is therefore the last;
+    - that would be free only after the pool that it goes to has recovered without it.
+
+    Feedback does not make it swing either: the backlog counts with 1 / horizon, so that a change
+    takes effect within the horizon and not within a period. If no split can hold both classes
+    (demands of 1.4 and 1.4 on three instances), instances alternate, not more often than backlogs
+    take to differ by the dead band.
+    """
+
+    def __init__(self, options: BalanceOptions | None = None) -> None:
+        self._options = options or BalanceOptions()
+        memory = self._options.memory_seconds
+        self._rates = {pool: WorkRate(memory) for pool in (Pool.SHORT, Pool.LONG)}
+
+    def arrived(self, pool: Pool, seconds: float, now: float) -> None:
+        """Counts towards the rate of its class.
+
+        Raises:
+            ValueError: ``pool`` is neither SHORT nor LONG, or ``seconds`` is not a size.
+        """
+        other_class(pool)
+        self._rates[pool].add(seconds, now)
+
+    def decide(self, now: float, instances: Sequence[InstanceReport]) -> Sequence[Move]:
+        """All moves to the best split, fewest seconds to drain first."""
+        demands = self._demands(now, instances)
+        sizes = {pool: sum(r.pool is pool for r in instances) for pool in demands}
+        target = self._target(demands, sizes)
+        change = target - sizes[Pool.SHORT]
+        if change == 0:
+            return ()
+        least = self._options.min_instances
+        repair = min(sizes.values()) < least  # instances failed: no class may be left without
+        if not repair and not self._worth_it(demands, sizes, target):
+            return ()
+        receiver = Pool.SHORT if change > 0 else Pool.LONG
+        limit = inf if repair else demands[receiver].recovery(sizes[receiver])
+        donors = sorted(
+            (r for r in instances if r.pool is other_class(receiver) and r.drain_seconds < limit),
+            key=lambda report: (report.drain_seconds, report.id),
+        )
+        return tuple(Move(r.id, r.pool, receiver) for r in donors[: abs(change)])
+
+    def demands(self, instances: Sequence[InstanceReport]) -> dict[Pool, Demand]:
+        """Both classes as of now, with the rates of the last `decide`; for metrics and scaling."""
+        return {
+            Pool.SHORT: Demand(
+                sum(r.queued_short for r in instances), self._rates[Pool.SHORT].rate
+            ),
+            Pool.LONG: Demand(sum(r.queued_long for r in instances), self._rates[Pool.LONG].rate),
+        }
+
+    def _demands(self, now: float, instances: Sequence[InstanceReport]) -> dict[Pool, Demand]:
+        for rate in self._rates.values():
+            rate.close(now)
+        return self.demands(instances)
+
+    def _target(self, demands: dict[Pool, Demand], sizes: dict[Pool, int]) -> int:
+        """The best number of short instances; the present one if nothing speaks against it."""
+        total, present, least = sum(sizes.values()), sizes[Pool.SHORT], self._options.min_instances
+        if total < 2 * least:
+            return present
+        horizon = self._options.horizon_seconds
+        short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
+        if short + long == 0:
+            return min(max(present, least), total - least)
+        ideal = floor(total * short / (short + long))
+        candidates = {min(max(n, least), total - least) for n in (ideal, ideal + 1)}
+        return min(
+            sorted(candidates),
+            key=lambda n: (max(short / n, long / (total - n)), abs(n - present)),
+        )
+
+    def _worth_it(self, demands: dict[Pool, Demand], sizes: dict[Pool, int], target: int) -> bool:
+        horizon = self._options.horizon_seconds
+        short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
+        before = max(short / sizes[Pool.SHORT], long / sizes[Pool.LONG])
+        after = max(short / target, long / (sum(sizes.values()) - target))
+        return before > 1 and after <= (1 - self._options.dead_band) * before

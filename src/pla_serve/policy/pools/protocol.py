@@ -1,0 +1,81 @@
+"""The contract between a pool controller and the fleet, real or simulated, that it controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Pool(StrEnum):
+    """What an instance is kept for."""
+
+    SHORT = "short"
+    LONG = "long"
+    DECODE = "decode"
+    MIXED = "mixed"
+    """Any request; no controller moves it."""
+
+
+def other_class(pool: Pool) -> Pool:
+    """The other one of SHORT and LONG.
+
+    Raises:
+        ValueError: ``pool`` is neither.
+    """
+    if pool is Pool.SHORT:
+        return Pool.LONG
+    if pool is Pool.LONG:
+        return Pool.SHORT
+    raise ValueError(f"only short and long instances change their pool, not {pool.value} ones")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReport:
+    """One instance at one moment. All times are seconds."""
+
+    id: str
+    pool: Pool
+    """The pool whose requests it is given now; one that was moved is in its new pool at once."""
+    queued_short: float = 0.0
+    """Predicted seconds of short prefills that it holds, in progress or waiting."""
+    queued_long: float = 0.0
+    """The same for long ones. An instance may hold both: it was moved, or took an overflow."""
+    deadline_error: float = 0.0
+    """By how much its requests miss their deadlines on average; negative when they are early."""
+    utilisation: float = 0.0
+    """Share of the last control period in which it computed, 0 to 1."""
+    drain_seconds: float = 0.0
+    """Until it could begin with requests of the other class; 0 if it can interrupt a prefill."""
+    draining: bool = False
+    """It was moved and has not yet begun with requests of its new class."""
+
+    @property
+    def queued(self) -> float:
+        """Predicted seconds of all that it holds."""
+        return self.queued_short + self.queued_long
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """From now on this instance is given requests of ``target`` instead of ``source``."""
+
+    instance_id: str
+    source: Pool
+    target: Pool
+
+
+class Controller(Protocol):
+    """Decides which instances change between the short and the long pool.
+
+    Asked once in a control period. Deterministic in its calls; reads no clock.
+    """
+
+    def arrived(self, pool: Pool, seconds: float, now: float) -> None:
+        """A request of this class (SHORT or LONG) came, with ``seconds`` of predicted prefill."""
+        ...
+
+    def decide(self, now: float, instances: Sequence[InstanceReport]) -> Sequence[Move]:
+        """The moves to make now. Instances of other pools than SHORT and LONG are left alone."""
+        ...
