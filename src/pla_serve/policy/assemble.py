@@ -19,8 +19,12 @@ class Assembler:
         self._book = book
         self._prefill_turn = True
 
-    def batch(self, queue: PrefillQueue, now: float) -> Batch | None:
+    def batch(
+        self, queue: PrefillQueue, now: float, most_tokens: int | None = None
+    ) -> Batch | None:
         """The next batch, at most ``max_batch_requests`` and ``max_batch_tokens``; None if empty.
+
+        ``most_tokens`` is a further limit.
 
         Its class is SHORT, LONG or DECODE if its prefills are of one class (or none), where a
         SHORT one may carry decode steps; otherwise MIXED.
@@ -28,6 +32,8 @@ class Assembler:
         book, config = self._book, self._book.config
         decodes = book.decodes
         places, tokens = config.max_batch_requests, config.max_batch_tokens
+        if most_tokens is not None:
+            tokens = min(tokens, most_tokens)
         kept = min(len(decodes), self._decode_places(min(places, tokens))) if queue else 0
         prefills, used, shorts = book.take(queue, places - kept, tokens - kept, now)
         steps = decodes.take(min(places - len(prefills), tokens - used))

@@ -9,7 +9,9 @@ from types import MappingProxyType
 from pla_serve.policy.baselines.bucketserve import BucketOptions, bucketserve
 from pla_serve.policy.baselines.fastserve import FastServe, FeedbackOptions
 from pla_serve.policy.baselines.fcfs import fcfs
+from pla_serve.policy.baselines.flowprefill import FlowOptions, FlowPrefill
 from pla_serve.policy.baselines.hrrn import hrrn
+from pla_serve.policy.baselines.laps import Laps, LapsOptions
 from pla_serve.policy.baselines.srpt import srpt
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.length_aware import LengthAware
@@ -39,7 +41,9 @@ POLICIES: Mapping[str, PolicyKind] = MappingProxyType(
         "fcfs": PolicyKind(fcfs, CONTINUOUS),
         "hrrn": PolicyKind(hrrn, CONTINUOUS),
         "srpt": PolicyKind(srpt, (*CONTINUOUS, "aging")),
+        "laps": PolicyKind(Laps, ("max_batch_requests", "boundary_tokens"), LapsOptions),
         "bucketserve": PolicyKind(bucketserve, CONTINUOUS, BucketOptions),
         "fastserve": PolicyKind(FastServe, CONTINUOUS, FeedbackOptions),
+        "flowprefill": PolicyKind(FlowPrefill, CONTINUOUS, FlowOptions),
     }
 )

@@ -6,6 +6,7 @@ from pla_serve.policy.assemble import Assembler
 from pla_serve.policy.book import RequestBook
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
     Decision,
@@ -25,10 +26,18 @@ class ContinuousBatching:
     ``long_share``, ``express_burst_seconds`` and ``decode_share``; ``aging`` is up to the queue.
     """
 
-    def __init__(self, config: PolicyConfig, cost: CostModel, queue: PrefillQueue) -> None:
+    interrupts = False
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        cost: CostModel,
+        queue: PrefillQueue,
+        book: RequestBook | None = None,
+    ) -> None:
         self._queue = queue
         self._cost = cost
-        self._book = RequestBook(config, cost, queue, queue)
+        self._book = book or RequestBook(config, cost, queue, queue)
         self._assembler = Assembler(self._book)
         self._running: tuple[Batch, float] | None = None
 
@@ -43,10 +52,7 @@ class ContinuousBatching:
 
     def next(self, now: float) -> Decision:
         batch = self._assembler.batch(self._queue, now)
-        if batch is None:
-            return Idle()
-        self._running = (batch, now)
-        return Run(batch)
+        return Idle() if batch is None else self._start(batch, now)
 
     def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
         return None
@@ -61,9 +67,7 @@ class ContinuousBatching:
         """The batch under way, what the queue puts first, and the decode steps that ride along."""
         book = self._book
         newcomer = book.probe(new_tokens, history, now)
-        total = book.seconds()
-        ahead = min(self._queue.seconds_ahead(newcomer, total) + self._rest(now), total)
-        work = ahead + newcomer.seconds
+        work = self._seconds_ahead(newcomer, now) + newcomer.seconds
         batches = 1 + work // max(book.full_batch_seconds(), 1e-9)
         return work + batches * book.step_seconds()
 
@@ -72,6 +76,15 @@ class ContinuousBatching:
 
     def waits_as_short(self, new_tokens: int, history: int) -> bool:
         return self._book.is_short(new_tokens, history)
+
+    def _start(self, batch: Batch, now: float) -> Run:
+        self._running = (batch, now)
+        return Run(batch)
+
+    def _seconds_ahead(self, newcomer: Pending, now: float) -> float:
+        """Predicted prefill work that goes before ``newcomer``."""
+        total = self._book.seconds()
+        return min(self._queue.seconds_ahead(newcomer, total) + self._rest(now), total)
 
     def _rest(self, now: float) -> float:
         """Predicted time until the batch under way is over."""

@@ -1,0 +1,190 @@
+"""Deadline order with preemption inside a prefill: after FlowPrefill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import Literal
+
+from pla_serve.policy.baselines.continuous import ContinuousBatching
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.pending import Pending
+from pla_serve.policy.protocol import Batch, PrefillRequest
+from pla_serve.policy.queues import Rank, SortedQueue
+
+
+@dataclass(frozen=True, slots=True)
+class FlowOptions:
+    """Knobs of `FlowPrefill`.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    slo_seconds: float = 0.4
+    """A request without a deadline is due so long after its arrival, or later by the next field."""
+    slo_stretch: float = 5.0
+    """... so many times its own predicted prefill time after it, if that is more."""
+    order: Literal["s-edf", "edf"] = "s-edf"
+    """Slack-aware: who cannot make its deadline any more goes after those who can. Or plain."""
+    batch_tokens: int = 1024
+    """Others join the most urgent request only up to so many tokens together."""
+    nested_tokens: int = 1024
+    """Most tokens of a batch that runs inside another one, since nothing interrupts it."""
+
+    def __post_init__(self) -> None:
+        for name in ("slo_seconds", "slo_stretch"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)}")
+        for name in ("batch_tokens", "nested_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class DeadlineQueue(SortedQueue):
+    """Priority, then who can make its deadline, then the earliest deadline.
+
+    That a deadline is out of reach is found when its request comes to the front, once for each, so
+    all of it is a static key. `drain` stops where a batch should: see `FlowPrefill`.
+    """
+
+    def __init__(self, options: FlowOptions, cost: CostModel) -> None:
+        super().__init__(self.rank)
+        self._options = options
+        self._cost = cost
+
+    def push(self, request: Pending) -> None:
+        request.deadline = self._deadline(request)  # fixed by the work that it came with
+        super().push(request)
+
+    def head(self, now: float) -> Pending | None:
+        """The most urgent request; those found out of reach step back before."""
+        while (request := self.first()) is not None:
+            if request.late or not self.out_of_reach(request, now):
+                return request
+            self.discard(request)
+            request.late = True
+            self.push(request)
+        return None
+
+    def out_of_reach(self, request: Pending, now: float) -> bool:
+        """Its deadline passes before it can be done, were it alone from now on."""
+        if self._options.order == "edf":
+            return False
+        return now + request.seconds > self._deadline(request)
+
+    def drain(self, now: float) -> Iterator[Pending]:
+        tokens, seconds, due = 0, 0.0, inf
+        while (request := self.head(now)) is not None:
+            own_due = inf if request.late else self._deadline(request)
+            if tokens == 0:
+                seconds = request.seconds
+            else:
+                seconds += self._added_seconds(request)
+                if tokens + request.new_tokens > self._options.batch_tokens:
+                    return
+                if now + seconds > min(due, own_due):
+                    return
+            tokens += request.new_tokens
+            due = min(due, own_due)
+            self.discard(request)
+            yield request
+
+    def rank(self, request: Pending) -> Rank:
+        """The greatest goes first."""
+        return self.rank_running(request, -inf)
+
+    def rank_running(self, request: Pending, began: float) -> Rank:
+        """The same for one that runs since ``began`` and would be done if it went on alone."""
+        late = request.late or self.out_of_reach(request, began)
+        return (-request.priority, not late, -self._deadline(request))
+
+    def _deadline(self, request: Pending) -> float:
+        if request.deadline is not None:
+            return request.deadline
+        options = self._options
+        slo = max(options.slo_seconds, options.slo_stretch * request.seconds)
+        return request.arrival + slo
+
+    def _added_seconds(self, request: Pending) -> float:
+        """Predicted time that it adds to a batch which runs anyway."""
+        new, history = request.new_tokens, request.history
+        return self._cost.work_seconds(new, new * (history + new / 2), history + new, 1, 0)
+
+
+class FlowPrefill(ContinuousBatching):
+    """Slack-aware earliest deadline first, preempted between layers: after arXiv 2602.16603.
+
+    Decisions are made when something arrives or completes, and only then. A prefill gives way
+    between two layers to an arrival that is more urgent than everyone in its batch, and goes on
+    when that is done. Others join the most urgent request up to ``batch_tokens``, as long as nobody
+    in the batch misses a deadline through it. FlowPrefill preempts between operators; a
+    layer is a few of them.
+
+    In the paper every request brings its own objective. Where it brings none, it is due after
+    ``slo_seconds``, or ``slo_stretch`` times its own predicted prefill time if that is more; both
+    numbers are ours. Who has missed its deadline may wait for ever while others come that can
+    make theirs.
+
+    Executors here do not interrupt a batch that itself interrupts. So that this costs the policy
+    little, such a batch is a chunk of at most ``nested_tokens``, and the decision is made anew
+    after each. FlowPrefill serves prefill instances; decode steps ride along here in every batch.
+
+    Uses of `PolicyConfig`: those of `ContinuousBatching`; ``max_batch_tokens`` may be large here.
+    """
+
+    interrupts = True
+
+    def __init__(
+        self, config: PolicyConfig, cost: CostModel, options: FlowOptions | None = None
+    ) -> None:
+        options = options or FlowOptions()
+        self._due = DeadlineQueue(options, cost)
+        super().__init__(config, cost, self._due)
+        self._nested_tokens = options.nested_tokens
+        self._event = False
+        """Something has arrived or completed since the last decision."""
+        self._inner_started: float | None = None
+
+    def add(self, request: PrefillRequest, now: float) -> None:
+        super().add(request, now)
+        self._event = True
+
+    def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
+        self._inner_started = None  # one that was taken back as a whole is not observed
+        if not self._event or not running.prefills:
+            return None
+        self._event = False
+        head = self._due.head(now)
+        if head is None or not self._gives_way(running, head, now):
+            return None
+        self._inner_started = now
+        return self._assembler.batch(self._due, now, self._nested_tokens)
+
+    def observe(self, batch: Batch, seconds: float, now: float) -> None:
+        outer, inner_started = self._running, self._inner_started
+        super().observe(batch, seconds, now)
+        self._event = True
+        self._inner_started = None
+        if outer is not None and inner_started is not None:
+            self._running = (outer[0], outer[1] + now - inner_started)
+
+    def _gives_way(self, running: Batch, head: Pending, now: float) -> bool:
+        """Whether ``head`` is more urgent than everyone who runs."""
+        began = now if self._running is None else self._running[1]  # later by the pauses in it
+        ranks = []
+        for chunk in running.prefills:
+            pending = self._book.get(chunk.request_id)
+            if pending is None or pending.flight is None:
+                continue
+            ranks.append(self._due.rank_running(pending, began))
+        return bool(ranks) and self._due.rank(head) > max(ranks)
+
+    def _seconds_ahead(self, newcomer: Pending, now: float) -> float:
+        total = self._book.seconds()
+        ahead = self._due.seconds_ahead(newcomer, total)
+        if self._running is not None and not self._gives_way(self._running[0], newcomer, now):
+            ahead += self._rest(now)
+        return min(ahead, total)

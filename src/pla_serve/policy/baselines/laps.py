@@ -1,0 +1,122 @@
+"""Short first, a fixed window, large chunks: the published artifact of PLA-Serve (LAPS)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Literal
+
+from pla_serve.policy.baselines.continuous import ContinuousBatching
+from pla_serve.policy.baselines.fcfs import ArrivalQueue
+from pla_serve.policy.book import RequestBook
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.pending import Pending
+from pla_serve.policy.protocol import BatchClass, Decision, Idle, Wait
+
+
+@dataclass(frozen=True, slots=True)
+class LapsOptions:
+    """Knobs of `Laps`.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    window_seconds: float = 0.007
+    """How long a short prompt waits for others, from its arrival on. 0 never waits."""
+    depth: int = 64
+    """So many shorts end the window early."""
+    chunk_tokens: int = 8192
+    """Most tokens in a batch: of a long prompt's chunk, and of shorts together."""
+    classify: Literal["raw", "uncached"] = "raw"
+    """By the whole prompt, cached tokens and all, or by the new tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.window_seconds < inf:
+            raise ValueError(
+                f"window_seconds must be finite and at least 0, not {self.window_seconds}"
+            )
+        for name in ("depth", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class RawLengthBook(RequestBook):
+    """Classifies by new and cached tokens together; so a class never changes with the cache."""
+
+    def is_short(self, new_tokens: int, history: int) -> bool:
+        return new_tokens + history <= self.boundary(0)
+
+
+class OneAtATime(ArrivalQueue):
+    """First come, first served, one request in a batch."""
+
+    def drain(self, now: float) -> Iterator[Pending]:
+        for request in super().drain(now):
+            yield request
+            return
+
+
+class Laps(ContinuousBatching):
+    """The published artifact of arXiv 2601.11589: two queues, the short one always first.
+
+    A prompt is short by its raw length, as published. Shorts are gathered until the first of them
+    has waited for ``window_seconds``, ``depth`` of them are there, or a batch is full; meanwhile
+    the device rests, longs or not. Longs run when no short waits, one at a time in order of arrival,
+    in chunks of ``chunk_tokens`` that nothing interrupts. So the classes never share a batch, and
+    shorts that keep coming starve the longs: nothing bounds that wait.
+
+    The artifact has its decode on other instances. Here steps ride along in every batch, and run
+    while shorts are gathered. The adaptive window and depth of the paper are not in this policy.
+
+    Uses of `PolicyConfig`: ``max_batch_requests`` and ``boundary_tokens``. ``chunk_tokens`` takes
+    the place of ``max_batch_tokens`` and ``long_chunk_tokens``; deadlines are not used.
+    """
+
+    def __init__(
+        self, config: PolicyConfig, cost: CostModel, options: LapsOptions | None = None
+    ) -> None:
+        options = options or LapsOptions()
+        config = replace(config, max_batch_tokens=options.chunk_tokens, long_chunk_tokens=None)
+        make_book = RawLengthBook if options.classify == "raw" else RequestBook
+        self._window = options.window_seconds
+        self._depth = min(options.depth, config.max_batch_requests)
+        self._shorts, self._longs = ArrivalQueue(), OneAtATime()
+        self._none = ArrivalQueue()
+        book = make_book(config, cost, self._shorts, self._longs)
+        super().__init__(config, cost, self._shorts, book)
+
+    def next(self, now: float) -> Decision:
+        queue = self._shorts if self._shorts else self._longs
+        head = self._shorts.first()
+        if head is not None and now < (until := self._window_ends(head)):
+            if not self._book.decodes:
+                return Wait(until)
+            queue = self._none
+        batch = self._assembler.batch(queue, now)
+        if batch is None:
+            return Idle()
+        if batch.kind is BatchClass.MIXED:  # a long one with decode steps
+            batch = replace(batch, kind=BatchClass.LONG)
+        return self._start(batch, now)
+
+    def _window_ends(self, head: Pending) -> float:
+        full = (
+            len(self._shorts) >= self._depth
+            or self._book.short_backlog.tokens >= self._book.config.max_batch_tokens
+        )
+        return head.arrival + (0.0 if full or head.started else self._window)
+
+    def _seconds_ahead(self, newcomer: Pending, now: float) -> float:
+        """All shorts, and for a long one everything; a chunk under way ends first."""
+        total = self._book.seconds()
+        if not newcomer.short:
+            return total
+        rest = self._rest(now)
+        ahead = self._book.short_seconds()
+        if self._running is not None and self._running[0].kind is BatchClass.LONG:
+            ahead += rest
+        head = self._shorts.first() or newcomer
+        return ahead + max(0.0, self._window_ends(head) - now - rest)
