@@ -120,8 +120,8 @@ class FlowPrefill(ContinuousBatching):
     Decisions are made when something arrives or completes, and only then. A prefill gives way
     between two layers to an arrival that is more urgent than everyone in its batch, and goes on
     when that is done. Others join the most urgent request up to ``batch_tokens``, as long as nobody
-    in the batch misses a deadline through it. FlowPrefill preempts between operators; a
-    layer is a few of them.
+    in the batch misses a deadline through it. FlowPrefill preempts between operators; a layer is a
+    few of them.
 
     In the paper every request brings its own objective. Where it brings none, it is due after
     ``slo_seconds``, or ``slo_stretch`` times its own predicted prefill time if that is more; both

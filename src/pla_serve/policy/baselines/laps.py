@@ -64,9 +64,9 @@ class Laps(ContinuousBatching):
 
     A prompt is short by its raw length, as published. Shorts are gathered until the first of them
     has waited for ``window_seconds``, ``depth`` of them are there, or a batch is full; meanwhile
-    the device rests, longs or not. Longs run when no short waits, one at a time in order of arrival,
-    in chunks of ``chunk_tokens`` that nothing interrupts. So the classes never share a batch, and
-    shorts that keep coming starve the longs: nothing bounds that wait.
+    the device rests, longs or not. Longs run when no short waits, one at a time in order of
+    arrival, in chunks of ``chunk_tokens`` that nothing interrupts. So the classes never share a
+    batch, and shorts that keep coming starve the longs: nothing bounds that wait.
 
     The artifact has its decode on other instances. Here steps ride along in every batch, and run
     while shorts are gathered. The adaptive window and depth of the paper are not in this policy.
