@@ -50,9 +50,13 @@ def test_the_published_grid() -> None:
     assert ladder.fit([9, 3, 16]).waste == pytest.approx(1 - 28 / 64)
     assert ladder.level(33) == 64
     assert ladder.level(257) is None
-    assert ladder.deepest(64 * 8) == 64
-    assert ladder.deepest(64 * 4) == 32
-    assert ladder.deepest(7) == 0
+    assert ladder.capacity() == ladder.capacity(256) == 64
+    assert ladder.capacity(257) == 0
+    small = ladder.within(64 * 8)
+    assert small.capacity() == 64
+    assert small.capacity(16) == 32
+    assert small.fit([9, 3, 16]) == ladder.fit([9, 3, 16])
+    assert ladder.within(7).shapes == ()
 
 
 def test_reasons_for_a_fallback() -> None:

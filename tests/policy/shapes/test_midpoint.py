@@ -1,5 +1,7 @@
 """BucketServe's split, by hand."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +38,7 @@ def test_buckets_tile_all_lengths(lengths: dict[int, float], most: int, theta: f
     buckets = midpoint_split(lengths, 200, most=most, theta=theta)
     assert buckets[0].low == 0
     assert buckets[-1].high == 201
-    assert all(a.high == b.low for a, b in zip(buckets, buckets[1:], strict=False))
+    assert all(a.high == b.low for a, b in pairwise(buckets))
     assert len(buckets) <= most
 
 

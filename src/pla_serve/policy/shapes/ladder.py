@@ -171,10 +171,20 @@ class Ladder:
         fitting = [shape.tokens for shape in self.shapes if shape.tokens >= tokens]
         return min(fitting, default=None)
 
-    def deepest(self, most_slots: float) -> int:
-        """Requests of the deepest shape with at most so many slots; 0 if there is none."""
-        return max(
-            (s.batch for s in self.shapes if slots(s, self._layout) <= most_slots), default=0
+    def capacity(self, tokens: int = 1) -> int:
+        """Most requests of a shape with at least so many tokens; 0 if there is none."""
+        return max((s.batch for s in self.shapes if s.tokens >= tokens), default=0)
+
+    def within(self, most_slots: float) -> Ladder:
+        """The shapes with at most so many slots, at the prices of today."""
+        prices = {shape: seconds for seconds, shape in self._by_cost}
+        kept = [shape for shape in self.shapes if slots(shape, self._layout) <= most_slots]
+        return Ladder(
+            kept,
+            lambda tokens, batch: prices[Shape(tokens, batch)],
+            eager=self._eager,
+            padding_cap=self._cap,
+            layout=self._layout,
         )
 
     def memory_bytes(self, footprint: Footprint) -> float:
