@@ -1,0 +1,60 @@
+"""Short and long requests on instances of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+
+from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.routing.predicted import Predicted
+from pla_serve.policy.routing.protocol import RouteRequest, RoutingPolicy
+from pla_serve.policy.routing.view import FleetView
+
+
+@dataclass(frozen=True, slots=True)
+class ClassPools:
+    """Spatial disaggregation (PLA-Serve, arXiv 2601.11589), with an overflow.
+
+    A request is short if some short instance, with what it has cached, would compute no more than
+    the boundary; where KV can be fetched, with what any instance has cached. The policy ``inner``
+    chooses within the pool. If the request would wait there for longer than ``overflow_seconds``
+    while the other pool idles, it goes there; long ones leave ``reserve`` idle instances to shorts.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    inner: RoutingPolicy = field(default_factory=Predicted)
+    overflow_seconds: float = 0.0
+    """`inf` keeps the pools strictly apart, as published."""
+    reserve: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.overflow_seconds >= 0:
+            raise ValueError(f"overflow_seconds must be at least 0, not {self.overflow_seconds}")
+        if self.reserve < 0:
+            raise ValueError(f"reserve must be at least 0, not {self.reserve}")
+
+    def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
+        """An instance of its class, or an idle one of the other; ``pool`` overrides the class."""
+        own = pool or self.pool_of(request, view)
+        other = Pool.LONG if own is Pool.SHORT else Pool.SHORT
+        if not view.count(own):
+            return self.inner.choose(request, view, other if view.count(other) else None, now)
+        index = self.inner.choose(request, view, own, now)
+        if self.overflow_seconds == inf or not view.count(other):
+            return index
+        if view.wait(index, own is Pool.SHORT, now) <= self.overflow_seconds:
+            return index
+        idle = view.idle(other, now)
+        if len(idle) <= (self.reserve if own is Pool.LONG else 0):
+            return index
+        return int(idle[view.ready[idle].argmin()])
+
+    def pool_of(self, request: RouteRequest, view: FleetView) -> Pool:
+        """The class of a request, as the caches stand."""
+        if view.is_short(request.prompt_tokens):
+            return Pool.SHORT
+        where = Pool.SHORT if view.model.transfer_seconds is None else None
+        new = request.prompt_tokens - view.most_cached(request, where)
+        return Pool.SHORT if view.is_short(new) else Pool.LONG

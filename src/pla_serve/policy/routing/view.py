@@ -1,0 +1,231 @@
+"""What a router believes of its instances, in arrays so that a thousand are compared at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.routing.protocol import FleetModel, RouteRequest
+
+if TYPE_CHECKING:
+    Floats = NDArray[np.float64]
+    Counts = NDArray[np.int64]
+
+TIE = 1e-3
+"""Weight of long work where short work decides: of two equal express queues, the emptier
+instance."""
+
+
+@dataclass(slots=True)
+class Charge:
+    """A dispatched request, on the account of its instance."""
+
+    entry: Entry
+    tokens: int
+    """New tokens."""
+    seconds: float
+    """Predicted."""
+    short: bool
+    at: float
+    """When it was dispatched."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One instance."""
+
+    id: str
+    index: int
+    pool: Pool
+    waiting: dict[str, Charge] = field(default_factory=dict)
+    """Without their first token, in order of dispatch."""
+    running: set[str] = field(default_factory=set)
+    """With it, and not finished."""
+    work: float = 0.0
+    """Predicted seconds of all that waits."""
+    express_work: float = 0.0
+    """The short part of it."""
+
+
+class FleetView:
+    """Instances by index, and the accounts of what was dispatched to them.
+
+    An instance is *ready* at the time at which all its prefills are predicted to be done;
+    ``express_ready`` is the same for its short ones alone, when those do not wait for long ones
+    (`FleetModel.express`). Work is charged at dispatch, taken off when it is done, and corrected by
+    reports.
+    """
+
+    def __init__(self, model: FleetModel) -> None:
+        self.model = model
+        self.entries: list[Entry] = []
+        self.requests: Counts = np.zeros(0, np.int64)
+        """Dispatched and not finished."""
+        self.tokens: Counts = np.zeros(0, np.int64)
+        """New tokens dispatched and not prefilled."""
+        self.assigned: Counts = np.zeros(0, np.int64)
+        """New tokens ever dispatched; one that joins starts level with the least."""
+        self.ready: Floats = np.zeros(0)
+        self.express_ready: Floats = np.zeros(0)
+        self._by_id: dict[str, Entry] = {}
+        self._members: dict[Pool, Counts] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, instance_id: str) -> bool:
+        return instance_id in self._by_id
+
+    def entry(self, instance_id: str) -> Entry:
+        """Raises:
+        KeyError: there is no such instance; the message says so.
+        """
+        try:
+            return self._by_id[instance_id]
+        except KeyError:
+            raise KeyError(f"the router knows no instance {instance_id!r}") from None
+
+    def join(self, instance_id: str, pool: Pool, now: float) -> None:
+        """A new instance without work."""
+        entry = Entry(instance_id, len(self.entries), pool)
+        self.entries.append(entry)
+        self._by_id[instance_id] = entry
+        least = int(self.assigned.min()) if len(self.assigned) else 0
+        self.requests = np.append(self.requests, 0)
+        self.tokens = np.append(self.tokens, 0)
+        self.assigned = np.append(self.assigned, least)
+        self.ready = np.append(self.ready, now)
+        self.express_ready = np.append(self.express_ready, now)
+        self._members.clear()
+
+    def leave(self, entry: Entry) -> None:
+        """Forget an instance; the indices behind it fall by one."""
+        del self._by_id[entry.id]
+        del self.entries[entry.index]
+        for name in ("requests", "tokens", "assigned", "ready", "express_ready"):
+            setattr(self, name, np.delete(getattr(self, name), entry.index))
+        for later in self.entries[entry.index :]:
+            later.index -= 1
+        self._members.clear()
+
+    def change_pool(self, entry: Entry, pool: Pool) -> None:
+        """It belongs to ``pool`` now, with all that it holds."""
+        entry.pool = pool
+        self._members.clear()
+
+    def members(self, pool: Pool) -> Counts:
+        """Indices of the instances of ``pool`` and of the MIXED ones, rising."""
+        found = self._members.get(pool)
+        if found is None:
+            found = np.array(
+                [e.index for e in self.entries if e.pool in (pool, Pool.MIXED)], np.int64
+            )
+            self._members[pool] = found
+        return found
+
+    def count(self, pool: Pool | None) -> int:
+        """How many members ``pool`` has."""
+        return len(self.entries) if pool is None else len(self.members(pool))
+
+    def holders(self, request: RouteRequest, pool: Pool | None) -> Iterator[tuple[int, int]]:
+        """Index and cached tokens of those members that hold some of the prompt.
+
+        At least one token of a prompt is always new: it yields the first token of the answer.
+        """
+        most = request.prompt_tokens - 1
+        for instance_id, cached in request.cached.items():
+            entry = self._by_id.get(instance_id)
+            if entry is None or cached <= 0 or most == 0:
+                continue
+            if pool is None or entry.pool is pool or entry.pool is Pool.MIXED:
+                yield entry.index, min(cached, most)
+
+    def most_cached(self, request: RouteRequest, pool: Pool | None) -> int:
+        """Tokens of the prompt that the best holder among the members has."""
+        return max((cached for _, cached in self.holders(request, pool)), default=0)
+
+    def least(self, values: Floats | Counts, pool: Pool | None) -> int:
+        """The member with the least value; the first of equals."""
+        if pool is None:
+            return int(values.argmin())
+        members = self.members(pool)
+        return int(members[values[members].argmin()])
+
+    def ties(self, values: Floats | Counts, pool: Pool | None) -> Counts:
+        """All members with the least value."""
+        if pool is None:
+            return np.flatnonzero(values == values.min())
+        members = self.members(pool)
+        own = values[members]
+        tied: Counts = members[own == own.min()]
+        return tied
+
+    def soonest(self, short: bool, pool: Pool | None, now: float) -> int:
+        """The member that would begin soonest with such a request; of idle ones, the longest
+        idle."""
+        if short and self.model.express:
+            return self.least(np.maximum(self.express_ready, now) + TIE * self.ready, pool)
+        return self.least(self.ready, pool)
+
+    def wait(self, index: int, short: bool, now: float) -> float:
+        """Predicted seconds until it begins with such a request."""
+        ready = self.express_ready if short and self.model.express else self.ready
+        return max(0.0, float(ready[index]) - now)
+
+    def idle(self, pool: Pool, now: float) -> Counts:
+        """Members without any prefill."""
+        members = self.members(pool)
+        free: Counts = members[(self.tokens[members] == 0) & (self.ready[members] <= now)]
+        return free
+
+    def is_short(self, new_tokens: int) -> bool:
+        """By the boundary."""
+        return new_tokens <= self.model.boundary_tokens
+
+    def charge(self, entry: Entry, request_id: str, charge: Charge) -> None:
+        """Put a dispatched request on an account."""
+        index, seconds, now = entry.index, charge.seconds, charge.at
+        entry.waiting[request_id] = charge
+        entry.work += seconds
+        self.requests[index] += 1
+        self.tokens[index] += charge.tokens
+        self.assigned[index] += charge.tokens
+        self.ready[index] = max(float(self.ready[index]), now) + seconds
+        if charge.short:
+            entry.express_work += seconds
+            self.express_ready[index] = max(float(self.express_ready[index]), now) + seconds
+
+    def discharge(self, entry: Entry, charge: Charge, now: float) -> None:
+        """A request was prefilled, or will never be: what is left is what others wait for."""
+        index = entry.index
+        self.tokens[index] -= charge.tokens
+        entry.work = entry.work - charge.seconds if entry.waiting else 0.0
+        self.ready[index] = _corrected(float(self.ready[index]), entry.work, now)
+        if charge.short:
+            entry.express_work -= charge.seconds
+            if not entry.waiting or entry.express_work < 0:
+                entry.express_work = 0.0
+            self.express_ready[index] = _corrected(
+                float(self.express_ready[index]), entry.express_work, now
+            )
+
+    def correct(self, entry: Entry, seconds: float, express_seconds: float, at: float) -> None:
+        """The instance itself says how much it had before it at ``at``; later dispatches add."""
+        for charge in reversed(entry.waiting.values()):
+            if charge.at <= at:
+                break
+            seconds += charge.seconds
+            if charge.short:
+                express_seconds += charge.seconds
+        self.ready[entry.index] = at + seconds
+        self.express_ready[entry.index] = at + express_seconds
+
+
+def _corrected(ready: float, work: float, now: float) -> float:
+    """No earlier than now, and no later than all that is known to wait takes."""
+    return min(max(ready, now), now + work)
