@@ -188,6 +188,13 @@ def test_entries() -> None:
     )
 
 
+def test_knobs_that_only_one_policy_has_stay_with_its_name() -> None:
+    (entry,) = parse_entries("laps:window-seconds=0.01:max-batch-requests=8:depth=4")
+    assert entry.flags == (
+        "--policy", "laps:window-seconds=0.01:depth=4", "--max-batch-requests", "8"
+    )  # fmt: skip
+
+
 def test_ctrl_c_reports_what_there_is_and_leaves_no_server(tmp_path: Path) -> None:
     """A process of its own: the signal goes to it as from a terminal."""
     program = f"""

@@ -60,7 +60,7 @@ configs = st.builds(
     chaos=st.sampled_from([0.0, 0.05]),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_every_rule_holds(
     name: str, jobs: list[Job], config: PolicyConfig, layers: int, chaos: float, seed: int
 ) -> None:

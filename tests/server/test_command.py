@@ -54,10 +54,10 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
     flags = {
         "--load-format": "dummy", "--dtype": "float32", "--device": "cpu", "--seed": 3,
         "--max-model-len": 99, "--block-size": 8, "--kv-cache-gib": 0.5,
-        "--short-kv-reserve": 0.1, "--threads": 1, "--policy": "fcfs",
+        "--short-kv-reserve": 0.1, "--threads": 1, "--policy": "length-aware:aging=2",
         "--max-batch-tokens": 100, "--max-batch-requests": 3, "--long-chunk-tokens": 50,
         "--boundary-tokens": 10, "--long-share": 0.4, "--express-burst-seconds": 1,
-        "--decode-share": 0.3, "--aging": 2, "--max-queued-tokens": 5,
+        "--decode-share": 0.3, "--max-queued-tokens": 5,
         "--max-predicted-wait": 7, "--served-model-name": "m", "--host": "::1", "--port": 1,
         "--api-key": "k", "--max-body-mib": 1, "--keep-alive-seconds": 1,
         "--max-unread-tokens": 5, "--stall-seconds": 1, "--restart-wait": 1,
@@ -109,6 +109,9 @@ def test_zero_means_no_bound_on_the_wait(started: Started) -> None:
         (["--served-model-name", ""], "at least one name"),
         (["--chat-template", "/nowhere/at/all"], "/nowhere/at/all"),
         (["a", "--model", "b"], "two models"),
+        (["--policy", "fcfs", "--aging", "1"], "policy fcfs does not use --aging"),
+        (["--policy", "laps", "--max-num-batched-tokens", "9"], "use --max-batch-tokens"),
+        (["--policy", "srpt:aging=1", "--aging", "1"], "--aging is given as a flag and as a knob"),
     ],
 )
 def test_bad_values_are_one_line(started: Started, args: list[str], reason: str) -> None:
@@ -118,7 +121,16 @@ def test_bad_values_are_one_line(started: Started, args: list[str], reason: str)
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("args", [["--policy", "magic"], ["--nonsense"], ["--port", "x"]])
+def test_knobs_of_the_policy_are_settings_too(started: Started) -> None:
+    serve("--policy", "laps:window_seconds=0.01:max_batch_requests=3", "--boundary-tokens", "9")
+    assert started.engine.policy == "laps:window_seconds=0.01:max_batch_requests=3"
+    policy = started.engine.policy_config
+    assert (policy.max_batch_requests, policy.boundary_tokens) == (3, 9)
+
+
+@pytest.mark.parametrize(
+    "args", [["--policy", "magic"], ["--policy", "fcfs:depth=1"], ["--nonsense"], ["--port", "x"]]
+)
 def test_unknown_flags_and_choices_are_usage_errors(started: Started, args: list[str]) -> None:
     assert serve(*args).exit_code == 2
 

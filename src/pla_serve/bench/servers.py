@@ -17,12 +17,15 @@ from typing import IO
 
 import httpx
 
+from pla_serve.policy.catalogue import POLICIES
+from pla_serve.policy.spec import knob_types
+
 START_SECONDS = 600.0
 """The first start may have to fetch and convert a model."""
 STOP_SECONDS = 45.0
 """A little more than the server takes to drain."""
 
-_KNOB = re.compile(r"[a-z][a-z0-9-]*")
+_KNOB = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 class ServerError(RuntimeError):
@@ -59,13 +62,19 @@ def _parse_entry(text: str) -> Entry:
     policy, *knobs = text.split(":")
     if not _KNOB.fullmatch(policy):
         raise ValueError(f"an entry starts with a policy's name, as in fcfs: {text!r}")
-    flags = ["--policy", policy]
+    kind = POLICIES.get(policy)
+    own = knob_types(policy).keys() - kind.settings if kind is not None else set()
+    spec, flags = policy, []
     for knob in knobs:
         name, equals, value = knob.partition("=")
         if not _KNOB.fullmatch(name) or (equals and not value):
             raise ValueError(f"a knob is a flag of serve, as in max-batch-tokens=512: {knob!r}")
-        flags += [f"--{name}", value] if equals else [f"--{name}"]
-    return Entry(text, tuple(flags))
+        if name.replace("-", "_") in own:
+            spec += f":{knob}"
+        else:
+            flag = "--" + name.replace("_", "-")
+            flags += [flag, value] if equals else [flag]
+    return Entry(text, ("--policy", spec, *flags))
 
 
 def running(base_url: str) -> Open:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -30,6 +30,7 @@ _ENGINE, _POLICY, _SERVER = EngineConfig(), PolicyConfig(), ServerSettings(("mod
 
 
 def serve(
+    context: typer.Context,
     model: flags.ModelArgument = None,
     model_flag: flags.ModelFlag = None,
     served_model_name: flags.ServedModelName = None,
@@ -71,6 +72,20 @@ def serve(
         _fail(ValueError(f"two models were named, {model} and {model_flag}; name one"))
     name = model or model_flag or _ENGINE.model
     try:
+        schedule = _schedule(
+            context,
+            policy,
+            PolicyConfig(
+                max_batch_tokens=max_batch_tokens,
+                max_batch_requests=max_batch_requests,
+                long_chunk_tokens=long_chunk_tokens,
+                boundary_tokens=boundary_tokens,
+                long_share=long_share,
+                express_burst_seconds=express_burst_seconds,
+                decode_share=decode_share,
+                aging=aging,
+            ),
+        )
         engine = EngineConfig(
             model=name,
             load_format=load_format,
@@ -84,16 +99,7 @@ def serve(
             short_kv_reserve=short_kv_reserve,
             threads=threads,
             policy=policy,
-            policy_config=PolicyConfig(
-                max_batch_tokens=max_batch_tokens,
-                max_batch_requests=max_batch_requests,
-                long_chunk_tokens=long_chunk_tokens,
-                boundary_tokens=boundary_tokens,
-                long_share=long_share,
-                express_burst_seconds=express_burst_seconds,
-                decode_share=decode_share,
-                aging=aging,
-            ),
+            policy_config=schedule,
             max_queued_tokens=max_queued_tokens,
             max_predicted_wait=max_predicted_wait or None,
         )
@@ -114,6 +120,27 @@ def serve(
     except (ValueError, OSError) as error:
         _fail(error)
     raise typer.Exit(start(engine, settings, template, log_level))
+
+
+def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> PolicyConfig:
+    """The settings by ``flags`` and by the knobs in ``policy``.
+
+    Raises:
+        ValueError: a flag was given that this policy does not use, or that is a knob there too.
+    """
+    from pla_serve.policy.spec import parse_policy
+
+    spec = parse_policy(policy)
+    for name in (field.name for field in fields(flags)):
+        source = context.get_parameter_source(name)
+        if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in spec.kind.settings:
+            raise ValueError(f"policy {spec.name} does not use {flag}; leave it out")
+        if name in dict(spec.knobs):
+            raise ValueError(f"{flag} is given as a flag and as a knob of --policy; drop one")
+    return spec.configure(flags)
 
 
 def start(

@@ -16,8 +16,18 @@ CACHE = "KV cache"
 SCHEDULE = "Scheduling"
 ADMISSION = "Admission"
 HTTP = "HTTP server"
-Policies = Literal["length-aware", "fcfs", "hrrn", "srpt"]
 LogLevels = Literal["debug", "info", "warning", "error"]
+
+
+def _known_policy(text: str) -> str:
+    from pla_serve.policy.spec import parse_policy  # with numpy, which --help can do without
+
+    try:
+        parse_policy(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
 
 ModelArgument = Annotated[
     str | None,
@@ -85,8 +95,15 @@ ShortKvReserve = Annotated[
     typer.Option(help="Share of the KV that long prefills may not take.", rich_help_panel=CACHE),
 ]
 Policy = Annotated[
-    Policies,
-    typer.Option(help="What runs next.", rich_help_panel=SCHEDULE),
+    str,
+    typer.Option(
+        callback=_known_policy,
+        metavar="NAME[:KNOB=VALUE]...",
+        help="What runs next: length-aware, or a baseline: fcfs, hrrn, srpt, laps, bucketserve, "
+        "fastserve, flowprefill. Knobs are the flags below that it uses, and its own: "
+        "laps:window_seconds=0.01.",
+        rich_help_panel=SCHEDULE,
+    ),
 ]
 MaxBatchTokens = Annotated[
     int,
@@ -107,11 +124,13 @@ MaxBatchRequests = Annotated[
     ),
 ]
 LongChunkTokens = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--long-chunk-tokens",
         "--long-prefill-token-threshold",
-        help="Most tokens of one long prefill in one batch.",
+        help="Most tokens of one long prefill in one batch. Default: length-aware chooses, others "
+        "have no cap but --max-batch-tokens.",
+        min=1,
         rich_help_panel=SCHEDULE,
     ),
 ]
