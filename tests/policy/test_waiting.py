@@ -6,7 +6,7 @@ from math import exp, factorial, inf
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pla_serve.policy.shapes.ladder import Ladder, Shape
@@ -25,7 +25,14 @@ from pla_serve.policy.waiting import (
     promote_or_wait,
 )
 
-curves = st.lists(st.floats(1e-3, 0.1), min_size=2, max_size=5).map(lambda s: tuple(sorted(s)))
+
+def subadditive(steps: list[float]) -> tuple[float, ...]:
+    """Seconds that never fall, and never exceed those of the requests one by one."""
+    return tuple(min(s, (n + 1) * min(steps)) for n, s in enumerate(sorted(steps)))
+
+
+curves = st.lists(st.floats(1e-3, 0.1), min_size=2, max_size=5).map(subadditive)
+deep_curves = st.lists(st.floats(1e-3, 0.1), min_size=2, max_size=32).map(subadditive)
 
 
 def average_cost(
@@ -56,6 +63,7 @@ def average_cost(
 def test_no_rule_is_better_than_the_plan(
     curve: tuple[float, ...], rate: float, others: int, idle: int
 ) -> None:
+    assume(rate * curve[-1] < len(curve))
     plan = plan_waits(curve, rate, others, idle)
     rules = [(*head, False) for head in product([False, True], repeat=len(curve) - 1)]
     best = min(average_cost(curve, rate, others, idle, rule) for rule in rules)
@@ -71,7 +79,7 @@ def test_no_rule_is_better_than_the_plan(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.floats(1e-3, 0.1), min_size=2, max_size=20).map(lambda s: tuple(sorted(s))),
+    deep_curves,
     st.floats(0.01, 1),
     st.integers(0, 60),
     st.integers(0, 3),
@@ -83,6 +91,16 @@ def test_at_light_load_no_plan_waits_also_without_the_shortcut(
     rate = share * 0.999 * LIGHT_LOAD / (curve[0] * (1 + others))
     assert plan_waits(curve, rate, others, idle) is NEVER
     assert not _solve(curve, rate, others, idle).waits_at(1)
+
+
+def test_depths_that_cost_more_than_one_by_one_are_not_aimed_at() -> None:
+    cliff = (0.01, 0.011, 0.012, 0.5, 0.5, 0.5)
+    assert plan_waits(cliff, 90, 20) == plan_waits(cliff[:3], 90, 20)
+    assert plan_waits(cliff, 90, 20) is not NEVER
+
+
+def test_more_arrivals_than_it_can_keep_up_with_need_no_wait() -> None:
+    assert plan_waits((0.01, 0.011, 0.012), 260, 20) is NEVER
 
 
 def test_nobody_else_waits_so_no_wait_pays() -> None:

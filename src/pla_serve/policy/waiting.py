@@ -13,10 +13,11 @@ exactly. With n shorts pending and a batch of n taking S(n) seconds there are tw
 This is a semi-Markov decision process with at most `MOST_DEPTH` states; Howard's policy iteration
 solves it, starting from never waiting. So what it returns is, for these numbers, never worse than
 no window; and the window is zero when arrivals are rare, since then a wait is long and there is
-hardly a launch to be shared. Compare Deb and Serfozo, "Optimal control of batch service queues"
-(1973), who show that such rules are thresholds if S(n) is linear. S(n) may be a staircase here,
-as captured shapes make it: then it also decides between padding up to a larger shape and waiting
-until it is filled.
+hardly a launch to be shared. (Arrivals beyond the deepest batch are not counted, so there is no
+plan for more arrivals than that batch can keep up with.) Compare Deb and Serfozo, "Optimal control
+of batch service queues" (1973), who show that such rules are thresholds if S(n) is linear. S(n) may
+be a staircase here, as captured shapes make it: then it also decides between padding up to a larger
+shape and waiting until it is filled.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def plan_waits(
     """The best rule for arrivals at ``rate``; milliseconds, so keep what it returns.
 
     Args:
-        curve: S(1), S(2), ...: seconds of a batch of so many. The first MOST_DEPTH count.
+        curve: S(1), S(2), ...: seconds of a batch of so many. The first MOST_DEPTH count, and of
+            these the ones before the first that takes longer than its requests one by one.
         rate: arrivals a second.
         others: requests that a launch keeps from the device, as longs that it interrupts.
         idle: requests that could use the device but may not while the shorts wait; 0 if longs run
@@ -134,7 +136,16 @@ def plan_waits(
         )
     if len(curve) < 2 or rate * curve[0] * (1 + others) < LIGHT_LOAD:
         return NEVER
+    curve = _worthwhile(curve)
+    if rate * curve[-1] >= len(curve):  # a backlog forms by itself
+        return NEVER
     return _solve(curve, rate, others, idle)
+
+
+def _worthwhile(curve: tuple[float, ...]) -> tuple[float, ...]:
+    """The depths before the first at which a batch takes longer than its requests one by one."""
+    slower = (n for n, seconds in enumerate(curve) if seconds > (n + 1) * curve[0] * (1 + 1e-9))
+    return curve[: next(slower, len(curve))]
 
 
 def _solve(curve: tuple[float, ...], rate: float, others: float, idle: float) -> WaitPlan:
