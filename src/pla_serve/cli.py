@@ -1,4 +1,4 @@
-"""The command line: ``pla-serve serve``, ``pla-serve bench``."""
+"""The command line: ``pla-serve serve``, ``bench``, ``calibrate``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import typer
 
 from pla_serve import __version__
 from pla_serve.bench.command import bench
+from pla_serve.bench.profile_command import calibrate
 from pla_serve.server.command import serve
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ def main(
 
 app.command()(serve)
 app.command()(bench)
+app.command()(calibrate)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ class FakeCore:
             EngineReady(
                 max_model_len=self.config.max_model_len or 512,
                 kv_tokens=4096,
+                kv_bytes_per_token=64,
+                layers=2,
                 vocab_size=VOCAB,
                 device="fake",
                 dtype="float32",
@@ -192,5 +194,6 @@ class FakeCore:
             recompute_preemptions=0,
             boundary_tokens=256,
             cost_error=0.1,
+            cost_seconds={"token": 1e-3, "launch": 0.02},
             firsts=firsts,
         )

@@ -11,7 +11,14 @@ from pla_serve.engine.messages import EngineReady, EngineStats, LatencySample
 from pla_serve.server.metrics import Metrics
 
 READY = EngineReady(
-    max_model_len=8, kv_tokens=8, vocab_size=VOCAB, device="x", dtype="x", policy="fcfs"
+    max_model_len=8,
+    kv_tokens=8,
+    kv_bytes_per_token=64,
+    layers=2,
+    vocab_size=VOCAB,
+    device="x",
+    dtype="x",
+    policy="fcfs",
 )
 STATS = EngineStats(
     short_waiting=1,
@@ -31,6 +38,7 @@ STATS = EngineStats(
     recompute_preemptions=15,
     boundary_tokens=16,
     cost_error=0.17,
+    cost_seconds={"token": 1e-3, "launch": 0.02},
     firsts=[LatencySample(True, 0.1, 0.2), LatencySample(False, 1.0, 2.0)],
 )
 
@@ -48,6 +56,10 @@ def test_gauges_are_taken_as_they_are() -> None:
     assert value(metrics, "pla_serve:requests_waiting", **{"class": "long"}) == 2
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.7
     assert value(metrics, "pla_serve:boundary_tokens") == 16
+    assert value(metrics, "pla_serve:cost_seconds", per="launch") == 0.02
+    assert value(metrics, "pla_serve:layers") == 2
+    assert value(metrics, "pla_serve:kv_tokens") == 8
+    assert value(metrics, "pla_serve:kv_bytes_per_token") == 64
 
 
 def test_totals_go_on_over_a_restart() -> None:

@@ -187,7 +187,14 @@ class Script:
 
 
 READY = EngineReady(
-    max_model_len=8, kv_tokens=8, vocab_size=8, device="x", dtype="x", policy="fcfs"
+    max_model_len=8,
+    kv_tokens=8,
+    kv_bytes_per_token=64,
+    layers=2,
+    vocab_size=8,
+    device="x",
+    dtype="x",
+    policy="fcfs",
 )
 
 

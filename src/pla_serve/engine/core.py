@@ -115,6 +115,8 @@ def build_parts(
     ready = EngineReady(
         max_model_len=kv_plan.max_model_len,
         kv_tokens=kv_tokens,
+        kv_bytes_per_token=shape.bytes_per_token,
+        layers=shape.layers,
         vocab_size=limits.vocab_size,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),

@@ -375,7 +375,6 @@ class EngineLoop:
                 queue=self._policy.state(now),
                 kv=self._kv,
                 parked=len(self._parts.gate),
-                boundary_tokens=self._parts.cost.boundary(),
-                cost_error=self._parts.cost.error(),
+                cost=self._parts.cost,
             )
         )

@@ -108,6 +108,10 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_model_len: int
     """Most tokens of prompt and output together."""
     kv_tokens: int
+    kv_bytes_per_token: int
+    """Bytes of keys and values of one token, over all layers."""
+    layers: int
+    """Decoder layers."""
     vocab_size: int
     device: str
     dtype: str
@@ -157,6 +161,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     boundary_tokens: int
     cost_error: float
     """Relative error of the cost model's recent predictions (median absolute)."""
+    cost_seconds: dict[str, float]
+    """The cost model's coefficients: seconds for a ``token``, a unit of ``attention``, a ``kv``
+    token read, a ``sequence``, a ``launch``, as in `CostProfile`."""
     firsts: list[LatencySample]
     """First tokens since the last message."""
 

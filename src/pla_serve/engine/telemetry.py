@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.messages import EngineStats, LatencySample
 from pla_serve.engine.sequence import Sequence
+from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.protocol import Batch, QueueState
 
 REPORT_SECONDS = 0.25
@@ -55,8 +56,7 @@ class Telemetry:
         queue: QueueState,
         kv: KVManager,
         parked: int,
-        boundary_tokens: int,
-        cost_error: float,
+        cost: CostModel,
     ) -> EngineStats:
         """The state as a message; starts a new list of first tokens."""
         self._reported = now
@@ -77,7 +77,12 @@ class Telemetry:
             batches=dict(self.batches),
             express_batches=self.express_batches,
             recompute_preemptions=self.recompute_preemptions,
-            boundary_tokens=boundary_tokens,
-            cost_error=cost_error,
+            boundary_tokens=cost.boundary(),
+            cost_error=cost.error(),
+            cost_seconds=_by_unit(cost.profile),
             firsts=firsts,
         )
+
+
+def _by_unit(profile: CostProfile) -> dict[str, float]:
+    return {name.removeprefix("per_"): value for name, value in asdict(profile).items()}

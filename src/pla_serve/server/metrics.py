@@ -40,6 +40,9 @@ GAUGES = {
     "pla_serve:kv_cached_tokens": "Tokens whose KV is kept for reuse.",
     "pla_serve:boundary_tokens": "At most this many new tokens count as short.",
     "pla_serve:cost_model_error": "Median relative error of the cost model's recent predictions.",
+    "pla_serve:layers": "Decoder layers of the model.",
+    "pla_serve:kv_tokens": "Tokens whose KV fits in memory.",
+    "pla_serve:kv_bytes_per_token": "Bytes of KV of one token, over all layers.",
     "pla_serve:engine_up": "1 while the engine takes requests.",
     "pla_serve:http_requests_in_flight": "Requests to /v1 not yet answered in full.",
 }
@@ -75,6 +78,14 @@ class Metrics:
         )
         self._success = self._family(
             Counter, "vllm:request_success", "Choices finished, by reason.", "finished_reason"
+        )
+        self._cost = self._family(
+            Gauge,
+            "pla_serve:cost_seconds",
+            "What the cost model holds one unit of work to take: a token, a unit of attention "
+            "(new tokens times history and half of themselves), a KV token read, a sequence, a "
+            "launch.",
+            "per",
         )
         self._restarts = self._make(
             Counter, "pla_serve:engine_restarts", "Engine processes started again."
@@ -116,6 +127,9 @@ class Metrics:
     def ready(self, info: EngineReady) -> None:
         self._seen = None  # a new process counts from zero
         self.set("pla_serve:engine_up", 1)
+        self.set("pla_serve:layers", info.layers)
+        self.set("pla_serve:kv_tokens", info.kv_tokens)
+        self.set("pla_serve:kv_bytes_per_token", info.kv_bytes_per_token)
 
     def lost(self) -> None:
         self.set("pla_serve:engine_up", 0)
@@ -139,6 +153,8 @@ class Metrics:
             "pla_serve:cost_model_error": stats.cost_error,
         }.items():
             self.set(name, value)
+        for unit, seconds in stats.cost_seconds.items():
+            self._by(self._cost, unit).set(seconds)
         self._by(self._waiting, "short").set(stats.short_waiting)
         self._by(self._waiting, "long").set(stats.long_waiting)
         self._count(stats)
