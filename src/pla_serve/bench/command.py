@@ -115,7 +115,7 @@ def bench(
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="Replay this instead: Mooncake JSONL, or CSV; either may be gzip.",
+            help="Replay this instead: a file of any format in docs/traces.md.",
             rich_help_panel=TRACE,
         ),
     ] = None,
