@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pla_serve.policy.shapes.histogram import Seen
 from pla_serve.policy.shapes.ladder import Shape
 from pla_serve.policy.shapes.midpoint import Bucket, midpoint_shapes, midpoint_split
 
@@ -47,7 +48,7 @@ def test_without_a_limit_it_ends() -> None:
 
 
 def test_shapes_are_the_longest_of_each_bucket() -> None:
-    demand = {Shape(10, 2): 6.0, Shape(127, 1): 4.0}
+    demand = {Shape(10, 2): Seen(6.0, 20), Shape(127, 1): Seen(4.0, 127)}
     assert midpoint_shapes(demand, 5, (1, 2)) == (
         Shape(63, 1),
         Shape(63, 2),
@@ -62,4 +63,4 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="theta"):
         midpoint_split({}, 1, theta=2)
     with pytest.raises(ValueError, match="no room"):
-        midpoint_shapes({Shape(1, 1): 1.0}, 1, (1, 2))
+        midpoint_shapes({Shape(1, 1): Seen(1.0, 1)}, 1, (1, 2))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.policy.shapes.ladder import Footprint, Ladder, Layout, Shape, grid, slots
+from pla_serve.policy.shapes.histogram import Demand, Seen
+from pla_serve.policy.shapes.ladder import Footprint, Ladder, Layout, Shape, grid
 from pla_serve.policy.shapes.optimise import (
     RESOLUTION,
     Budget,
@@ -16,34 +17,48 @@ from pla_serve.policy.shapes.optimise import (
     optimise,
 )
 
-Demand = dict[Shape, float]
-
 
 def cost(tokens: int, batch: int) -> float:
     return 10.0 + 3 * batch + tokens * batch
 
 
-def eager(tokens: int, batch: int) -> float:
+def eager(tokens: float, batch: int) -> float:
     return 30.0 + 3 * batch + tokens
 
 
 cells = st.builds(Shape, st.sampled_from([1, 3, 8, 9, 30]), st.sampled_from([1, 2, 5, 6]))
-demands = st.dictionaries(cells, st.integers(1, 20).map(float), min_size=1, max_size=7)
+fills = st.tuples(st.integers(1, 20), st.floats(0.1, 1))
 
 
-def rows_seconds(shapes: tuple[Shape, ...], demand: Mapping[Shape, float]) -> float:
+def filled(cells: Mapping[Shape, tuple[int, float]]) -> Demand:
+    """A share of each batch's slots is real."""
+    return {
+        size: Seen(float(weight), size.tokens * size.batch * share)
+        for size, (weight, share) in cells.items()
+    }
+
+
+def full(cells: Mapping[Shape, float]) -> Demand:
+    """No batch has padding of its own."""
+    return filled({size: (weight, 1.0) for size, weight in cells.items()})
+
+
+demands = st.dictionaries(cells, fills, min_size=1, max_size=7).map(filled)
+
+
+def rows_seconds(shapes: tuple[Shape, ...], demand: Demand) -> float:
     """What the rule of rows gives: the band's batch size is the next one that has shapes."""
     total = 0.0
-    for size, weight in demand.items():
+    for size, seen in demand.items():
         rows = [s.batch for s in shapes if s.batch >= size.batch]
         row = min(rows, default=0)
         levels = [s for s in shapes if s.batch == row and s.tokens >= size.tokens]
         captured = min((cost(*s) for s in levels), default=float("inf"))
-        total += weight * min(captured, eager(slots(size, Layout.PADDED), size.batch))
-    return total / sum(demand.values())
+        total += seen.weight * min(captured, eager(seen.tokens, size.batch))
+    return total / sum(seen.weight for seen in demand.values())
 
 
-def subsets(demand: Mapping[Shape, float], most: int) -> Iterator[tuple[Shape, ...]]:
+def subsets(demand: Demand, most: int) -> Iterator[tuple[Shape, ...]]:
     tokens = {size.tokens for size in demand}
     batches = {size.batch for size in demand}
     every = [Shape(*pair) for pair in product(tokens, batches)]
@@ -83,10 +98,11 @@ def test_a_server_gets_no_less_and_no_ladder_at_all_is_much_better(
 @settings(max_examples=60, deadline=None)
 @given(demands, st.integers(0, 3))
 def test_columns_are_rows_with_the_axes_swapped(demand: Demand, most: int) -> None:
-    swapped = {Shape(size.batch, size.tokens): weight for size, weight in demand.items()}
+    demand = full({size: seen.weight for size, seen in demand.items()})
+    swapped = {Shape(size.batch, size.tokens): seen for size, seen in demand.items()}
     one = optimise(demand, cost, eager, Budget(shapes=most), structure=Structure.COLUMNS)
     two = optimise(
-        swapped, lambda t, b: cost(b, t), lambda n, t: eager(n, n // t), Budget(shapes=most)
+        swapped, lambda t, b: cost(b, t), lambda n, t: eager(n, round(n / t)), Budget(shapes=most)
     )
     assert one.seconds == pytest.approx(two.seconds)
 
@@ -114,7 +130,7 @@ def test_budgets_in_bytes_and_seconds_hold_and_are_used(
 
 
 def test_a_footprint_that_is_the_same_for_all_is_a_number_of_shapes() -> None:
-    demand = {Shape(length, batch): 1.0 for length in (5, 9, 20, 31) for batch in (1, 2, 3)}
+    demand = full({Shape(n, batch): 1.0 for n in (5, 9, 20, 31) for batch in (1, 2, 3)})
     footprint = Footprint(bytes_per_shape=240e6, seconds_per_shape=10.0)
     by_memory = Budget(memory_bytes=5 * 240e6 + 1, footprint=footprint)
     by_time = Budget(shapes=9, capture_seconds=50.0, footprint=footprint)
@@ -124,7 +140,11 @@ def test_a_footprint_that_is_the_same_for_all_is_a_number_of_shapes() -> None:
 
 
 def test_flat_shapes_are_chosen_by_total_tokens() -> None:
-    demand = {Shape(100, 4): 5.0, Shape(120, 4): 5.0, Shape(700, 9): 1.0}
+    demand = {
+        Shape(100, 4): Seen(5.0, 100),
+        Shape(120, 4): Seen(5.0, 120),
+        Shape(700, 9): Seen(1.0, 700),
+    }
     choice = optimise(
         demand,
         lambda tokens, batch: 1.0 + 0.01 * tokens,
@@ -137,14 +157,14 @@ def test_flat_shapes_are_chosen_by_total_tokens() -> None:
 
 
 def test_all_shapes_it_may_have_leave_no_padding() -> None:
-    demand = {Shape(length, batch): 1.0 for length in (5, 9, 20) for batch in (1, 2, 3)}
+    demand = full({Shape(n, batch): 1.0 for n in (5, 9, 20) for batch in (1, 2, 3)})
     choice = optimise(demand, cost, lambda tokens, batch: 1e6, Budget(shapes=9))
     assert choice.seconds == pytest.approx(sum(cost(*size) for size in demand) / 9)
 
 
 def test_it_is_better_than_the_grid_with_as_many_shapes() -> None:
     demand = {
-        Shape(tokens, batch): 1 / (tokens * batch)
+        Shape(tokens, batch): Seen(1 / (tokens * batch), 0.7 * tokens * batch)
         for tokens in range(4, 257, 4)
         for batch in range(1, 17)
     }
@@ -152,7 +172,7 @@ def test_it_is_better_than_the_grid_with_as_many_shapes() -> None:
     def captured(tokens: int, batch: int) -> float:
         return 5e-3 + 2e-5 * tokens * batch
 
-    def ordinary(tokens: int, batch: int) -> float:
+    def ordinary(tokens: float, batch: int) -> float:
         return 15e-3 + 2e-5 * tokens
 
     fixed = grid(batches=(1, 2, 4, 8, 16))
@@ -164,13 +184,13 @@ def test_it_is_better_than_the_grid_with_as_many_shapes() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    one = {Shape(4, 1): 1.0, Shape(8, 1): 1.0}
+    one = full({Shape(4, 1): 1.0, Shape(8, 1): 1.0})
     with pytest.raises(ValueError, match="cost falls"):
         optimise(one, lambda tokens, batch: -tokens, eager, Budget(shapes=1))
     with pytest.raises(ValueError, match="positive weight"):
         optimise({}, cost, eager, Budget(shapes=1))
     with pytest.raises(ValueError, match="positive weight"):
-        optimise({Shape(1, 1): -1.0}, cost, eager, Budget(shapes=1))
+        optimise(full({Shape(1, 1): -1.0}), cost, eager, Budget(shapes=1))
     with pytest.raises(ValueError, match="give shapes"):
         Budget()
     with pytest.raises(ValueError, match="need footprint"):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pla_serve.policy.shapes.ladder import Shape
 
-Demand = dict[Shape, float]
-"""Weight of every batch size that was seen; weights need not sum to 1."""
+
+class Seen(NamedTuple):
+    """What was seen of one batch size."""
+
+    weight: float
+    """How often, in any unit."""
+    tokens: float
+    """Mean real tokens of the whole batch: what ordinary kernels compute."""
+
+
+Demand = dict[Shape, Seen]
 
 RESCALE_AT = 1e100
 
@@ -42,13 +53,15 @@ class ShapeHistogram:
             )
         self._most_batch = most_batch
         self._step = granularity
-        self._counts: NDArray[np.float64] = np.zeros((-(-most_tokens // granularity), most_batch))
+        extent = (-(-most_tokens // granularity), most_batch)
+        self._counts: NDArray[np.float64] = np.zeros(extent)
+        self._tokens: NDArray[np.float64] = np.zeros(extent)
         self._outside = 0.0
         self._growth = 2.0 ** (1 / half_life)
         self._unit = 1.0
 
-    def record(self, size: Shape) -> None:
-        """Count one dispatched batch; O(1).
+    def record(self, size: Shape, real_tokens: int) -> None:
+        """Count one dispatched batch of so many real tokens; O(1).
 
         Raises:
             ValueError: it has no tokens or no requests.
@@ -60,22 +73,23 @@ class ShapeHistogram:
         self._unit *= self._growth  # newer counts grow, instead of all older ones shrinking
         if row < len(self._counts) and batch <= self._most_batch:
             self._counts[row, batch - 1] += self._unit
+            self._tokens[row, batch - 1] += self._unit * real_tokens
         else:
             self._outside += self._unit
         if self._unit > RESCALE_AT:
             self._counts /= self._unit
+            self._tokens /= self._unit
             self._outside /= self._unit
             self._unit = 1.0
 
     def demand(self) -> Demand:
         """Weights in units of the newest batch."""
-        rows, columns = np.nonzero(self._counts)
-        return {
-            Shape((int(row) + 1) * self._step, int(column) + 1): float(
-                self._counts[row, column] / self._unit
-            )
-            for row, column in zip(rows, columns, strict=True)
-        }
+        seen: Demand = {}
+        for row, column in np.argwhere(self._counts).tolist():
+            count = float(self._counts[row, column])
+            mean = float(self._tokens[row, column]) / count
+            seen[Shape((row + 1) * self._step, column + 1)] = Seen(count / self._unit, mean)
+        return seen
 
     @property
     def outside(self) -> float:

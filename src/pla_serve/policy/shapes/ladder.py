@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 ShapeCost = Callable[[int, int], float]
 """Seconds for (tokens, batch), as in `Shape`."""
-EagerCost = Callable[[int, int], float]
+EagerCost = Callable[[float, int], float]
 """Seconds of the ordinary kernels for (tokens of the whole batch, requests); they pad nothing."""
 
 GRID_TOKENS = (8, 16, 32, 64, 128, 256)
@@ -160,11 +160,21 @@ class Ladder:
         Raises:
             ValueError: there are no lengths, or one is below 1.
         """
-        return self._fit(size_of(lengths, self._layout), sum(lengths))
+        return self.fit_size(size_of(lengths, self._layout), sum(lengths))
 
-    def fit_size(self, size: Shape) -> Fit:
-        """The same for a batch that has no padding within ``size``."""
-        return self._fit(size, slots(size, self._layout))
+    def fit_size(self, size: Shape, tokens: float) -> Fit:
+        """The same for a batch of that size with so many real tokens in all."""
+        eager = self._eager(tokens, size.batch) if self._eager is not None else None
+        found = next(((cost, shape) for cost, shape in self._by_cost if shape.covers(size)), None)
+        if found is None:
+            return Fit(None, self._why_none(size), eager or 0.0)
+        seconds, shape = found
+        waste = 1 - tokens / slots(shape, self._layout)
+        if waste > self._cap:
+            return Fit(None, Fallback.PADDING, eager or 0.0)
+        if eager is not None and eager <= seconds:
+            return Fit(None, Fallback.CHEAPER, eager)
+        return Fit(shape, None, seconds, waste)
 
     def level(self, tokens: int) -> int | None:
         """The fewest tokens of a shape that takes a request of so many; None if there is none."""
@@ -194,19 +204,6 @@ class Ladder:
     def capture_seconds(self, footprint: Footprint) -> float:
         """Time to capture all shapes."""
         return sum(footprint.seconds_of(shape, self._layout) for shape in self.shapes)
-
-    def _fit(self, size: Shape, tokens: int) -> Fit:
-        eager = self._eager(tokens, size.batch) if self._eager is not None else None
-        found = next(((cost, shape) for cost, shape in self._by_cost if shape.covers(size)), None)
-        if found is None:
-            return Fit(None, self._why_none(size), eager or 0.0)
-        seconds, shape = found
-        waste = 1 - tokens / slots(shape, self._layout)
-        if waste > self._cap:
-            return Fit(None, Fallback.PADDING, eager or 0.0)
-        if eager is not None and eager <= seconds:
-            return Fit(None, Fallback.CHEAPER, eager)
-        return Fit(shape, None, seconds, waste)
 
     def _why_none(self, size: Shape) -> Fallback:
         if not self.shapes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pla_serve.policy.shapes.histogram import Seen
 from pla_serve.policy.shapes.ladder import Shape
 
 THETA = 0.5
@@ -60,7 +61,7 @@ def midpoint_split(
 
 
 def midpoint_shapes(
-    demand: Mapping[Shape, float], count: int, batches: Sequence[int], *, theta: float = THETA
+    demand: Mapping[Shape, Seen], count: int, batches: Sequence[int], *, theta: float = THETA
 ) -> tuple[Shape, ...]:
     """At most ``count`` shapes: the buckets' longest lengths, each with all ``batches``.
 
@@ -70,8 +71,8 @@ def midpoint_shapes(
     if not demand or count < len(batches):
         raise ValueError(f"{count} shapes of {len(batches)} batch sizes: no room, or no demand")
     lengths: dict[int, float] = {}
-    for size, weight in demand.items():
-        lengths[size.tokens] = lengths.get(size.tokens, 0.0) + weight
+    for size, seen in demand.items():
+        lengths[size.tokens] = lengths.get(size.tokens, 0.0) + seen.weight
     most = count // len(batches)
     buckets = midpoint_split(lengths, max(lengths), most=most, theta=theta)
     levels = [bucket.high - 1 for bucket in buckets]

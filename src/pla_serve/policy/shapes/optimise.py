@@ -27,6 +27,7 @@ from math import floor, inf, prod
 import numpy as np
 from numpy.typing import NDArray
 
+from pla_serve.policy.shapes.histogram import Seen
 from pla_serve.policy.shapes.ladder import (
     EagerCost,
     Footprint,
@@ -34,7 +35,6 @@ from pla_serve.policy.shapes.ladder import (
     Layout,
     Shape,
     ShapeCost,
-    slots,
 )
 
 Array = NDArray[np.float64]
@@ -87,20 +87,21 @@ class Choice:
     """Predicted mean time of a batch under the structure's rule; the ladder's own is no larger."""
 
 
-def expected_seconds(ladder: Ladder, demand: Mapping[Shape, float]) -> float:
+def expected_seconds(ladder: Ladder, demand: Mapping[Shape, Seen]) -> float:
     """Mean predicted time of a batch when each runs where `Ladder.fit_size` puts it.
 
     Raises:
         ValueError: the demand is empty.
     """
-    total = sum(demand.values())
+    total = sum(seen.weight for seen in demand.values())
     if not total > 0:
         raise ValueError("no batches were observed: record some before shapes are compared")
-    return sum(ladder.fit_size(size).seconds * weight for size, weight in demand.items()) / total
+    costs = [ladder.fit_size(size, s.tokens).seconds * s.weight for size, s in demand.items()]
+    return sum(costs) / total
 
 
 def optimise(
-    demand: Mapping[Shape, float],
+    demand: Mapping[Shape, Seen],
     cost: ShapeCost,
     eager: EagerCost,
     budget: Budget,
@@ -115,7 +116,7 @@ def optimise(
     O(b^2 l^2 u) for b batch sizes, l lengths and u budget units that occur.
 
     Args:
-        demand: weight of each observed batch size.
+        demand: what was seen of each batch size (`ShapeHistogram.demand`).
         cost: seconds of a captured shape; must not fall with tokens or batch.
         eager: seconds of the ordinary kernels, which run what has no shape.
         budget: what may be captured.
@@ -125,10 +126,10 @@ def optimise(
         ValueError: the demand is empty or has a negative weight, ``cost`` falls somewhere, or the
             budget has too many states.
     """
-    cells = {Shape(*size): weight for size, weight in demand.items() if weight != 0}
-    if not cells or min(cells.values()) < 0:
+    cells = {size: seen for size, seen in demand.items() if seen.weight != 0}
+    if not cells or min(seen.weight for seen in cells.values()) < 0:
         raise ValueError("the demand needs a positive weight, and no negative one")
-    total = sum(cells.values())
+    total = sum(seen.weight for seen in cells.values())
     options = [Structure.ROWS, Structure.COLUMNS] if structure is Structure.BEST else [structure]
     found: list[tuple[float, Ladder]] = []
     for option in options:
@@ -144,7 +145,7 @@ class _Problem:
 
     def __init__(
         self,
-        cells: Mapping[Shape, float],
+        cells: Mapping[Shape, Seen],
         cost: ShapeCost,
         eager: EagerCost,
         budget: Budget,
@@ -162,9 +163,9 @@ class _Problem:
         for p, j in np.ndindex(*extent):
             shape = self._shapes[p][j]
             self._cost[p, j] = cost(*shape)
-            self._weight[p, j] = cells.get(shape, 0.0)
             if shape in cells:
-                self._eager[p, j] = eager(slots(shape, layout), shape.batch)
+                self._weight[p, j] = cells[shape].weight
+                self._eager[p, j] = eager(cells[shape].tokens, shape.batch)
         if (np.diff(self._cost, axis=0) < 0).any() or (np.diff(self._cost, axis=1) < 0).any():
             raise ValueError(
                 "cost falls with tokens or batch somewhere: smooth it, as by a running maximum"
