@@ -149,6 +149,15 @@ def test_a_report_counts_what_was_dispatched_after_it() -> None:
     made.reported("gone", 7.0, 0.5, at=2.0)
 
 
+def test_shorts_of_one_queue_share_a_launch() -> None:
+    made = router(Predicted(), Pool.MIXED, launch_seconds=0.05)
+    for n in range(3):
+        made.dispatched(RouteRequest(f"s{n}", 100), "i0", 0.0)
+    assert made.view.wait(0, True, 0.0) == pytest.approx(0.1 + 2 * 0.05)
+    made.dispatched(RouteRequest("long", 1000), "i0", 0.0)
+    assert made.view.wait(0, False, 0.0) == pytest.approx(0.2 + 1.0)
+
+
 def test_kv_is_fetched_where_that_is_faster() -> None:
     made = router(Predicted(), Pool.MIXED, Pool.MIXED, transfer_seconds=lambda tokens: 0.3)
     request = RouteRequest("r", 1000, {"i0": 900})
@@ -258,6 +267,8 @@ def test_misuse_is_named() -> None:
     assert made.removed("i0") == ["r"]
     with pytest.raises(NoInstance, match="no instance is ready"):
         made.choose(RouteRequest("r", 10), 0.0)
+    with pytest.raises(ValueError, match="launch_seconds"):
+        FleetModel(lambda new, history: 0.0, launch_seconds=-1.0)
     with pytest.raises(ValueError, match="boundary_tokens"):
         FleetModel(lambda new, history: 0.0, boundary_tokens=-1)
 

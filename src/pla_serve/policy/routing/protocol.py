@@ -32,7 +32,7 @@ class FleetModel:
     """What a router may know of all its instances.
 
     Raises:
-        ValueError: ``boundary_tokens`` is negative.
+        ValueError: ``boundary_tokens`` or ``launch_seconds`` is negative.
     """
 
     prefill_seconds: Callable[[int, int], float]
@@ -44,8 +44,13 @@ class FleetModel:
     """Short requests do not wait for long ones on the same instance (policy length-aware)."""
     transfer_seconds: Callable[[int], float] | None = None
     """Time to fetch the KV of so many tokens from another instance; None if that is impossible."""
+    launch_seconds: float = 0.0
+    """The part of ``prefill_seconds`` that short requests of one batch share: it is charged to the
+    first of a queue only."""
 
     def __post_init__(self) -> None:
+        if not self.launch_seconds >= 0:
+            raise ValueError(f"launch_seconds must be at least 0, not {self.launch_seconds}")
         if self.boundary_tokens < 0:
             raise ValueError(f"boundary_tokens must be at least 0, not {self.boundary_tokens}")
 

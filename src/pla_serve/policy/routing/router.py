@@ -97,7 +97,10 @@ class Router:
         entry = self.view.entry(instance_id)
         place = placement(request, self.view, instance_id)
         short = self.view.is_short(place.new_tokens)
-        charge = Charge(entry, place.new_tokens, place.seconds, short, now)
+        seconds = place.seconds
+        if short and entry.waiting:
+            seconds = max(0.0, seconds - self.view.model.launch_seconds)
+        charge = Charge(entry, place.new_tokens, seconds, short, now)
         self._charges[request.id] = charge
         self.view.charge(entry, request.id, charge)
         return place
