@@ -22,11 +22,17 @@ def pending(order: int, tokens: int, priority: int = 0, arrival: float | None = 
     return Pending(f"r{order}", at, None, priority, order, tokens, 0, True, tokens * 1e-3, None)
 
 
-def filled(*tokens: int, most: int = 4, options: BucketOptions = OPTIONS) -> BucketQueue:
-    queue = BucketQueue(options, most)
+def filled(
+    *tokens: int, most: int = 4, most_tokens: int = 9999, options: BucketOptions = OPTIONS
+) -> BucketQueue:
+    queue = BucketQueue(options, most, most_tokens)
     for order, count in enumerate(tokens):
         queue.push(pending(order, count))
     return queue
+
+
+def bounds(queue: BucketQueue) -> list[int]:
+    return [bucket.low for bucket in queue.buckets]
 
 
 def take(queue: BucketQueue, most: int) -> list[int]:
@@ -39,31 +45,36 @@ def take(queue: BucketQueue, most: int) -> list[int]:
     return taken
 
 
-def test_a_crowd_of_shorts_splits_at_the_midpoint() -> None:
+def test_a_crowd_of_shorts_splits_at_midpoints() -> None:
     queue = filled(1000, 10, 20, 30, 40, 50)
-    assert queue.bounds == [0]
+    assert bounds(queue) == [0]
     assert take(queue, 4) == [1000], "it came first, and nothing else is of its length"
-    assert queue.bounds == [0, 512]
-    assert take(queue, 4) == [10, 20, 30, 40]
-    assert queue.bounds == [0, 256, 512]
+    assert bounds(queue) == [0, 32, 64, 128, 256, 512], "until a batch takes each"
+    assert take(queue, 4) == [10, 20, 30]
+    assert take(queue, 4) == [40, 50]
 
 
-def test_no_split_without_skew_or_without_a_crowd() -> None:
+def test_tokens_make_a_crowd_too() -> None:
+    queue = filled(1000, 10, 20, most_tokens=1029)
+    assert take(queue, 4) == [1000]
+    assert bounds(queue) == [0, 512]
+    assert take(filled(1000, 10, 20, most_tokens=1030), 4) == [1000, 10, 20]
+
+
+def test_no_split_without_skew() -> None:
     longs = filled(1000, 900, 800, 700, 10, 20)
     assert take(longs, 1) == [1000]
-    assert longs.bounds == [0]
-    few = filled(1000, 10, 20, 30)
-    assert take(few, 9) == [1000, 10, 20, 30]
-    assert few.bounds == [0]
+    assert bounds(longs) == [0]
 
 
 def test_merged_when_one_batch_takes_all() -> None:
     queue = filled(1000, 10, 20, 30, 40, 50)
     take(queue, 4)
-    take(queue, 2)
-    assert len(queue) == 3
-    assert take(queue, 1) == [30]
-    assert queue.bounds == [0]
+    assert len(queue) == 5
+    take(queue, 1)
+    assert len(bounds(queue)) > 1
+    assert take(queue, 9) == [20, 30, 40, 50]
+    assert bounds(queue) == [0]
 
 
 @pytest.mark.parametrize(("order", "first"), [("fcfs", 1000), ("sjf", 10)])
@@ -85,12 +96,14 @@ def test_priority_goes_before_the_order_of_buckets() -> None:
     skew=st.sampled_from([0.0, 0.5, 0.9]),
     order=st.sampled_from(["fcfs", "sjf"]),
     most=st.integers(1, 6),
+    most_tokens=st.sampled_from([100, 3000]),
 )
 @settings(max_examples=200, deadline=None)
 def test_nothing_is_lost_and_every_request_lies_in_its_bucket(
-    moves: list[int | str], skew: float, order: Literal["fcfs", "sjf"], most: int
+    moves: list[int | str], skew: float, order: Literal["fcfs", "sjf"], most: int, most_tokens: int
 ) -> None:
-    queue = BucketQueue(BucketOptions(longest_tokens=1024, skew=skew, order=order), most)
+    options = BucketOptions(longest_tokens=1024, skew=skew, order=order)
+    queue = BucketQueue(options, most, most_tokens)
     inside: dict[str, Pending] = {}
     for number, move in enumerate(moves):
         if isinstance(move, int):
@@ -110,16 +123,16 @@ def test_nothing_is_lost_and_every_request_lies_in_its_bucket(
             arrivals = [request.arrival for request in taken]
             assert arrivals == sorted(arrivals)
             assert bool(taken) or not inside
-            bounds = [*queue.bounds, 10**9]
-            places = {sum(low <= r.new_tokens for low in bounds) for r in taken}
+            places = {sum(low <= r.new_tokens for low in bounds(queue)) for r in taken}
             assert len(places) <= 1, "two buckets in a batch"
         assert len(queue) == len(inside)
-    for bucket in queue._buckets:
+    for bucket in queue.buckets:
         for request in bucket.queue.requests():
             assert bucket.low <= request.new_tokens
             assert request.new_tokens < bucket.high or bucket.high == 1024
         below = [r for r in bucket.queue.requests() if r.new_tokens < bucket.middle]
         assert bucket.below == len(below)
+        assert bucket.tokens == sum(r.new_tokens for r in bucket.queue.requests())
 
 
 def test_the_policy_batches_by_length() -> None:

@@ -37,13 +37,15 @@ class BucketOptions:
             raise ValueError(f"skew must be at least 0 and below 1, not {self.skew}")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Bucket:
     """Requests with ``low`` to ``high`` - 1 new tokens, first come, first served."""
 
     low: int
     high: int
     queue: SortedQueue = field(default_factory=lambda: SortedQueue(arrival_rank))
+    tokens: int = 0
+    """Their new tokens together."""
     below: int = 0
     """How many of them lie below the midpoint."""
 
@@ -51,6 +53,19 @@ class Bucket:
     def middle(self) -> int:
         """Where it would be split."""
         return (self.low + self.high) // 2
+
+    def push(self, request: Pending) -> None:
+        """One more."""
+        self.queue.push(request)
+        self._count(request, 1)
+
+    def left(self, request: Pending) -> None:
+        """It is not in ``queue`` any more."""
+        self._count(request, -1)
+
+    def _count(self, request: Pending, sign: int) -> None:
+        self.tokens += sign * request.new_tokens
+        self.below += sign * (request.new_tokens < self.middle)
 
 
 class BucketQueue:
@@ -60,22 +75,23 @@ class BucketQueue:
     and a merge moves fewer than ``batch_requests``; so a round costs O(buckets) on average.
     """
 
-    def __init__(self, options: BucketOptions, batch_requests: int) -> None:
+    def __init__(self, options: BucketOptions, batch_requests: int, batch_tokens: int) -> None:
         self._options = options
         self._batch_requests = batch_requests
+        self._batch_tokens = batch_tokens
         self._size = 0
         self._set([Bucket(0, options.longest_tokens)])
 
     @property
-    def bounds(self) -> list[int]:
-        """The low ends of the buckets, ascending."""
-        return list(self._lows)
+    def buckets(self) -> list[Bucket]:
+        """Ascending; together they cover every length."""
+        return self._buckets
 
     def __len__(self) -> int:
         return self._size
 
     def push(self, request: Pending) -> None:
-        self._put(request)
+        self._bucket(request).push(request)
         self._size += 1
 
     def discard(self, request: Pending) -> None:
@@ -83,7 +99,7 @@ class BucketQueue:
             return
         bucket = self._bucket(request)
         bucket.queue.discard(request)
-        bucket.below -= request.new_tokens < bucket.middle
+        bucket.left(request)
         self._size -= 1
 
     def drain(self, now: float) -> Iterator[Pending]:
@@ -93,7 +109,7 @@ class BucketQueue:
         if bucket is None:
             return
         for request in bucket.queue.drain(now):
-            bucket.below -= request.new_tokens < bucket.middle
+            bucket.left(request)
             self._size -= 1
             yield request
 
@@ -123,36 +139,39 @@ class BucketQueue:
         return best
 
     def _adjust(self) -> None:
-        """Merge all when a single batch would take them; else split what is full and skewed."""
-        if self._size < self._batch_requests:
+        """Merge all if one batch takes them; else split what is full and skewed, again and again.
+
+        Every split halves a range, so it comes to an end.
+        """
+        if self._fits(self._size, sum(bucket.tokens for bucket in self._buckets)):
             if len(self._buckets) > 1:
-                self._rebuild([Bucket(0, self._options.longest_tokens)], self._buckets)
+                self._replace(self._buckets, [Bucket(0, self._options.longest_tokens)])
             return
         crowded = [bucket for bucket in self._buckets if self._splits(bucket)]
-        for bucket in crowded:
+        while crowded:
+            bucket = crowded.pop()
             halves = [Bucket(bucket.low, bucket.middle), Bucket(bucket.middle, bucket.high)]
-            others = [other for other in self._buckets if other is not bucket]
-            self._rebuild(sorted([*others, *halves], key=lambda b: b.low), [bucket])
+            self._replace([bucket], halves)
+            crowded += [half for half in halves if self._splits(half)]
+
+    def _fits(self, requests: int, tokens: int) -> bool:
+        return requests <= self._batch_requests and tokens <= self._batch_tokens
 
     def _splits(self, bucket: Bucket) -> bool:
         count = len(bucket.queue)
         skewed = bucket.below > self._options.skew * count
-        return count > self._batch_requests and skewed and bucket.middle > bucket.low
+        return skewed and bucket.middle > bucket.low and not self._fits(count, bucket.tokens)
 
-    def _rebuild(self, buckets: list[Bucket], emptied: list[Bucket]) -> None:
-        self._set(buckets)
-        for bucket in emptied:
+    def _replace(self, old: list[Bucket], new: list[Bucket]) -> None:
+        kept = [bucket for bucket in self._buckets if bucket not in old]
+        self._set(sorted([*kept, *new], key=lambda bucket: bucket.low))
+        for bucket in old:
             for request in bucket.queue.requests():
-                self._put(request)
+                self._bucket(request).push(request)
 
     def _set(self, buckets: list[Bucket]) -> None:
         self._buckets = buckets
         self._lows = [bucket.low for bucket in buckets]
-
-    def _put(self, request: Pending) -> None:
-        bucket = self._bucket(request)
-        bucket.queue.push(request)
-        bucket.below += request.new_tokens < bucket.middle
 
     def _bucket(self, request: Pending) -> Bucket:
         return self._buckets[bisect_right(self._lows, request.new_tokens) - 1]
@@ -163,12 +182,14 @@ def bucketserve(
 ) -> ContinuousBatching:
     """Batches of one length bucket at a time, after BucketServe (arXiv 2507.17120).
 
-    Buckets are split at their midpoint while they hold more than a batch takes and are skewed to
-    the short side, and merged into one when all that waits fits a batch, ``max_batch_requests``.
-    The bucket of the request that came first is next; within one it is first come, first served.
-    Batches are bounded by ``max_batch_tokens``, where BucketServe computes a bound from the free
-    memory; it pads to the longest of a batch, the engines here do not. The length is that of the
-    uncached tokens. A prompt that has begun goes on first. Deadlines and ``aging`` are not used.
+    A bucket is split at its midpoint while it holds more than one batch takes and is skewed to the
+    short side; all are merged when one batch takes everything. A batch takes
+    ``max_batch_requests`` and ``max_batch_tokens``, where BucketServe computes a bound from the
+    free memory; it pads to the longest of a batch, the engines here do not. Buckets go by the
+    uncached tokens left, and the bucket of the request that came first is next; within one it is
+    first come, first served. A prompt that has begun goes on first, unless ``order`` is ``sjf``
+    and shorter ones wait. Deadlines and ``aging`` are not used.
     """
-    queue = BucketQueue(options or BucketOptions(), config.max_batch_requests)
+    options = options or BucketOptions()
+    queue = BucketQueue(options, config.max_batch_requests, config.max_batch_tokens)
     return ContinuousBatching(config, cost, queue)
