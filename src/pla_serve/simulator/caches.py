@@ -1,0 +1,134 @@
+"""Finite prefix caches, one per instance, and who holds the beginning of a prompt."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+Prompt = Sequence[range]
+"""Tokens as ranges of ids: equal ids are equal tokens after equal tokens."""
+
+
+class PrefixCache:
+    """Keeps the KV of prompts; the least recently used tokens go first, from the end of a prompt.
+
+    The same as a least-recently-used list of single tokens in which a prompt is touched from its
+    last token to its first, kept as intervals so that a prompt costs steps for its ranges only.
+
+    Args:
+        capacity: tokens.
+
+    Raises:
+        ValueError: ``capacity`` is negative.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 0:
+            raise ValueError(f"a cache holds at least 0 tokens, not {capacity}")
+        self.capacity = capacity
+        self.size = 0
+        """Tokens held."""
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        self._stamps: list[int] = []
+        """When each interval was last used; all disjoint, in order of their ids."""
+        self._uses = 0
+
+    def match(self, prompt: Prompt) -> int:
+        """How many leading tokens are held. Does not count as a use."""
+        total = 0
+        for run in prompt:
+            known = self._known(run.start, run.stop)
+            total += known
+            if known < len(run):
+                break
+        return total
+
+    def insert(self, prompt: Prompt) -> None:
+        """Use a prompt: all of it is held from now on, or as much of its beginning as fits."""
+        room, kept = self.capacity, []
+        for run in prompt:
+            if room <= 0:
+                break
+            part = run[:room]
+            kept.append(part)
+            room -= len(part)
+        for run in reversed(kept):
+            self._uses += 1
+            self._write(run.start, run.stop, self._uses)
+        while self.size > self.capacity:
+            self._evict(self.size - self.capacity)
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._starts.clear()
+        self._stops.clear()
+        self._stamps.clear()
+        self.size = 0
+
+    def _known(self, start: int, stop: int) -> int:
+        at, place = start, bisect_right(self._starts, start) - 1
+        while 0 <= place < len(self._starts) and self._starts[place] <= at < self._stops[place]:
+            at = self._stops[place]
+            if at >= stop:
+                return stop - start
+            place += 1
+        return at - start
+
+    def _write(self, start: int, stop: int, stamp: int) -> None:
+        """The interval takes the place of whatever it overlaps."""
+        low = bisect_right(self._stops, start)
+        high = low
+        pieces = [(start, stop, stamp)]
+        while high < len(self._starts) and self._starts[high] < stop:
+            first, last, old = self._starts[high], self._stops[high], self._stamps[high]
+            self.size -= min(last, stop) - max(first, start)
+            if first < start:
+                pieces.insert(0, (first, start, old))
+            if last > stop:
+                pieces.append((stop, last, old))
+            high += 1
+        self.size += stop - start
+        self._starts[low:high] = [piece[0] for piece in pieces]
+        self._stops[low:high] = [piece[1] for piece in pieces]
+        self._stamps[low:high] = [piece[2] for piece in pieces]
+
+    def _evict(self, excess: int) -> None:
+        """Take up to ``excess`` tokens off the end of the interval that was used longest ago."""
+        oldest = min(self._stamps)
+        place = len(self._stamps) - 1 - self._stamps[::-1].index(oldest)
+        length = self._stops[place] - self._starts[place]
+        if length > excess:
+            self._stops[place] -= excess
+            self.size -= excess
+            return
+        self.size -= length
+        del self._starts[place], self._stops[place], self._stamps[place]
+
+
+class Holders:
+    """Which caches hold the beginning of a prompt.
+
+    Indexed by the first token id, so that a fleet of a thousand is not asked one by one; only
+    where all prompts begin alike (one system prompt) all of them are.
+    """
+
+    def __init__(self) -> None:
+        self._by_first: dict[int, dict[str, PrefixCache]] = {}
+
+    def insert(self, name: str, cache: PrefixCache, prompt: Prompt) -> None:
+        """The cache of this name takes a prompt."""
+        if prompt and cache.capacity:
+            cache.insert(prompt)
+            self._by_first.setdefault(prompt[0].start, {})[name] = cache
+
+    def cached(self, prompt: Prompt) -> dict[str, int]:
+        """Leading tokens held, by name; those that hold none are left out."""
+        holders = self._by_first.get(prompt[0].start) if prompt else None
+        if not holders:
+            return {}
+        found = {name: cache.match(prompt) for name, cache in holders.items()}
+        for name, tokens in found.items():
+            if not tokens:
+                del holders[name]
+        return {name: tokens for name, tokens in found.items() if tokens}
