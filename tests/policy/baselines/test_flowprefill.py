@@ -25,8 +25,8 @@ def flow(knobs: str = "", config: PolicyConfig = CONFIG) -> PrefillPolicy:
 
 class TestOrder:
     def test_due_after_the_objective_or_a_multiple_of_the_own_time(self) -> None:
-        """A long of 1 s is due after 5 s, a short after 0.4 s; whichever comes first."""
-        policy = flow()
+        """A long of 1 s is due after 5 s, a short after 0.5 s; whichever comes first."""
+        policy = flow(":slo_stretch=5")
         add(policy, "long", 1000, 0.0)
         add(policy, "soon", 100, 4.5)
         add(policy, "later", 100, 4.7)
@@ -142,6 +142,17 @@ class TestInterruption:
                 add(policy, "short", 50, now)
             policy.observe(inner, 0.3, now)
         assert pieces == [("inner", 300), ("short", 50), ("inner", 200)]
+
+    def test_nor_is_it_begun_inside_a_batch_that_ends_sooner_than_a_piece(self) -> None:
+        policy = flow(":nested_tokens=300")
+        add(policy, "outer", 1000, deadline=9.0)
+        outer = run(policy, 0.0)
+        add(policy, "large", 301, 0.8, deadline=8.0)
+        assert policy.at_layer_boundary(0.8, outer) is None
+        add(policy, "fits", 300, 0.9, deadline=7.0)
+        inner = policy.at_layer_boundary(0.9, outer)
+        assert inner is not None
+        assert shape(inner) == [("fits", 300)]
 
     def test_one_that_was_taken_back_leaves_no_trace(self) -> None:
         policy = flow()

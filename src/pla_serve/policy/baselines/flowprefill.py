@@ -25,7 +25,7 @@ class FlowOptions:
 
     slo_seconds: float = 0.4
     """A request without a deadline is due so long after its arrival, or later by the next field."""
-    slo_stretch: float = 5.0
+    slo_stretch: float = 10.0
     """... so many times its own predicted prefill time after it, if that is more."""
     order: Literal["s-edf", "edf"] = "s-edf"
     """Slack-aware: who cannot make its deadline any more goes after those who can. Or plain."""
@@ -129,8 +129,9 @@ class FlowPrefill(ContinuousBatching):
     make theirs.
 
     Executors here do not interrupt a batch that itself interrupts. So that this costs the policy
-    little, such a batch is a chunk of at most ``nested_tokens``, and the decision is made anew
-    after each. FlowPrefill serves prefill instances; decode steps ride along here in every batch.
+    little, such a batch has at most ``nested_tokens`` and the decision is made anew after each; a
+    request that needs more of them is not begun inside a batch that ends sooner than one.
+    FlowPrefill serves prefill instances; decode steps ride along here in every batch.
 
     Uses of `PolicyConfig`: those of `ContinuousBatching`; ``max_batch_tokens`` may be large here.
     """
@@ -160,6 +161,8 @@ class FlowPrefill(ContinuousBatching):
         head = self._due.head(now)
         if head is None or not self._gives_way(running, head, now):
             return None
+        if head.new_tokens > self._nested_tokens and self._ends_soon(now):
+            return None
         self._inner_started = now
         return self._assembler.batch(self._due, now, self._nested_tokens)
 
@@ -170,6 +173,10 @@ class FlowPrefill(ContinuousBatching):
         self._inner_started = None
         if outer is not None and inner_started is not None:
             self._running = (outer[0], outer[1] + now - inner_started)
+
+    def _ends_soon(self, now: float) -> bool:
+        """The batch under way is over before a piece of another one would be."""
+        return self._rest(now) < self._cost.prefill_seconds(self._nested_tokens, 0)
 
     def _gives_way(self, running: Batch, head: Pending, now: float) -> bool:
         """Whether ``head`` is more urgent than everyone who runs."""
