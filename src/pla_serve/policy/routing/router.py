@@ -105,6 +105,14 @@ class Router:
         self.view.charge(entry, request.id, charge)
         return place
 
+    def charged(self, request_id: str) -> Charge:
+        """The account of a request that is dispatched and not finished.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._charges[request_id]
+
     def prefilled(self, request_id: str, now: float) -> None:
         """Its first token is there."""
         charge = self._charges.get(request_id)

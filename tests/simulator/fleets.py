@@ -1,0 +1,64 @@
+"""Small fleets with round numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.spec import parse_policy
+from pla_serve.simulator.cluster import Cluster
+from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
+from pla_serve.simulator.machine import KnownCost, Machine, Seconds
+from pla_serve.simulator.turns import OpenLoop, Source, Turn
+
+MACHINE = Machine(
+    name="test",
+    source="round numbers",
+    layers=8,
+    kv_tokens=10_000,
+    kv_bytes_per_token=1000.0,
+    transfer_bytes_per_second=4e6,
+    transfer_seconds=0.01,
+    seconds=Seconds(
+        per_token=1e-3, per_attention=0.0, per_kv=0.0, per_sequence=0.0, per_launch=0.02
+    ),
+)
+"""A millisecond a token, 20 for a batch; KV moves at a quarter of one a token, after 10."""
+
+
+def policies(name: str) -> Callable[[], PrefillPolicy]:
+    spec, cost = parse_policy(name), KnownCost(MACHINE.profile)
+    return lambda: spec.create(PolicyConfig(), cost)
+
+
+def simulate(
+    turns: Sequence[Turn],
+    policy: str = "fcfs",
+    *,
+    source: Source | None = None,
+    controller: Any = None,
+    faults: Any = (),
+    deadline: Any = None,
+    **options: Any,
+) -> ClusterResult:
+    cluster = Cluster(
+        ClusterOptions(**options),
+        MACHINE,
+        policies(policy),
+        turns,
+        source or OpenLoop(turns),
+        controller=controller,
+        faults=faults,
+        deadline=deadline,
+    )
+    return cluster.run()
+
+
+def plain(*requests: tuple[float, int] | tuple[float, int, int]) -> list[Turn]:
+    """Time, prompt tokens, output tokens (1) of requests that share nothing."""
+    return [
+        Turn(index, request[0], request[1], request[2] if len(request) > 2 else 1, ())
+        for index, request in enumerate(requests)
+    ]
