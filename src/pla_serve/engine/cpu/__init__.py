@@ -1,0 +1,59 @@
+"""Faster CPU modules in place of stock ones; same parameters, same results up to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.cpu.layer import FusedLayer, TurningRotary
+from pla_serve.engine.cpu.linear import PackedLinear, packs
+from pla_serve.engine.cpu.norm import FusedRMSNorm, rms_epsilon
+from pla_serve.engine.cpu.probe import same_results
+
+__all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
+
+
+def optimise(model: nn.Module) -> None:
+    """Replace the modules of ``model``, on the CPU, that have a faster equal."""
+    with torch.inference_mode(False), torch.no_grad():
+        _fuse_layers(model)
+        _replace(model)
+
+
+def _fuse_layers(model: nn.Module) -> None:
+    """Whole decoder layers, each if it gives what the stock one gives; they need our attention."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
+        return
+    owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module)]
+    if len(owners) != 1 or not packs(next(model.parameters()).dtype):
+        return
+    owner: Any = owners[0]
+    rotary = owner.rotary_emb = TurningRotary(owner.rotary_emb)
+    for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for index, stock in enumerate(layers):
+            fused = _fused(stock)
+            if fused is not None and same_results(stock, fused, rotary):
+                layers[index] = fused
+
+
+def _fused(stock: nn.Module) -> FusedLayer | None:
+    try:
+        return FusedLayer(stock)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _replace(parent: nn.Module) -> None:
+    for name, child in parent.named_children():
+        if isinstance(child, FusedLayer):
+            continue
+        if type(child) is nn.Linear and packs(child.weight.dtype):
+            setattr(parent, name, PackedLinear.of(child))
+        elif (epsilon := rms_epsilon(child)) is not None:
+            setattr(parent, name, FusedRMSNorm(child, epsilon))
+        else:
+            _replace(child)
