@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pla_serve.bench.environment import describe
+from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, BatchClass, PrefillRequest, Run

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pla_serve.bench.client import Exchange, Target, one
-from pla_serve.bench.environment import describe
+from pla_serve.environment import describe
 from pla_serve.bench.save import write_json
 from pla_serve.bench.servers import Started, free_port, started
 from pla_serve.bench.text import Piece, WordFiller, load_tokenizer, make_filler

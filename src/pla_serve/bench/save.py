@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from pla_serve.bench.environment import describe
+from pla_serve.environment import describe
 from pla_serve.bench.experiment import Outcome, Run
 from pla_serve.bench.load import Record
 from pla_serve.bench.summary import Summary

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import platform
 
-from pla_serve.bench.environment import describe
+from pla_serve.environment import describe
 
 
 def test_it_says_where_a_result_came_from() -> None:
