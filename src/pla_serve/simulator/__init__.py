@@ -1,0 +1,1 @@
+"""The policies of the engine against a model of the machine, on virtual time."""

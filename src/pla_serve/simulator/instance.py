@@ -1,0 +1,228 @@
+"""One device that executes a policy on virtual time, as `engine.loop` does on a real one.
+
+Nothing happens but at three kinds of moments: a request arrives, a layer boundary at which the
+policy has something to decide, and the end of a batch. Between them no time is simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, inf
+
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, PrefillRequest, Run
+from pla_serve.simulator.job import Job
+
+Heard = Callable[[Job, float], None]
+"""Told of a job and the time."""
+SLACK = 1e-3
+"""Of a layer: a moment this close after a boundary is at it. Covers rounding of long times."""
+
+
+@dataclass(slots=True)
+class Pass:
+    """A batch that is computed."""
+
+    batch: Batch
+    seconds: float
+    layer: float
+    """Seconds of one layer."""
+    resumed: float
+    """When it began, or went on after something else ran inside it."""
+    done: int = 0
+    """Layers computed before ``resumed``."""
+
+    def boundary(self, now: float) -> int:
+        """The next layer to begin at ``now`` or later."""
+        return self.done + max(0, ceil((now - self.resumed) / self.layer - SLACK))
+
+    def begins(self, layer: int) -> float:
+        """When this layer begins, or the one before it ends, if nothing comes in between."""
+        return self.resumed + (layer - self.done) * self.layer
+
+
+class Instance:
+    """Owns a policy and the jobs that were given to it.
+
+    Args:
+        cost: the true time of a batch (the policy may believe in another).
+        layers: boundaries of a pass; 1 is a device that cannot be interrupted.
+        prefilled, finished: told when a job reaches these; ``prefilled`` is its first token, unless
+            it is prefilled again after a failure.
+        decodes: whether jobs go on decoding here after their first token.
+
+    ``wake_at`` is when `advance` must be called next; infinite if only an arrival can change
+    anything.
+    """
+
+    def __init__(
+        self,
+        policy: PrefillPolicy,
+        cost: CostModel,
+        layers: int,
+        prefilled: Heard,
+        finished: Heard,
+        *,
+        decodes: bool = False,
+    ) -> None:
+        self.policy = policy
+        self.jobs: dict[str, Job] = {}
+        self.wake_at = inf
+        self.busy_seconds = 0.0
+        """Spent computing so far; a pass counts when it ends."""
+        self.computed_tokens = 0
+        """Prefill tokens computed so far."""
+        self.batches = 0
+        self.express_batches = 0
+        """Batches that ran at a layer boundary of another."""
+        self._cost = cost
+        self._layers = layers
+        self._interruptible = layers > 1 and policy.interrupts
+        self._prefilled = prefilled
+        self._finished = finished
+        self._decodes = decodes
+        self._passes: list[Pass] = []
+        """Each runs inside the one before it; the last one is computed now."""
+        self._ready = 0
+        """Jobs that no running batch computes: while it is 0 the policy has nothing to decide."""
+
+    def submit(self, job: Job, now: float) -> None:
+        """Take a job; its numbers are those of this instance's cache."""
+        self.jobs[job.id] = job
+        job.computed = job.history
+        self._ready += 1
+        self.policy.add(
+            PrefillRequest(
+                job.id, job.arrival, job.new_tokens, job.history, job.deadline, job.priority
+            ),
+            now,
+        )
+        self._plan(now)
+
+    def adopt(self, job: Job, now: float) -> None:
+        """Take a job whose prompt was prefilled elsewhere and whose KV has arrived: it decodes."""
+        self.jobs[job.id] = job
+        job.computed = job.prompt_tokens
+        self._ready += 1
+        self.policy.start_decode(job.id, job.computed, job.arrival, now)
+        self._plan(now)
+
+    def recall(self, now: float) -> list[Job]:
+        """Take back the jobs of which nothing was computed here, in order of submission."""
+        begun = {c.request_id for p in self._passes for c in (*p.batch.prefills, *p.batch.decodes)}
+        jobs = [
+            job for job in self.jobs.values() if job.computed == job.history and job.id not in begun
+        ]
+        for job in jobs:
+            self.policy.remove(job.id)
+            del self.jobs[job.id]
+        self._ready -= len(jobs)
+        if jobs:
+            self._plan(now)
+        return jobs
+
+    def withdraw(self) -> list[Job]:
+        """The instance dies: all jobs that it held, and it holds none any more."""
+        jobs = list(self.jobs.values())
+        for job in jobs:
+            self.policy.remove(job.id)
+        self.jobs.clear()
+        self._passes.clear()
+        self._ready = 0
+        self.wake_at = inf
+        return jobs
+
+    def advance(self, now: float) -> None:
+        """Do what is due at ``now``, which is `wake_at`."""
+        if not self._passes:
+            self._ask(now)
+            return
+        top = self._passes[-1]
+        if top.boundary(now) < self._layers:
+            self._at_boundary(top, now)
+            return
+        self._passes.pop()
+        self._complete(top, now)
+        if self._passes:
+            self._passes[-1].resumed = now
+            self._at_boundary(self._passes[-1], now)
+        else:
+            self._ask(now)
+
+    def _plan(self, now: float) -> None:
+        """A job has come: when is the policy to be asked?"""
+        if not self._passes:
+            self.wake_at = now
+        elif self._interruptible:
+            top = self._passes[-1]
+            self.wake_at = max(now, top.begins(top.boundary(now)))
+
+    def _ask(self, now: float) -> None:
+        """The device is free."""
+        decision = self.policy.next(now)
+        if isinstance(decision, Run):
+            self._start(decision.batch, now)
+        elif isinstance(decision, Idle):
+            assert self._ready == 0, f"idle although {self._ready} wait"
+            self.wake_at = inf
+        else:
+            assert decision.until > now, "a wait that is over already would never end"
+            self.wake_at = decision.until
+
+    def _at_boundary(self, top: Pass, now: float) -> None:
+        layer = top.boundary(now)
+        batch = None
+        if self._ready and self._interruptible and layer < self._layers:
+            batch = self.policy.at_layer_boundary(now, top.batch)
+        if batch is None:
+            self._go_on(top, layer + 1)
+            return
+        top.done, top.resumed = layer, now
+        self.express_batches += 1
+        self._start(batch, now)
+
+    def _go_on(self, top: Pass, layer: int) -> None:
+        """To ``layer`` if the policy may have something to decide there, else to the end."""
+        asks = self._ready and self._interruptible
+        self.wake_at = top.begins(layer if asks else self._layers)
+
+    def _start(self, batch: Batch, now: float) -> None:
+        self._ready -= len(batch.prefills) + len(batch.decodes)
+        seconds = self._cost.seconds(batch)
+        self._passes.append(Pass(batch, seconds, seconds / self._layers, now))
+        self._go_on(self._passes[-1], 0)
+
+    def _complete(self, done: Pass, now: float) -> None:
+        batch = done.batch
+        self.busy_seconds += done.seconds
+        self.batches += 1
+        self.policy.observe(batch, done.seconds, now)
+        for chunk in batch.prefills:
+            self.computed_tokens += chunk.tokens
+            self._settle(chunk, now)
+        for chunk in batch.decodes:
+            self._settle(chunk, now, decoded=True)
+
+    def _settle(self, chunk: Chunk, now: float, decoded: bool = False) -> None:
+        job = self.jobs.get(chunk.request_id)
+        if job is None:
+            return
+        job.computed += chunk.tokens
+        if not chunk.completes:
+            self._ready += 1
+            return
+        job.produced += 1
+        if job.produced == 1:
+            job.first_token = now
+        if not decoded:
+            self._prefilled(job, now)
+        if not self._decodes or job.produced >= job.output_tokens:
+            self.policy.remove(job.id)
+            del self.jobs[job.id]
+            job.finished = now
+            self._finished(job, now)
+            return
+        self._ready += 1
+        if not decoded:
+            self.policy.start_decode(job.id, job.computed, job.arrival, now)

@@ -1,0 +1,32 @@
+"""One instance serves a workload: the shortest way through virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pla_serve.simulator.instance import Instance
+from pla_serve.simulator.job import Job
+
+
+def serve(
+    instance: Instance, jobs: Sequence[Job], progress: Callable[[int], None] | None = None
+) -> float:
+    """Run all jobs, which are sorted by arrival, to their end; returns the time of the end.
+
+    Args:
+        progress: told every thousand arrivals how many there were.
+    """
+    now = 0.0
+    for count, job in enumerate(jobs):
+        arrival = job.arrival
+        while instance.wake_at < arrival:
+            now = instance.wake_at
+            instance.advance(now)
+        now = max(now, arrival)
+        instance.submit(job, now)
+        if progress is not None and count % 1000 == 0:
+            progress(count)
+    while instance.jobs:
+        now = instance.wake_at
+        instance.advance(now)
+    return now
