@@ -29,6 +29,9 @@ class Turn:
     """The turn whose answer it waits for; -1 for none."""
     think: float = 0.0
     """Seconds between that answer and this turn."""
+    history: int | None = None
+    """Prompt tokens that are cached wherever it goes; None: those that an instance's cache holds.
+    """
 
 
 def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[Turn]:
