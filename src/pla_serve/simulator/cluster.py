@@ -207,8 +207,9 @@ class Cluster:
     def _place(self, job: Job, now: float) -> None:
         """Send a request to a prefill instance: all of its prompt, and its tokens so far."""
         turn = self._turns[job.row]
-        cached = self._holders.cached(turn.prompt) if turn.prompt else NOTHING
-        request = RouteRequest(job.id, turn.prompt_tokens + job.produced, cached)
+        cached = self._holders.cached(turn.prompt) if turn.history is None else NOTHING
+        tokens = turn.prompt_tokens + job.produced
+        request = RouteRequest(job.id, tokens, cached, turn.history or 0)
         router = self._router
         if not router.view.entries:
             self._stranded.append(job)
@@ -261,11 +262,14 @@ class Cluster:
             self._send(job, node, now + seconds, self._hand_over)
             return
         self._left -= 1
+        turn = self._turns[job.row]
+        if turn.answer and node.pool is not Pool.DECODE:
+            self._holders.insert(node.id, node.cache, (*turn.prompt, *turn.answer))
         answered = now
         if options.decode == "none":
             answered += options.token_seconds * (job.output_tokens - 1)
-        for time, turn in self._source.answered(self._turns[job.row], answered):
-            self._push(time, self._arrive, turn)
+        for time, later in self._source.answered(turn, answered):
+            self._push(time, self._arrive, later)
 
     def _hand_over(self, sent: tuple[Job, Node, int], now: float) -> None:
         """A prompt's KV has been sent to a decode instance, which is chosen only now."""
