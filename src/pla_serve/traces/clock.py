@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from pla_serve.traces.arrivals import poisson
 from pla_serve.traces.rows import Row, root
@@ -67,6 +68,41 @@ def on_one_clock(rows: Sequence[Row], options: ClockOptions) -> tuple[list[Row],
         words = f"session starts uniform over {options.session_span:g} s, then the session's clock"
     timed.sort(key=lambda row: (row.arrival, row.index))
     return _from_zero(timed), words
+
+
+def own_clocks(rows: Sequence[Row]) -> bool:
+    """Whether all arrivals are known, but each session counts from its own start."""
+    return all(row.arrival is not None for row in rows) and not common_clock(rows)
+
+
+def start_sessions(
+    rows: Sequence[Row], span: float, seed: int, *, max_pause: float = inf
+) -> list[Row]:
+    """Sessions start at times drawn uniformly over ``span`` seconds, each with its own pauses.
+
+    ``rows`` have clocks of their own. Pauses of a session, its sub-agents included, are cut to
+    ``max_pause``. Rows come back in the order of their arrivals, the first at 0. With another span
+    the same seed draws the same starts, stretched.
+
+    Raises:
+        ValueError: ``span`` or ``max_pause`` is negative.
+    """
+    if not (span >= 0 and max_pause >= 0):
+        raise ValueError(f"span and max_pause must be at least 0, not {span} and {max_pause}")
+    recorded: dict[str, float] = {}
+    now: dict[str, float] = {}
+    timed = []
+    for row in sorted(rows, key=lambda row: (row.arrival or 0.0, row.index)):
+        name = f"row{row.index}" if row.session is None else f"session{root(row.session)}"
+        arrival = row.arrival or 0.0
+        if name in now:
+            now[name] += min(arrival - recorded[name], max_pause)
+        else:
+            now[name] = span * random.Random(f"{seed}/start/{name}").random()
+        recorded[name] = arrival
+        timed.append(replace(row, arrival=now[name]))
+    timed.sort(key=lambda row: (row.arrival, row.index))
+    return _from_zero(timed)
 
 
 def _from_zero(rows: list[Row]) -> list[Row]:

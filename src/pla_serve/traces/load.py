@@ -19,12 +19,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
 from pla_serve.traces.blocks import block_size
 from pla_serve.traces.cached import recount_cached
-from pla_serve.traces.clock import ClockOptions, on_one_clock
+from pla_serve.traces.clock import ClockOptions, on_one_clock, own_clocks, start_sessions
 from pla_serve.traces.files import read_rows
 from pla_serve.traces.generator import KINDS, GeneratorOptions, generate_rows
 from pla_serve.traces.mix import Part, mix
@@ -81,6 +82,20 @@ class Trace:
     """Where the arrivals come from, in words."""
     left_out: int
     """Rows with prompts above ``max_input_tokens``."""
+    recorded: tuple[Row, ...] = ()
+    """Where each session has a clock of its own: the rows with those times."""
+
+    def restarted(self, span: float, seed: int, *, max_pause: float = inf) -> Trace:
+        """The trace with its sessions started over ``span`` seconds, as `clock.start_sessions` does.
+
+        Raises:
+            ValueError: its sessions have no clocks of their own.
+        """
+        if not self.recorded:
+            raise ValueError(f"sessions of {self.name} are on one clock, and start as recorded")
+        rows = _numbered(start_sessions(self.recorded, span, seed, max_pause=max_pause))
+        clock = f"session starts uniform over {span:g} s, pauses of at most {max_pause:g} s"
+        return replace(self, rows=rows, clock=clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +173,16 @@ def load_trace(
     timed, words = on_one_clock(rows, clock)
     if spec.startswith("gen:"):
         words = "generated"
-    timed = recount_cached(timed[:max_requests])
-    return Trace(name, tuple(replace(row, index=i) for i, row in enumerate(timed)), words, over)
+    timed = timed[:max_requests]
+    recorded: tuple[Row, ...] = ()
+    if own_clocks(rows):
+        kept = {row.index for row in timed}
+        recorded = tuple(row for row in rows if row.index in kept)
+    return Trace(name, _numbered(timed), words, over, recorded)
+
+
+def _numbered(timed: list[Row]) -> tuple[Row, ...]:
+    return tuple(replace(row, index=i) for i, row in enumerate(recount_cached(timed)))
 
 
 def _complete(rows: list[Row], options: FileOptions, name: str) -> list[Row]:
