@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pla_serve.traces.rows import Row
+from pla_serve.traces.rows import Row, root
 
 _APART = 1 << 48
 """More than the token ids of one kind of prompt; keeps the kinds apart."""
@@ -32,25 +32,33 @@ class Turn:
     history: int | None = None
     """Prompt tokens that are cached wherever it goes; None: those that an instance's cache holds.
     """
+    answer: tuple[range, ...] = ()
+    """The tokens of its answer, where a later turn may begin with them; empty if unknown."""
 
 
 def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[Turn]:
     """Rows in order of arrival as turns; ``stretch`` multiplies arrivals.
 
     A turn waits for the one before it in its session. Prompts are told apart by their blocks. Where
-    there are none, a turn begins like the turn before it in its session, for as many tokens as its
-    row says that were cached; the first turns' cached tokens are one prefix that all share.
+    there are none, a turn begins like the turn before it in its session and that one's answer, for
+    as many tokens as its row says that were cached; the first turns' cached tokens are one prefix
+    that all share.
     """
     last: dict[str, Turn] = {}
+    blocks = _BlockIds(rows)
     fresh = 0
     turns = []
     for index, row in enumerate(rows):
         before = last.get(row.session) if row.session is not None else None
+        answer: tuple[range, ...] = ()
         if row.blocks and row.block_tokens:
-            prompt = _from_blocks(row)
+            prompt = blocks.tokens(row)
         else:
             prompt = _grown(row, before, fresh)
             fresh += row.input_tokens
+            if prompt:
+                answer = (range(fresh, fresh + row.output_tokens),)
+                fresh += row.output_tokens
         turn = Turn(
             index,
             (row.arrival or 0.0) * stretch,
@@ -59,6 +67,7 @@ def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[Turn]:
             prompt,
             -1 if before is None else before.index,
             row.think or 0.0,
+            answer=answer,
         )
         if row.session is not None:
             last[row.session] = turn
@@ -66,17 +75,47 @@ def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[Turn]:
     return turns
 
 
-def _from_blocks(row: Row) -> tuple[range, ...]:
-    size = row.block_tokens or 1
-    offset = _APART * size  # ids of blocks of different sizes have nothing to do with each other
-    left, runs = row.input_tokens, []
-    for block in row.blocks or ():
-        start = offset + block.start * size
-        run = range(start, start + min(len(block) * size, left))
-        left -= len(run)
-        if run:
-            runs.append(run)
-    return tuple(runs)
+class _BlockIds:
+    """Token ids of blocks.
+
+    Some traces number blocks within each session. That shows where a session begins with a block
+    that another had before it, although its row says that nothing was cached. (Blocks of different
+    sizes come from different traces.)
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        begun: set[str] = set()
+        seen: set[tuple[int, int]] = set()
+        self._local: set[int] = set()
+        """Sizes of blocks whose ids mean something within one session only."""
+        self._sessions: dict[str, int] = {}
+        for row in rows:
+            if not (row.blocks and row.block_tokens):
+                continue
+            first = (row.block_tokens, row.blocks[0].start)
+            name = None if row.session is None else root(row.session)
+            if name is not None and name not in begun:
+                begun.add(name)
+                self._sessions[name] = len(begun)
+                whole = row.input_tokens > row.block_tokens
+                if first in seen and whole and row.cached_tokens == 0:
+                    self._local.add(row.block_tokens)
+            seen.add(first)
+
+    def tokens(self, row: Row) -> tuple[range, ...]:
+        """The prompt of a row that has blocks; what does not fill a block is left out."""
+        size = row.block_tokens or 1
+        offset = _APART * size
+        if size in self._local and row.session is not None:
+            offset += _APART * 10_000 * self._sessions[root(row.session)]
+        left, runs = row.input_tokens, []
+        for block in row.blocks or ():
+            start = offset + block.start * size
+            run = range(start, start + min(len(block) * size, left))
+            left -= len(run)
+            if run:
+                runs.append(run)
+        return tuple(runs)
 
 
 def _grown(row: Row, before: Turn | None, fresh: int) -> tuple[range, ...]:
@@ -84,17 +123,14 @@ def _grown(row: Row, before: Turn | None, fresh: int) -> tuple[range, ...]:
     cached = min(row.cached_tokens or 0, row.input_tokens - 1)
     if row.session is None and not cached:
         return ()
+    known = (range(-_APART, -_APART + cached),)
     runs: list[range] = []
     left = cached
-    for run in before.prompt if before is not None else (range(-_APART, -_APART + cached),):
+    for run in known if before is None else before.prompt + before.answer:
         if left > 0:
             runs.append(run[:left])
             left -= len(runs[-1])
-    new = row.input_tokens - (cached - max(left, 0))
-    if runs and runs[-1].stop == fresh:
-        runs[-1] = range(runs[-1].start, fresh + new)
-    else:
-        runs.append(range(fresh, fresh + new))
+    runs.append(range(fresh, fresh + row.input_tokens - (cached - left)))
     return tuple(runs)
 
 

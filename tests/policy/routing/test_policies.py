@@ -302,3 +302,16 @@ def test_parse() -> None:
 def test_parse_refuses(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_routing(text)
+
+
+def test_what_every_instance_holds_needs_no_list() -> None:
+    listed = {"i0": 90, "i1": 90}
+    for policy in (Predicted(), CacheAware(), ClassPools(), LeastLoaded()):
+        made = router(policy, Pool.SHORT, Pool.LONG, boundary_tokens=20)
+        common = RouteRequest("r", 100, {}, 90)
+        assert made.choose(common, 0.0) == made.choose(RouteRequest("r", 100, listed), 0.0)
+        assert made.place(common, "i0") == Placement(10, 90, None, 0, 0.01)
+    more = RouteRequest("r", 100, {"i0": 95, "i1": 40}, 90)
+    made = router(Predicted(), Pool.MIXED, Pool.MIXED)
+    assert [made.place(more, name).history for name in ("i0", "i1")] == [95, 90]
+    assert made.choose(more, 0.0) == "i0"

@@ -54,6 +54,9 @@ class CacheAware:
             key=lambda item: (item[1], -int(view.requests[item[0]])),
             default=None,
         )
-        if best is not None and best[1] > self.cache_threshold * request.prompt_tokens:
+        enough = self.cache_threshold * request.prompt_tokens
+        if best is not None and best[1] > enough:
             return best[0]
+        if request.common > enough:
+            return view.least(view.requests, pool)
         return view.least(view.assigned, pool)

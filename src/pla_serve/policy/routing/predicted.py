@@ -33,7 +33,7 @@ class Predicted:
         return view.wait(index, view.is_short(place.new_tokens), now) + place.seconds
 
     def _short_without_cache(self, request: RouteRequest, view: FleetView) -> bool:
-        """The class it has where nothing of it is cached."""
+        """The class it has where no more of it is cached than everywhere."""
         if request.cached and view.model.transfer_seconds is not None:
             return view.is_short(placement(request, view, None).new_tokens)
-        return view.is_short(request.prompt_tokens)
+        return view.is_short(request.prompt_tokens - request.common)

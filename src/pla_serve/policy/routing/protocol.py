@@ -25,6 +25,8 @@ class RouteRequest(NamedTuple):
     cached: Mapping[str, int] = {}
     """Prompt tokens whose KV an instance holds, by instance; those that hold none may be left out.
     A decision takes time in proportion to its length."""
+    common: int = 0
+    """Prompt tokens whose KV every instance holds, as of a system prompt."""
 
 
 @dataclass(frozen=True, slots=True)

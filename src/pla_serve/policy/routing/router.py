@@ -142,11 +142,12 @@ class Router:
 
 
 def placement(request: RouteRequest, view: FleetView, instance_id: str | None) -> Placement:
-    """What ``request`` means for one instance of ``view``; None is one that holds nothing."""
+    """What ``request`` means for one instance; None is one that holds no more than all do."""
     prompt = request.prompt_tokens
-    here = 0
+    here = request.common
     if instance_id is not None and request.cached:
-        here = min(request.cached.get(instance_id, 0), prompt - 1)
+        here = max(here, request.cached.get(instance_id, 0))
+    here = min(here, prompt - 1)
     model = view.model
     alone = model.prefill_seconds(prompt - here, here)
     if model.transfer_seconds is not None and request.cached:

@@ -133,21 +133,22 @@ class FleetView:
         return len(self.entries) if pool is None else len(self.members(pool))
 
     def holders(self, request: RouteRequest, pool: Pool | None) -> Iterator[tuple[int, int]]:
-        """Index and cached tokens of those members that hold some of the prompt.
+        """Index and cached tokens of those members that hold more of the prompt than all do.
 
         At least one token of a prompt is always new: it yields the first token of the answer.
         """
         most = request.prompt_tokens - 1
         for instance_id, cached in request.cached.items():
             entry = self._by_id.get(instance_id)
-            if entry is None or cached <= 0 or most == 0:
+            if entry is None or cached <= request.common or most <= request.common:
                 continue
             if pool is None or entry.pool is pool or entry.pool is Pool.MIXED:
                 yield entry.index, min(cached, most)
 
     def most_cached(self, request: RouteRequest, pool: Pool | None) -> int:
         """Tokens of the prompt that the best holder among the members has."""
-        return max((cached for _, cached in self.holders(request, pool)), default=0)
+        everywhere = min(request.common, request.prompt_tokens - 1)
+        return max((cached for _, cached in self.holders(request, pool)), default=everywhere)
 
     def least(self, values: Floats | Counts, pool: Pool | None) -> int:
         """The member with the least value; the first of equals."""
