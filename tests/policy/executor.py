@@ -188,7 +188,7 @@ class Executor:
             return
         seconds = self.cost.seconds(batch)
         start = self.now
-        interruptible = batch.kind in self._interrupts and not nested and self._layers > 1
+        interruptible = batch.kind in self._interrupts and self._layers > 1
         if batch.kind is BatchClass.LONG:
             layer = seconds / self._layers if interruptible else seconds
             self.trace.stretch = max(self.trace.stretch, layer)

@@ -48,7 +48,9 @@ configs = st.builds(
     long_share=st.sampled_from([0.05, 0.5, 0.9]),
     express_burst_seconds=st.sampled_from([0.0, 0.1, 2.0]),
     decode_share=st.sampled_from([0.05, 0.25, 0.9]),
-    aging=st.sampled_from([0.0, 0.1, 1.0]),
+    patience=st.sampled_from([0.0, 1.0, 400.0]),
+    express_wait_seconds=st.sampled_from([0.0, 0.02, 1.0]),
+    interruptible=st.booleans(),
 )
 
 

@@ -34,6 +34,12 @@ def run(policy: LengthAware, now: float) -> Batch:
     return decision.batch
 
 
+def ran(policy: LengthAware) -> float:
+    """Seconds of the long that runs."""
+    assert policy._flights.top is not None
+    return policy._flights.top.ran
+
+
 def names(batch: Batch | None) -> list[str]:
     assert batch is not None
     return [chunk.request_id for chunk in batch.prefills]
@@ -86,7 +92,7 @@ class TestLongTime:
         assert express is not None
         policy.observe(express, 0.11, 0.21)
         assert policy.at_layer_boundary(0.25, running) is None
-        assert policy._account.ran == pytest.approx(0.1 + 0.04)
+        assert ran(policy) == pytest.approx(0.1 + 0.04)
 
     def test_it_goes_on_if_the_express_work_is_taken_back(self) -> None:
         policy = make()
@@ -96,8 +102,8 @@ class TestLongTime:
         assert policy.at_layer_boundary(0.1, running) is not None
         policy.remove("short")
         assert policy.at_layer_boundary(0.15, running) is None
-        policy.observe(running, 0.5, 0.5)
-        assert policy._account.ran == pytest.approx(0.45)
+        assert policy.at_layer_boundary(0.5, running) is None
+        assert ran(policy) == pytest.approx(0.45)
 
     def test_only_contested_time_is_charged(self) -> None:
         """A long that arrives at the end of an express batch has not waited for all of it."""
@@ -200,18 +206,32 @@ class TestLongs:
         assert names(run(policy, 0.4)) == ["b"]
 
     def test_shortest_remaining_first_unless_it_waited(self) -> None:
-        policy = make()
+        """Due 4.97 s after its arrival, and 2.24 s, with a full batch of 2.06 s."""
+        for arrival, expected in ((2.7, "small"), (2.8, "big")):
+            policy = make(replace(CONFIG, patience=2.0))
+            add(policy, "big", 3000, 0.0)
+            add(policy, "small", 600, arrival)
+            assert names(run(policy, arrival)) == [expected]
+
+    def test_without_patience_in_order_of_arrival(self) -> None:
+        policy = make(replace(CONFIG, patience=0.0))
         add(policy, "big", 3000, 0.0)
-        add(policy, "small", 600, 2.0)
-        assert names(run(policy, 2.0)) == ["small"], "3 s less 2 s of waiting against 0.6 s"
+        add(policy, "small", 300, 0.001)
+        assert names(run(policy, 0.1)) == ["big"]
+
+    def test_a_deadline_moves_a_long_forward_while_it_can_be_met(self) -> None:
         policy = make()
-        add(policy, "big", 3000, 0.0)
-        add(policy, "small", 600, 3.0)
-        assert names(run(policy, 3.0)) == ["big"]
+        add(policy, "small", 300)
+        add(policy, "hurried", 2000, deadline=2.5)
+        assert names(run(policy, 0.1)) == ["hurried"]
+        policy = make()
+        add(policy, "small", 300)
+        add(policy, "hopeless", 2000, deadline=1.5)
+        assert names(run(policy, 0.1)) == ["small"]
 
     def test_switch_only_if_it_is_worth_it(self) -> None:
         for tokens, expected in ((1900, "begun"), (1500, "new")):
-            policy = make(replace(CONFIG, aging=0.0))
+            policy = make()
             add(policy, "begun", 2500)
             batch = run(policy, 0.0)
             policy.observe(batch, 0.5, 0.5)  # 2000 left
@@ -254,15 +274,36 @@ class TestNested:
         assert names(run(policy, 0.83)) == ["outer"]
 
     @pytest.mark.parametrize(
-        ("outer_tokens", "tokens", "priority"), [(4000, 600, 0), (700, 400, 0), (4000, 300, 1)]
+        ("outer_tokens", "tokens", "priority"),
+        [(4000, 1100, 0), (700, 640, 0), (4000, 300, 1)],
+        ids=["more than a chunk", "hardly less", "less urgent"],
     )
     def test_not_if_too_big_or_not_worth_it(
         self, outer_tokens: int, tokens: int, priority: int
     ) -> None:
-        policy = make(replace(CONFIG, long_chunk_tokens=2048))
+        policy = make(replace(CONFIG, long_chunk_tokens=1024))
         outer = self.running(policy, outer_tokens)
         add(policy, "medium", tokens, 0.01, priority=priority)
         assert policy.at_layer_boundary(0.02, outer) is None
+
+    def test_a_short_runs_inside_the_inner_one_and_nothing_else_does(self) -> None:
+        policy = make()
+        outer = self.running(policy)
+        add(policy, "medium", 400, 0.01)
+        inner = policy.at_layer_boundary(0.02, outer)
+        assert names(inner) == ["medium"]
+        assert inner is not None
+        add(policy, "small", 300, 0.03)
+        assert policy.at_layer_boundary(0.04, inner) is None, "two keep their activations already"
+        add(policy, "short", 100, 0.05)
+        express = policy.at_layer_boundary(0.06, inner)
+        assert names(express) == ["short"]
+        assert express is not None
+        policy.observe(express, 0.11, 0.17)
+        assert policy.at_layer_boundary(0.2, inner) is None
+        assert ran(policy) == pytest.approx(0.04 + 0.03), "of the inner one"
+        policy.observe(inner, 0.41, 0.54)
+        assert names(policy.at_layer_boundary(0.6, outer)) == ["small"]
 
     def test_no_cliff_at_the_boundary(self) -> None:
         """A prompt one token over the boundary waits hardly longer than one just below it."""
@@ -275,6 +316,68 @@ class TestNested:
             assert jobs[-1].first_token is not None
             firsts.append(jobs[-1].first_token - 1.0)
         assert firsts[1] <= firsts[0] * 1.1
+
+
+class TestWindow:
+    """Shorts share launches only where that is predicted to pay."""
+
+    def arrive(self, policy: LengthAware, every: float, until: float) -> float:
+        now = 0.0
+        while now < until:
+            now += every
+            add(policy, f"s{now}", 5, now)
+            policy.observe(run(policy, now), 0.001, now)
+        return now
+
+    def starts(self, every: float, longs: int, config: PolicyConfig = CONFIG) -> float:
+        """The boundary at which a short that arrives at 0.001 is taken."""
+        policy = make(config)
+        now = self.arrive(policy, every, 3.0)
+        for n in range(longs):
+            add(policy, f"l{n}", 8000, now)
+        running = run(policy, now)
+        add(policy, "short", 5, now + 0.001)
+        for boundary in (0.002, 0.012, 0.032):
+            if policy.at_layer_boundary(now + boundary, running) is not None:
+                return boundary
+        raise AssertionError("held for too long")
+
+    def test_zero_at_light_load(self) -> None:
+        assert self.starts(every=2.0, longs=1) == 0.002
+
+    def test_many_longs_wait_and_shorts_come_often(self) -> None:
+        assert 0.002 < self.starts(every=0.02, longs=40) <= 0.032
+
+    def test_it_can_be_turned_off(self) -> None:
+        off = replace(CONFIG, express_wait_seconds=0.0)
+        assert self.starts(every=0.02, longs=40, config=off) == 0.002
+        stiff = replace(CONFIG, interruptible=False)
+        assert self.starts(every=0.02, longs=40, config=stiff) == 0.002
+
+
+class TestChunks:
+    def first_chunk(self, config: PolicyConfig = CONFIG, decoding: bool = False) -> int:
+        policy = make(config)
+        if decoding:
+            policy.start_decode("d", 10, 0.0, 0.0)
+            policy.observe(run(policy, 0.0), 0.011, 0.011)
+        add(policy, "long", 100_000, 0.011)
+        return run(policy, 0.011).prefills[0].tokens
+
+    def test_large_enough_for_a_launch_not_to_matter(self) -> None:
+        assert self.first_chunk() == pytest.approx(490, rel=0.01), "10 ms are 2% of 500"
+
+    def test_smaller_while_streams_decode(self) -> None:
+        assert self.first_chunk(replace(CONFIG, decode_share=0.03), True) == pytest.approx(
+            323, rel=0.01
+        )
+
+    def test_the_setting_wins(self) -> None:
+        assert self.first_chunk(replace(CONFIG, long_chunk_tokens=1000)) == 1000
+
+    def test_smaller_on_an_idle_machine_that_cannot_be_interrupted(self) -> None:
+        config = replace(CONFIG, interruptible=False)
+        assert self.first_chunk(config) == 256
 
 
 class TestShorts:
@@ -369,7 +472,7 @@ class TestPredictedWait:
     def test_short_and_long_on_an_idle_machine(self) -> None:
         policy = make()
         assert policy.predicted_wait(100, 0, 0.0) == pytest.approx(0.11)
-        assert policy.predicted_wait(1024, 0, 0.0) == pytest.approx(1.044)
+        assert policy.predicted_wait(1024, 0, 0.0) == pytest.approx(1.034)
 
     def test_a_short_does_not_count_longs(self) -> None:
         policy = make()

@@ -60,12 +60,12 @@ def test_shorts_alone_run_in_the_batches_of_fcfs(
     assert ours.batches == theirs.batches
 
 
-@given(jobs=jobs_of(st.just(1300)), aging=st.sampled_from([0.0, 1.0]))
+@given(jobs=jobs_of(st.just(1300)), patience=st.sampled_from([0.0, 10.0]))
 @settings(max_examples=40, deadline=None)
 def test_equal_longs_get_their_first_tokens_in_order_of_arrival(
-    jobs: list[Job], aging: float
+    jobs: list[Job], patience: float
 ) -> None:
-    config = PolicyConfig(boundary_tokens=256, aging=aging)
+    config = PolicyConfig(boundary_tokens=256, patience=patience)
     serve("length-aware", jobs, config, 0, 0.0)
     for priority in (0, 1):
         ordered = [job for job in jobs if job.priority == priority]

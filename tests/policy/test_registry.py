@@ -38,8 +38,8 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
         ("long_share", 1.0),
         ("decode_share", 1.5),
         ("express_burst_seconds", -1.0),
-        ("aging", -0.1),
-        ("aging", float("nan")),
+        ("patience", -0.1),
+        ("patience", float("nan")),
         ("express_burst_seconds", float("inf")),
     ],
 )

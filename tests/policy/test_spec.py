@@ -23,8 +23,8 @@ def test_knobs_are_typed_and_go_before_the_settings() -> None:
     spec = parse_policy("srpt:max-batch-tokens=512:aging=0.5:boundary_tokens=none")
     assert spec.knobs == (("max_batch_tokens", 512), ("aging", 0.5), ("boundary_tokens", None))
     assert type(dict(spec.knobs)["max_batch_tokens"]) is int
-    config = spec.configure(PolicyConfig(max_batch_tokens=9, boundary_tokens=3, aging=2))
-    assert (config.max_batch_tokens, config.boundary_tokens, config.aging) == (512, None, 0.5)
+    config = spec.configure(PolicyConfig(max_batch_tokens=9, boundary_tokens=3))
+    assert (config.max_batch_tokens, config.boundary_tokens) == (512, None)
     assert parse_policy(str(spec)) == spec
 
 

@@ -54,10 +54,11 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
     flags = {
         "--load-format": "dummy", "--dtype": "float32", "--device": "cpu", "--seed": 3,
         "--max-model-len": 99, "--block-size": 8, "--kv-cache-gib": 0.5,
-        "--short-kv-reserve": 0.1, "--threads": 1, "--policy": "length-aware:aging=2",
+        "--short-kv-reserve": 0.1, "--threads": 1, "--policy": "length-aware:interruptible=false",
         "--max-batch-tokens": 100, "--max-batch-requests": 3, "--long-chunk-tokens": 50,
         "--boundary-tokens": 10, "--long-share": 0.4, "--express-burst-seconds": 1,
-        "--decode-share": 0.3, "--max-queued-tokens": 5,
+        "--decode-share": 0.3, "--patience": 3, "--express-wait-seconds": 0,
+        "--max-queued-tokens": 5,
         "--max-predicted-wait": 7, "--served-model-name": "m", "--host": "::1", "--port": 1,
         "--api-key": "k", "--max-body-mib": 1, "--keep-alive-seconds": 1,
         "--max-unread-tokens": 5, "--stall-seconds": 1, "--restart-wait": 1,
@@ -109,9 +110,12 @@ def test_zero_means_no_bound_on_the_wait(started: Started) -> None:
         (["--served-model-name", ""], "at least one name"),
         (["--chat-template", "/nowhere/at/all"], "/nowhere/at/all"),
         (["a", "--model", "b"], "two models"),
-        (["--policy", "fcfs", "--aging", "1"], "policy fcfs does not use --aging"),
+        (["--policy", "fcfs", "--patience", "1"], "policy fcfs does not use --patience"),
         (["--policy", "laps", "--max-num-batched-tokens", "9"], "use --max-batch-tokens"),
-        (["--policy", "srpt:aging=1", "--aging", "1"], "--aging is given as a flag and as a knob"),
+        (
+            ["--policy", "length-aware:patience=1", "--patience", "1"],
+            "--patience is given as a flag and as a knob",
+        ),
     ],
 )
 def test_bad_values_are_one_line(started: Started, args: list[str], reason: str) -> None:

@@ -293,8 +293,6 @@ class EngineLoop:
                     raise _Abandoned
                 self._unpark()
                 self._report_if_due()
-                if nested:
-                    return
                 express = self._policy.at_layer_boundary(self._clock(), batch)
                 if express is None or not self._run(express, nested=True):
                     return

@@ -63,7 +63,7 @@ class RequestBook:
     ) -> None:
         self.config = config
         self.cost = cost
-        self.cap = min(config.long_chunk_tokens, config.max_batch_tokens)
+        self.cap = config.max_chunk_tokens
         """Most tokens of one request in one batch."""
         self.decodes = DecodePool()
         self.short_backlog = Backlog()

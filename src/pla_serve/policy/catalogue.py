@@ -12,7 +12,7 @@ from pla_serve.policy.baselines.fcfs import fcfs
 from pla_serve.policy.baselines.flowprefill import FlowOptions, FlowPrefill
 from pla_serve.policy.baselines.hrrn import hrrn
 from pla_serve.policy.baselines.laps import Laps, LapsOptions
-from pla_serve.policy.baselines.srpt import srpt
+from pla_serve.policy.baselines.srpt import SrptOptions, srpt
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.length_aware import LengthAware
 from pla_serve.policy.protocol import PrefillPolicy
@@ -40,7 +40,7 @@ POLICIES: Mapping[str, PolicyKind] = MappingProxyType(
         "length-aware": PolicyKind(LengthAware, tuple(f.name for f in fields(PolicyConfig))),
         "fcfs": PolicyKind(fcfs, CONTINUOUS),
         "hrrn": PolicyKind(hrrn, CONTINUOUS),
-        "srpt": PolicyKind(srpt, (*CONTINUOUS, "aging")),
+        "srpt": PolicyKind(srpt, CONTINUOUS, SrptOptions),
         "laps": PolicyKind(Laps, ("max_batch_requests", "boundary_tokens"), LapsOptions),
         "bucketserve": PolicyKind(bucketserve, CONTINUOUS, BucketOptions),
         "fastserve": PolicyKind(FastServe, CONTINUOUS, FeedbackOptions),

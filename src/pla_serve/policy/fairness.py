@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import sqrt
 
 from pla_serve.policy.config import PolicyConfig
 
@@ -29,8 +29,6 @@ class ShareAccount:
         self._since: float | None = None
         self._turn = False
         self.ahead = 0.0
-        self.ran = 0.0
-        """Seconds of long work since `start_chunk`."""
 
     @property
     def longs_turn(self) -> bool:
@@ -49,7 +47,6 @@ class ShareAccount:
 
     def start_chunk(self, now: float) -> None:
         """The executor takes up a new batch of long work; one that came back uncounted is void."""
-        self.ran = 0.0
         self._since = now
 
     def stop_long(self, now: float) -> None:
@@ -57,16 +54,16 @@ class ShareAccount:
         self.settle(now)
         self._since = None
 
-    def settle(self, now: float) -> None:
-        """Count the long work done so far."""
+    def settle(self, now: float) -> float:
+        """Count the long work done since it was last counted; returns its seconds."""
         if self._since is None:
-            return
+            return 0.0
         passed = now - self._since
-        self.ran += passed
         self.ahead -= self._paid_by_long * passed
         self._since = now
         if self.ahead <= 0:
             self.clear()
+        return passed
 
     def charge_express(self, seconds: float) -> None:
         """Express work ran while longs waited."""
@@ -86,8 +83,8 @@ def long_wait_bound(config: PolicyConfig, long_work: float, express_batch: float
 
     Args:
         long_work: seconds of its own prefill and of all long prefills that may precede it: those of
-            its priority that arrived less than ``own seconds / aging`` after it, and all of a
-            more urgent one.
+            its priority that arrived less than `passing_window` after it, and all of a more urgent
+            one.
         express_batch: seconds of the longest express batch.
 
     One express batch may be under way when the request arrives, and is not charged before the
@@ -108,9 +105,8 @@ def short_wait_bound(
             shorts before it as `DueQueue` allows, that is at most their number plus 2, since each
             express batch finishes a short one if half of ``max_batch_tokens`` holds it.
         express_batch: seconds of the longest of them.
-        stretch: seconds of the longest piece of long work that nothing can interrupt: a layer, a
-            small long prefill run inside another one, or a chunk where the executor does not ask
-            at layer boundaries.
+        stretch: seconds of the longest piece of long work that nothing can interrupt: a layer, or a
+            chunk where the executor does not ask at layer boundaries.
 
     The longs' turns pay off at most what the account stood at plus what these batches charge; each
     turn and each batch may be preceded by one stretch.
@@ -121,6 +117,16 @@ def short_wait_bound(
     return express + repaid + 2 * (batches + 1) * stretch
 
 
-def passing_window(config: PolicyConfig, own_seconds: float) -> float:
-    """Seconds after the arrival of a long prefill within which a later one may still pass it."""
-    return own_seconds / config.aging if config.aging > 0 else inf
+def passing_window(config: PolicyConfig, own_seconds: float, full_batch: float) -> float:
+    """Seconds after the arrival of a long prefill within which a later one may still pass it.
+
+    The square root lies between two extremes. A window of one length for all is first come, first
+    served; one that grows with the prefill itself starves the longest ones while it hardly
+    protects the middle. Measured against the time of a full batch it means the same on a fast
+    machine and on a slow one.
+
+    Args:
+        own_seconds: of its prefill.
+        full_batch: seconds of a batch of ``max_batch_tokens``.
+    """
+    return config.patience * sqrt(own_seconds * full_batch)

@@ -7,9 +7,12 @@ from math import inf
 
 from pla_serve.policy.assemble import Assembler
 from pla_serve.policy.book import RequestBook
+from pla_serve.policy.chunking import OVERHEAD, efficient_chunk, equal_part, spare_overhead
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.fairness import ShareAccount
+from pla_serve.policy.express import ExpressWindow
+from pla_serve.policy.fairness import ShareAccount, passing_window
+from pla_serve.policy.longs import SWITCH_MARGIN, Flights, LongQueue
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
@@ -20,14 +23,15 @@ from pla_serve.policy.protocol import (
     QueueState,
     Run,
 )
-from pla_serve.policy.queues import DueQueue, SortedQueue, aged_rank
+from pla_serve.policy.queues import DueQueue
+from pla_serve.policy.waiting import ArrivalRate
 
-SWITCH_MARGIN = 0.1
-"""Share of its remaining time by which another long must undercut the one that has begun."""
-NESTED_BOUNDARIES = 2
-"""A long of at most this many boundaries may run inside another one."""
-NESTED_GAIN = 2.0
-"""How many times its own seconds the other one must have left."""
+LEAST_CHUNK = 256
+"""Tokens; a fit that sees no cost of a launch must not cut prompts to pieces."""
+LOAD_MEMORY = 600.0
+"""Seconds over which the offered load is averaged."""
+MOST_FLIGHTS = 2
+"""Long prefills that may be inside one another: each keeps the activations of its chunk."""
 
 
 class LengthAware:
@@ -37,31 +41,36 @@ class LengthAware:
     at the layer boundaries of one that runs, where decode steps alone are due only so often that
     they take ``decode_share`` of the time. Long prefills run one at a time in equal chunks of at
     most ``long_chunk_tokens``, with the decode steps that are ready as each begins, the shortest
-    remaining first, aged (`queues.aged_rank`); one that
-    has begun is left only for one that undercuts it clearly. A long little above the boundary may
-    run inside a much longer one, so that nothing is lost by being just too long.
+    due first (`longs.LongQueue`); one that has begun is left only for one that undercuts it
+    clearly. A chunk that is all that is left of a long may run inside a chunk of another one that
+    is due later, so that nothing is lost by being just too long.
 
     Every wait is bounded. While longs wait they get ``long_share`` of the time but for a burst
     (`fairness.ShareAccount`): `fairness.long_wait_bound`. Beyond that share they never hold up
     express work: `fairness.short_wait_bound`. Decode steps wait for a turn in a full pool, for the
-    gap between due steps, and for the longs' turn. Among longs the bound needs ``aging`` > 0. A
-    more urgent priority goes first within its class, without bound.
+    gap between due steps, and for the longs' turn. A long is passed by others only for
+    `fairness.passing_window`. A more urgent priority goes first within its class, without bound.
 
     Without longs the batches are those of `fcfs`, one for one, as long as no deadline is set.
     Longs alone run without a gap; those of equal size in order of arrival.
 
-    Every field of `PolicyConfig` is used. Deadlines order shorts only.
+    Every field of `PolicyConfig` is used.
     """
+
+    interrupts = True
 
     def __init__(self, config: PolicyConfig, cost: CostModel) -> None:
         self._config = config
         self._cost = cost
         self._shorts = DueQueue()
-        self._longs = SortedQueue(aged_rank(config.aging))
+        self._longs = LongQueue(self._patience)
         self._book = RequestBook(config, cost, self._shorts, self._longs)
         self._assembler = Assembler(self._book)
         self._account = ShareAccount(config)
-        self._flying_longs: set[str] = set()
+        self._flights = Flights()
+        self._offered = ArrivalRate(memory=LOAD_MEMORY)
+        held = config.express_wait_seconds if config.interruptible else 0.0
+        self._window = ExpressWindow(cost, held)
         self._current: str | None = None
         self._contested_since = 0.0
         self._decoded_at = -inf
@@ -69,7 +78,10 @@ class LengthAware:
 
     def add(self, request: PrefillRequest, now: float) -> None:
         contested = self._contested()
-        self._book.add(request)
+        pending = self._book.add(request)
+        self._offered.arrived(now, pending.seconds)
+        if pending.short:
+            self._window.arrived(now)
         if self._contested() and not contested:
             self._contested_since = now
             self._account.clear()
@@ -79,7 +91,7 @@ class LengthAware:
 
     def remove(self, request_id: str) -> None:
         self._book.remove(request_id)
-        self._flying_longs.discard(request_id)
+        self._flights.land(request_id)
 
     def next(self, now: float) -> Decision:
         if self._longs and (self._account.longs_turn or not self._express_due(now)):
@@ -92,11 +104,11 @@ class LengthAware:
             return None
         account = self._account
         account.start_long(now)  # it stands still if express work was taken back as a whole
-        account.settle(now)
+        self._settle(now)
         if not account.longs_turn and self._express_due(now):
             account.stop_long(now)
             return self._express(now)
-        return self._nested(now, running) if self._longs else None
+        return self._nested(now) if self._longs else None
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
         self._cost.observe(batch, seconds)
@@ -106,13 +118,15 @@ class LengthAware:
         if batch.decodes:
             self._decoded_at = now
         if batch.kind is BatchClass.LONG:
+            self._settle(now)
             account.stop_long(now)
-            self._flying_longs.difference_update([chunk.request_id for chunk in batch.prefills])
+            for chunk in batch.prefills:
+                self._flights.land(chunk.request_id)
         else:
             self._express_started = None
             if self._contested():
                 account.charge_express(min(seconds, now - self._contested_since))
-        if self._flying_longs:
+        if self._flights:
             account.start_long(now)
 
     def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
@@ -138,11 +152,19 @@ class LengthAware:
 
     def _contested(self) -> bool:
         """Longs wait or run, so that shares matter."""
-        return bool(self._longs) or bool(self._flying_longs)
+        return bool(self._longs) or bool(self._flights)
+
+    def _settle(self, now: float) -> None:
+        """Count the long work done so far."""
+        passed = self._account.settle(now)
+        if self._flights.top is not None:
+            self._flights.top.ran += passed
 
     def _express_due(self, now: float) -> bool:
-        if self._shorts:
-            return True
+        first = self._shorts.first()
+        if first is not None:
+            others = len(self._longs) + len(self._flights)
+            return not others or not self._window.holds(first, len(self._shorts), others, now)
         if not self._book.decodes:
             return False
         if not self._contested():
@@ -163,17 +185,28 @@ class LengthAware:
         Decode steps ride along: a token more in a large batch costs a fraction of a step alone,
         which has to read all weights for it.
         """
-        pending = self._pick_long()
-        tokens, cap = pending.new_tokens, self._book.cap
-        batch = self._fly(pending, -(-tokens // -(-tokens // cap)))
+        pending = self._pick_long(now)
+        batch = self._fly(pending, equal_part(pending.new_tokens, self._chunk(pending, now)))
         self._current = pending.id
         self._account.start_chunk(now)
         places, room = self._config.max_batch_requests - 1, self._config.max_batch_tokens
         riders = self._book.decodes.take(min(places, room - batch.tokens))
         return replace(batch, decodes=tuple(riders)) if riders else batch
 
-    def _pick_long(self) -> Pending:
-        head = self._longs.first()
+    def _chunk(self, pending: Pending, now: float) -> int:
+        """Most tokens of it in one pass."""
+        config, cap = self._config, self._book.cap
+        if config.long_chunk_tokens is not None:
+            return cap
+        if not config.interruptible:
+            overhead = spare_overhead(self._offered.rate(now))
+        else:
+            overhead = config.decode_share if self._book.decodes.total else OVERHEAD
+        tokens = efficient_chunk(self._cost.profile, pending.history, overhead)
+        return int(min(cap, max(LEAST_CHUNK, tokens)))
+
+    def _pick_long(self, now: float) -> Pending:
+        head = self._longs.head(now)
         assert head is not None
         current = self._book.get(self._current) if self._current is not None else None
         if (
@@ -183,42 +216,47 @@ class LengthAware:
             or current.priority != head.priority
         ):
             return head
-        allowance = SWITCH_MARGIN * current.seconds
-        return current if self._aged(current) <= self._aged(head) + allowance else head
+        due = self._longs.due(current, less=SWITCH_MARGIN * current.seconds)
+        return current if due <= self._longs.due(head) else head
 
-    def _nested(self, now: float, running: Batch) -> Batch | None:
-        """A small long to run inside a much longer one."""
-        head = self._longs.first()
-        outer = self._book.get(running.prefills[0].request_id)
-        if head is None or outer is None or head.whole is None or head.priority > outer.priority:
+    def _nested(self, now: float) -> Batch | None:
+        """A long to run inside the one that runs: the last chunk of one that is due earlier."""
+        top = self._flights.top
+        if top is None or len(self._flights) >= MOST_FLIGHTS:
             return None
-        if head.new_tokens > NESTED_BOUNDARIES * self._book.boundary(head.history):
+        head = self._longs.head(now)
+        if head is None or head.priority > top.pending.priority:
             return None
-        left = outer.seconds - self._account.ran
-        passes = self._aged(head) < left + self._config.aging * outer.arrival
-        if not passes or left < NESTED_GAIN * head.seconds:
+        margin = SWITCH_MARGIN * top.left
+        if self._longs.due(head) >= self._longs.due(top.pending, less=top.ran + margin):
+            return None
+        if head.new_tokens > self._chunk(head, now):
             return None
         return self._fly(head, head.new_tokens)
 
     def _fly(self, pending: Pending, tokens: int) -> Batch:
         self._longs.discard(pending)
         chunk = self._book.hand_out(pending, tokens)
-        self._flying_longs.add(pending.id)
+        self._flights.take_off(pending)
         return Batch(BatchClass.LONG, (chunk,))
 
-    def _aged(self, pending: Pending) -> float:
-        return pending.seconds + self._config.aging * pending.arrival
+    def _patience(self, seconds: float) -> float:
+        """`fairness.passing_window`; changes with the cost model's epoch only, as orders must."""
+        most = self._config.max_batch_tokens
+        batch = self._cost.epoch_prefill_seconds(most, 0, most)
+        return passing_window(self._config, seconds, batch)
 
     def _long_seconds_ahead(self, newcomer: Pending) -> float:
         """Queued longs that go before the newcomer, and what it must await of those in flight."""
         total = self._book.long_seconds()
         ahead = self._longs.seconds_ahead(newcomer, total)
-        for request_id in self._flying_longs:
-            pending = self._book.get(request_id)
-            if pending is None or pending.flight is None:
+        for flight in self._flights:
+            chunk = flight.pending.flight
+            if chunk is None:
                 continue
-            rest = pending.seconds
-            if self._aged(pending) > self._aged(newcomer):
-                rest = self._cost.prefill_seconds(pending.flight.tokens, pending.flight.history)
-            ahead += max(0.0, rest - self._account.ran)
+            rest = flight.left
+            if self._longs.due(flight.pending, less=flight.ran) > self._longs.due(newcomer):
+                alone = self._cost.prefill_seconds(chunk.tokens, chunk.history)
+                rest = max(0.0, alone - flight.ran)
+            ahead += rest
         return min(ahead, total)

@@ -117,6 +117,10 @@ class PrefillPolicy(Protocol):
     a request in flight is never handed out again. Methods are called from one thread.
     """
 
+    interrupts: bool
+    """Whether `at_layer_boundary` ever returns a batch; an executor need not ask one that does not.
+    """
+
     def add(self, request: PrefillRequest, now: float) -> None:
         """Queue a request, or replace the numbers of one that is queued and not in flight."""
         ...

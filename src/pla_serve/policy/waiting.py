@@ -68,14 +68,18 @@ class ArrivalRate:
         self._first = 0.0
         self._last = 0.0
 
-    def arrived(self, now: float) -> None:
-        """Count one arrival; times must not fall, and one that does counts as the last one."""
+    def arrived(self, now: float, amount: float = 1.0) -> None:
+        """Count an arrival; times must not fall, and one that does counts as the last one.
+
+        Args:
+            amount: what it brings, if the rate is one of something else than arrivals.
+        """
         self._seen += 1
         if self._seen == 1:
             self._first = self._last = now  # it starts the clock, and is no interval
             return
         now = max(now, self._last)
-        self._sum = self._sum * exp((self._last - now) / self._memory) + 1
+        self._sum = self._sum * exp((self._last - now) / self._memory) + amount
         self._last = now
 
     def rate(self, now: float) -> float:
@@ -259,7 +263,7 @@ class GainWindow:
         rate = self._rate.rate(now)
         if len(curve) < 2 or rate * curve[0] * (1 + others) < LIGHT_LOAD:
             return NEVER
-        return _cached(curve, _floor(rate), _floor(others), idle)
+        return _cached(curve, rounded(rate), rounded(others), idle)
 
     def until(
         self,
@@ -336,8 +340,8 @@ def _cached(curve: tuple[float, ...], rate: float, others: float, idle: float) -
     return plan_waits(curve, rate, others, idle)
 
 
-def _floor(value: float) -> float:
-    """The next lower power of 1 + RATE_STEP, or 0."""
+def rounded(value: float) -> float:
+    """The next lower power of 1 + RATE_STEP, or 0: situations much alike find the same plan."""
     if value <= 0:
         return 0.0
     return (1 + RATE_STEP) ** int(np.floor(log(value) / log(1 + RATE_STEP) + 1e-9))

@@ -53,7 +53,8 @@ def serve(
     long_share: flags.LongShare = _POLICY.long_share,
     express_burst_seconds: flags.ExpressBurstSeconds = _POLICY.express_burst_seconds,
     decode_share: flags.DecodeShare = _POLICY.decode_share,
-    aging: flags.Aging = _POLICY.aging,
+    express_wait_seconds: flags.ExpressWaitSeconds = _POLICY.express_wait_seconds,
+    patience: flags.Patience = _POLICY.patience,
     max_queued_tokens: flags.MaxQueuedTokens = _ENGINE.max_queued_tokens,
     max_predicted_wait: flags.MaxPredictedWait = _ENGINE.max_predicted_wait or 0.0,
     host: flags.Host = _SERVER.host,
@@ -83,7 +84,8 @@ def serve(
                 long_share=long_share,
                 express_burst_seconds=express_burst_seconds,
                 decode_share=decode_share,
-                aging=aging,
+                express_wait_seconds=express_wait_seconds,
+                patience=patience,
             ),
         )
         engine = EngineConfig(

@@ -161,10 +161,18 @@ DecodeShare = Annotated[
         rich_help_panel=SCHEDULE,
     ),
 ]
-Aging = Annotated[
+Patience = Annotated[
     float,
     typer.Option(
-        help="Seconds of work that a second of waiting outweighs, among longs.",
+        help="How long a long prefill may be passed by shorter ones, in geometric means of its own "
+        "time and that of a full batch; 0 is first come, first served.",
+        rich_help_panel=SCHEDULE,
+    ),
+]
+ExpressWaitSeconds = Annotated[
+    float,
+    typer.Option(
+        help="Most time that shorts wait for each other, where it pays, while longs run.",
         rich_help_panel=SCHEDULE,
     ),
 ]

@@ -43,7 +43,7 @@ def test_fcfs_decodes_first_then_arrival_with_a_cap() -> None:
 
 
 def test_srpt_takes_the_least_left() -> None:
-    config = PolicyConfig(max_batch_tokens=1000, long_chunk_tokens=400, aging=0.0)
+    config = PolicyConfig(max_batch_tokens=1000, long_chunk_tokens=400)
     policy = make("srpt", config, big=900, b=300, a=100, c=310)
     assert shape(run(policy)) == [("a", 100), ("b", 300), ("c", 310), ("big", 290)]
 

@@ -188,7 +188,7 @@ def bucketserve(
     free memory; it pads to the longest of a batch, the engines here do not. Buckets go by the
     uncached tokens left, and the bucket of the request that came first is next; within one it is
     first come, first served. A prompt that has begun goes on first, unless ``order`` is ``sjf``
-    and shorter ones wait. Deadlines and ``aging`` are not used.
+    and shorter ones wait. Deadlines are not used.
     """
     options = options or BucketOptions()
     queue = BucketQueue(options, config.max_batch_requests, config.max_batch_tokens)

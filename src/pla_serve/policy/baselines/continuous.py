@@ -23,7 +23,7 @@ class ContinuousBatching:
 
     Uses of `PolicyConfig`: ``max_batch_tokens``, ``max_batch_requests``, ``long_chunk_tokens`` (the
     cap of every request in a batch) and ``boundary_tokens`` (for metrics only). It ignores
-    ``long_share``, ``express_burst_seconds`` and ``decode_share``; ``aging`` is up to the queue.
+    all other fields.
     """
 
     interrupts = False

@@ -155,7 +155,7 @@ class FastServe(ContinuousBatching):
     FastServe keeps decoding requests in the same levels and moves their KV out of the way; here
     levels order prefills only, and decode steps ride along as in all baselines. Its prefill is one
     iteration; here one of more than ``max_batch_tokens`` or ``long_chunk_tokens`` takes several.
-    The default quanta and starvation limit are ours. Deadlines and ``aging`` are not used.
+    The default quanta and starvation limit are ours. Deadlines are not used.
     """
 
     def __init__(

@@ -23,6 +23,6 @@ def fcfs(config: PolicyConfig, cost: CostModel) -> ContinuousBatching:
     """Decode steps first, then prefill chunks in order of arrival, prefills under way foremost.
 
     ``long_chunk_tokens`` is vLLM's ``--long-prefill-token-threshold``, ``max_batch_tokens`` its
-    ``--max-num-batched-tokens``. Deadlines and ``aging`` are not used.
+    ``--max-num-batched-tokens``. Deadlines are not used.
     """
     return ContinuousBatching(config, cost, ArrivalQueue())

@@ -88,6 +88,6 @@ def _score(bucket: SortedQueue, now: float) -> tuple[int, float, int, SortedQueu
 def hrrn(config: PolicyConfig, cost: CostModel) -> ContinuousBatching:
     """Serves by (wait + service) / service, service being the predicted time of what is left.
 
-    Deadlines and ``aging`` are not used.
+    Deadlines are not used.
     """
     return ContinuousBatching(config, cost, ResponseRatioQueue())

@@ -1,0 +1,58 @@
+"""How much of a long prefill to compute in one pass."""
+
+from __future__ import annotations
+
+from math import ceil, inf
+
+from pla_serve.policy.cost import CostProfile
+
+OVERHEAD = 0.02
+"""Share of a pass that may go to what every pass costs anew."""
+
+BUSIEST = 0.95
+MOST_OVERHEAD = 0.08
+
+
+def efficient_chunk(profile: CostProfile, history: int, overhead: float = OVERHEAD) -> float:
+    """The fewest tokens of which a pass costs at most ``overhead`` more than its tokens do.
+
+    A pass pays the launch (the weights are read) and the reading of the history however small it
+    is, ``fixed``; each token adds ``slope``. Their shares meet where
+    ``fixed = overhead * (fixed + slope * tokens)``. More history makes both grow, so that chunks
+    stay about as long in seconds.
+
+    Returns:
+        Tokens, at least 1; infinite if tokens cost nothing.
+
+    Raises:
+        ValueError: ``overhead`` does not lie between 0 and 1.
+    """
+    if not 0 < overhead < 1:
+        raise ValueError(f"overhead must lie between 0 and 1, not {overhead}")
+    fixed = profile.per_launch + profile.per_sequence + profile.per_kv * history
+    slope = profile.per_token + profile.per_kv + profile.per_attention * history
+    if slope == 0:
+        return inf
+    return max(1, ceil(fixed * (1 - overhead) / (overhead * slope)))
+
+
+def spare_overhead(load: float) -> float:
+    """The share of a pass that may be overhead on a machine that cannot be interrupted.
+
+    There a short prefill waits for the chunk under way, so chunks are as small as leaves the
+    machine busy at most `BUSIEST`: at light load small ones cost nobody anything.
+
+    Args:
+        load: offered work in seconds a second, chunks in one pass each.
+    """
+    return min(MOST_OVERHEAD, max(OVERHEAD, 1 - load / BUSIEST))
+
+
+def equal_part(tokens: int, most: float) -> int:
+    """``tokens`` in as few equal parts as are at most ``most`` each: the size of one, rounded up.
+
+    Equal parts, because a small rest would cost a pass of its own.
+    """
+    if tokens <= most:
+        return tokens
+    return ceil(tokens / ceil(tokens / most))
