@@ -155,16 +155,22 @@ def make_engine(
     admission: Admission | None = None,
     max_model_len: int = 512,
     grammars: GrammarCompiler | None = None,
+    runner_of: ModelRunner | None = None,
+    vocabulary: int = VOCABULARY,
+    eos: int = EOS,
 ) -> Engine:
-    """An engine around the shared runner of this model, with KV memory of its own size."""
+    """An engine around the shared runner of this model, with KV memory of its own size.
+
+    ``runner_of`` is another model's runner, with the vocabulary and EOS that go with it.
+    """
     cost = cost or CostModel()
     kv = KVManager(blocks, BLOCK, prefix_cache=prefix_cache)
     gate = MemoryGate(kv, short_reserve)
-    sampler = Sampler(VOCABULARY, torch.device("cpu"), grammars)
+    sampler = Sampler(vocabulary, torch.device("cpu"), grammars)
     longest = min(max_model_len, (blocks - short_reserve) * BLOCK)
-    limits = Limits(longest, VOCABULARY, frozenset({EOS}), 0)
+    limits = Limits(longest, vocabulary, frozenset({eos}), 0)
     parts = Parts(
-        runner=runner(name),
+        runner=runner_of or runner(name),
         kv=kv,
         gate=gate,
         sampler=sampler,
