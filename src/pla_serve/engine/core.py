@@ -98,7 +98,7 @@ def build_parts(
     warm_up(
         runner,
         cost,
-        chunk=config.policy_config.long_chunk_tokens,
+        chunk=config.policy_config.max_chunk_tokens,
         longest=kv_plan.max_model_len,
         blocks=kv_plan.blocks,
         block_tokens=config.block_tokens,
