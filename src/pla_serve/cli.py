@@ -1,4 +1,4 @@
-"""The command line: ``pla-serve serve``, ``bench``, ``calibrate``."""
+"""The command line: ``pla-serve serve``, ``bench``, ``calibrate``, ``simulate``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pla_serve import __version__
 from pla_serve.bench.command import bench
 from pla_serve.bench.profile_command import calibrate
 from pla_serve.server.command import serve
+from pla_serve.simulator.command import simulate
 
 app = typer.Typer(
     name="pla-serve",
@@ -37,6 +38,7 @@ def main(
 app.command()(serve)
 app.command()(bench)
 app.command()(calibrate)
+app.command()(simulate)
 
 
 if __name__ == "__main__":

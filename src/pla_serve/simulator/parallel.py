@@ -1,0 +1,137 @@
+"""Independent pieces of work in processes of their own, with progress and a clean end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Work = Callable[[Item, Callable[[int], None]], Result]
+"""Takes an item and a function to call with its progress."""
+Heard = Callable[[int, int], None]
+"""Told which item made how much progress."""
+
+
+class WorkerError(RuntimeError):
+    """A piece of work failed in a way that was not foreseen; the message says where."""
+
+
+def in_order(
+    work: Work[Item, Result], items: Iterable[Item], jobs: int, heard: Heard
+) -> Generator[Result, None, None]:
+    """Results in the order of the items, whichever is done first.
+
+    With ``jobs`` of 1 all is done in this process. Items are taken as workers get free; no more
+    than ``2 * jobs`` results wait to be yielded. Closing the iterator ends the workers.
+
+    Args:
+        work: importable by its name, as the items and results must be picklable.
+
+    Raises:
+        ValueError: one that ``work`` raised.
+        WorkerError: another error in a worker, or its death.
+    """
+    if jobs == 1:
+        for number, item in enumerate(items):
+            yield work(item, _bound(heard, number))
+        return
+    crew = _Crew(work, heard)
+    try:
+        yield from crew.run(items, jobs)
+    finally:
+        crew.dismiss()
+
+
+def _bound(heard: Heard, number: int) -> Callable[[int], None]:
+    return lambda progress: heard(number, progress)
+
+
+class _Crew(Generic[Item, Result]):
+    """Worker processes, one for each item."""
+
+    def __init__(self, work: Work[Item, Result], heard: Heard) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._work = work
+        self._heard = heard
+        self._busy: dict[Connection, tuple[int, BaseProcess]] = {}
+        self._done: dict[int, Result] = {}
+
+    def run(self, items: Iterable[Item], jobs: int) -> Iterator[Result]:
+        numbered = iter(enumerate(items))
+        expected, more = 0, True
+        while True:
+            while more and len(self._busy) < jobs and len(self._done) < 2 * jobs:
+                following = next(numbered, None)
+                if following is None:
+                    more = False
+                else:
+                    self._start(*following)
+            if not self._busy:
+                return
+            for ready in wait(list(self._busy)):
+                assert isinstance(ready, Connection)
+                self._hear(ready)
+            while expected in self._done:
+                yield self._done.pop(expected)
+                expected += 1
+
+    def dismiss(self) -> None:
+        """End all workers that still run."""
+        for _, process in self._busy.values():
+            process.terminate()
+        for connection, (_, process) in self._busy.items():
+            process.join()
+            connection.close()
+        self._busy.clear()
+
+    def _start(self, number: int, item: Item) -> None:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=_worker, args=(self._work, item, theirs), daemon=True
+        )
+        process.start()
+        theirs.close()
+        self._busy[ours] = (number, process)
+
+    def _hear(self, connection: Connection) -> None:
+        number, process = self._busy[connection]
+        try:
+            kind, value = connection.recv()
+        except EOFError:
+            process.join()
+            raise WorkerError(
+                f"a worker ended with code {process.exitcode} and without a result; if the "
+                "machine ran out of memory, use fewer --jobs"
+            ) from None
+        if kind == "progress":
+            self._heard(number, value)
+            return
+        del self._busy[connection]
+        process.join()
+        connection.close()
+        if kind == "done":
+            self._done[number] = value
+            return
+        raise value if kind == "refused" else WorkerError(value)
+
+
+def _worker(work: Work[Any, Any], item: Any, connection: Connection) -> None:
+    """In the worker process. An interrupt is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(BrokenPipeError):  # the parent is gone
+        try:
+            message = "done", work(item, lambda progress: connection.send(("progress", progress)))
+        except BrokenPipeError:
+            raise
+        except ValueError as error:
+            message = "refused", ValueError(str(error))
+        except Exception:
+            message = "failed", traceback.format_exc()
+        connection.send(message)

@@ -1,0 +1,206 @@
+"""A run in the numbers that are compared, and the file that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import nan
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pla_serve.policy.cost import CostModel
+from pla_serve.simulator.machine import KnownCost
+from pla_serve.simulator.run import SHORT_TOKENS, Outcome, Progress, simulate
+from pla_serve.simulator.setting import Objective, RunSpec
+
+CLASSES = ("short", "long", "all")
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+class Times(msgspec.Struct, frozen=True):
+    """Seconds of one class; None where it has no request. Percentiles interpolate linearly."""
+
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    max: float | None
+    count: int
+
+
+class ByClass(msgspec.Struct, frozen=True):
+    short: Times
+    long: Times
+    all: Times
+
+
+class Shares(msgspec.Struct, frozen=True):
+    """Of each class; None where it has no request."""
+
+    short: float | None
+    long: float | None
+    all: float | None
+
+
+class RunReport(msgspec.Struct, frozen=True):
+    """One run. Seconds are virtual."""
+
+    trace: str
+    policy: str
+    load: float | None
+    """Asked for; None in a closed loop."""
+    instances: int
+    machine: str
+    seed: int
+    requests: int
+    makespan_s: float
+    """From the first arrival to the last token."""
+    throughput_tokens_per_s: float
+    """Prompt tokens computed, so not cached ones, a second of the makespan."""
+    ttft_s: ByClass
+    slo_violation: Shares
+    wait_longest_s: float
+    """The largest TTFT less what that request takes alone."""
+    utilisation: float
+    """Share of the makespan in which an instance that prefills computed, on average."""
+    idle_ttft_s: ByClass
+    """Each request alone on an idle machine, in one pass."""
+    mode: str
+    clients: int | None
+    offered_load: float | None
+    """Work over capacity between the first and the last arrival; less than ``load`` where sessions
+    go on after the last one has started."""
+    arrivals: str
+    prompt_tokens: int
+    cached_tokens: int
+    batches: int
+    express_batches: int
+    """Those that ran at a layer boundary of another."""
+    tpot_s: Times | None = None
+    """Seconds for each token of an answer after the first, where answers decode."""
+    decode_utilisation: float | None = None
+    restarts: int = 0
+    """Requests that a failure sent elsewhere."""
+    pool_moves: int = 0
+    fetched_tokens: int = 0
+
+
+def run_and_report(spec: RunSpec, progress: Progress) -> RunReport:
+    """What a worker does."""
+    return report(spec, simulate(spec, progress))
+
+
+def report(spec: RunSpec, outcome: Outcome) -> RunReport:
+    """The numbers of a run."""
+    setting, workload, jobs = spec.setting, spec.workload, outcome.jobs
+    cost = KnownCost(setting.machine.profile)
+    ttft = np.array([job.ttft for job in jobs])
+    alone = time_alone(outcome, cost)
+    short = np.array([job.new_tokens <= SHORT_TOKENS for job in jobs])
+    late = ttft > slo_seconds(alone, setting.objective)
+    start = min(job.arrival for job in jobs)
+    makespan = outcome.end - start
+    fleet = setting.fleet
+    cached = sum(job.history for job in jobs)
+    span = workload.span * fleet.instances
+    return RunReport(
+        trace=workload.name,
+        policy=spec.policy,
+        load=spec.load,
+        instances=fleet.instances,
+        machine=setting.machine.name,
+        seed=setting.seed,
+        requests=len(jobs),
+        makespan_s=makespan,
+        throughput_tokens_per_s=outcome.prefill.computed_tokens / makespan,
+        ttft_s=_by_class(ttft, short),
+        slo_violation=Shares(*(_share(late[mask]) for mask in _masks(short))),
+        wait_longest_s=max(0.0, float((ttft - alone).max())),
+        utilisation=outcome.prefill.busy_seconds / makespan / fleet.instances,
+        idle_ttft_s=_by_class(alone, short),
+        mode=setting.mode,
+        clients=setting.clients,
+        offered_load=workload.offered_seconds / span if setting.clients is None else None,
+        arrivals=workload.clock,
+        prompt_tokens=sum(row.input_tokens for row in workload.rows),
+        cached_tokens=cached,
+        batches=outcome.prefill.batches + outcome.decode.batches,
+        express_batches=outcome.prefill.express_batches,
+        tpot_s=_times(_tpot(outcome)) if setting.mode != "prefill" else None,
+        decode_utilisation=(
+            outcome.decode.busy_seconds / makespan / fleet.decode_instances
+            if fleet.decode_instances
+            else None
+        ),
+        restarts=outcome.restarts,
+        pool_moves=outcome.moves,
+        fetched_tokens=outcome.fetched_tokens,
+    )
+
+
+def time_alone(outcome: Outcome, cost: CostModel) -> Array:
+    """Seconds that each prompt takes alone, in one pass, with what was cached where it ran."""
+    return np.array([cost.prefill_seconds(job.new_tokens, job.history) for job in outcome.jobs])
+
+
+def slo_seconds(alone: Array, objective: Objective) -> Array:
+    """When the first token of each request is due, seconds after its arrival."""
+    due: Array = np.maximum(objective.seconds, objective.stretch * alone)
+    return due
+
+
+def save(
+    path: Path, runs: Sequence[RunReport], about: dict[str, object], *, interrupted: bool
+) -> None:
+    """Writes the JSON file; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"runs": runs, "interrupted": interrupted, **about}
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+
+
+def load_report(path: Path) -> list[RunReport]:
+    """The runs of such a file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+
+    class File(msgspec.Struct):
+        runs: list[RunReport]
+
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=File).runs
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"{path} does not hold simulated runs: {error}") from None
+
+
+def _masks(short: Mask) -> tuple[Mask, Mask, Mask]:
+    return short, ~short, np.ones_like(short)
+
+
+def _by_class(seconds: Array, short: Mask) -> ByClass:
+    return ByClass(*(_times(seconds[mask]) for mask in _masks(short)))
+
+
+def _times(seconds: Array) -> Times:
+    if not len(seconds):
+        return Times(None, None, None, None, None, 0)
+    p50, p90, p99 = (float(value) for value in np.percentile(seconds, (50, 90, 99)))
+    return Times(float(seconds.mean()), p50, p90, p99, float(seconds.max()), len(seconds))
+
+
+def _share(flags: Mask) -> float | None:
+    return float(flags.mean()) if len(flags) else None
+
+
+def _tpot(outcome: Outcome) -> Array:
+    found = [
+        (job.finished - job.first_token) / (job.output_tokens - 1) if job.output_tokens > 1 else nan
+        for job in outcome.jobs
+    ]
+    values = np.array(found)
+    kept: Array = values[~np.isnan(values)]
+    return kept

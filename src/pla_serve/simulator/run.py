@@ -1,0 +1,199 @@
+"""One run: a workload, a policy and a setting in, every request with its times out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.pools.balance import BalanceController
+from pla_serve.policy.pools.pressure import PressureController
+from pla_serve.policy.pools.protocol import Controller
+from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.spec import parse_policy
+from pla_serve.policy.temporal import PrefillFirst
+from pla_serve.simulator.cluster import Cluster
+from pla_serve.simulator.cluster_options import ClusterOptions
+from pla_serve.simulator.faults import Fault, draw_faults
+from pla_serve.simulator.instance import Instance
+from pla_serve.simulator.job import Job
+from pla_serve.simulator.machine import KnownCost
+from pla_serve.simulator.node import Totals
+from pla_serve.simulator.setting import RunSpec, Setting
+from pla_serve.simulator.solo import serve
+from pla_serve.simulator.turns import ClosedLoop, OpenLoop, Source, Turn, turns_of
+from pla_serve.simulator.workload import Workload, uncached
+
+Progress = Callable[[int], None]
+"""Told now and then how many requests are behind."""
+SHORT_TOKENS = 256
+"""At most so many uncached tokens are short in reports, and for routers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a workload."""
+
+    jobs: list[Job]
+    """In order of the workload, each with its times."""
+    end: float
+    """Seconds of virtual time at which the last answer was complete."""
+    prefill: Totals
+    """Of all instances that prefill."""
+    decode: Totals
+    """Of those that only decode."""
+    moves: int = 0
+    restarts: int = 0
+    fetched_tokens: int = 0
+
+
+def simulate(spec: RunSpec, progress: Progress | None = None) -> Outcome:
+    """Serve all requests to their end.
+
+    Raises:
+        ValueError: the policy's spec does not fit.
+    """
+    setting, workload = spec.setting, spec.workload
+    cost = KnownCost(setting.machine.profile)
+    make = policy_maker(spec.policy, setting, cost)
+    alone = setting.fleet.instances == 1 and setting.fleet.fail_every is None
+    if alone and setting.kv_tokens is None and not setting.linked and setting.mode != "pd-spatial":
+        return _solo(make(), setting, workload, cost, progress)
+    return _cluster(make, setting, workload, cost, progress)
+
+
+def policy_maker(text: str, setting: Setting, cost: CostModel) -> Callable[[], PrefillPolicy]:
+    """Makes fresh policies for the instances of a setting.
+
+    Raises:
+        ValueError: there is no such policy or knob, or a value does not fit.
+    """
+    spec = parse_policy(text)
+    config = spec.configure(setting.policy_config)
+
+    def make() -> PrefillPolicy:
+        policy = spec.create(config, cost)
+        return PrefillFirst(policy, config, cost) if setting.mode == "pd-temporal" else policy
+
+    return make
+
+
+def _solo(
+    policy: PrefillPolicy,
+    setting: Setting,
+    workload: Workload,
+    cost: CostModel,
+    progress: Progress | None,
+) -> Outcome:
+    """One instance, and no arrival waits for an answer: without the bookkeeping of a fleet."""
+    instance = Instance(
+        policy,
+        cost,
+        setting.machine.layers if setting.preemption else 1,
+        _ignore,
+        _ignore,
+        decodes=setting.mode != "prefill",
+    )
+    jobs = workload.jobs()
+    end = serve(instance, jobs, progress)
+    totals = Totals()
+    totals.add(instance)
+    return Outcome(jobs, end, totals, Totals())
+
+
+def _ignore(job: Job, now: float) -> None:
+    """Nobody waits for it."""
+
+
+def _cluster(
+    make: Callable[[], PrefillPolicy],
+    setting: Setting,
+    workload: Workload,
+    cost: CostModel,
+    progress: Progress | None,
+) -> Outcome:
+    fleet = setting.fleet
+    turns = _turns(setting, workload)
+    options = ClusterOptions(
+        instances=fleet.instances,
+        short_instances=fleet.short_instances,
+        decode={"prefill": "none", "pd-spatial": "apart"}.get(setting.mode, "same"),  # type: ignore[arg-type]
+        decode_instances=fleet.decode_instances,
+        routing=fleet.route,
+        express=setting.preemption and make().interrupts,
+        boundary_tokens=SHORT_TOKENS,
+        interruptible=setting.preemption,
+        fetch_kv=fleet.fetch_kv,
+        cache_tokens=setting.kv_tokens or 0,
+        control_seconds=fleet.control_seconds,
+        token_seconds=_token_seconds(setting, cost),
+    )
+    cluster = Cluster(
+        options,
+        setting.machine,
+        make,
+        turns,
+        _source(setting, turns),
+        controller=_controller(setting),
+        faults=_faults(setting, workload),
+    )
+    result = cluster.run(progress)
+    prefill, decode = Totals(), Totals()
+    for name, totals in result.nodes.items():
+        _sum(decode if name.startswith("d") else prefill, totals)
+    return Outcome(
+        result.jobs,
+        result.end,
+        prefill,
+        decode,
+        len(result.moves),
+        result.restarts,
+        result.fetched_tokens,
+    )
+
+
+def _turns(setting: Setting, workload: Workload) -> list[Turn]:
+    turns = turns_of(workload.rows, workload.stretch)
+    if setting.kv_tokens is None:
+        for turn, row in zip(turns, workload.rows, strict=True):
+            turn.history = uncached(row)[1]
+            turn.prompt = ()
+    return turns
+
+
+def _source(setting: Setting, turns: list[Turn]) -> Source:
+    if setting.clients is not None:
+        return ClosedLoop(turns, setting.clients)
+    return OpenLoop(turns, wait=setting.wait_for_answers)
+
+
+def _token_seconds(setting: Setting, cost: CostModel) -> float:
+    if setting.mode != "prefill":
+        return 0.0
+    if setting.token_seconds is not None:
+        return setting.token_seconds
+    return cost.work_seconds(1, 0, 0, 1, 1)
+
+
+def _controller(setting: Setting) -> Controller | None:
+    if setting.fleet.controller is None:
+        return None
+    return PressureController() if setting.fleet.controller == "pressure" else BalanceController()
+
+
+def _faults(setting: Setting, workload: Workload) -> list[Fault]:
+    """Until twice the time in which the workload should be over."""
+    fleet = setting.fleet
+    if fleet.fail_every is None:
+        return []
+    until = 2 * max(workload.span, workload.offered_seconds / fleet.instances)
+    count = fleet.instances + fleet.decode_instances
+    return draw_faults(count, fleet.fail_every, fleet.down_seconds, until, setting.seed)
+
+
+def _sum(into: Totals, totals: Totals) -> None:
+    into.busy_seconds += totals.busy_seconds
+    into.computed_tokens += totals.computed_tokens
+    into.batches += totals.batches
+    into.express_batches += totals.express_batches
+    into.failures += totals.failures

@@ -1,0 +1,95 @@
+"""Simulated runs as tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pla_serve.simulator.report import ByClass, RunReport
+
+NOTHING = "-"
+TIMES = ("short\nP50", "\nP90", "\nP99", "long\nP50", "\nP90", "\nP99", "all\nmean")
+REST = ("most\nwait", "short\nlate", "long\nlate", "\nbusy")
+
+
+def tables(runs: Sequence[RunReport]) -> RenderableType:
+    """One table for each trace and load, with a line for each policy.
+
+    *Wait* is TTFT less the time alone; *late* is the share that missed the SLO.
+    """
+    parts: list[RenderableType] = []
+    for _, group in groupby(runs, key=lambda run: (run.trace, run.load)):
+        members = list(group)
+        parts += [_table(members), Text(_note(members[0]) + "\n", style="dim")]
+    return Group(*parts)
+
+
+def title(run: RunReport) -> str:
+    """What the runs of a table have in common."""
+    load = f"load {run.load:g}" if run.load is not None else f"{run.clients} clients"
+    instances = f"{run.instances} x " if run.instances > 1 else ""
+    return f"{run.trace}, {load}, {instances}{run.machine}"
+
+
+def _table(runs: Sequence[RunReport]) -> Table:
+    table = Table(
+        title=f"{title(runs[0])}: TTFT in seconds",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", min_width=12, overflow="fold")
+    for head in TIMES + REST:
+        table.add_column(head, justify="right", no_wrap=True)
+    first = runs[0]
+    table.add_row("idle", *_times(first.idle_ttft_s), *(NOTHING for _ in REST), style="dim")
+    for run in runs:
+        table.add_row(
+            run.policy.replace(":", "\n  "),
+            *_times(run.ttft_s),
+            _seconds(run.wait_longest_s),
+            _share(run.slo_violation.short),
+            _share(run.slo_violation.long),
+            _share(run.utilisation),
+        )
+    return table
+
+
+def _note(run: RunReport) -> str:
+    counts = run.ttft_s
+    text = (
+        f"{run.requests:,} requests ({counts.short.count:,} short), "
+        f"{run.cached_tokens / run.prompt_tokens:.0%} of prompt tokens cached, "
+        f"{run.throughput_tokens_per_s:,.0f} others a second; {run.arrivals}"
+    )
+    if run.load is not None and run.offered_load is not None and run.offered_load < 0.9 * run.load:
+        text += (
+            f"; over all arrivals the load is {run.offered_load:.2f}, because sessions go on after "
+            "the last one has started"
+        )
+    return text
+
+
+def _times(times: ByClass) -> list[str]:
+    short, long = times.short, times.long
+    values = (short.p50, short.p90, short.p99, long.p50, long.p90, long.p99, times.all.mean)
+    return [_seconds(value) for value in values]
+
+
+def _seconds(value: float | None) -> str:
+    """Three figures or so: 0.012, 1.23, 45.6, 1,234."""
+    if value is None:
+        return NOTHING
+    if value < 1:
+        return f"{value:.3f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.1%}"
