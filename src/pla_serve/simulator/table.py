@@ -25,7 +25,11 @@ def tables(runs: Sequence[RunReport]) -> RenderableType:
     parts: list[RenderableType] = []
     for _, group in groupby(runs, key=lambda run: (run.trace, run.load)):
         members = list(group)
-        parts += [_table(members), Text(_note(members[0]) + "\n", style="dim")]
+        parts += [
+            Text(f"{title(members[0])}: TTFT in seconds", style="bold"),
+            _table(members),
+            Text(_note(members[0]) + "\n", style="dim"),
+        ]
     return Group(*parts)
 
 
@@ -37,13 +41,7 @@ def title(run: RunReport) -> str:
 
 
 def _table(runs: Sequence[RunReport]) -> Table:
-    table = Table(
-        title=f"{title(runs[0])}: TTFT in seconds",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     table.add_column("", min_width=12, overflow="fold")
     for head in TIMES + REST:
         table.add_column(head, justify="right", no_wrap=True)
@@ -56,7 +54,7 @@ def _table(runs: Sequence[RunReport]) -> Table:
             _seconds(run.wait_longest_s),
             _share(run.slo_violation.short),
             _share(run.slo_violation.long),
-            _share(run.utilisation),
+            f"{run.utilisation:.0%}",
         )
     return table
 
