@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pla_serve.traces import clock
 from pla_serve.traces.clock import ClockOptions, common_clock, on_one_clock
-from pla_serve.traces.rows import Row
+from pla_serve.traces.rows import Row, root
 
 
 def own_clocks(sessions: int) -> list[Row]:
@@ -87,3 +88,39 @@ def test_without_times_turns_follow_each_other_after_a_thought() -> None:
 def test_out_of_range(field: str) -> None:
     with pytest.raises(ValueError, match=field):
         ClockOptions(**{field: -1.0})
+
+
+def test_clocks_of_their_own_are_told_from_a_common_one() -> None:
+    assert clock.own_clocks(own_clocks(3))
+    assert not clock.own_clocks(own_clocks(1))
+    assert not clock.own_clocks([Row(0, None, 5, 1, session="a"), Row(1, None, 5, 1, session="b")])
+
+
+def test_sessions_start_anew_and_long_pauses_are_cut() -> None:
+    rows = [
+        *own_clocks(200),
+        Row(400, 13.0, 5, 1, session="7.1"),
+        Row(401, 90.0, 5, 1, session="7"),
+    ]
+    timed = clock.start_sessions(rows, 500.0, 3, max_pause=20.0)
+    assert timed[0].arrival == 0
+    assert sorted(row.index for row in timed) == list(range(402))
+    times = [row.arrival or 0.0 for row in timed if root(row.session or "") == "7"]
+    # 0, 10, 13 and 90: the last pause is 77.
+    assert np.diff(times) == pytest.approx([10, 3, 20])
+    starts = [row.arrival or 0.0 for row in timed if row.turn == 1]
+    assert np.percentile(starts, [25, 50, 75]) == pytest.approx([125, 250, 375], abs=45)
+
+
+def test_another_span_stretches_the_same_starts() -> None:
+    short, long = (
+        {
+            row.session: row.arrival or 0.0
+            for row in clock.start_sessions(own_clocks(20), span, 3)
+            if row.turn == 1
+        }
+        for span in (100.0, 300.0)
+    )
+    assert long == pytest.approx({name: 3 * time for name, time in short.items()})
+    with pytest.raises(ValueError, match="at least 0"):
+        clock.start_sessions(own_clocks(2), -1.0, 0)

@@ -54,13 +54,16 @@ def _bound(heard: Heard, number: int) -> Callable[[int], None]:
 
 
 class _Crew(Generic[Item, Result]):
-    """Worker processes, one for each item."""
+    """Worker processes, which start as they are needed and take one item after another."""
 
     def __init__(self, work: Work[Item, Result], heard: Heard) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._work = work
         self._heard = heard
-        self._busy: dict[Connection, tuple[int, BaseProcess]] = {}
+        self._processes: dict[Connection, BaseProcess] = {}
+        self._idle: list[Connection] = []
+        self._busy: dict[Connection, int] = {}
+        """The number of the item that each is at."""
         self._done: dict[int, Result] = {}
 
     def run(self, items: Iterable[Item], jobs: int) -> Iterator[Result]:
@@ -72,7 +75,7 @@ class _Crew(Generic[Item, Result]):
                 if following is None:
                     more = False
                 else:
-                    self._start(*following)
+                    self._give(*following)
             if not self._busy:
                 return
             for ready in wait(list(self._busy)):
@@ -83,28 +86,33 @@ class _Crew(Generic[Item, Result]):
                 expected += 1
 
     def dismiss(self) -> None:
-        """End all workers that still run."""
-        for _, process in self._busy.values():
+        """End all workers, whatever they are at."""
+        for process in self._processes.values():
             process.terminate()
-        for connection, (_, process) in self._busy.items():
+        for connection, process in self._processes.items():
             process.join()
             connection.close()
-        self._busy.clear()
 
-    def _start(self, number: int, item: Item) -> None:
-        ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=_worker, args=(self._work, item, theirs), daemon=True
-        )
+    def _give(self, number: int, item: Item) -> None:
+        connection = self._idle.pop() if self._idle else self._hire()
+        self._busy[connection] = number
+        with suppress(BrokenPipeError):  # it is dead, as its silence will tell
+            connection.send(item)
+
+    def _hire(self) -> Connection:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_worker, args=(self._work, theirs), daemon=True)
         process.start()
         theirs.close()
-        self._busy[ours] = (number, process)
+        self._processes[ours] = process
+        return ours
 
     def _hear(self, connection: Connection) -> None:
-        number, process = self._busy[connection]
+        number = self._busy[connection]
         try:
             kind, value = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
+            process = self._processes[connection]
             process.join()
             raise WorkerError(
                 f"a worker ended with code {process.exitcode} and without a result; if the "
@@ -114,24 +122,25 @@ class _Crew(Generic[Item, Result]):
             self._heard(number, value)
             return
         del self._busy[connection]
-        process.join()
-        connection.close()
+        self._idle.append(connection)
         if kind == "done":
             self._done[number] = value
             return
         raise value if kind == "refused" else WorkerError(value)
 
 
-def _worker(work: Work[Any, Any], item: Any, connection: Connection) -> None:
-    """In the worker process. An interrupt is the parent's business."""
+def _worker(work: Work[Any, Any], connection: Connection) -> None:
+    """In the worker process, until the parent is gone. An interrupt is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(BrokenPipeError):  # the parent is gone
-        try:
-            message = "done", work(item, lambda progress: connection.send(("progress", progress)))
-        except BrokenPipeError:
-            raise
-        except ValueError as error:
-            message = "refused", ValueError(str(error))
-        except Exception:
-            message = "failed", traceback.format_exc()
-        connection.send(message)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            item = connection.recv()
+            try:
+                answer = "done", work(item, lambda done: connection.send(("progress", done)))
+            except ConnectionError:
+                raise
+            except ValueError as error:
+                answer = "refused", ValueError(str(error))
+            except Exception:
+                answer = "failed", traceback.format_exc()
+            connection.send(answer)
