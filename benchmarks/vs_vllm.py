@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pla_serve.bench.client import Exchange, Target, one
-from pla_serve.environment import describe
 from pla_serve.bench.save import write_json
 from pla_serve.bench.servers import Started, free_port, started
 from pla_serve.bench.text import Piece, WordFiller, load_tokenizer, make_filler
 from pla_serve.bench.transport import HttpTransport
 from pla_serve.bench.workload import WorkloadConfig, generate
+from pla_serve.environment import describe
 
 MODEL = "model"
 MAX_LENGTH = 8192

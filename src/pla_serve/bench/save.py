@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from pla_serve.environment import describe
 from pla_serve.bench.experiment import Outcome, Run
 from pla_serve.bench.load import Record
 from pla_serve.bench.summary import Summary
+from pla_serve.environment import describe
 
 
 def save_json(
