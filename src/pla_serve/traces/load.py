@@ -86,7 +86,7 @@ class Trace:
     """Where each session has a clock of its own: the rows with those times."""
 
     def restarted(self, span: float, seed: int, *, max_pause: float = inf) -> Trace:
-        """The trace with its sessions started over ``span`` seconds, as `clock.start_sessions` does.
+        """The same with sessions started over ``span`` seconds, as `clock.start_sessions` does.
 
         Raises:
             ValueError: its sessions have no clocks of their own.
