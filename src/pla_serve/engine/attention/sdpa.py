@@ -43,8 +43,9 @@ class SdpaCpu:
     """Torch's CPU flash kernel: no mask, no copy of a context that is one run.
 
     A chunk on top of history is two calls, one over the history without a mask and one over the
-    chunk itself with the causal one, merged by their log-sum-exp. Grouped queries read their KV
-    head through a stride of zero rather than a copy for each.
+    chunk itself with the causal one, merged by their log-sum-exp. Without a mask, the queries that
+    share a KV head are rows of one product, which reads that head once; with one, they read it
+    through a stride of zero rather than a copy for each.
     """
 
     def attend(
@@ -54,17 +55,12 @@ class SdpaCpu:
         keys, values = cache.keys[layer], cache.values[layer]
         _, tokens, head_dim = query.shape
         grouped = query.view(cache.shape.heads, -1, tokens, head_dim)
-        groups = grouped.shape[1]
         attended = [
-            _attend_span(
-                grouped[:, :, span.start : span.start + span.length],
-                _for_groups(keys, span.runs, groups),
-                _for_groups(values, span.runs, groups),
-                span,
-                scaling,
+            _attend_one(grouped[:, :, span.start], keys, values, span, scaling)
+            if span.length == 1
+            else _attend_many(
+                grouped[:, :, span.start : span.start + span.length], keys, values, span, scaling
             )
-            .flatten(0, 1)
-            .transpose(0, 1)
             for span in batch.spans
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
@@ -93,18 +89,45 @@ def _for_groups(memory: torch.Tensor, runs: Sequence[Run], groups: int) -> torch
     )
 
 
-def _attend_span(
+def _attend_one(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, scaling: float
 ) -> torch.Tensor:
-    """All of shape (kv heads, groups, tokens or slots, dim)."""
-    if span.length == 1 or span.history == 0:
-        return _flash(query, keys, values, span.length > 1, scaling)[0]
-    split = span.history
-    own, own_lse = _flash(query, keys[:, :, split:], values[:, :, split:], True, scaling)
-    old, old_lse = _flash(query, keys[:, :, :split], values[:, :, :split], False, scaling)
-    # The softmax over both parts weighs each by its share of the summed exponentials.
-    share = torch.sigmoid(own_lse - old_lse).unsqueeze(-1).to(own.dtype)
-    return torch.lerp(old, own, share)
+    """(kv heads, groups, dim) to (1, heads, dim); keys and values are the layer's memory."""
+    output, _ = _flash(
+        query.unsqueeze(1),
+        _for_groups(keys, span.runs, 1),
+        _for_groups(values, span.runs, 1),
+        False,
+        scaling,
+    )
+    return output.reshape(1, -1, query.shape[2])
+
+
+def _attend_many(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, scaling: float
+) -> torch.Tensor:
+    """(kv heads, groups, tokens, dim) to (tokens, heads, dim)."""
+    keys = _for_groups(keys, span.runs, query.shape[1])
+    values = _for_groups(values, span.runs, query.shape[1])
+    if (split := span.history) == 0:
+        attended = _flash(query, keys, values, True, scaling)[0]
+    else:
+        own, own_lse = _flash(query, keys[:, :, split:], values[:, :, split:], True, scaling)
+        old, old_lse = _unmasked(query, keys[:, :, :split], values[:, :, :split], scaling)
+        # The softmax over both parts weighs each by its share of the summed exponentials.
+        share = torch.sigmoid(own_lse - old_lse).unsqueeze(-1).to(own.dtype)
+        attended = torch.lerp(old, own, share)
+    return attended.flatten(0, 1).transpose(0, 1)
+
+
+def _unmasked(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``_flash`` without a mask: no query minds which group and token its neighbours are of."""
+    heads, groups, tokens, dim = query.shape
+    rows = query.reshape(heads, 1, groups * tokens, dim)
+    output, lse = _flash(rows, keys[:, :1], values[:, :1], False, scaling)
+    return output.reshape(query.shape), lse.reshape(heads, groups, tokens)
 
 
 def _flash(
