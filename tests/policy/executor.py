@@ -301,7 +301,7 @@ class Executor:
                 assert not self._separate
                 assert False in classes
         if self._separate and batch.kind is BatchClass.LONG:
-            assert len(batch.prefills) == 1
+            assert all(chunk.completes for chunk in batch.prefills[1:])
         assert self._interrupts or not nested
 
     def _check_state(self) -> None:

@@ -34,6 +34,15 @@ def run(policy: LengthAware, now: float) -> Batch:
     return decision.batch
 
 
+def spread(policy: LengthAware) -> None:
+    """Have it see traffic in which times of longs differ widely."""
+    for n in range(100):
+        add(policy, f"seen{n}", 20_000 if n % 20 == 0 else 300)
+        policy.remove(f"seen{n}")
+        add(policy, f"seen{n}", 20)
+        policy.remove(f"seen{n}")
+
+
 def ran(policy: LengthAware) -> float:
     """Seconds of the long that runs."""
     assert policy._flights.top is not None
@@ -192,7 +201,7 @@ class TestDecodeGap:
 
 
 class TestLongs:
-    def test_one_at_a_time_in_equal_chunks(self) -> None:
+    def test_one_at_a_time_in_chunks(self) -> None:
         policy = make()
         add(policy, "a", 1100)
         add(policy, "b", 1100)
@@ -202,16 +211,39 @@ class TestLongs:
             assert names(batch) == ["a"]
             sizes.append(batch.tokens)
             policy.observe(batch, 0.4, 0.4)
-        assert sizes == [367, 367, 366]
+        assert sizes == [490, 490, 120]
         assert names(run(policy, 0.4)) == ["b"]
 
     def test_shortest_remaining_first_unless_it_waited(self) -> None:
         """Due 4.97 s after its arrival, and 2.24 s, with a full batch of 2.06 s."""
         for arrival, expected in ((2.7, "small"), (2.8, "big")):
             policy = make(replace(CONFIG, patience=2.0))
+            spread(policy)
             add(policy, "big", 3000, 0.0)
             add(policy, "small", 600, arrival)
             assert names(run(policy, arrival)) == [expected]
+
+    def test_near_the_order_of_arrival_if_all_are_much_alike(self) -> None:
+        """With light spread a small one passes what arrived shortly before it, not more."""
+        for arrival, expected in ((0.1, "small"), (20.0, "big")):
+            policy = make()
+            add(policy, "big", 3000, 0.0)
+            add(policy, "small", 600, arrival)
+            assert names(run(policy, arrival)) == [expected]
+
+    def test_small_ones_share_a_launch_if_many_wait(self) -> None:
+        few, many = make(), make()
+        for n in range(2):
+            add(few, f"l{n}", 300)
+        for n in range(60):
+            add(many, f"l{n}", 300)
+        config = replace(CONFIG, long_chunk_tokens=1000)
+        roomy = make(config)
+        for n in range(100):
+            add(roomy, f"l{n}", 300)
+        assert names(run(few, 0.0)) == ["l0"]
+        assert names(run(many, 0.0)) == ["l0"], "no room for two in 490 tokens"
+        assert names(run(roomy, 0.0)) == ["l0", "l1", "l2"]
 
     def test_without_patience_in_order_of_arrival(self) -> None:
         policy = make(replace(CONFIG, patience=0.0))
@@ -232,6 +264,7 @@ class TestLongs:
     def test_switch_only_if_it_is_worth_it(self) -> None:
         for tokens, expected in ((1900, "begun"), (1500, "new")):
             policy = make()
+            spread(policy)
             add(policy, "begun", 2500)
             batch = run(policy, 0.0)
             policy.observe(batch, 0.5, 0.5)  # 2000 left

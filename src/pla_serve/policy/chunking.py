@@ -9,8 +9,9 @@ from pla_serve.policy.cost import CostProfile
 OVERHEAD = 0.02
 """Share of a pass that may go to what every pass costs anew."""
 
-BUSIEST = 0.95
-MOST_OVERHEAD = 0.08
+OF_SPARE = 0.4
+LEAST_STIFF = 0.05
+MOST_STIFF = 0.1
 
 
 def efficient_chunk(profile: CostProfile, history: int, overhead: float = OVERHEAD) -> float:
@@ -39,20 +40,10 @@ def efficient_chunk(profile: CostProfile, history: int, overhead: float = OVERHE
 def spare_overhead(load: float) -> float:
     """The share of a pass that may be overhead on a machine that cannot be interrupted.
 
-    There a short prefill waits for the chunk under way, so chunks are as small as leaves the
-    machine busy at most `BUSIEST`: at light load small ones cost nobody anything.
+    There a short prefill waits for the chunk under way, so chunks are kept small, at a price that
+    longs hardly feel: `OF_SPARE` of the time that the machine would have left.
 
     Args:
         load: offered work in seconds a second, chunks in one pass each.
     """
-    return min(MOST_OVERHEAD, max(OVERHEAD, 1 - load / BUSIEST))
-
-
-def equal_part(tokens: int, most: float) -> int:
-    """``tokens`` in as few equal parts as are at most ``most`` each: the size of one, rounded up.
-
-    Equal parts, because a small rest would cost a pass of its own.
-    """
-    if tokens <= most:
-        return tokens
-    return ceil(tokens / ceil(tokens / most))
+    return min(MOST_STIFF, max(LEAST_STIFF, OF_SPARE * (1 - load)))

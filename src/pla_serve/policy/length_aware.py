@@ -7,16 +7,17 @@ from math import inf
 
 from pla_serve.policy.assemble import Assembler
 from pla_serve.policy.book import RequestBook
-from pla_serve.policy.chunking import OVERHEAD, efficient_chunk, equal_part, spare_overhead
+from pla_serve.policy.chunking import OVERHEAD, efficient_chunk, spare_overhead
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.express import ExpressWindow
 from pla_serve.policy.fairness import ShareAccount, passing_window
-from pla_serve.policy.longs import SWITCH_MARGIN, Flights, LongQueue
+from pla_serve.policy.longs import SWITCH_MARGIN, Flights, LongQueue, Spread
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
     BatchClass,
+    Chunk,
     Decision,
     Idle,
     PrefillRequest,
@@ -28,7 +29,9 @@ from pla_serve.policy.waiting import ArrivalRate
 
 LEAST_CHUNK = 256
 """Tokens; a fit that sees no cost of a launch must not cut prompts to pieces."""
-LOAD_MEMORY = 600.0
+LIGHT_SHARE = 1 / 80
+"""Of the patience, among longs of much the same size: little more than arrival counts."""
+LOAD_MEMORY = 1800.0
 """Seconds over which the offered load is averaged."""
 MOST_FLIGHTS = 2
 """Long prefills that may be inside one another: each keeps the activations of its chunk."""
@@ -40,7 +43,7 @@ class LengthAware:
     *Express work* is short prefills together with decode steps. It goes before long prefills, also
     at the layer boundaries of one that runs, where decode steps alone are due only so often that
     they take ``decode_share`` of the time. Long prefills run one at a time in equal chunks of at
-    most ``long_chunk_tokens``, with the decode steps that are ready as each begins, the shortest
+    most ``long_chunk_tokens``, with the decode steps that are ready as each begins, the one
     due first (`longs.LongQueue`); one that has begun is left only for one that undercuts it
     clearly. A chunk that is all that is left of a long may run inside a chunk of another one that
     is due later, so that nothing is lost by being just too long.
@@ -68,6 +71,7 @@ class LengthAware:
         self._assembler = Assembler(self._book)
         self._account = ShareAccount(config)
         self._flights = Flights()
+        self._spread = Spread()
         self._offered = ArrivalRate(memory=LOAD_MEMORY)
         held = config.express_wait_seconds if config.interruptible else 0.0
         self._window = ExpressWindow(cost, held)
@@ -82,6 +86,8 @@ class LengthAware:
         self._offered.arrived(now, pending.seconds)
         if pending.short:
             self._window.arrived(now)
+        if self._spread.add(pending.seconds, pending.short):
+            self._longs.resort()
         if self._contested() and not contested:
             self._contested_since = now
             self._account.clear()
@@ -180,17 +186,18 @@ class LengthAware:
         return batch
 
     def _long(self, now: float) -> Batch:
-        """One chunk of the long that is to go on; a chunk is an equal part of what is left.
+        """One chunk of the long that is to go on, and those that share its launch.
 
         Decode steps ride along: a token more in a large batch costs a fraction of a step alone,
         which has to read all weights for it.
         """
         pending = self._pick_long(now)
-        batch = self._fly(pending, equal_part(pending.new_tokens, self._chunk(pending, now)))
+        batch = self._fly(pending, self._chunk(pending, now), now)
         self._current = pending.id
         self._account.start_chunk(now)
-        places, room = self._config.max_batch_requests - 1, self._config.max_batch_tokens
-        riders = self._book.decodes.take(min(places, room - batch.tokens))
+        config = self._config
+        places = config.max_batch_requests - len(batch.prefills)
+        riders = self._book.decodes.take(min(places, config.max_batch_tokens - batch.tokens))
         return replace(batch, decodes=tuple(riders)) if riders else batch
 
     def _chunk(self, pending: Pending, now: float) -> int:
@@ -227,36 +234,54 @@ class LengthAware:
         head = self._longs.head(now)
         if head is None or head.priority > top.pending.priority:
             return None
-        margin = SWITCH_MARGIN * top.left
-        if self._longs.due(head) >= self._longs.due(top.pending, less=top.ran + margin):
+        due = self._longs.due(top.pending, less=top.ran + SWITCH_MARGIN * top.left)
+        most = self._chunk(head, now)
+        if self._longs.due(head) >= due or head.new_tokens > most:
             return None
-        if head.new_tokens > self._chunk(head, now):
-            return None
-        return self._fly(head, head.new_tokens)
+        return self._fly(head, most, now, due)
 
-    def _fly(self, pending: Pending, tokens: int) -> Batch:
+    def _fly(self, pending: Pending, most: int, now: float, due: float = inf) -> Batch:
+        """A batch of at most ``most`` tokens that begins with ``pending``.
+
+        Others that are due before ``due`` share its launch, as a whole, as long as that is
+        predicted to pay: each makes those before it wait for its tokens, and saves a launch to
+        all that wait behind it.
+        """
+        chunks = [self._hand_out(pending, min(pending.new_tokens, most))]
+        room, launch = most - chunks[0].tokens, self._cost.profile.per_launch
+        while room > 0 and len(chunks) < self._config.max_batch_requests:
+            head = self._longs.head(now)
+            if (
+                head is None
+                or head.new_tokens > room
+                or head.priority != pending.priority
+                or self._longs.due(head) >= due
+                or len(chunks) * (head.seconds - launch) >= len(self._longs) * launch
+            ):
+                break
+            chunks.append(self._hand_out(head, head.new_tokens))
+            room -= head.new_tokens
+        batch = Batch(BatchClass.LONG, tuple(chunks))
+        self._flights.take_off(pending, batch, self._cost.seconds(batch))
+        return batch
+
+    def _hand_out(self, pending: Pending, tokens: int) -> Chunk:
         self._longs.discard(pending)
-        chunk = self._book.hand_out(pending, tokens)
-        self._flights.take_off(pending)
-        return Batch(BatchClass.LONG, (chunk,))
+        return self._book.hand_out(pending, tokens)
 
     def _patience(self, seconds: float) -> float:
-        """`fairness.passing_window`; changes with the cost model's epoch only, as orders must."""
+        """`fairness.passing_window`, or a small part of it; it changes only when queues are sorted
+        again: with the cost model's epoch, and with the `Spread`."""
         most = self._config.max_batch_tokens
         batch = self._cost.epoch_prefill_seconds(most, 0, most)
-        return passing_window(self._config, seconds, batch)
+        window = passing_window(self._config, seconds, batch)
+        return window if self._spread.heavy else window * LIGHT_SHARE
 
     def _long_seconds_ahead(self, newcomer: Pending) -> float:
         """Queued longs that go before the newcomer, and what it must await of those in flight."""
         total = self._book.long_seconds()
         ahead = self._longs.seconds_ahead(newcomer, total)
         for flight in self._flights:
-            chunk = flight.pending.flight
-            if chunk is None:
-                continue
-            rest = flight.left
-            if self._longs.due(flight.pending, less=flight.ran) > self._longs.due(newcomer):
-                alone = self._cost.prefill_seconds(chunk.tokens, chunk.history)
-                rest = max(0.0, alone - flight.ran)
-            ahead += rest
+            goes_on = self._longs.due(flight.pending, less=flight.ran) <= self._longs.due(newcomer)
+            ahead += max(flight.rest, flight.left if goes_on else 0.0)
         return min(ahead, total)

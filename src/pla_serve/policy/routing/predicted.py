@@ -1,8 +1,9 @@
-"""To the instance that is predicted to give the first token soonest."""
+"""To the instance that is predicted to give the first token soonest, others considered."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.protocol import RouteRequest
@@ -14,23 +15,40 @@ from pla_serve.policy.routing.view import FleetView
 class Predicted:
     """Seconds to first token = work queued there + prefill of what it lacks + KV fetched.
 
-    Only instances that hold some of the prompt differ in the second part, so that one look at all
-    (the soonest to begin) and one at each holder find the best of a thousand. Of equals a holder
-    is taken, so that prefixes are not copied without need.
+    Whoever minimises that for each request alone computes cached prefixes again elsewhere just when
+    there is no time for it. A second of work also delays those who come behind it, about as many as
+    wait now on an average instance: so the request's own seconds count ``1 + others * waiting``
+    times. On an idle fleet the cost is the time to first token.
+
+    Only instances that hold some of the prompt differ in the request's own seconds, so that one
+    look at all (the soonest to begin) and one at each holder find the best of a thousand. Of equals
+    a holder is taken.
+
+    Raises:
+        ValueError: ``others`` is negative or not finite.
     """
 
-    def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
-        """The member with the least predicted time to first token."""
-        holders = [index for index, _ in view.holders(request, pool)] if request.cached else []
-        if not holders:
-            return view.soonest(self._short_without_cache(request, view), pool, now)
-        elsewhere = view.soonest(self._short_without_cache(request, view), pool, now)
-        return min((*holders, elsewhere), key=lambda index: self.seconds(request, view, index, now))
+    others: float = 1.0
+    """Weight of the delay of others; at 0 each request goes where its own first token is soonest.
+    """
 
-    def seconds(self, request: RouteRequest, view: FleetView, index: int, now: float) -> float:
-        """Predicted time to first token on one instance."""
+    def __post_init__(self) -> None:
+        if not 0 <= self.others < inf:
+            raise ValueError(f"others must be finite and at least 0, not {self.others}")
+
+    def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
+        """The member with the least cost."""
+        soonest = view.soonest(self._short_without_cache(request, view), pool, now)
+        if not request.cached:
+            return soonest
+        holders = [index for index, _ in view.holders(request, pool)]
+        return min((*holders, soonest), key=lambda index: self.cost(request, view, index, now))
+
+    def cost(self, request: RouteRequest, view: FleetView, index: int, now: float) -> float:
+        """Predicted seconds to first token on one instance, and those that others lose."""
         place = placement(request, view, view.entries[index].id)
-        return view.wait(index, view.is_short(place.new_tokens), now) + place.seconds
+        wait = view.wait(index, view.is_short(place.new_tokens), now)
+        return wait + place.seconds * (1 + self.others * view.waiting / len(view))
 
     def _short_without_cache(self, request: RouteRequest, view: FleetView) -> bool:
         """The class it has where no more of it is cached than everywhere."""

@@ -72,6 +72,8 @@ class FleetView:
         """New tokens ever dispatched; one that joins starts level with the least."""
         self.ready: Floats = np.zeros(0)
         self.express_ready: Floats = np.zeros(0)
+        self.waiting = 0
+        """Requests without their first token, on all instances."""
         self._by_id: dict[str, Entry] = {}
         self._members: dict[Pool, Counts] = {}
 
@@ -105,6 +107,7 @@ class FleetView:
 
     def leave(self, entry: Entry) -> None:
         """Forget an instance; the indices behind it fall by one."""
+        self.waiting -= len(entry.waiting)
         del self._by_id[entry.id]
         del self.entries[entry.index]
         for name in ("requests", "tokens", "assigned", "ready", "express_ready"):
@@ -192,6 +195,7 @@ class FleetView:
         """Put a dispatched request on an account."""
         index, seconds, now = entry.index, charge.seconds, charge.at
         entry.waiting[request_id] = charge
+        self.waiting += 1
         entry.work += seconds
         self.requests[index] += 1
         self.tokens[index] += charge.tokens
@@ -204,6 +208,7 @@ class FleetView:
     def discharge(self, entry: Entry, charge: Charge, now: float) -> None:
         """A request was prefilled, or will never be: what is left is what others wait for."""
         index = entry.index
+        self.waiting -= 1
         self.tokens[index] -= charge.tokens
         entry.work = entry.work - charge.seconds if entry.waiting else 0.0
         self.ready[index] = _corrected(float(self.ready[index]), entry.work, now)
