@@ -26,7 +26,9 @@ class FleetLife(RuleBasedStateMachine):
         self.now = 0.0
         self.count = 0
         self.slow = SlowFleet(boundary=100, express=True)
-        self.router = Router(Predicted(), FleetModel(lambda new, history: new * 1e-3, 100))
+        self.router = Router(
+            Predicted(others=0.0), FleetModel(lambda new, history: new * 1e-3, 100)
+        )
 
     @rule(target=instances, pool=pools)
     def add(self, pool: Pool) -> str:

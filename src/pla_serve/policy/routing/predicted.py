@@ -16,9 +16,10 @@ class Predicted:
     """Seconds to first token = work queued there + prefill of what it lacks + KV fetched.
 
     Whoever minimises that for each request alone computes cached prefixes again elsewhere just when
-    there is no time for it. A second of work also delays those who come behind it, about as many as
-    wait now on an average instance: so the request's own seconds count ``1 + others * waiting``
-    times. On an idle fleet the cost is the time to first token.
+    there is no time for it. A second of work also delays those who come behind it: those who wait,
+    and about as many who come before the queue is empty. So the request's own seconds count
+    ``1 + others * w`` times, with w the mean number of requests that wait on an instance. On an
+    idle fleet the cost is the time to first token.
 
     Only instances that hold some of the prompt differ in the request's own seconds, so that one
     look at all (the soonest to begin) and one at each holder find the best of a thousand. Of equals
@@ -28,7 +29,7 @@ class Predicted:
         ValueError: ``others`` is negative or not finite.
     """
 
-    others: float = 1.0
+    others: float = 2.0
     """Weight of the delay of others; at 0 each request goes where its own first token is soonest.
     """
 
