@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -54,6 +54,6 @@ def _replace(parent: nn.Module) -> None:
         if type(child) is nn.Linear and packs(child.weight.dtype):
             setattr(parent, name, PackedLinear.of(child))
         elif (epsilon := rms_epsilon(child)) is not None:
-            setattr(parent, name, FusedRMSNorm(child, epsilon))
+            setattr(parent, name, FusedRMSNorm(cast("torch.Tensor", child.weight), epsilon))
         else:
             _replace(child)

@@ -126,14 +126,11 @@ def _require_only(module: nn.Module, needed: Set[str], allowed: Set[str] = froze
         raise TypeError(f"{type(module).__name__} has the parts {sorted(found)}")
 
 
-def _norm(stock: nn.Module, order: torch.Tensor | None = None) -> FusedRMSNorm:
+def _norm(stock: Any, order: torch.Tensor | None = None) -> FusedRMSNorm:
     epsilon = rms_epsilon(stock)
     if epsilon is None:
         raise TypeError(f"{type(stock).__name__} is no plain RMS norm")
-    norm = FusedRMSNorm(stock, epsilon)
-    if order is not None:
-        norm.weight = nn.Parameter(norm.weight[order], requires_grad=False)
-    return norm
+    return FusedRMSNorm(stock.weight if order is None else stock.weight[order], epsilon)
 
 
 def _neighbours(head_dim: int) -> torch.Tensor:

@@ -6,25 +6,24 @@ import torch
 
 
 class FusedRMSNorm(torch.nn.Module):
-    """Root-mean-square norm; ``weight`` is shared with the stock module.
+    """Root-mean-square norm with this weight, computed in float32.
 
     Torch has no single CPU kernel for it: its own version makes eight calls, this one five, of
     which three go over the whole input.
     """
 
-    def __init__(self, norm: torch.nn.Module, epsilon: float) -> None:
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
-        weight = norm.weight
-        assert isinstance(weight, torch.nn.Parameter)
-        self.weight = weight
+        self.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
         self._epsilon = torch.tensor(epsilon)
         self._per_element = 1 / weight.shape[-1]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., dim) to the same."""
-        lengths = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = inputs.float()
+        lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scales = torch.addcmul(self._epsilon, lengths, lengths, value=self._per_element).rsqrt_()
-        return torch.mul(inputs, scales).mul_(self.weight).to(inputs.dtype)
+        return torch.mul(wide, scales).mul_(self.weight).to(inputs.dtype)
 
 
 def rms_epsilon(module: torch.nn.Module) -> float | None:

@@ -19,12 +19,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 def same_results(stock: nn.Module, fused: FusedLayer, rotary: TurningRotary) -> bool:
     """Both layers on the same random hidden states, on two sequences of TOKENS tokens."""
     cpu = torch.device("cpu")
-    weight = fused.before_attention.weight
+    dtype = next(stock.parameters()).dtype
+    width = len(fused.before_attention.weight)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 2 * TOKENS, len(weight), generator=generator).to(weight.dtype)
+    hidden = torch.randn(1, 2 * TOKENS, width, generator=generator).to(dtype)
     requests = [SpanRequest([0] * TOKENS, 0, [(start, start + TOKENS)], True) for start in (0, 5)]
     batch = build(requests, 1, cpu)
-    shape = KVShape(fused.layer_idx + 1, fused.kv_heads, fused.head_dim, weight.dtype)
+    shape = KVShape(fused.layer_idx + 1, fused.kv_heads, fused.head_dim, dtype)
     positions = batch.positions.unsqueeze(0)
     results = []
     for layer in (stock, fused):
@@ -40,5 +41,5 @@ def same_results(stock: nn.Module, fused: FusedLayer, rotary: TurningRotary) -> 
     expected, got = results
     if expected.shape != got.shape:
         return False
-    tolerance = TOLERANCE[weight.dtype] * expected.abs().max()
+    tolerance = TOLERANCE[dtype] * expected.abs().max()
     return bool((expected - got).abs().max() <= tolerance)
