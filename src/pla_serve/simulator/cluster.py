@@ -60,6 +60,7 @@ class Cluster:
         self._options = options
         self._machine = machine
         self._cost = KnownCost(machine.profile)
+        self._true_cost = machine.cost
         self._make_policy = make_policy
         self._turns = turns
         self._source = source
@@ -161,7 +162,7 @@ class Cluster:
         options = self._options
         return Instance(
             self._make_policy(),
-            self._cost,
+            self._true_cost,
             self._machine.layers if options.interruptible else 1,
             partial(self._prefilled, node),
             partial(self._finished, node),

@@ -10,6 +10,7 @@ import msgspec
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.protocol import Batch
+from pla_serve.simulator.captured import Captured, CapturedCost
 
 
 class MachineError(ValueError):
@@ -70,6 +71,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     roofline: Roofline | None = None
     seconds: Seconds | None = None
     """Measured, or given; goes before the roofline."""
+    captured: Captured | None = None
+    """None: launching kernels is in ``per_launch``, and no batch is padded."""
 
     def __post_init__(self) -> None:
         if (self.roofline is None) == (self.seconds is None):
@@ -97,6 +100,13 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             bytes_per_second=chip.bytes_per_second * chip.bytes_efficiency,
             launch_seconds=chip.launch_seconds,
         )
+
+    @property
+    def cost(self) -> CostModel:
+        """The true time of a batch; policies believe in `profile` alone."""
+        if self.captured is None:
+            return KnownCost(self.profile)
+        return CapturedCost(self.profile, self.captured)
 
     def transfer(self, tokens: int) -> float:
         """Seconds to move the KV of so many tokens to another instance."""

@@ -58,7 +58,7 @@ def simulate(spec: RunSpec, progress: Progress | None = None) -> Outcome:
     make = policy_maker(spec.policy, setting, cost)
     alone = setting.fleet.instances == 1 and setting.fleet.fail_every is None
     if alone and setting.kv_tokens is None and not setting.linked and setting.mode != "pd-spatial":
-        return _solo(make(), setting, workload, cost, progress)
+        return _solo(make(), setting, workload, progress)
     return _cluster(make, setting, workload, cost, progress)
 
 
@@ -82,13 +82,12 @@ def _solo(
     policy: PrefillPolicy,
     setting: Setting,
     workload: Workload,
-    cost: CostModel,
     progress: Progress | None,
 ) -> Outcome:
     """One instance, and no arrival waits for an answer: without the bookkeeping of a fleet."""
     instance = Instance(
         policy,
-        cost,
+        setting.machine.cost,
         setting.machine.layers if setting.preemption else 1,
         _ignore,
         _ignore,
