@@ -12,8 +12,8 @@ from typing import Any
 from pla_serve.policy.pools.protocol import Controller, Pool
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.routing.least_loaded import LeastLoaded
-from pla_serve.policy.routing.protocol import FleetModel, RouteRequest
 from pla_serve.policy.routing.registry import parse_routing
+from pla_serve.policy.routing.request import FleetModel, RouteRequest
 from pla_serve.policy.routing.router import Router
 from pla_serve.simulator.caches import Holders, PrefixCache
 from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult

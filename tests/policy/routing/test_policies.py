@@ -12,8 +12,9 @@ from pla_serve.policy.routing.cache_aware import CacheAware
 from pla_serve.policy.routing.class_pools import ClassPools
 from pla_serve.policy.routing.least_loaded import LeastLoaded
 from pla_serve.policy.routing.predicted import Predicted
-from pla_serve.policy.routing.protocol import FleetModel, NoInstance, RouteRequest, RoutingPolicy
+from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.policy.routing.registry import ROUTINGS, parse_routing
+from pla_serve.policy.routing.request import FleetModel, NoInstance, RouteRequest
 from pla_serve.policy.routing.round_robin import RoundRobin
 from pla_serve.policy.routing.router import Placement, Router
 

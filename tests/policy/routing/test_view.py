@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.predicted import Predicted
-from pla_serve.policy.routing.protocol import FleetModel, NoInstance, RouteRequest
+from pla_serve.policy.routing.request import FleetModel, NoInstance, RouteRequest
 from pla_serve.policy.routing.router import Router
 from tests.policy.routing.reference import SlowFleet, SlowInstance
 

@@ -7,7 +7,8 @@ from math import inf
 
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.predicted import Predicted
-from pla_serve.policy.routing.protocol import RouteRequest, RoutingPolicy
+from pla_serve.policy.routing.protocol import RoutingPolicy
+from pla_serve.policy.routing.request import RouteRequest
 from pla_serve.policy.routing.view import FleetView
 
 

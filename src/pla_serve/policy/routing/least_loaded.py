@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pla_serve.policy.pools.protocol import Pool
-from pla_serve.policy.routing.protocol import RouteRequest
+from pla_serve.policy.routing.request import RouteRequest
 from pla_serve.policy.routing.view import FleetView
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pla_serve.policy.pools.protocol import Pool
-from pla_serve.policy.routing.protocol import RouteRequest
+from pla_serve.policy.routing.request import RouteRequest
 from pla_serve.policy.routing.view import FleetView
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pla_serve.policy.pools.protocol import Pool
-from pla_serve.policy.routing.protocol import FleetModel, NoInstance, RouteRequest, RoutingPolicy
+from pla_serve.policy.routing.protocol import RoutingPolicy
+from pla_serve.policy.routing.request import FleetModel, NoInstance, RouteRequest
 from pla_serve.policy.routing.view import Charge, FleetView
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pla_serve.policy.pools.protocol import Pool
-from pla_serve.policy.routing.protocol import FleetModel, RouteRequest
+from pla_serve.policy.routing.request import FleetModel, RouteRequest
 
 if TYPE_CHECKING:
     Floats = NDArray[np.float64]
