@@ -67,8 +67,60 @@ def test_wait_is_bounded_by_what_this_request_would_wait() -> None:
 
 def test_a_deadline_out_of_reach_is_told_but_not_refused() -> None:
     full = bench("length-aware", 200, 200)
-    assert full.decide(Admission(), 100, deadline=0.3) == Admit(pytest.approx(0.5), late=True)
-    assert full.decide(Admission(), 100, deadline=0.6) == Admit(pytest.approx(0.5), late=False)
+    for deadline, late in ((0.3, True), (0.6, False)):
+        admit = full.decide(Admission(), 100, deadline=deadline)
+        assert isinstance(admit, Admit)
+        assert admit.late is late
+        assert admit.forecast.predicted == admit.forecast.median == pytest.approx(0.5)
+
+
+def taught(ratio: float, **bounds: float) -> Admission:
+    """Learned from a hundred requests that first tokens take ``ratio`` times what is predicted."""
+    admission = Admission(**bounds)  # type: ignore[arg-type]
+    for number in range(100):
+        forecast = admission.calibration.forecast(2.0 ** (number % 8 - 1), True, 0.0)
+        admission.calibration.observe(forecast, forecast.predicted * ratio)
+    return admission
+
+
+def test_a_policy_that_predicts_too_much_does_not_refuse_too_much() -> None:
+    """hrrn counts all 50 s that wait before a newcomer of 0.1 s, which soon passes most of it."""
+    full = bench("hrrn", 50_000)
+    assert isinstance(full.decide(Admission(max_predicted_wait=20.0), 100), Refuse)
+    assert isinstance(full.decide(taught(0.3, max_predicted_wait=20.0), 100), Admit)
+
+
+def test_a_machine_that_keeps_its_promises_late_is_not_believed() -> None:
+    full = bench("fcfs", 15_000)
+    assert isinstance(full.decide(Admission(max_predicted_wait=20.0), 100), Admit)
+    refusal = full.decide(taught(2.0, max_predicted_wait=20.0), 100)
+    assert isinstance(refusal, Refuse)
+    assert "predicted wait of 30.0 s" in refusal.reason
+    assert refusal.retry_after_seconds == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
+def test_whoever_comes_back_when_told_is_let_in(ratio: float) -> None:
+    """Work falls by a second a second; what was told suffices, and nine tenths of it do not."""
+    admission = taught(ratio, max_predicted_wait=4.0)
+    refusal = bench("hrrn", 40_000).decide(admission, 100)
+    assert isinstance(refusal, Refuse)
+    for share, verdict in ((1.001, Admit), (0.9, Refuse)):
+        left = 40_000 - round(1000 * share * refusal.retry_after_seconds)
+        assert isinstance(bench("hrrn", left).decide(admission, 100), verdict)
+
+
+def test_an_idle_machine_takes_any_prompt_whatever_it_has_learned() -> None:
+    assert isinstance(bench("fcfs").decide(taught(50.0, max_predicted_wait=0.5), 100_000), Admit)
+
+
+def test_late_means_a_chance_below_one_half() -> None:
+    full, admission = bench("fcfs", 2000), Admission()
+    for number in range(100):
+        forecast = admission.calibration.forecast(2.1, True, 0.0)
+        admission.calibration.observe(forecast, 2.1 * (1.0 if number % 5 < 3 else 3.0))
+    verdicts = [full.decide(admission, 100, deadline=deadline) for deadline in (2.0, 2.2)]
+    assert [v.late for v in verdicts if isinstance(v, Admit)] == [True, False]
 
 
 @pytest.mark.parametrize("field", ["max_queued_tokens", "max_predicted_wait"])

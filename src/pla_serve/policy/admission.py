@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from pla_serve.policy.calibration import Calibration, Forecast
 from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
 
 LEAST_RETRY = 1.0
@@ -14,10 +15,10 @@ LEAST_RETRY = 1.0
 class Admit:
     """Take it."""
 
-    predicted_seconds: float
-    """To its first token."""
+    forecast: Forecast
+    """To be handed to `Calibration.observe` when its first token is made."""
     late: bool
-    """It is predicted to miss its deadline; for metrics."""
+    """Its chance to meet its deadline is below one half; for metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,17 @@ class Admission:
     not at all, and a late short gives way to those that can be saved (`queues.DueQueue`). `Admit`
     tells that it will be late.
 
+    Predicted seconds are the policy's, corrected by what came of earlier ones (`Calibration`):
+    the median, so that a policy that predicts too much does not refuse too much.
+
     Raises:
         ValueError: a bound is not positive.
     """
 
     max_queued_tokens: int | None = None
     max_predicted_wait: float | None = None
+    calibration: Calibration = field(default_factory=Calibration, compare=False)
+    """Learns; the executor tells it what became of `Admit.forecast`."""
 
     def __post_init__(self) -> None:
         for name in ("max_queued_tokens", "max_predicted_wait"):
@@ -78,12 +84,28 @@ class Admission:
                 max(LEAST_RETRY, excess * (state.seconds + parked_seconds)),
             )
         predicted = policy.predicted_wait(request.new_tokens, request.history, now) + parked_seconds
+        short = policy.waits_as_short(request.new_tokens, request.history)
+        forecast = self.calibration.forecast(predicted, short, now)
+        # Of what is wrong with the whole, the part that waits has its share: 0 on an idle machine.
         wait = predicted - own_seconds
-        if self.max_predicted_wait is not None and wait > self.max_predicted_wait:
+        likely = forecast.factor * wait
+        most = self.max_predicted_wait
+        if most is not None and likely > most:
             return Refuse(
-                f"the predicted wait of {wait:.1f} s exceeds the limit of "
-                f"{self.max_predicted_wait:g} s",
-                max(LEAST_RETRY, wait - self.max_predicted_wait),
+                f"the predicted wait of {likely:.1f} s exceeds the limit of {most:g} s",
+                max(LEAST_RETRY, _until_below(most, wait, forecast.factor)),
             )
-        late = request.deadline is not None and now + predicted > request.deadline
-        return Admit(predicted, late)
+        late = request.deadline is not None and now + forecast.median > request.deadline
+        return Admit(forecast, late)
+
+
+def _until_below(limit: float, wait: float, factor: float) -> float:
+    """Seconds after which a wait of ``factor * wait`` is at most ``limit``, if nobody comes.
+
+    Two things make a factor. Where work takes ``factor`` times what was predicted, the wait falls
+    by one second a second. Where newcomers pass the rest (a factor below 1), it is the work before
+    them that falls by one second a second, and their wait only by ``factor``. The later of both:
+    whoever is told too early asks in vain.
+    """
+    excess = factor * wait - limit
+    return max(excess, excess / factor)
