@@ -96,6 +96,42 @@ def test_the_time_of_those_who_wait_for_memory_counts_too() -> None:
     assert "predicted wait of 0.1" in refusal.reason
 
 
+def test_what_came_of_a_prediction_is_learned() -> None:
+    """The clock moves a millisecond whenever it is asked: 50 times what the policy believes."""
+    cost = CostModel(CostProfile(1e-6, 0, 0, 0, 0))
+    cost.observe = lambda batch, seconds: None  # type: ignore[method-assign]
+    engine = make_engine("llama", create_policy("fcfs", PolicyConfig(), cost), cost=cost)
+    calibration = engine.parts.intake.calibration
+    for index in range(30):
+        engine.add(str(index), [1 + index] * 20, max_tokens=2, ignore_eos=True)
+        engine.run()
+    foreseen = calibration.forecast(20e-6, True, 0.0)
+    assert foreseen.median > 100 * foreseen.predicted
+    last = [o for o in engine.emitted if isinstance(o, EngineStats)][-1]
+    assert last.wait_error["short"] == calibration.error(True) > 0
+    assert last.wait_error["long"] == 0
+    assert 0 <= last.wait_coverage["short"] <= 1
+
+
+def test_who_leaves_in_time_teaches_nothing_and_who_waited_in_vain_does_once() -> None:
+    cost = CostModel(CostProfile(1e-6, 0, 0, 0, 0))
+    engine = make_engine("llama", create_policy("fcfs", PolicyConfig(), cost), cost=cost)
+    calibration = engine.parts.intake.calibration
+    engine.add("waits", [1] * 20)
+    engine.loop._take_inbox()
+    engine.abort("waits")
+    engine.abort("waits")
+    engine.run()
+    assert calibration.error(True) > 0
+    cost = CostModel(CostProfile(1.0, 0, 0, 0, 0))
+    patient = make_engine("llama", create_policy("fcfs", PolicyConfig(), cost), cost=cost)
+    patient.add("leaves", [1] * 20)
+    patient.loop._take_inbox()
+    patient.abort("leaves")
+    patient.run()
+    assert patient.parts.intake.calibration.error(True) == 0
+
+
 def test_output_stops_at_the_length_of_the_model() -> None:
     engine = make_engine("llama", ChaosPolicy(0), max_model_len=20)
     engine.add("x", [1] * 15, max_tokens=50, ignore_eos=True)

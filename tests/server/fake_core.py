@@ -195,5 +195,7 @@ class FakeCore:
             boundary_tokens=256,
             cost_error=0.1,
             cost_seconds={"token": 1e-3, "launch": 0.02},
+            wait_error={"short": 0.2, "long": 0.1},
+            wait_coverage={"short": 0.9, "long": 0.9},
             firsts=firsts,
         )

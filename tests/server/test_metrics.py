@@ -39,6 +39,8 @@ STATS = EngineStats(
     boundary_tokens=16,
     cost_error=0.17,
     cost_seconds={"token": 1e-3, "launch": 0.02},
+    wait_error={"short": 0.3, "long": 0.2},
+    wait_coverage={"short": 0.91, "long": 0.88},
     firsts=[LatencySample(True, 0.1, 0.2), LatencySample(False, 1.0, 2.0)],
 )
 
@@ -57,6 +59,8 @@ def test_gauges_are_taken_as_they_are() -> None:
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.7
     assert value(metrics, "pla_serve:boundary_tokens") == 16
     assert value(metrics, "pla_serve:cost_seconds", per="launch") == 0.02
+    assert value(metrics, "pla_serve:predicted_wait_error", **{"class": "short"}) == 0.3
+    assert value(metrics, "pla_serve:predicted_wait_coverage", **{"class": "long"}) == 0.88
     assert value(metrics, "pla_serve:layers") == 2
     assert value(metrics, "pla_serve:kv_tokens") == 8
     assert value(metrics, "pla_serve:kv_bytes_per_token") == 64

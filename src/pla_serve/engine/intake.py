@@ -10,6 +10,7 @@ from pla_serve.engine.messages import AddRequest, Rejected
 from pla_serve.engine.sampling import Sampler, SamplingError
 from pla_serve.engine.sequence import Sequence
 from pla_serve.policy.admission import Admission, Admit, Refuse
+from pla_serve.policy.calibration import Calibration
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
 
@@ -83,8 +84,24 @@ class Intake:
             tokens=list(request.prompt),
             seen_version=self._kv.version,
             seen_cached=cached,
+            forecast=verdict.forecast,
         )
         return sequence, numbers
+
+    @property
+    def calibration(self) -> Calibration:
+        """How far predicted waits can be believed."""
+        return self._admission.calibration
+
+    def settle(self, sequence: Sequence, now: float, *, served: bool) -> None:
+        """Its first token was made, or it left without one: compare with what was foreseen."""
+        forecast, sequence.forecast = sequence.forecast, None
+        if forecast is None:
+            return
+        if served:
+            self.calibration.observe(forecast, now)
+        else:
+            self.calibration.gave_up(forecast, now)
 
     def _weigh(self, numbers: PrefillRequest, short: bool, now: float) -> Admit | Refuse:
         """Against what waits in the policy, and for memory."""

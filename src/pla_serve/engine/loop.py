@@ -150,6 +150,7 @@ class EngineLoop:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             sequence.aborted = True
+            self._parts.intake.settle(sequence, self._clock(), served=False)
             self._policy.remove(request_id)
             if not sequence.in_flight:
                 self._discard(sequence)
@@ -322,6 +323,7 @@ class EngineLoop:
         reason = self._take_token(sequence, sampled)
         if first and sampled.error is None:
             self._telemetry.count_first(sequence, now)
+            self._parts.intake.settle(sequence, now, served=True)
         if reason is not None:
             self._policy.remove(sequence.id)
             self._discard(sequence)
@@ -374,5 +376,6 @@ class EngineLoop:
                 kv=self._kv,
                 parked=len(self._parts.gate),
                 cost=self._parts.cost,
+                waits=self._parts.intake.calibration,
             )
         )

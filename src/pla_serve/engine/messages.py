@@ -164,6 +164,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     cost_seconds: dict[str, float]
     """The cost model's coefficients: seconds for a ``token``, a unit of ``attention``, a ``kv``
     token read, a ``sequence``, a ``launch``, as in `CostProfile`."""
+    wait_error: dict[str, float]
+    """Relative error of recently predicted times to first tokens by class (median absolute)."""
+    wait_coverage: dict[str, float]
+    """Share of recent first tokens by class that came by what was predicted for nine in ten."""
     firsts: list[LatencySample]
     """First tokens since the last message."""
 

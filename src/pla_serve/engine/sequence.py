@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pla_serve.engine.kv.manager import BlockTable
 from pla_serve.engine.messages import AddRequest
 from pla_serve.engine.sampling import SequenceSampling
+from pla_serve.policy.calibration import Forecast
 from pla_serve.policy.protocol import PrefillRequest
 
 
@@ -34,6 +35,8 @@ class Sequence:
     """Prompt tokens found in the prefix cache when its prefill began."""
     started: float | None = None
     """When its first chunk began."""
+    forecast: Forecast | None = None
+    """What admission foresaw of its first token; None once it is known what came of it."""
 
     @property
     def id(self) -> str:

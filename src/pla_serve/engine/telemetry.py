@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.messages import EngineStats, LatencySample
 from pla_serve.engine.sequence import Sequence
+from pla_serve.policy.calibration import Calibration
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.protocol import Batch, QueueState
 
@@ -57,6 +58,7 @@ class Telemetry:
         kv: KVManager,
         parked: int,
         cost: CostModel,
+        waits: Calibration,
     ) -> EngineStats:
         """The state as a message; starts a new list of first tokens."""
         self._reported = now
@@ -80,6 +82,8 @@ class Telemetry:
             boundary_tokens=cost.boundary(),
             cost_error=cost.error(),
             cost_seconds=_by_unit(cost.profile),
+            wait_error={"short": waits.error(True), "long": waits.error(False)},
+            wait_coverage={"short": waits.coverage(True), "long": waits.coverage(False)},
             firsts=firsts,
         )
 

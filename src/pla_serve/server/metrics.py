@@ -87,6 +87,18 @@ class Metrics:
             "launch.",
             "per",
         )
+        self._wait_error = self._family(
+            Gauge,
+            "pla_serve:predicted_wait_error",
+            "Median relative error of recent predictions of the time to first token, by class.",
+            "class",
+        )
+        self._wait_coverage = self._family(
+            Gauge,
+            "pla_serve:predicted_wait_coverage",
+            "Share of recent first tokens that came by what was predicted for 90 in 100, by class.",
+            "class",
+        )
         self._restarts = self._make(
             Counter, "pla_serve:engine_restarts", "Engine processes started again."
         )
@@ -157,6 +169,10 @@ class Metrics:
             self._by(self._cost, unit).set(seconds)
         self._by(self._waiting, "short").set(stats.short_waiting)
         self._by(self._waiting, "long").set(stats.long_waiting)
+        for kind, error in stats.wait_error.items():
+            self._by(self._wait_error, kind).set(error)
+        for kind, share in stats.wait_coverage.items():
+            self._by(self._wait_coverage, kind).set(share)
         self._count(stats)
         for sample in stats.firsts:
             self._class_ttft[sample.short].observe(sample.ttft)
