@@ -34,7 +34,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
-    """``auto`` is float32 on a CPU, where it is as fast and more exact, and bfloat16 elsewhere."""
+    """``auto`` is float32 on a CPU, which has no fast bfloat16 unless it has AMX, else bfloat16."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return torch.float32 if dtype == "float32" else torch.bfloat16
