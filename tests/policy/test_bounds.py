@@ -142,6 +142,34 @@ def test_late_short_is_passed_only_for_a_while() -> None:
     assert max(job.arrival for job in passed) <= 1.0 + 2 * PATIENCE
 
 
+def test_longs_without_hope_pass_nobody_for_ever() -> None:
+    """Ten a second, more than one decision puts back, and all too late from the start."""
+    config = replace(CONFIG, patience=10.0)
+    patient = Job("patient", 1.0, 1000, deadline=1.5)
+    flood = [Job(f"l{n}", n * 0.1, 1000, deadline=n * 0.1 + 0.5) for n in range(400)]
+    trace = serve([patient, *flood], config, layers=1)
+    assert patient.first_token is not None
+    cost = CostModel(PROFILE)
+    window = passing_window(
+        config, cost.prefill_seconds(1000, 0), cost.prefill_seconds(config.max_batch_tokens, 0)
+    )
+    assert patient.first_token <= 1.0 + long_bound(patient, [patient, *flood], trace, config)
+    passed = [job for job in flood if (job.first_token or 0) < patient.first_token]
+    assert max(job.arrival for job in passed) <= 1.0 + window
+
+
+def test_a_long_that_can_be_saved_interrupts_one_that_cannot_any_more() -> None:
+    """The first could have made it, but for the shorts that ran inside it."""
+    lost = Job("lost", 0.0, 2000, deadline=2.9)
+    shorts = [Job(f"s{n}", 0.1, 100) for n in range(8)]
+    saved = Job("saved", 1.5, 1000, deadline=3.1)
+    serve([lost, *shorts, saved], replace(CONFIG, long_chunk_tokens=2048))
+    assert lost.first_token is not None
+    assert lost.first_token > 2.9 + 1.0
+    assert saved.first_token is not None
+    assert saved.first_token <= 3.1
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_decodes_beyond_a_batch_take_turns(name: str) -> None:
     config = PolicyConfig(max_batch_requests=4)

@@ -66,7 +66,7 @@ class LengthAware:
         self._config = config
         self._cost = cost
         self._shorts = DueQueue()
-        self._longs = LongQueue(self._patience)
+        self._longs = LongQueue(self._patience, self._window_of)
         self._book = RequestBook(config, cost, self._shorts, self._longs)
         self._assembler = Assembler(self._book)
         self._account = ShareAccount(config)
@@ -234,6 +234,7 @@ class LengthAware:
         head = self._longs.head(now)
         if head is None or head.priority > top.pending.priority:
             return None
+        self._longs.give_up(top.pending, now, less=top.ran)
         due = self._longs.due(top.pending, less=top.ran + SWITCH_MARGIN * top.left)
         most = self._chunk(head, now)
         if self._longs.due(head) >= due or head.new_tokens > most:
@@ -272,10 +273,13 @@ class LengthAware:
     def _patience(self, seconds: float) -> float:
         """`fairness.passing_window`, or a small part of it; it changes only when queues are sorted
         again: with the cost model's epoch, and with the `Spread`."""
+        window = self._window_of(seconds)
+        return window if self._spread.heavy else window * LIGHT_SHARE
+
+    def _window_of(self, seconds: float) -> float:
         most = self._config.max_batch_tokens
         batch = self._cost.epoch_prefill_seconds(most, 0, most)
-        window = passing_window(self._config, seconds, batch)
-        return window if self._spread.heavy else window * LIGHT_SHARE
+        return passing_window(self._config, seconds, batch)
 
     def _long_seconds_ahead(self, newcomer: Pending) -> float:
         """Queued longs that go before the newcomer, and what it must await of those in flight."""

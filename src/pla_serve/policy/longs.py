@@ -33,34 +33,53 @@ class LongQueue(SortedQueue):
 
     ``due = arrival + patience(seconds left)``. So short remaining times go first, and each request
     is passed only by those that arrive within ``patience(its seconds)`` after it. A deadline that
-    can still be met makes a request due when it would have to start; one that cannot be met any
-    more counts no longer.
+    can still be met makes a request due when it would have to start. One that cannot be met any
+    more makes it due after ``late_patience``: it steps behind those that can be saved, once. Nobody
+    is due before it came, so that a flood of requests without hope passes nobody for longer than
+    another flood does.
+
+    Args:
+        late_patience: at least ``patience``.
     """
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: Patience, late_patience: Patience) -> None:
         super().__init__(lambda request: (-request.priority, -self.due(request)))
         self._patience = patience
+        self._late_patience = late_patience
 
     def due(self, request: Pending, less: float = 0.0) -> float:
         """When it is due, if ``less`` seconds of it were done already."""
         left = max(0.0, request.seconds - less)
+        if request.late:
+            return request.arrival + self._late_patience(left)
         due = request.arrival + self._patience(left)
-        if request.deadline is None or request.late:
+        if request.deadline is None:
             return due
-        return min(due, request.deadline - left)
+        return min(due, max(request.arrival, request.deadline - left))
 
     def head(self, now: float) -> Pending | None:
         """The first, after those that turned late were put where they belong."""
         for _ in range(DEMOTIONS):
             first = self.first()
-            if first is None or first.late or first.deadline is None:
+            if first is None or not self.give_up(first, now):
                 return first
-            if now + first.seconds <= first.deadline:
-                return first
-            self.discard(first)
-            first.late = True
-            self.push(first)
         return self.first()
+
+    def give_up(self, request: Pending, now: float, less: float = 0.0) -> bool:
+        """Notice that its deadline is out of reach; False if it is not, or was noticed before.
+
+        Args:
+            less: seconds of it that were done already.
+        """
+        deadline = request.deadline
+        if request.late or deadline is None or now + request.seconds - less <= deadline:
+            return False
+        queued = request.entry is not None
+        self.discard(request)
+        request.late = True
+        if queued:
+            self.push(request)
+        return True
 
 
 class Spread:

@@ -152,7 +152,7 @@ def due_rank(request: Pending) -> Rank:
     elif request.deadline is None:
         due = arrival + PATIENCE
     else:
-        due = min(request.deadline, arrival + PATIENCE)
+        due = max(arrival, min(request.deadline, arrival + PATIENCE))
     return (-request.priority, request.started, -due, -arrival)
 
 
