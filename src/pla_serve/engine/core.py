@@ -13,6 +13,7 @@ from pla_serve.engine import cpu
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBackend
 from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
+from pla_serve.engine.ceilings import ModelSize, measure, starting_profile
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.intake import Intake, Limits
 from pla_serve.engine.kv.manager import KVManager
@@ -88,13 +89,19 @@ def build_parts(
         source, dtype, device, config.seed, attn_implementation=IMPLEMENTATION, checked=True
     )
     layers = decoder_layers(model, attention.layers)
+    size = ModelSize.of(
+        model,
+        layers,
+        attention_width=attention.query_heads * attention.head_dim,
+        kv_bytes_per_token=shape.bytes_per_token,
+    )
     if device.type == "cpu":
         cpu.optimise(model)
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
     kv_tokens = kv_plan.blocks * config.block_tokens
     cache = KVCache(shape, kv_tokens, device)
     runner = ModelRunner(model, layers, cache, _attention_backend(device))
-    cost = CostModel()
+    cost = CostModel(starting_profile(size, measure(device, dtype, clock)))
     warm_up(
         runner,
         cost,
