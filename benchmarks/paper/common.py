@@ -214,8 +214,13 @@ def summary(jobs: Sequence[Job]) -> dict[str, Any]:
     return found
 
 
-def arguments(doc: str | None, name: str) -> argparse.Namespace:
-    """The flags that all scripts have."""
+Runs = list[dict[str, Any]]
+Simulate = Callable[[argparse.Namespace], tuple[dict[str, Any], Runs]]
+Draw = Callable[[argparse.Namespace, Runs], None]
+
+
+def main(doc: str | None, name: str, simulate: Simulate, draw: Draw) -> None:
+    """A script: simulate, save ``OUTPUT.json``, draw ``OUTPUT.png``."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -224,26 +229,23 @@ def arguments(doc: str | None, name: str) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on numbers of requests")
-    return parser.parse_args()
+    parser.add_argument("--redraw", action="store_true", help="draw OUTPUT.json, simulate nothing")
+    options = parser.parse_args()
+    path = options.output.with_suffix(".json")
+    if options.redraw:
+        runs = json.loads(path.read_text())["runs"]
+    else:
+        about, runs = simulate(options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"kind": "simulated", **about, "seed": options.seed}
+        content |= {"environment": describe(), "runs": runs}
+        path.write_text(json.dumps(_rounded(content), indent=1) + "\n")
+    draw(options, runs)
 
 
 def machine(size: str) -> Machine:
     """An H200 with a Qwen2.5 of 7b, 14b or 32b."""
     return load_machine(f"h200-qwen2.5-{size}")
-
-
-def save(options: argparse.Namespace, about: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    """The numbers as ``OUTPUT.json``."""
-    path = options.output.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "kind": "simulated",
-        **about,
-        "seed": options.seed,
-        "environment": describe(),
-        "runs": runs,
-    }
-    path.write_text(json.dumps(_rounded(content), indent=1) + "\n")
 
 
 def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

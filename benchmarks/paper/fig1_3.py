@@ -11,18 +11,19 @@ the answer decodes elsewhere.
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from typing import Any
 
 from common import (
     Clients,
+    Runs,
     System,
-    arguments,
     figure,
     finish,
     machine,
+    main,
     rank,
     run,
-    save,
     seconds_axis,
     single_turns,
     ticks,
@@ -77,9 +78,8 @@ def measure(system: System, shorts: int, longs: int, seed: int, scale: float) ->
     return found
 
 
-def main() -> None:
-    options = arguments(__doc__, "fig1_3")
-    runs = []
+def simulate(options: Namespace) -> tuple[dict[str, Any], Runs]:
+    runs: Runs = []
     for system in SYSTEMS:
         for other in OTHERS:
             for panel, shorts, longs in (
@@ -88,7 +88,10 @@ def main() -> None:
             ):
                 found = measure(system, shorts, longs, options.seed, options.scale)
                 runs.append({"system": system.label, "panel": panel, "others": other, **found})
-    save(options, {"machine": "h200-qwen2.5-32b", "instances": 1}, runs)
+    return {"machine": "h200-qwen2.5-32b", "instances": 1}, runs
+
+
+def draw(options: Namespace, runs: Runs) -> None:
     picture, axes = figure(1, 2, 9.5, 3.9)
     for panel, place, title in (
         ("short", axes[0][0], f"P90 TTFT of {SHORT_CLIENTS} short clients (< 64 tokens), s"),
@@ -112,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "fig1_3", simulate, draw)

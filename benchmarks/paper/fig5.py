@@ -11,17 +11,18 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 from common import (
     Clients,
+    Runs,
     System,
-    arguments,
     figure,
     finish,
     machine,
+    main,
     run,
-    save,
     summary,
     turns_with_history,
 )
@@ -47,9 +48,8 @@ def fixed(window_ms: float) -> System:
     return System("laps, fixed window", policy, "#c2571a")
 
 
-def main() -> None:
-    options = arguments(__doc__, "fig5")
-    runs: list[dict[str, Any]] = []
+def simulate(options: Namespace) -> tuple[dict[str, Any], Runs]:
+    runs: Runs = []
     for workload, kind, pause in WORKLOADS:
         count = round(12_000 * options.scale)
         rows = generate_rows(kind, GeneratorOptions(requests=count), options.seed)
@@ -60,16 +60,19 @@ def main() -> None:
             result = run(system, machine("14b"), turns, clients)
             about = {"workload": workload, "system": system.label, "window_ms": window}
             runs.append({**about, **summary(result.jobs)})
-    save(options, {"machine": "h200-qwen2.5-14b", "instances": 1, "clients": CLIENTS}, runs)
+    return {"machine": "h200-qwen2.5-14b", "instances": 1, "clients": CLIENTS}, runs
+
+
+def draw(options: Namespace, runs: Runs) -> None:
     picture, axes = figure(2, 2, 9.5, 6)
     for row, (workload, _, _) in zip(axes, WORKLOADS, strict=True):
         for place, name in zip(row, ("mean TTFT, ms", "requests a second"), strict=True):
-            draw(place, [run for run in runs if run["workload"] == workload], name)
+            panel(place, [run for run in runs if run["workload"] == workload], name)
             place.set_title(f"{workload}: {name}")
     finish(options, picture, axes[0][0], f"One H200, Qwen2.5-14B, {CLIENTS} clients.", 4)
 
 
-def draw(place: Any, runs: list[dict[str, Any]], name: str) -> None:
+def panel(place: Any, runs: Runs, name: str) -> None:
     def value(found: dict[str, Any]) -> float:
         return float(found["all"]["mean"] * 1e3 if "ms" in name else found["requests_per_s"])
 
@@ -85,9 +88,11 @@ def draw(place: Any, runs: list[dict[str, Any]], name: str) -> None:
         (found,) = (found for found in runs if found["system"] == system.label)
         place.axhline(value(found), color=system.color, linestyle=system.style, label=system.label)
     place.axvspan(6, 8, color="#c2571a", alpha=0.08, linewidth=0)
-    place.set_ylim(bottom=0)
+    top = max(value(found) for found in runs)
+    place.set_ylim(0, 1.1 * top)
+    place.set_xticks(WINDOWS_MS)
     place.set_xlabel("window, ms (shaded: published best)")
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "fig5", simulate, draw)

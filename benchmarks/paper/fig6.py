@@ -14,6 +14,7 @@ takes to launch the ordinary kernels of a pass.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 from common import (
@@ -21,16 +22,16 @@ from common import (
     SLOW_HOST,
     STRICT_POOLS,
     Clients,
+    Runs,
     System,
-    arguments,
     figure,
     finish,
     machine,
+    main,
     ordinary,
     our_ladder,
     published_grid,
     run,
-    save,
     seconds_axis,
     summary,
     ticks,
@@ -66,10 +67,9 @@ def systems(host: float, instances: int) -> list[System]:
     ]
 
 
-def main() -> None:
-    options = arguments(__doc__, "fig6")
+def simulate(options: Namespace) -> tuple[dict[str, Any], Runs]:
     chip = machine("32b")
-    runs: list[dict[str, Any]] = []
+    runs: Runs = []
     for instances, clients in CLIENTS.items():
         count = round((4000 if instances == 1 else 12_000) * options.scale)
         rows = generate_rows("chat", GeneratorOptions(requests=count), options.seed)
@@ -84,7 +84,10 @@ def main() -> None:
                     about = {"instances": instances, "host": name, "system": system.label}
                     runs.append({**about, "clients": many, **summary(result.jobs)})
     about = {"machine": chip.name, "host_seconds": HOSTS}
-    save(options, about, runs)
+    return about, runs
+
+
+def draw(options: Namespace, runs: Runs) -> None:
     picture, axes = figure(2, 3, 12, 6.4)
     for row, instances in zip(axes, CLIENTS, strict=True):
         for place, (name, read) in zip(row, PANELS.items(), strict=True):
@@ -118,4 +121,4 @@ PANELS = {
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "fig6", simulate, draw)

@@ -9,18 +9,19 @@ taken to keep all. Every batch launches as if captured, and none is padded.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 from common import (
     STRICT_POOLS,
+    Runs,
     System,
-    arguments,
     figure,
     finish,
     machine,
+    main,
     open_loop,
     run,
-    save,
     summary,
 )
 from published import Published
@@ -44,10 +45,9 @@ def systems(instances: int) -> list[System]:
     ]
 
 
-def main() -> None:
-    options = arguments(__doc__, "fig7")
+def simulate(options: Namespace) -> tuple[dict[str, Any], Runs]:
     chip = machine("32b")
-    runs: list[dict[str, Any]] = []
+    runs: Runs = []
     for instances in (1, 8):
         count = round((6000 if instances == 1 else 20_000) * options.scale)
         made = GeneratorOptions(requests=count, document=2048, document_sigma=0.8)
@@ -60,7 +60,10 @@ def main() -> None:
                 about = {"instances": instances, "system": system.label, "load": load}
                 about |= {"offered_requests_per_s": rate, "pool_moves": len(result.moves)}
                 runs.append({**about, **summary(result.jobs)})
-    save(options, {"machine": chip.name}, runs)
+    return {"machine": chip.name}, runs
+
+
+def draw(options: Namespace, runs: Runs) -> None:
     picture, axes = figure(2, 2, 9.5, 6.4)
     for row, instances in zip(axes, (1, 8), strict=True):
         for place, name in zip(row, ("all", "short"), strict=True):
@@ -85,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "fig7", simulate, draw)

@@ -10,19 +10,20 @@ the two never share a batch.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
 from common import (
     Clients,
     Make,
+    Runs,
     System,
-    arguments,
     figure,
     finish,
     machine,
+    main,
     run,
-    save,
     seconds_axis,
     summary,
     ticks,
@@ -52,10 +53,9 @@ SYSTEMS = (
 )
 
 
-def main() -> None:
-    options = arguments(__doc__, "fig8")
+def simulate(options: Namespace) -> tuple[dict[str, Any], Runs]:
     chip = machine("32b")
-    runs: list[dict[str, Any]] = []
+    runs: Runs = []
     for many in CLIENTS:
         count = round(max(300, 60 * many) * options.scale)
         made = GeneratorOptions(requests=count, document=2048)
@@ -74,7 +74,10 @@ def main() -> None:
             found |= {"output_tokens_per_s": tokens / result.end}
             found |= {"tpot_mean": float(np.mean(gaps)), "tpot_p90": float(np.percentile(gaps, 90))}
             runs.append({"system": system.label, "clients": many, **found})
-    save(options, {"machine": chip.name, "instances": 1}, runs)
+    return {"machine": chip.name, "instances": 1}, runs
+
+
+def draw(options: Namespace, runs: Runs) -> None:
     panels = {
         "output tokens a second": lambda found: found["output_tokens_per_s"],
         "P90 TTFT of shorts, s": lambda found: found["short"]["p90"],
@@ -99,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "fig8", simulate, draw)

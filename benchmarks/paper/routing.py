@@ -9,18 +9,19 @@ the same with documents in bursts of ten times their rate. Closed loop: 256 clie
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 from common import (
     Clients,
+    Runs,
     System,
-    arguments,
     figure,
     finish,
     machine,
+    main,
     open_loop,
     run,
-    save,
     seconds_axis,
     summary,
 )
@@ -54,12 +55,11 @@ SYSTEMS = (
 )
 
 
-def main() -> None:
-    options = arguments(__doc__, "routing")
+def simulate(options: Namespace) -> tuple[dict[str, Any], Runs]:
     chip = machine("32b")
     extra = {"instances": INSTANCES, "cache_tokens": chip.kv_tokens}
     count = round(8000 * options.scale)
-    runs: list[dict[str, Any]] = []
+    runs: Runs = []
     for kind in WORKLOADS:
         made = GeneratorOptions(requests=count, rate=100, document=2048, quiet=30.0, burst=5.0)
         rows = generate_rows(kind, made, options.seed)
@@ -77,11 +77,10 @@ def main() -> None:
                 about = {"workload": "closed", "system": system.label, "clients": CLIENTS}
                 about |= {"pool_moves": len(result.moves)}
                 runs.append({**about, **summary(result.jobs)})
-    save(options, {"machine": chip.name, "instances": INSTANCES}, runs)
-    draw(options, runs)
+    return {"machine": chip.name, "instances": INSTANCES}, runs
 
 
-def draw(options: Any, runs: list[dict[str, Any]]) -> None:
+def draw(options: Namespace, runs: Runs) -> None:
     picture, axes = figure(2, 2, 11, 7.4)
     for row, kind in zip(axes, WORKLOADS, strict=True):
         for place, name in zip(row, ("% of shorts over 0.4 s", "mean TTFT of all, s"), strict=True):
@@ -113,4 +112,4 @@ def draw(options: Any, runs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "routing", simulate, draw)

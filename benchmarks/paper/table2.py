@@ -13,19 +13,20 @@ the published grid, longs one at a time.
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from typing import Any
 
 from common import (
     LEAN_HOST,
+    Runs,
     System,
-    arguments,
     figure,
     machine,
+    main,
     ordinary,
     our_ladder,
     published_grid,
     run,
-    save,
     single_turns,
 )
 from published import Published
@@ -58,10 +59,9 @@ def systems() -> tuple[System, ...]:
     )
 
 
-def main() -> None:
-    options = arguments(__doc__, "table2")
+def simulate(options: Namespace) -> tuple[dict[str, Any], Runs]:
     chip = machine("32b")
-    runs: list[dict[str, Any]] = []
+    runs: Runs = []
     for dataset, lengths in DATASETS.items():
         rng = random.Random(f"{options.seed}/{dataset}")
         prompts = [lengths.sample(rng) for _ in range(round(2000 * options.scale))]
@@ -92,42 +92,29 @@ def main() -> None:
             base = next(one for one in runs if one["dataset"] == dataset)
             runs[-1]["against_fcfs"] = result.end / base["seconds"] - 1
             runs[-1]["prefill_against_fcfs"] = prefilled / base["prefill_seconds"] - 1
-    save(options, {"machine": chip.name, "prefill_instances": 4, "decode_instances": 4}, runs)
-    draw(options, runs)
+    return {"machine": chip.name, "prefill_instances": 4, "decode_instances": 4}, runs
 
 
-def draw(options: Any, runs: list[dict[str, Any]]) -> None:
-    picture, axes = figure(1, 2, 9.5, 3)
-    for place, name, title in (
-        (axes[0][0], "seconds", "until the last answer, s"),
-        (axes[0][1], "prefill_seconds", "until the last first token, s"),
-    ):
-        labels = []
-        for y, found in enumerate(runs):
-            color = next(s.color for s in systems() if s.label == found["system"])
-            place.barh([y], [found[name]], color=color, height=0.7)
-            change = "against_fcfs" if name == "seconds" else "prefill_against_fcfs"
-            text = f" {found[name]:.4g}" + (f" ({found[change]:+.1%})" if found[change] else "")
-            place.annotate(text, (found[name], y), va="center", fontsize=8)
-            labels.append(found["system"])
-        place.set_yticks(range(len(runs)), labels if name == "seconds" else [])
-        place.invert_yaxis()
-        place.set_xlim(0, 1.35 * max(found[name] for found in runs))
-        place.set_title(title)
-        place.grid(axis="y", visible=False)
-    half = len(runs) // 2
-    for i, dataset in enumerate(DATASETS):
-        axes[0][1].annotate(
-            dataset,
-            (0.99, i * half + half - 1),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="center",
-            fontsize=8,
-            color="#666666",
-        )
+def draw(options: Namespace, runs: Runs) -> None:
+    picture, axes = figure(2, 2, 9.5, 4.2)
+    panels = {
+        "until the last answer, s": ("seconds", "against_fcfs"),
+        "until the last first token, s": ("prefill_seconds", "prefill_against_fcfs"),
+    }
+    for row, dataset in zip(axes, DATASETS, strict=True):
+        some = [found for found in runs if found["dataset"] == dataset]
+        for place, (title, (name, change)) in zip(row, panels.items(), strict=True):
+            for y, (found, system) in enumerate(zip(some, systems(), strict=True)):
+                place.barh([y], [found[name]], color=system.color, height=0.7)
+                text = f" {found[name]:.4g}" + (f" ({found[change]:+.1%})" if y else "")
+                place.annotate(text, (found[name], y), va="center", fontsize=8)
+            place.set_yticks(range(len(some)), [found["system"] for found in some])
+            place.invert_yaxis()
+            place.set_xlim(0, 1.3 * max(found[name] for found in some))
+            place.set_title(f"{dataset}:\n{title}")
+            place.grid(axis="y", visible=False)
     picture.suptitle(
-        "Simulated. 4 prefill + 4 decode H200, Qwen2.5-32B, 2,000 prompts, 1,024 tokens each.",
+        "Simulated. 4 prefill + 4 decode H200, Qwen2.5-32B, 2,000 prompts, answers of 1,024.",
         x=0.01,
         ha="left",
         color="#666666",
@@ -137,4 +124,4 @@ def draw(options: Any, runs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "table2", simulate, draw)
