@@ -28,7 +28,7 @@ from pla_serve.simulator.cluster_options import ClusterOptions
 from pla_serve.simulator.machine import KnownCost, load_machine
 from pla_serve.simulator.turns import OpenLoop, turns_of
 from pla_serve.simulator.workload import at_load
-from pla_serve.traces.generator import GeneratorOptions, generate_rows
+from pla_serve.traces.generator import KINDS, GeneratorOptions, generate_rows
 
 
 class Timed:
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--load", type=float, default=0.8)
+    parser.add_argument("--workload", choices=KINDS, default="chat+documents")
     parser.add_argument("--routing", default="predicted")
     parser.add_argument("--policy", default="length-aware")
     parser.add_argument("--machine", default="h200-qwen2.5-32b")
@@ -66,7 +67,7 @@ def main() -> None:
     began = time.perf_counter()
     machine = load_machine(options.machine)
     made = GeneratorOptions(requests=options.requests, rate=1000, document=2048)
-    rows = generate_rows("chat+documents", made, options.seed)
+    rows = generate_rows(options.workload, made, options.seed)
     cost = KnownCost(machine.profile)
     work = at_load("", rows, cost, options.load, instances=options.instances)
     turns = turns_of(work.rows, work.stretch)
@@ -91,7 +92,9 @@ def main() -> None:
     timed = None
     if not options.no_decision_times:
         timed = cluster._router = Timed(cluster._router)  # type: ignore[assignment]
+    processor = time.process_time()
     result = cluster.run()
+    processor = time.process_time() - processor
     simulated = time.perf_counter() - began
 
     shorts = np.array([job.ttft for job in result.jobs if job.new_tokens <= 256])
@@ -99,12 +102,14 @@ def main() -> None:
         "kind": "wall clock of a simulation",
         "instances": options.instances,
         "requests": len(turns),
+        "workload": options.workload,
         "load": options.load,
         "routing": options.routing,
         "policy": options.policy,
         "seed": options.seed,
         "generate_s": round(generated, 2),
         "simulate_s": round(simulated, 2),
+        "simulate_cpu_s": round(processor, 2),
         "requests_per_wall_s": round(len(turns) / simulated),
         "batches": sum(node.batches for node in result.nodes.values()),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),

@@ -11,6 +11,7 @@ the two never share a batch.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from common import (
     machine,
     main,
     run,
-    seconds_axis,
     summary,
     ticks,
     turns_with_history,
@@ -78,11 +78,18 @@ def simulate(options: Namespace) -> tuple[dict[str, Any], Runs]:
 
 
 def draw(options: Namespace, runs: Runs) -> None:
-    panels = {
-        "output tokens a second": lambda found: found["output_tokens_per_s"],
-        "P90 TTFT of shorts, s": lambda found: found["short"]["p90"],
-        "mean TTFT of all, s": lambda found: found["all"]["mean"],
-        "mean time a token, s": lambda found: found["tpot_mean"],
+    base = {
+        found["clients"]: found["output_tokens_per_s"]
+        for found in runs
+        if found["system"] == SYSTEMS[0].label
+    }
+    panels: dict[str, Callable[[dict[str, Any]], float]] = {
+        "output tokens a second, against fcfs, %": lambda found: (
+            100 * (found["output_tokens_per_s"] / base[found["clients"]] - 1)
+        ),
+        "P90 TTFT of shorts, ms": lambda found: 1e3 * found["short"]["p90"],
+        "mean TTFT of all, ms": lambda found: 1e3 * found["all"]["mean"],
+        "mean time a token, ms": lambda found: 1e3 * found["tpot_mean"],
     }
     picture, axes = figure(2, 2, 9.5, 6.4)
     for place, (name, read) in zip(axes.flat, panels.items(), strict=True):
@@ -96,7 +103,8 @@ def draw(options: Namespace, runs: Runs) -> None:
                 label=system.label,
             )
         ticks(place, CLIENTS, "clients")
-        seconds_axis(place)
+        if "%" not in name:
+            place.set_ylim(bottom=0)
         place.set_title(name)
     finish(options, picture, axes[0][0], "One H200, Qwen2.5-32B, answers decode on it.", 3)
 
