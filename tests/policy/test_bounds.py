@@ -13,6 +13,7 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.fairness import (
     ShareAccount,
+    burst_seconds,
     long_wait_bound,
     passing_window,
     short_wait_bound,
@@ -36,6 +37,10 @@ def serve(jobs: list[Job], config: PolicyConfig, layers: int = 6, until: float =
     return executor.run(until)
 
 
+def burst(config: PolicyConfig) -> float:
+    return burst_seconds(config, CostModel(PROFILE))
+
+
 def long_bound(job: Job, jobs: list[Job], trace: Trace, config: PolicyConfig) -> float:
     """`long_wait_bound` with what was really computed before the job's first token."""
     cost, most = CostModel(PROFILE), config.max_batch_tokens
@@ -48,7 +53,7 @@ def long_bound(job: Job, jobs: list[Job], trace: Trace, config: PolicyConfig) ->
         if batch.kind is BatchClass.LONG and start < job.first_token and end > job.arrival:
             assert batch.prefills[0].request_id in may_pass, "passed by one that came too late"
             work += CostModel(PROFILE).seconds(batch)
-    return long_wait_bound(config, work, trace.express_batch)
+    return long_wait_bound(config, work, trace.express_batch, burst_seconds(config, cost))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
@@ -75,8 +80,10 @@ def test_short_under_a_flood_of_longs(share: float, layers: int) -> None:
     trace = serve(longs + shorts, config, layers)
     for short in shorts:
         before = [s for s in shorts if s.arrival <= short.arrival]
-        bound = short_wait_bound(config, len(before) + 2, trace.express_batch, trace.stretch)
-        alone = short_wait_bound(config, 12 + 2, trace.express_batch, trace.stretch)
+        bound = short_wait_bound(
+            config, len(before) + 2, trace.express_batch, trace.stretch, burst(config)
+        )
+        alone = short_wait_bound(config, 12 + 2, trace.express_batch, trace.stretch, burst(config))
         assert short.first_token is not None
         assert short.first_token - short.arrival <= min(bound, alone) + SLACK
 
@@ -94,15 +101,15 @@ def one_priority(draw: st.DrawFn) -> list[Job]:
 @given(
     jobs=one_priority(),
     share=st.sampled_from([0.1, 0.5, 0.9]),
-    burst=st.sampled_from([0.0, 0.3, 3.0]),
+    burst_given=st.sampled_from([None, 0.0, 0.3, 3.0]),
     patience=st.sampled_from([0.0, 0.5, 3.0]),
     layers=st.sampled_from([1, 5]),
 )
 @settings(max_examples=80, deadline=None)
 def test_both_bounds_under_random_arrivals(
-    jobs: list[Job], share: float, burst: float, patience: float, layers: int
+    jobs: list[Job], share: float, burst_given: float | None, patience: float, layers: int
 ) -> None:
-    config = replace(CONFIG, long_share=share, express_burst_seconds=burst, patience=patience)
+    config = replace(CONFIG, long_share=share, express_burst_seconds=burst_given, patience=patience)
     trace = serve(jobs, config, layers)
     shorts = [job for job in jobs if job.short]
     for job in jobs:
@@ -111,7 +118,9 @@ def test_both_bounds_under_random_arrivals(
         if job.short:
             ahead = [s for s in shorts if s.arrival <= job.arrival and s.first_token > job.arrival]
             batches = len(ahead) + 2
-            bound = short_wait_bound(config, batches, trace.express_batch, trace.stretch)
+            bound = short_wait_bound(
+                config, batches, trace.express_batch, trace.stretch, burst(config)
+            )
         else:
             bound = long_bound(job, jobs, trace, config)
         assert wait <= bound + SLACK
@@ -185,9 +194,13 @@ def test_decodes_beyond_a_batch_take_turns(name: str) -> None:
     assert max(gaps) <= 11 / 2 + 1
 
 
+def account_of(config: PolicyConfig) -> ShareAccount:
+    return ShareAccount(config.long_share, lambda: burst(config))
+
+
 class TestShareAccount:
     def test_level_at_the_start_and_never_in_credit(self) -> None:
-        account = ShareAccount(CONFIG)
+        account = account_of(CONFIG)
         account.start_long(0.0)
         account.settle(100.0)
         assert account.ahead == 0
@@ -203,7 +216,7 @@ class TestShareAccount:
         self, share: float, burst: float, pieces: list[tuple[bool, float]]
     ) -> None:
         """express <= long * (1 - s) / s + burst + the longest express batch."""
-        account = ShareAccount(replace(CONFIG, long_share=share, express_burst_seconds=burst))
+        account = account_of(replace(CONFIG, long_share=share, express_burst_seconds=burst))
         now = express = long = longest = 0.0
         for wants_express, seconds in pieces:
             now += seconds
@@ -218,7 +231,7 @@ class TestShareAccount:
             assert express <= long * (1 - share) / share + burst + longest + SLACK
 
     def test_pauses_do_not_count(self) -> None:
-        account = ShareAccount(CONFIG)
+        account = account_of(CONFIG)
         account.charge_express(5.0)
         account.start_chunk(0.0)
         account.stop_long(1.0)
@@ -228,9 +241,9 @@ class TestShareAccount:
 
 
 def test_bounds_grow_with_what_they_depend_on() -> None:
-    base = long_wait_bound(CONFIG, 10, 0.2)
+    base = long_wait_bound(CONFIG, 10, 0.2, 1.0)
     assert base == pytest.approx(10 / 0.5 + 1.0 + 2 * 0.2)
-    assert long_wait_bound(replace(CONFIG, long_share=0.9), 10, 0.2) < base
-    assert short_wait_bound(CONFIG, 3, 0.2, 0.1) < short_wait_bound(CONFIG, 3, 0.2, 0.3)
+    assert long_wait_bound(replace(CONFIG, long_share=0.9), 10, 0.2, 1.0) < base
+    assert short_wait_bound(CONFIG, 3, 0.2, 0.1, 1.0) < short_wait_bound(CONFIG, 3, 0.2, 0.3, 1.0)
     assert passing_window(replace(CONFIG, patience=0), 3, 1) == 0
     assert passing_window(replace(CONFIG, patience=10), 4, 1) == pytest.approx(20)

@@ -522,7 +522,7 @@ class TestPredictedWait:
         assert policy.predicted_wait(600, 0, 0.0) < 5
 
     def test_shorts_ahead_count_and_the_longs_turn(self) -> None:
-        policy = make()
+        policy = make(replace(CONFIG, express_burst_seconds=2.0))
         for n in range(10):
             add(policy, f"s{n}", 200)
         assert policy.predicted_wait(100, 0, 0.0) == pytest.approx(2.0 + 0.01 + 0.11)

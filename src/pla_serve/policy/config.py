@@ -25,8 +25,9 @@ class PolicyConfig:
     """L_m, at most this many new tokens are short; None takes it from the fitted cost model."""
     long_share: float = 0.5
     """Share of the device's time that waiting long prefills are guaranteed, 0 to 1."""
-    express_burst_seconds: float = 2.0
-    """How far express work may run ahead of that guarantee before longs get their turn."""
+    express_burst_seconds: float | None = None
+    """How far express work may run ahead of that guarantee before longs get their turn; None is
+    twice the time of a prefill of 256 tokens, so that the classes take turns quickly."""
     express_wait_seconds: float = 0.02
     """How long a short prefill may be held back, while longs wait, for others to share its launch.
     It is held only where that is predicted to pay (`waiting`); at light load never."""
@@ -57,5 +58,6 @@ class PolicyConfig:
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         for name in ("express_burst_seconds", "express_wait_seconds", "patience"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < inf:
+                raise ValueError(f"{name} must be finite and at least 0, not {value}")

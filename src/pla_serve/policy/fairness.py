@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 
 from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import LEAST_BOUNDARY, CostModel
 
 
 class ShareAccount:
@@ -12,20 +14,23 @@ class ShareAccount:
 
     ``ahead`` grows by 1 for each second of express work while longs wait, and falls by
     (1 - s) / s for each second of long work, s being ``long_share``; never below 0, so that
-    nobody saves up a claim. When it reaches ``express_burst_seconds`` it is the longs' turn, until
-    it is level again at 0. Hence, over any stretch in which longs wait, with express work of at
+    nobody saves up a claim. When it reaches the burst it is the longs' turn, until it is level
+    again at 0. Hence, over any stretch in which longs wait, with express work of at
     most e seconds a batch::
 
         express <= long * (1 - s) / s + burst + e
 
     Long work is measured by the clock from `start_long` on, less the pauses in which express work
     ran inside it; `settle` brings it up to date.
+
+    Args:
+        share: s, between 0 and 1.
+        burst: tells the burst in seconds; it may change with what is known of the machine.
     """
 
-    def __init__(self, config: PolicyConfig) -> None:
-        share = config.long_share
+    def __init__(self, share: float, burst: Callable[[], float]) -> None:
         self._paid_by_long = (1 - share) / share
-        self._burst = config.express_burst_seconds
+        self._burst = burst
         self._since: float | None = None
         self._turn = False
         self.ahead = 0.0
@@ -68,17 +73,26 @@ class ShareAccount:
     def charge_express(self, seconds: float) -> None:
         """Express work ran while longs waited."""
         self.ahead += seconds
-        if self.ahead >= self._burst and self.ahead > 0:
+        if self.ahead >= self._burst() and self.ahead > 0:
             self._turn = True
 
     def short_delay(self, work: float) -> float:
         """Long work that is put before the end of ``work`` seconds of express work, estimated."""
+        burst = self._burst()
         if self._turn:
-            return (self.ahead + max(0.0, work - self._burst)) / self._paid_by_long
-        return max(0.0, self.ahead + work - self._burst) / self._paid_by_long
+            return (self.ahead + max(0.0, work - burst)) / self._paid_by_long
+        return max(0.0, self.ahead + work - burst) / self._paid_by_long
 
 
-def long_wait_bound(config: PolicyConfig, long_work: float, express_batch: float) -> float:
+def burst_seconds(config: PolicyConfig, cost: CostModel) -> float:
+    """How far express work may run ahead: by the settings, or by the machine."""
+    given = config.express_burst_seconds
+    return 2 * cost.prefill_seconds(LEAST_BOUNDARY, 0) if given is None else given
+
+
+def long_wait_bound(
+    config: PolicyConfig, long_work: float, express_batch: float, burst: float
+) -> float:
     """Most seconds from the arrival of a long prefill to its first token, under any arrivals.
 
     Args:
@@ -86,17 +100,18 @@ def long_wait_bound(config: PolicyConfig, long_work: float, express_batch: float
             its priority that arrived less than `passing_window` after it, and all of a more urgent
             one.
         express_batch: seconds of the longest express batch.
+        burst: `burst_seconds`, the most that it was meanwhile.
 
     One express batch may be under way when the request arrives, and is not charged before the
     policy hears of the request. From then on, by `ShareAccount`, express work takes at most
     ``long_work * (1 - s) / s + burst + express_batch``. Holds for an executor that is never idle
     while the policy has work.
     """
-    return long_work / config.long_share + config.express_burst_seconds + 2 * express_batch
+    return long_work / config.long_share + burst + 2 * express_batch
 
 
 def short_wait_bound(
-    config: PolicyConfig, batches: int, express_batch: float, stretch: float
+    config: PolicyConfig, batches: int, express_batch: float, stretch: float, burst: float
 ) -> float:
     """Most seconds from the arrival of a short prefill to its first token, under any arrivals.
 
@@ -107,12 +122,13 @@ def short_wait_bound(
         express_batch: seconds of the longest of them.
         stretch: seconds of the longest piece of long work that nothing can interrupt: a layer, or a
             chunk where the executor does not ask at layer boundaries.
+        burst: `burst_seconds`, the most that it was meanwhile.
 
     The longs' turns pay off at most what the account stood at plus what these batches charge; each
     turn and each batch may be preceded by one stretch.
     """
     express = batches * express_batch
-    charged = config.express_burst_seconds + express_batch + express
+    charged = burst + express_batch + express
     repaid = charged * config.long_share / (1 - config.long_share)
     return express + repaid + 2 * (batches + 1) * stretch
 

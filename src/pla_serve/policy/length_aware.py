@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import inf
 
 from pla_serve.policy.assemble import Assembler
@@ -11,7 +12,7 @@ from pla_serve.policy.chunking import OVERHEAD, efficient_chunk, spare_overhead
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.express import ExpressWindow
-from pla_serve.policy.fairness import ShareAccount, passing_window
+from pla_serve.policy.fairness import ShareAccount, burst_seconds, passing_window
 from pla_serve.policy.longs import SWITCH_MARGIN, Flights, LongQueue, Spread
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
@@ -69,7 +70,7 @@ class LengthAware:
         self._longs = LongQueue(self._patience, self._window_of)
         self._book = RequestBook(config, cost, self._shorts, self._longs)
         self._assembler = Assembler(self._book)
-        self._account = ShareAccount(config)
+        self._account = ShareAccount(config.long_share, partial(burst_seconds, config, cost))
         self._flights = Flights()
         self._spread = Spread()
         self._offered = ArrivalRate(memory=LOAD_MEMORY)
@@ -148,7 +149,7 @@ class LengthAware:
         if book.decodes.total:
             work /= 1 - config.decode_share
         share = config.long_share
-        return work + min(shorts, work * (1 - share) / share + config.express_burst_seconds)
+        return work + min(shorts, work * (1 - share) / share + burst_seconds(config, self._cost))
 
     def state(self, now: float) -> QueueState:
         return self._book.state()

@@ -149,9 +149,11 @@ LongShare = Annotated[
     ),
 ]
 ExpressBurstSeconds = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="How far short prefills may run ahead of that share.", rich_help_panel=SCHEDULE
+        min=0,
+        help="How far short prefills may run ahead of that share. Default: by the machine.",
+        rich_help_panel=SCHEDULE,
     ),
 ]
 DecodeShare = Annotated[
