@@ -220,7 +220,9 @@ class EngineLoop:
         seconds = now - started
         if logits is not None:
             self._telemetry.count_batch(batch, nested)
-            self._policy.observe(batch, max(0.0, seconds - self._nested_seconds), now)
+        else:
+            batch = Batch(batch.kind)
+        self._policy.observe(batch, max(0.0, seconds - self._nested_seconds), now)
         self._nested_seconds = outer_seconds + seconds
         for member, token in zip(members, sampled, strict=True):
             self._advance(member, token, now)

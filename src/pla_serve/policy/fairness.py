@@ -96,8 +96,8 @@ def long_wait_bound(
     """Most seconds from the arrival of a long prefill to its first token, under any arrivals.
 
     Args:
-        long_work: seconds of its own prefill and of all long prefills that may precede it: those of
-            its priority that arrived less than `passing_window` after it, and all of a more urgent
+        long_work: seconds of its own prefill and of all long prefills that may precede it or share
+            its launch: those of its priority that arrived less than `passing_window` after it, and all of a more urgent
             one.
         express_batch: seconds of the longest express batch.
         burst: `burst_seconds`, the most that it was meanwhile.
@@ -125,12 +125,14 @@ def short_wait_bound(
         burst: `burst_seconds`, the most that it was meanwhile.
 
     The longs' turns pay off at most what the account stood at plus what these batches charge; each
-    turn and each batch may be preceded by one stretch.
+    turn and each batch may be preceded by one stretch. Once it may be held back for others to share
+    its launch, for ``express_wait_seconds`` and the stretch in which they end.
     """
     express = batches * express_batch
     charged = burst + express_batch + express
     repaid = charged * config.long_share / (1 - config.long_share)
-    return express + repaid + 2 * (batches + 1) * stretch
+    held = config.express_wait_seconds + stretch
+    return express + repaid + held + 2 * (batches + 1) * stretch
 
 
 def passing_window(config: PolicyConfig, own_seconds: float, full_batch: float) -> float:

@@ -43,11 +43,11 @@ class LengthAware:
 
     *Express work* is short prefills together with decode steps. It goes before long prefills, also
     at the layer boundaries of one that runs, where decode steps alone are due only so often that
-    they take ``decode_share`` of the time. Long prefills run one at a time in equal chunks of at
-    most ``long_chunk_tokens``, with the decode steps that are ready as each begins, the one
-    due first (`longs.LongQueue`); one that has begun is left only for one that undercuts it
-    clearly. A chunk that is all that is left of a long may run inside a chunk of another one that
-    is due later, so that nothing is lost by being just too long.
+    they take ``decode_share`` of the time. Long prefills run in chunks (`chunking`), with the
+    decode steps that are ready as each begins, the one due first (`longs.LongQueue`); one that has
+    begun is left only for one that undercuts it clearly. Small longs may share a launch, and one
+    that is due before the one that runs may run inside it, so that nothing is lost by being just
+    too long.
 
     Every wait is bounded. While longs wait they get ``long_share`` of the time but for a burst
     (`fairness.ShareAccount`): `fairness.long_wait_bound`. Beyond that share they never hold up
@@ -78,12 +78,17 @@ class LengthAware:
         self._window = ExpressWindow(cost, held)
         self._current: str | None = None
         self._contested_since = 0.0
+        self._newest = -inf
+        """Arrival of the last request that came for the first time."""
         self._decoded_at = -inf
         self._express_started: float | None = None
 
     def add(self, request: PrefillRequest, now: float) -> None:
         contested = self._contested()
         pending = self._book.add(request)
+        if request.arrival < self._newest:  # it was here before, with other numbers
+            return
+        self._newest = request.arrival
         self._offered.arrived(now, pending.seconds)
         if pending.short:
             self._window.arrived(now)
@@ -127,7 +132,7 @@ class LengthAware:
         if batch.kind is BatchClass.LONG:
             self._settle(now)
             account.stop_long(now)
-            for chunk in batch.prefills:
+            for chunk in (*batch.prefills, *batch.decodes):
                 self._flights.land(chunk.request_id)
         else:
             self._express_started = None
@@ -168,10 +173,11 @@ class LengthAware:
             self._flights.top.ran += passed
 
     def _express_due(self, now: float) -> bool:
-        first = self._shorts.first()
-        if first is not None:
-            others = len(self._longs) + len(self._flights)
-            return not others or not self._window.holds(first, len(self._shorts), others, now)
+        first, others = self._shorts.first(), len(self._longs) + len(self._flights)
+        if first is not None and not (
+            others and self._window.holds(first, len(self._shorts), others, now)
+        ):
+            return True
         if not self._book.decodes:
             return False
         if not self._contested():
@@ -199,7 +205,10 @@ class LengthAware:
         config = self._config
         places = config.max_batch_requests - len(batch.prefills)
         riders = self._book.decodes.take(min(places, config.max_batch_tokens - batch.tokens))
-        return replace(batch, decodes=tuple(riders)) if riders else batch
+        if not riders:
+            return batch
+        self._flights.board(riders)
+        return replace(batch, decodes=tuple(riders))
 
     def _chunk(self, pending: Pending, now: float) -> int:
         """Most tokens of it in one pass."""
@@ -240,22 +249,30 @@ class LengthAware:
         most = self._chunk(head, now)
         if self._longs.due(head) >= due or head.new_tokens > most:
             return None
+        if top.riders:
+            # Streams wait for the end of this batch: at most twice as long as they would without.
+            if top.inside + head.seconds > top.seconds:
+                return None
+            top.inside += head.seconds
+            most = head.new_tokens
         return self._fly(head, most, now, due)
 
     def _fly(self, pending: Pending, most: int, now: float, due: float = inf) -> Batch:
         """A batch of at most ``most`` tokens that begins with ``pending``.
 
-        Others that are due before ``due`` share its launch, as a whole, as long as that is
-        predicted to pay: each makes those before it wait for its tokens, and saves a launch to
-        all that wait behind it.
+        Others that are due before ``due`` and might pass it share its launch, as a whole, as long
+        as that is predicted to pay: each makes those before it wait for its tokens, and saves a
+        launch to all that wait behind it.
         """
         chunks = [self._hand_out(pending, min(pending.new_tokens, most))]
         room, launch = most - chunks[0].tokens, self._cost.profile.per_launch
+        latest = pending.arrival + self._window_of(pending.seconds)
         while room > 0 and len(chunks) < self._config.max_batch_requests:
             head = self._longs.head(now)
             if (
                 head is None
                 or head.new_tokens > room
+                or head.arrival > latest
                 or head.priority != pending.priority
                 or self._longs.due(head) >= due
                 or len(chunks) * (head.seconds - launch) >= len(self._longs) * launch

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.protocol import Batch
+from pla_serve.policy.protocol import Batch, Chunk
 from pla_serve.policy.queues import SortedQueue
 
 SWITCH_MARGIN = 0.1
@@ -122,11 +122,15 @@ class Flight:
     pending: Pending
     """The one for whose sake it runs; others may share its launch."""
     members: set[str]
-    """Ids of those that it still computes for."""
+    """Ids of those that it still computes for, streams among them."""
     seconds: float
     """Predicted, pauses not counted."""
+    riders: bool = False
+    """Streams get their next token from it."""
     ran: float = 0.0
     """Seconds it has run so far."""
+    inside: float = 0.0
+    """Predicted seconds of the longs that were begun inside it."""
 
     @property
     def rest(self) -> float:
@@ -160,6 +164,12 @@ class Flights:
         """A batch begins, for the sake of ``pending``."""
         members = {chunk.request_id for chunk in batch.prefills}
         self._flights.append(Flight(pending, members, seconds))
+
+    def board(self, riders: Iterable[Chunk]) -> None:
+        """Decode steps ride along with the last one."""
+        top = self._flights[-1]
+        top.members.update(chunk.request_id for chunk in riders)
+        top.riders = True
 
     def land(self, request_id: str) -> None:
         """One of its members is computed, or was taken back."""

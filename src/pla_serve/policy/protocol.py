@@ -140,14 +140,15 @@ class PrefillPolicy(Protocol):
     def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
         """Called between two layers of ``running``: a batch to compute first, or None to go on.
 
-        The batch returned is itself never interrupted.
+        It is then the running one, and is asked about at its own boundaries.
         """
         ...
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
         """``batch`` was computed and took ``seconds``, express batches inside it not counted.
 
-        It may be a part of the batch that was handed out; the rest was taken back by ``remove``.
+        It may be a part of the batch that was handed out; the rest was taken back by ``remove``. If
+        all of it was, ``batch`` has no chunks, and ``seconds`` are what it took until it was left.
         """
         ...
 

@@ -10,7 +10,7 @@ from pla_serve.policy.baselines.flowprefill import DeadlineQueue, FlowOptions
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.protocol import Batch, Idle, PrefillPolicy
 from pla_serve.policy.registry import create_policy
 
 from ..executor import Executor, Job
@@ -21,6 +21,13 @@ CONFIG = PolicyConfig(boundary_tokens=256, max_batch_tokens=4000)
 
 def flow(knobs: str = "", config: PolicyConfig = CONFIG) -> PrefillPolicy:
     return make(f"flowprefill{knobs}", config)
+
+
+def inside(policy: PrefillPolicy, now: float, running: Batch) -> Batch:
+    """The batch that runs inside ``running``."""
+    batch = policy.at_layer_boundary(now, running)
+    assert batch is not None
+    return batch
 
 
 class TestOrder:
@@ -129,31 +136,6 @@ class TestInterruption:
         patient = policy.predicted_wait(5000, 0, 0.7)
         assert patient == pytest.approx(0.8 + 0.01 + 5.0, abs=1e-6)
 
-    def test_a_large_one_inside_runs_in_pieces(self) -> None:
-        policy = flow(":nested_tokens=300")
-        add(policy, "outer", 4000)
-        outer = run(policy, 0.0)
-        add(policy, "inner", 500, 0.1)
-        now, pieces = 0.1, []
-        while (inner := policy.at_layer_boundary(now, outer)) is not None:
-            pieces += shape(inner)
-            now += 0.3
-            if len(pieces) == 1:
-                add(policy, "short", 50, now)
-            policy.observe(inner, 0.3, now)
-        assert pieces == [("inner", 300), ("short", 50), ("inner", 200)]
-
-    def test_nor_is_it_begun_inside_a_batch_that_ends_sooner_than_a_piece(self) -> None:
-        policy = flow(":nested_tokens=300")
-        add(policy, "outer", 1000, deadline=9.0)
-        outer = run(policy, 0.0)
-        add(policy, "large", 301, 0.8, deadline=8.0)
-        assert policy.at_layer_boundary(0.8, outer) is None
-        add(policy, "fits", 300, 0.9, deadline=7.0)
-        inner = policy.at_layer_boundary(0.9, outer)
-        assert inner is not None
-        assert shape(inner) == [("fits", 300)]
-
     def test_one_that_was_taken_back_leaves_no_trace(self) -> None:
         policy = flow()
         add(policy, "outer", 1000)
@@ -163,6 +145,109 @@ class TestInterruption:
         policy.remove("inner")
         assert policy.at_layer_boundary(0.5, outer) is None
         assert policy.predicted_wait(5000, 0, 0.5) == pytest.approx(0.5 + 5.0)
+
+
+class TestNested:
+    """Three batches, 4 s, 2 s and 0.1 s of work, each inside the one before."""
+
+    def begin(self) -> tuple[PrefillPolicy, Batch, Batch]:
+        """``outer`` runs from 0 and ``middle`` inside it from 1."""
+        policy = flow(":batch_tokens=1")  # nobody joins another
+        add(policy, "outer", 4000, deadline=9.0)
+        outer = run(policy, 0.0)
+        add(policy, "middle", 2000, 1.0, deadline=8.0)
+        return policy, outer, inside(policy, 1.0, outer)
+
+    def test_a_batch_inside_another_gives_way_too(self) -> None:
+        policy, outer, middle = self.begin()
+        assert shape(middle) == [("middle", 2000)]
+        add(policy, "later", 100, 1.1, deadline=8.5)
+        assert policy.at_layer_boundary(1.2, middle) is None, "before outer, but not before middle"
+        add(policy, "inner", 100, 1.3, deadline=2.0)
+        inner = inside(policy, 1.4, middle)
+        assert shape(inner) == [("inner", 100)]
+        policy.observe(inner, 0.1, 1.5)
+        assert policy.at_layer_boundary(1.5, middle) is None
+        policy.observe(middle, 2.0, 3.1)
+        later = inside(policy, 3.1, outer)
+        assert shape(later) == [("later", 100)]
+        policy.observe(later, 0.1, 3.2)
+        assert policy.at_layer_boundary(3.2, outer) is None
+        policy.observe(outer, 4.0, 6.2)
+        assert policy.state(6.2).seconds == 0
+
+    def test_all_that_is_under_way_is_waited_for(self) -> None:
+        policy, outer, middle = self.begin()
+        add(policy, "inner", 500, 1.5, deadline=2.5)
+        inner = inside(policy, 1.5, middle)
+        patient = 9000  # due after everyone
+        assert policy.predicted_wait(patient, 0, 1.7) == pytest.approx(
+            3.0 + 1.5 + 0.3 + 9.0, abs=1e-6
+        )
+        policy.observe(inner, 0.5, 2.0)
+        assert policy.predicted_wait(patient, 0, 2.5) == pytest.approx(3.0 + 1.0 + 9.0, abs=1e-6)
+        policy.observe(middle, 2.0, 3.5)
+        assert policy.predicted_wait(patient, 0, 4.5) == pytest.approx(2.0 + 9.0, abs=1e-6)
+        policy.observe(outer, 4.0, 6.5)
+        assert policy.predicted_wait(patient, 0, 6.5) == pytest.approx(9.0)
+
+    @pytest.mark.parametrize(("pause", "late"), [(4.9, False), (5.1, True)])
+    def test_a_pause_counts_for_what_can_still_be_reached(self, pause: float, late: bool) -> None:
+        """Alone middle would be done at 3.0; it is due at 8."""
+        policy, _, middle = self.begin()
+        add(policy, "important", 4000, 1.5, deadline=99.0, priority=-1)
+        important = inside(policy, 1.5, middle)
+        policy.observe(important, pause, 1.5 + pause)
+        add(policy, "other", 10, 6.7, deadline=8.5)
+        assert (policy.at_layer_boundary(6.7, middle) is not None) is late
+
+    def test_one_taken_back_as_a_whole_is_noticed(self) -> None:
+        policy, outer, middle = self.begin()
+        add(policy, "inner", 100, 1.5, deadline=2.0)
+        inside(policy, 1.5, middle)
+        policy.remove("inner")
+        assert policy.at_layer_boundary(2.0, middle) is None
+        assert policy.predicted_wait(9000, 0, 2.0) == pytest.approx(3.0 + 1.0 + 9.0, abs=1e-6)
+        add(policy, "again", 100, 2.0, deadline=2.5)
+        inside(policy, 2.0, middle)
+        policy.remove("again")
+        policy.observe(middle, 2.0, 3.0)
+        assert policy.predicted_wait(9000, 0, 3.0) == pytest.approx(3.0 + 9.0, abs=1e-6)
+        policy.observe(outer, 4.0, 6.0)
+        assert policy.state(6.0).seconds == 0
+
+    def test_its_place_is_offered_to_others(self) -> None:
+        policy, _, middle = self.begin()
+        add(policy, "inner", 100, 1.5, deadline=2.0)
+        add(policy, "second", 2000, 1.5, deadline=7.0)
+        assert shape(inside(policy, 1.5, middle)) == [("inner", 100)]
+        policy.remove("inner")
+        assert shape(inside(policy, 1.6, middle)) == [("second", 2000)]
+
+    def test_a_part_of_a_batch_is_still_that_batch(self) -> None:
+        """The executor gives back one of two, and its batch is another object."""
+        policy = flow()
+        add(policy, "outer", 3000, deadline=9.0)
+        outer = run(policy, 0.0)
+        for name in "ab":
+            add(policy, name, 100, 0.5, deadline=5.0)
+        both = inside(policy, 0.5, outer)
+        assert shape(both) == [("a", 100), ("b", 100)]
+        policy.remove("a")
+        part = Batch(both.kind, both.prefills[1:])
+        assert policy.at_layer_boundary(0.55, part) is None
+        policy.observe(part, 0.1, 0.6)
+        assert policy.predicted_wait(9000, 0, 0.6) == pytest.approx(2.5 + 9.0, abs=1e-6)
+
+    def test_one_that_was_left_because_all_were_aborted(self) -> None:
+        policy, outer, middle = self.begin()
+        policy.remove("middle")
+        policy.observe(Batch(middle.kind), 0.5, 1.5)
+        assert policy.predicted_wait(9000, 0, 1.5) == pytest.approx(3.0 + 9.0, abs=1e-6)
+        policy.remove("outer")
+        policy.observe(Batch(outer.kind), 1.2, 1.7)
+        assert policy.predicted_wait(9000, 0, 1.7) == pytest.approx(9.0)
+        assert policy.next(1.7) == Idle()
 
 
 def test_shorts_are_answered_at_once_beside_a_long() -> None:
@@ -206,7 +291,7 @@ def test_the_head_is_the_best_by_definition(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("slo_seconds", -1.0), ("slo_stretch", -1.0), ("batch_tokens", 0), ("nested_tokens", 0)],
+    [("slo_seconds", -1.0), ("slo_stretch", -1.0), ("batch_tokens", 0)],
 )
 def test_options_out_of_range_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):

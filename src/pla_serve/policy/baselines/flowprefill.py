@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.protocol import Batch, PrefillRequest
+from pla_serve.policy.protocol import Batch, Decision, PrefillRequest
 from pla_serve.policy.queues import Rank, SortedQueue
 
 
@@ -25,22 +25,19 @@ class FlowOptions:
 
     slo_seconds: float = 0.4
     """A request without a deadline is due so long after its arrival, or later by the next field."""
-    slo_stretch: float = 10.0
+    slo_stretch: float = 200.0
     """... so many times its own predicted prefill time after it, if that is more."""
     order: Literal["s-edf", "edf"] = "s-edf"
     """Slack-aware: who cannot make its deadline any more goes after those who can. Or plain."""
     batch_tokens: int = 1024
     """Others join the most urgent request only up to so many tokens together."""
-    nested_tokens: int = 1024
-    """Most tokens of a batch that runs inside another one, since nothing interrupts it."""
 
     def __post_init__(self) -> None:
         for name in ("slo_seconds", "slo_stretch"):
             if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)}")
-        for name in ("batch_tokens", "nested_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1, not {self.batch_tokens}")
 
 
 class DeadlineQueue(SortedQueue):
@@ -114,24 +111,32 @@ class DeadlineQueue(SortedQueue):
         return self._cost.work_seconds(new, new * (history + new / 2), history + new, 1, 0)
 
 
+class Paused(NamedTuple):
+    """A batch that has given way to another one, which runs inside it."""
+
+    batch: Batch
+    began: float
+    """Later than in truth by the pauses in it, but for the present one."""
+    since: float
+
+    def resumed(self, now: float) -> tuple[Batch, float]:
+        """It goes on at ``now``: the batch, and when it began, later by this pause too."""
+        return self.batch, self.began + now - self.since
+
+
 class FlowPrefill(ContinuousBatching):
     """Slack-aware earliest deadline first, preempted between layers: after arXiv 2602.16603.
 
     Decisions are made when something arrives or completes, and only then. A prefill gives way
     between two layers to an arrival that is more urgent than everyone in its batch, and goes on
-    when that is done. Others join the most urgent request up to ``batch_tokens``, as long as nobody
-    in the batch misses a deadline through it. FlowPrefill preempts between operators; a layer is a
-    few of them.
+    when that is done; what runs inside it gives way in the same manner, to any depth. Others join
+    the most urgent request up to ``batch_tokens``, as long as nobody in the batch misses a deadline
+    through it. FlowPrefill preempts between operators; a layer is a few of them.
 
     In the paper every request brings its own objective. Where it brings none, it is due after
     ``slo_seconds``, or ``slo_stretch`` times its own predicted prefill time if that is more; both
     numbers are ours. Who has missed its deadline may wait for ever while others come that can
-    make theirs.
-
-    Executors here do not interrupt a batch that itself interrupts. So that this costs the policy
-    little, such a batch has at most ``nested_tokens`` and the decision is made anew after each; a
-    request that needs more of them is not begun inside a batch that ends sooner than one.
-    FlowPrefill serves prefill instances; decode steps ride along here in every batch.
+    make theirs. FlowPrefill serves prefill instances; decode steps ride along here in every batch.
 
     Uses of `PolicyConfig`: those of `ContinuousBatching`; ``max_batch_tokens`` may be large here.
     """
@@ -141,48 +146,61 @@ class FlowPrefill(ContinuousBatching):
     def __init__(
         self, config: PolicyConfig, cost: CostModel, options: FlowOptions | None = None
     ) -> None:
-        options = options or FlowOptions()
-        self._due = DeadlineQueue(options, cost)
+        self._due = DeadlineQueue(options or FlowOptions(), cost)
         super().__init__(config, cost, self._due)
-        self._nested_tokens = options.nested_tokens
+        self._paused: list[Paused] = []
+        """Each runs inside the one before it, and `_running` inside the last one."""
         self._event = False
         """Something has arrived or completed since the last decision."""
-        self._inner_started: float | None = None
 
     def add(self, request: PrefillRequest, now: float) -> None:
         super().add(request, now)
         self._event = True
 
+    def next(self, now: float) -> Decision:
+        self._paused.clear()  # the device is free
+        self._running = None
+        return super().next(now)
+
     def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
-        self._inner_started = None  # one that was taken back as a whole is not observed
+        self._skip_to(running)
         if not self._event or not running.prefills:
             return None
         self._event = False
         head = self._due.head(now)
-        if head is None or not self._gives_way(running, head, now):
+        began = now if self._running is None else self._running[1]
+        if head is None or not self._gives_way(running, began, head):
             return None
-        if head.new_tokens > self._nested_tokens and self._ends_soon(now):
-            return None
-        self._inner_started = now
-        return self._assembler.batch(self._due, now, self._nested_tokens)
+        batch = self._assembler.batch(self._due, now)
+        if batch is not None and self._running is not None:
+            self._paused.append(Paused(*self._running, now))
+            self._running = (batch, now)
+        return batch
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
-        outer, inner_started = self._running, self._inner_started
+        self._skip_to(batch)
         super().observe(batch, seconds, now)
         self._event = True
-        self._inner_started = None
-        if outer is not None and inner_started is not None:
-            self._running = (outer[0], outer[1] + now - inner_started)
+        if self._paused:
+            self._running = self._paused.pop().resumed(now)
 
-    def _ends_soon(self, now: float) -> bool:
-        """The batch under way is over before a piece of another one would be."""
-        return self._rest(now) < self._cost.prefill_seconds(self._nested_tokens, 0)
+    def _skip_to(self, batch: Batch) -> None:
+        """Drop batches that were taken back as a whole: no time has passed in them.
 
-    def _gives_way(self, running: Batch, head: Pending, now: float) -> bool:
-        """Whether ``head`` is more urgent than everyone who runs."""
-        began = now if self._running is None else self._running[1]  # later by the pauses in it
+        Nobody tells of that, but another batch is spoken of now. A part of one is still that one;
+        nothing at all is the part that is left of the running one.
+        """
+        while self._paused and self._running is not None:
+            if _ids(batch) <= _ids(self._running[0]):
+                return
+            paused = self._paused.pop()
+            self._running = (paused.batch, paused.began)
+            self._event = True
+
+    def _gives_way(self, batch: Batch, began: float, head: Pending) -> bool:
+        """Whether ``head`` is more urgent than everyone in ``batch``, which is under way."""
         ranks = []
-        for chunk in running.prefills:
+        for chunk in batch.prefills:
             pending = self._book.get(chunk.request_id)
             if pending is None or pending.flight is None:
                 continue
@@ -192,6 +210,14 @@ class FlowPrefill(ContinuousBatching):
     def _seconds_ahead(self, newcomer: Pending, now: float) -> float:
         total = self._book.seconds()
         ahead = self._due.seconds_ahead(newcomer, total)
-        if self._running is not None and not self._gives_way(self._running[0], newcomer, now):
-            ahead += self._rest(now)
+        under_way = [paused.resumed(now) for paused in self._paused]
+        if self._running is not None:
+            under_way.append(self._running)
+        for batch, began in under_way:
+            if not self._gives_way(batch, began, newcomer):
+                ahead += max(0.0, self._cost.seconds(batch) - (now - began))
         return min(ahead, total)
+
+
+def _ids(batch: Batch) -> set[str]:
+    return {chunk.request_id for chunk in (*batch.prefills, *batch.decodes)}
