@@ -45,11 +45,9 @@ def policies() -> dict[str, list[str]]:
             *_times([{"classify": "uncached", "boundary_tokens": 256}], chunk_tokens=BUDGETS),
         ],
         FLOW: [
-            *_times(_budgets(2048, 8192), order=("s-edf", "edf"), slo_stretch=(5, 10, 20)),
-            *_times([{}], slo_stretch=(50, 200)),
+            *_times(_budgets(2048, 8192), order=("s-edf", "edf"), slo_stretch=(5, 10, 20, 50, 200)),
             *_times([{}], slo_seconds=(0.1, 1)),
             *_times([{}], batch_tokens=(256, 4096)),
-            *_times([{}], nested_tokens=(256, 4096)),
         ],
     }
     return {name: _specs(name, grid) for name, grid in grids.items()}

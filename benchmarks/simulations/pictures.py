@@ -90,7 +90,6 @@ def _knobs(row: Row) -> str:
         "slo-seconds": "slo",
         "boundary-tokens": "boundary",
         "batch-tokens": "join",
-        "nested-tokens": "nested",
     }
     pairs = (part.split("=") for part in row.policy.split(":")[1:])
     text = ", ".join(f"{short.get(key, key)} {value}" for key, value in pairs)

@@ -40,7 +40,7 @@ class TestOrder:
         assert step(policy, 4.8)[0] == ("soon", 100)
 
     def test_a_deadline_of_its_own_counts_instead(self) -> None:
-        policy = flow()
+        policy = flow(":slo_stretch=10")
         add(policy, "plain", 100)
         add(policy, "urgent", 100, deadline=0.3)
         add(policy, "patient", 50, deadline=9.0)
@@ -69,7 +69,7 @@ class TestBatch:
         assert step(policy, 0.0) == [("a", 100), ("b", 100)]
 
     def test_up_to_so_many_tokens(self) -> None:
-        policy = flow(":batch_tokens=150:slo_seconds=9")
+        policy = flow(":batch_tokens=150:slo_seconds=9:slo_stretch=10")
         add(policy, "a", 100)
         add(policy, "b", 60, 0.1)
         add(policy, "c", 400, 0.2)
@@ -123,7 +123,7 @@ class TestInterruption:
 
     def test_what_ran_inside_does_not_make_the_outer_one_late(self) -> None:
         """0.5 s inside, of which the outer one knows: it began so much later."""
-        policy = flow()
+        policy = flow(":slo_stretch=10")
         add(policy, "outer", 1000, deadline=2.0)
         outer = run(policy, 0.0)
         add(policy, "inner", 500, 0.1, deadline=0.7)
