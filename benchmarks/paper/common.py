@@ -44,8 +44,8 @@ LEAN_HOST = 0.006
 assumption. It hides behind the 17 ms in which an H200 reads the weights of a 32B model."""
 SLOW_HOST = 0.025
 """The same for model code that was not tuned: 20 kernels a layer at 20 us. An assumption."""
-FLAT_TOKENS = tuple(64 * 2**i for i in range(6))
-"""Token slots of our own captured shapes, up to 2,048 in a batch."""
+FLAT_TOKENS = tuple(8 * 2**i for i in range(9))
+"""Token slots of our own captured shapes, 8 to 2,048 in a batch."""
 
 Make = Callable[[PolicyConfig, CostModel], PrefillPolicy]
 
