@@ -23,6 +23,8 @@ from simulations import claims as bounds
 from simulations import knobs, one_class, patience, pictures, rows, tables, workloads
 from simulations.running import run
 
+from pla_serve.environment import describe
+
 app = typer.Typer(help=(__doc__ or "").split("\n\n")[0], add_completion=False)
 console = Console()
 
@@ -86,7 +88,7 @@ def patience_curve(
     """The guaranteed bound on waiting, and what it costs."""
     curves = patience.measure(traces, console, jobs, requests)
     path = out / "simulated-patience.json"
-    rows.save_plain(path, {"environment": rows.describe(), "curves": curves})
+    rows.save_plain(path, {"environment": describe(), "curves": curves})
     patience.show(curves, console)
     pictures.patience(curves, path.with_suffix(".png"))
     console.print(f"saved {path} and the picture", highlight=False)
@@ -102,7 +104,7 @@ def one_class_runs(
     """Length-aware to fcfs where one class is all there is, or bursts."""
     found = one_class.measure(seeds, console, jobs, requests)
     path = out / "simulated-one-class.json"
-    rows.save_plain(path, {"environment": rows.describe(), "comparisons": found})
+    rows.save_plain(path, {"environment": describe(), "comparisons": found})
     one_class.show(found, console)
     console.print(f"saved {path}", highlight=False)
 
@@ -127,7 +129,7 @@ def stiff(traces: Traces, out: Out = RESULTS, requests: Requests = None) -> None
     rows.save_plain(
         path,
         {
-            "environment": rows.describe(),
+            "environment": describe(),
             "length_aware": ours,
             "checks": [{**asdict(check), "holds": check.holds} for check in checks],
         },

@@ -18,6 +18,8 @@ LIGHT, HEAVY = "#7fb7cf", "#0f6b8f"
 """Load 0.7 and 0.9."""
 ACCENT = "#c2571a"
 TRACE_COLORS = ("#0f6b8f", "#c2571a", "#4f8a3c", "#7a4fa0")
+ROOM = 0.55
+"""Share of the width, from the left, in which labels stand to the right of their dots."""
 PATIENCE_PANELS = (
     ("mean", "mean TTFT, all"),
     ("long_p99", "long prompts, TTFT P99"),
@@ -31,7 +33,7 @@ def short_p90(workloads: Sequence[Runs], path: Path) -> None:
     """Short P90 by policy: a panel a trace, a dot a load; baselines with their best knobs."""
     labels = list(dict.fromkeys(runs.label for runs in workloads))
     rows = -(-len(labels) // 2)
-    with _figure(rows, 2, (11, 3.1 * rows + 0.9), path) as (figure, grid):
+    with _figure(rows, 2, (12.5, 3.1 * rows + 0.9), path) as (figure, grid):
         for axes in grid.flat[len(labels) :]:
             axes.set_visible(False)
         for axes, label in zip(grid.flat, labels, strict=False):
@@ -39,8 +41,10 @@ def short_p90(workloads: Sequence[Runs], path: Path) -> None:
             axes.set_title(label, loc="left", fontsize=10, fontweight="bold", color=INK)
         figure.suptitle(
             "TTFT P90 of short prompts (at most 256 new tokens): baselines with the knobs that "
-            f"are best for this number and still keep up\nSimulated, one {MACHINE}; "
-            "dashed: the same prompts on an idle machine, and three times that",
+            "are best for it and still keep up, chosen for each panel and load; flowprefill and "
+            "length-aware as they come\n"
+            f"Simulated, one {MACHINE}.  Dashed: idle machine, and three times that.  "
+            f"Light dots: load {LOADS[0]:g}, dark: {LOADS[-1]:g}",
             x=0.01,
             ha="left",
             fontsize=9,
@@ -50,30 +54,38 @@ def short_p90(workloads: Sequence[Runs], path: Path) -> None:
 
 def _dots(axes: Any, members: Sequence[Runs]) -> None:
     names = (*STIFF, FLOW, OURS)
-    for runs, color, side in zip(members, (LIGHT, HEAVY), (-1, 1), strict=False):
-        for place, name in enumerate(names):
-            row = runs.row(OURS) if name == OURS else tuned(runs, name)
-            y = place + side * 0.17
-            axes.plot([row.short_p90], [y], "o", color=color, markersize=6)
-            text = f"{_seconds(row.short_p90)}  at {runs.load:g}{_knobs(row)}"
-            axes.annotate(
-                text,
-                (row.short_p90, y),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=6.5,
-                color=color,
-            )
+    rows = {
+        (runs.load, name): tuned(runs, name) if name in STIFF else runs.row(name)
+        for runs in members
+        for name in names
+    }
     idle = max(runs.idle_short_p90 for runs in members)
+    low, high = 0.7 * idle, 1.3 * max(row.short_p90 for row in rows.values())
+    for (load, name), row in rows.items():
+        heavy = load == LOADS[-1]
+        y = names.index(name) + (0.18 if heavy else -0.18)
+        axes.plot([row.short_p90], [y], "o", color=HEAVY if heavy else LIGHT, markersize=6)
+        right = (
+            row.short_p90 < low ** (1 - ROOM) * high**ROOM
+        )  # labels point to where there is room
+        axes.annotate(
+            f"{_seconds(row.short_p90)}{_knobs(row)}",
+            (row.short_p90, y),
+            xytext=(6 if right else -6, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left" if right else "right",
+            fontsize=6.2,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            color=INK if heavy else "#6a6a6a",
+        )
     for value in (idle, 3 * idle):
         axes.axvline(value, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_yticks(range(len(names)), names)
     axes.get_yticklabels()[-1].set_fontweight("bold")
     _log(axes.xaxis, axes)
-    low, high = axes.get_xlim()
-    axes.set_xlim(low / 1.1, high * (high / low) ** 0.55)  # room for the labels
+    axes.set_xlim(low, high)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
 
 
@@ -89,10 +101,12 @@ def _knobs(row: Row) -> str:
         "slo-stretch": "stretch",
         "slo-seconds": "slo",
         "boundary-tokens": "boundary",
+        "classify": "",
+        "order": "",
         "batch-tokens": "join",
     }
     pairs = (part.split("=") for part in row.policy.split(":")[1:])
-    text = ", ".join(f"{short.get(key, key)} {value}" for key, value in pairs)
+    text = ", ".join(f"{short.get(key, key)} {value}".lstrip() for key, value in pairs)
     return f"  ({text})" if text else ""
 
 
@@ -146,7 +160,7 @@ def _patience_axes(axes: Any, curves: Sequence[Curve]) -> None:
         fontsize=7,
         color=FAINT,
     )
-    axes.set_xlabel("patience", color=INK)
+    axes.set_xlabel("patience (log scale, with 0 put at its left end)", color=INK)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
 
 
@@ -174,7 +188,7 @@ def _log(axis: Any, axes: Any, *, y: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     (axes.set_yscale if y else axes.set_xscale)("log")
-    axis.set_major_locator(LogLocator(subs=(1,), numticks=12))
+    axis.set_major_locator(LogLocator(subs=(1, 3) if y else (1,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
     axis.set_minor_formatter(NullFormatter())
     axes.set_axisbelow(True)
