@@ -188,7 +188,7 @@ def _log(axis: Any, axes: Any, *, y: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     (axes.set_yscale if y else axes.set_xscale)("log")
-    axis.set_major_locator(LogLocator(subs=(1, 3) if y else (1,), numticks=12))
+    axis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
     axis.set_minor_formatter(NullFormatter())
     axes.set_axisbelow(True)
