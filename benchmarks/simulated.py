@@ -27,6 +27,8 @@ from pla_serve.environment import describe
 
 app = typer.Typer(help=(__doc__ or "").split("\n\n")[0], add_completion=False)
 console = Console()
+if not console.is_terminal:
+    console.width = 150  # a log need not be narrow
 
 Traces = Annotated[Path, typer.Option(help="Folder of the trace files.")]
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
