@@ -6,7 +6,7 @@
     python benchmarks/simulated.py one-class                   # one class only, and bursts
     python benchmarks/simulated.py stiff --traces FOLDER       # an engine without preemption
 
-`sweep` takes about half an hour of one core; `sweep --only length-aware` renews those runs alone,
+`sweep` takes about twenty minutes of one core; `sweep --only length-aware` renews those runs alone,
 after a change of the policy. FOLDER holds the traces that `simulations/workloads.py` names.
 Results go to benchmarks/results/simulated-*.json and .png.
 """
