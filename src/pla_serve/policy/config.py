@@ -28,7 +28,7 @@ class PolicyConfig:
     express_burst_seconds: float | None = None
     """How far express work may run ahead of that guarantee before longs get their turn; None is
     twice the time of a prefill of 256 tokens, so that the classes take turns quickly."""
-    express_wait_seconds: float = 0.02
+    express_wait_seconds: float = 0.005
     """How long a short prefill may be held back, while longs wait, for others to share its launch.
     It is held only where that is predicted to pay (`waiting`); at light load never."""
     decode_share: float = 0.1

@@ -34,6 +34,8 @@ LIGHT_SHARE = 1 / 80
 """Of the patience, among longs of much the same size: little more than arrival counts."""
 LOAD_MEMORY = 1800.0
 """Seconds over which the offered load is averaged."""
+MOST_MATES = 16
+"""Longs that share a launch: one more would save less than a sixteenth of it."""
 MOST_FLIGHTS = 2
 """Long prefills that may be inside one another: each keeps the activations of its chunk."""
 
@@ -267,7 +269,7 @@ class LengthAware:
         chunks = [self._hand_out(pending, min(pending.new_tokens, most))]
         room, launch = most - chunks[0].tokens, self._cost.profile.per_launch
         latest = pending.arrival + self._window_of(pending.seconds)
-        while room > 0 and len(chunks) < self._config.max_batch_requests:
+        while room > 0 and len(chunks) < min(MOST_MATES, self._config.max_batch_requests):
             head = self._longs.head(now)
             if (
                 head is None

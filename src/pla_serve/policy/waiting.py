@@ -43,7 +43,7 @@ LEAST_GAIN = 0.02
 estimates, and without a wait nothing can be lost."""
 LIGHT_LOAD = 0.25
 """Arrivals a launch time, times who gains by one launch less: below it no plan ever waits."""
-RATE_STEP = 0.1
+RATE_STEP = 0.25
 """Rates are rounded down to powers of 1 + RATE_STEP, so that plans are found again."""
 ROUNDS = 50
 
