@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pla_serve.policy.catalogue import POLICIES, PolicyKind
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.knobs import read_knobs
 from pla_serve.policy.protocol import PrefillPolicy
 
 Value = int | float | str | bool | None
@@ -73,21 +74,14 @@ def parse_policy(text: str) -> PolicySpec:
         ValueError: there is no such policy, it has no such knob, or a value does not fit; the
             message names it and what there is.
     """
-    name, *entries = text.split(":")
+    name = text.partition(":")[0]
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; known are: {', '.join(POLICIES)}")
     types = knob_types(name)
-    knobs: dict[str, Value] = {}
-    for entry in entries:
-        key, equals, value = entry.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise ValueError(f"{entry!r} in policy {text!r} is not of the form knob=value")
-        if key not in types:
-            raise ValueError(f"policy {name} has no knob {key!r}; it has: {', '.join(types)}")
-        if key in knobs:
-            raise ValueError(f"knob {key} is given twice in policy {text!r}")
-        knobs[key] = _convert(f"knob {key} of policy {name}", value.strip(), types[key])
+    knobs = {
+        key: _convert(f"knob {key} of policy {name}", value, types[key])
+        for key, value in read_knobs("policy", text, types).items()
+    }
     spec = PolicySpec(name, tuple(knobs.items()))
     spec.check()
     return spec

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from pla_serve.policy.knobs import read_knobs
 from pla_serve.policy.routing.cache_aware import CacheAware
 from pla_serve.policy.routing.class_pools import ClassPools
 from pla_serve.policy.routing.least_loaded import LeastLoaded
@@ -31,22 +32,14 @@ def parse_routing(text: str) -> RoutingPolicy:
         ValueError: there is no such policy, it has no such knob, or a value does not fit; the
             message names it and what there is.
     """
-    name, *entries = text.split(":")
+    name = text.partition(":")[0]
     if name not in ROUTINGS:
         raise ValueError(f"unknown routing {name!r}; known are: {', '.join(ROUTINGS)}")
     defaults = _knobs(name)
-    knobs: dict[str, Any] = {}
-    for entry in entries:
-        key, equals, value = entry.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise ValueError(f"{entry!r} in routing {text!r} is not of the form knob=value")
-        if key not in defaults:
-            has = f"it has: {', '.join(defaults)}" if defaults else "it has none"
-            raise ValueError(f"routing {name} has no knob {key!r}; {has}")
-        if key in knobs:
-            raise ValueError(f"knob {key} is given twice in routing {text!r}")
-        knobs[key] = _convert(f"knob {key} of routing {name}", value.strip(), defaults[key])
+    knobs = {
+        key: _convert(f"knob {key} of routing {name}", value, defaults[key])
+        for key, value in read_knobs("routing", text, defaults).items()
+    }
     policy: RoutingPolicy = ROUTINGS[name](**knobs)
     return policy
 
