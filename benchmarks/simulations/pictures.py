@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pla_serve.simulator.plot import plain_frame, seconds_label
 from simulations.claims import tuned
 from simulations.knobs import FLOW, OURS, STIFF
 from simulations.patience import DEFAULT, Curve
@@ -69,7 +70,7 @@ def _dots(axes: Any, members: Sequence[Runs]) -> None:
             row.short_p90 < low ** (1 - ROOM) * high**ROOM
         )  # labels point to where there is room
         axes.annotate(
-            f"{_seconds(row.short_p90)}{_knobs(row)}",
+            f"{seconds_label(row.short_p90)}{_knobs(row)}",
             (row.short_p90, y),
             xytext=(6 if right else -6, 0),
             textcoords="offset points",
@@ -189,16 +190,6 @@ def _log(axis: Any, axes: Any, *, y: bool = False) -> None:
 
     (axes.set_yscale if y else axes.set_xscale)("log")
     axis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: seconds_label(value)))
     axis.set_minor_formatter(NullFormatter())
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, colors=INK)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#cccccc")
-
-
-def _seconds(value: float) -> str:
-    if value < 0.1:
-        return f"{value * 1000:.0f} ms"
-    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+    plain_frame(axes)

@@ -78,7 +78,9 @@ def _panel(axes: Any, panel: _Panel, runs: Sequence[RunReport], policies: Sequen
         color = panel.colors[_shade(place, len(loads), len(panel.colors))]
         y = policies.index(run.policy) + (place - (len(loads) - 1) / 2) * 0.7 / max(1, len(loads))
         axes.plot([value], [y], "o", color=color, markersize=6)
-        label = _seconds(value) if run.load is None else f"{_seconds(value)}  at {run.load:g}"
+        label = (
+            seconds_label(value) if run.load is None else f"{seconds_label(value)}  at {run.load:g}"
+        )
         axes.annotate(
             label,
             (value, y),
@@ -92,7 +94,7 @@ def _panel(axes: Any, panel: _Panel, runs: Sequence[RunReport], policies: Sequen
     if idle:
         axes.axvline(max(idle), color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         axes.annotate(
-            f"idle {_seconds(max(idle))}",
+            f"idle {seconds_label(max(idle))}",
             (max(idle), 0),
             xycoords=("data", "axes fraction"),
             xytext=(3, 3),
@@ -114,11 +116,16 @@ def _frame(axes: Any, policies: Sequence[str]) -> None:
     axes.set_ylim(len(policies) - 0.45, -0.55)
     axes.set_yticks(range(len(policies)), [policy.replace(":", "\n") for policy in policies])
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_label(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
     axes.set_xlim(low / 1.1, high * (high / low) ** 0.18)  # room for the last label
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    plain_frame(axes)
+
+
+def plain_frame(axes: Any) -> None:
+    """Only the bottom line, and the grid behind everything."""
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, colors=INK)
     for side in ("top", "right", "left"):
@@ -126,7 +133,8 @@ def _frame(axes: Any, policies: Sequence[str]) -> None:
     axes.spines["bottom"].set_color("#cccccc")
 
 
-def _seconds(value: float) -> str:
+def seconds_label(value: float) -> str:
+    """Two digits, in ms below a tenth of a second."""
     if value < 0.1:
         return f"{value * 1000:.0f} ms"
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
