@@ -30,9 +30,11 @@ class KVCache:
         self.shape = shape
         self.slots = slots
         size = (shape.layers, slots, shape.heads, shape.head_dim)
-        # Not zeroed: a slot is never read before it is written, and untouched pages cost nothing.
-        keys = torch.empty(size, dtype=shape.dtype, device=device)
-        values = torch.empty(size, dtype=shape.dtype, device=device)
+        # Written now, not when a prompt first comes to a page: with large pages, a prompt of 16
+        # tokens would wait until the system has cleared one for each layer. (`torch.zeros` leaves
+        # that to the system, which does it at the first write.)
+        keys = torch.empty(size, dtype=shape.dtype, device=device).zero_()
+        values = torch.empty(size, dtype=shape.dtype, device=device).zero_()
         self.keys = list(keys.unbind(0))
         self.values = list(values.unbind(0))
 
