@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pla_serve.policy.chunking import (
+    LAYER_SHARE,
+    MOST_FOR_LAYERS,
+    TYPICAL_SHORT,
+    efficient_chunk,
+    timed_chunk,
+)
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.length_aware import LengthAware
@@ -182,6 +191,26 @@ class TestChunks:
         assert self.first_chunk(replace(CONFIG, decode_share=0.03), True) == pytest.approx(
             323, rel=0.01
         )
+
+    def test_a_layer_takes_no_longer_than_a_part_of_a_short_prompt(self) -> None:
+        cost = CostModel(PROFILE)
+        short = cost.prefill_seconds(TYPICAL_SHORT, 0)
+        for layers in (6, 7, 8):
+            tokens = self.first_chunk(replace(CONFIG, layers=layers))
+            assert cost.prefill_seconds(tokens, 0) / layers <= LAYER_SHARE * short
+            assert cost.prefill_seconds(tokens + 1, 0) / layers > LAYER_SHARE * short
+
+    def test_layers_do_not_cut_prompts_to_pieces(self) -> None:
+        few = self.first_chunk(replace(CONFIG, layers=1))
+        assert few == max(256, efficient_chunk(PROFILE, 0, MOST_FOR_LAYERS))
+        assert self.first_chunk(replace(CONFIG, layers=1000)) == self.first_chunk()
+
+    @given(st.floats(0.001, 10), st.integers(0, 100_000))
+    def test_most_tokens_in_a_time(self, seconds: float, history: int) -> None:
+        tokens = timed_chunk(PROFILE, history, seconds)
+        cost = CostModel(PROFILE)
+        assert tokens == 0 or cost.prefill_seconds(tokens, history) <= seconds * (1 + 1e-9)
+        assert cost.prefill_seconds(tokens + 1, history) > seconds * (1 - 1e-9)
 
     def test_the_setting_wins(self) -> None:
         assert self.first_chunk(replace(CONFIG, long_chunk_tokens=1000)) == 1000

@@ -54,7 +54,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
     flags = {
         "--load-format": "dummy", "--dtype": "float32", "--device": "cpu", "--seed": 3,
         "--max-model-len": 99, "--block-size": 8, "--kv-cache-gib": 0.5,
-        "--short-kv-reserve": 0.1, "--threads": 1, "--policy": "length-aware:interruptible=false",
+        "--short-kv-reserve": 0.1, "--threads": 1, "--policy": "length-aware:interruptible=false:layers=4",
         "--max-batch-tokens": 100, "--max-batch-requests": 3, "--long-chunk-tokens": 50,
         "--boundary-tokens": 10, "--long-share": 0.4, "--express-burst-seconds": 1,
         "--decode-share": 0.3, "--patience": 3, "--express-wait-seconds": 0,

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +40,7 @@ from pla_serve.engine.sampling import GrammarCompiler, Sampler
 from pla_serve.engine.warmup import warm_up
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.registry import create_policy
 
 log = logging.getLogger(__name__)
@@ -118,7 +120,10 @@ def build_parts(
         eos_token_ids=frozenset(eos_token_ids(source)),
         default_seed=config.seed,
     )
-    parts = _assemble(config, source, device, runner, cost, kv_plan, limits)
+    knobs = config.policy_config
+    knobs = replace(knobs, layers=knobs.layers or attention.layers)
+    policy = create_policy(config.policy, knobs, cost)
+    parts = _assemble(config, source, device, runner, cost, kv_plan, limits, policy)
     ready = EngineReady(
         max_model_len=kv_plan.max_model_len,
         kv_tokens=kv_tokens,
@@ -140,8 +145,8 @@ def _assemble(
     cost: CostModel,
     kv_plan: KVPlan,
     limits: Limits,
+    policy: PrefillPolicy,
 ) -> Parts:
-    policy = create_policy(config.policy, config.policy_config, cost)
     kv = KVManager(kv_plan.blocks, config.block_tokens, prefix_cache=config.prefix_cache)
     gate = MemoryGate(kv, kv_plan.short_reserve)
     sampler = Sampler(limits.vocab_size, device, _grammars(source, limits))

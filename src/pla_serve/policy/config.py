@@ -31,7 +31,7 @@ class PolicyConfig:
     express_wait_seconds: float = 0.005
     """How long a short prefill may be held back, while longs wait, for others to share its launch.
     It is held only where that is predicted to pay (`waiting`); at light load never."""
-    decode_share: float = 0.1
+    decode_share: float = 0.02
     """Most of the device's time that decode steps of their own (in no prefill's batch) take while a
     long prefill is under way. More of it gives steadier streams and slower long prefills."""
     patience: float = 400.0
@@ -41,6 +41,9 @@ class PolicyConfig:
     interruptible: bool = True
     """Whether the executor asks at layer boundaries. If it does not, `length-aware` keeps chunks as
     short as the machine's spare time allows."""
+    layers: int | None = None
+    """Decoder layers of the model, equal parts of a pass between which the executor asks; whoever
+    makes the policy says it. `length-aware` bounds the time of one by it; None sets no bound."""
 
     @property
     def max_chunk_tokens(self) -> int:
@@ -48,7 +51,7 @@ class PolicyConfig:
         return min(self.long_chunk_tokens or self.max_batch_tokens, self.max_batch_tokens)
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_tokens", "max_batch_requests", "long_chunk_tokens"):
+        for name in ("max_batch_tokens", "max_batch_requests", "long_chunk_tokens", "layers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")

@@ -8,7 +8,15 @@ from math import inf
 
 from pla_serve.policy.assemble import Assembler
 from pla_serve.policy.book import RequestBook
-from pla_serve.policy.chunking import OVERHEAD, efficient_chunk, spare_overhead
+from pla_serve.policy.chunking import (
+    LAYER_SHARE,
+    MOST_FOR_LAYERS,
+    OVERHEAD,
+    TYPICAL_SHORT,
+    efficient_chunk,
+    spare_overhead,
+    timed_chunk,
+)
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.express import ExpressWindow
@@ -221,7 +229,12 @@ class LengthAware:
             overhead = spare_overhead(self._offered.rate(now))
         else:
             overhead = config.decode_share if self._book.decodes.total else OVERHEAD
-        tokens = efficient_chunk(self._cost.profile, pending.history, overhead)
+        profile, history = self._cost.profile, pending.history
+        tokens = efficient_chunk(profile, history, overhead)
+        if config.interruptible and config.layers is not None:
+            layer = LAYER_SHARE * self._cost.prefill_seconds(TYPICAL_SHORT, 0)
+            quick = timed_chunk(profile, history, config.layers * layer)
+            tokens = min(tokens, max(quick, efficient_chunk(profile, history, MOST_FOR_LAYERS)))
         return int(min(cap, max(LEAST_CHUNK, tokens)))
 
     def _pick_long(self, now: float) -> Pending:

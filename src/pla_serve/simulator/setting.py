@@ -136,7 +136,9 @@ class Setting:
     def policy_config(self) -> PolicyConfig:
         """What a policy is made with; its knobs go before."""
         return PolicyConfig(
-            max_batch_tokens=self.machine.max_batch_tokens, interruptible=self.preemption
+            max_batch_tokens=self.machine.max_batch_tokens,
+            interruptible=self.preemption,
+            layers=self.machine.layers,
         )
 
     @property
