@@ -41,6 +41,16 @@ class TestExpress:
             BatchClass.SHORT, (Chunk("short", 100, 0),), (Chunk("d", 1, 40),)
         )
 
+    @pytest.mark.parametrize(("longs", "riders"), [(True, 5), (False, 20)])
+    def test_few_steps_ride_with_shorts_that_longs_wait_for(self, longs: bool, riders: int) -> None:
+        policy = make()
+        for n in range(20):
+            policy.start_decode(f"d{n}", 40, 0.0, 0.0)
+        add(policy, "short", 100)
+        if longs:
+            add(policy, "long", 2000)
+        assert len(run(policy, 0.0).decodes) == riders, "110 ms, of which a twentieth; 1 ms a step"
+
     def test_what_counts_is_uncached_tokens(self) -> None:
         policy = make()
         add(policy, "turn", 200, history=30_000)

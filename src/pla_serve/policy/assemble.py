@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pla_serve.policy.book import RequestBook
-from pla_serve.policy.protocol import Batch, BatchClass
+from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 from pla_serve.policy.queues import PrefillQueue
 
 
@@ -20,11 +20,16 @@ class Assembler:
         self._prefill_turn = True
 
     def batch(
-        self, queue: PrefillQueue, now: float, most_tokens: int | None = None
+        self,
+        queue: PrefillQueue,
+        now: float,
+        most_tokens: int | None = None,
+        rider_share: float | None = None,
     ) -> Batch | None:
         """The next batch, at most ``max_batch_requests`` and ``max_batch_tokens``; None if empty.
 
-        ``most_tokens`` is a further limit.
+        ``most_tokens`` is a further limit. With ``rider_share``, decode steps beside prefills take
+        at most that share of the prefills' time, but for one step.
 
         Its class is SHORT, LONG or DECODE if its prefills are of one class (or none), where a
         SHORT one may carry decode steps; otherwise MIXED.
@@ -36,7 +41,10 @@ class Assembler:
             tokens = min(tokens, most_tokens)
         kept = min(len(decodes), self._decode_places(min(places, tokens))) if queue else 0
         prefills, used, shorts = book.take(queue, places - kept, tokens - kept, now)
-        steps = decodes.take(min(places - len(prefills), tokens - used))
+        free = min(places - len(prefills), tokens - used)
+        if prefills and rider_share is not None:
+            free = min(free, self._riders(prefills, rider_share))
+        steps = decodes.take(free)
         if not prefills and not steps:
             return None
         self._prefill_turn = not prefills
@@ -47,6 +55,15 @@ class Assembler:
         else:
             kind = BatchClass.MIXED if shorts or steps else BatchClass.LONG
         return Batch(kind, tuple(prefills), tuple(steps))
+
+    def _riders(self, prefills: list[Chunk], share: float) -> int:
+        """How many steps fit into this share of the prefills' time; at least one."""
+        count, cost = len(self._book.decodes), self._book.cost
+        if count < 2:
+            return count
+        each = (self._book.step_seconds() - cost.profile.per_launch) / count
+        room = share * cost.seconds(Batch(BatchClass.SHORT, tuple(prefills)))
+        return count if each * count <= room else max(1, int(room / each))
 
     def _decode_places(self, places: int) -> int:
         if places > 1:

@@ -42,6 +42,9 @@ LIGHT_SHARE = 1 / 80
 """Of the patience, among longs of much the same size: little more than arrival counts."""
 LOAD_MEMORY = 1800.0
 """Seconds over which the offered load is averaged."""
+RIDER_SHARE = 0.05
+"""Of a short prefill's time, for decode steps in its batch while longs wait: their contexts may be
+documents, and without a bound the short would wait for more reading than its own work is."""
 MOST_MATES = 16
 """Longs that share a launch: one more would save less than a sixteenth of it."""
 MOST_FLIGHTS = 2
@@ -197,7 +200,8 @@ class LengthAware:
         return now >= self._decoded_at + gap
 
     def _express(self, now: float) -> Batch | None:
-        batch = self._assembler.batch(self._shorts, now)
+        share = RIDER_SHARE if self._contested() else None
+        batch = self._assembler.batch(self._shorts, now, rider_share=share)
         if batch is not None:
             self._express_started = now
         return batch
