@@ -17,6 +17,7 @@ import os
 import secrets
 import statistics
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ PREFILLS = {256: 4, 1024: 2, 4096: 1}
 DECODES = (1, 8)
 DECODE_TOKENS = 128
 CLIENTS = 8
+CEILING_SIZE = 2048
 WANTED = {"prefill": 1.5, "decode": 1.0, "http": 1.0}
 """Ratios that the project promises, by the first word of a measurement."""
 console = Console()
@@ -240,6 +242,34 @@ def compare(
     return rows
 
 
+def ceiling(folder: Path, dtype: str) -> dict[str, object]:
+    """Prompt tokens a second if a prefill were nothing but products at the processor's best speed.
+
+    Two operations a parameter of the layers and token; four a layer, unit of attention width and
+    pair of tokens, of which a causal mask needs half. The speed is that of torch's product of two
+    square matrices, the best of ten; normal servers stay below it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.model.layers.parameters())
+    head = config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or head)
+    square = torch.ones(CEILING_SIZE, CEILING_SIZE, dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.mm(square, square)
+        times.append(time.perf_counter() - started)
+    speed = 2 * CEILING_SIZE**3 / min(times)
+    pairs = 2 * config.num_hidden_layers * width
+    most = {f"prefill {n:,}": speed / (2 * parameters + pairs * n) for n in PREFILLS}
+    return {"product_flops": speed, "tokens_per_second": most}
+
+
 def main() -> None:
     options = parse()
     from pla_serve.engine.loading import ConsoleProgress, resolve
@@ -258,6 +288,7 @@ def main() -> None:
         mode, probes = options.mode, None
         if mode == "auto":
             mode, probes = faster_mode(python, folder, dtype, filler)
+        most = ceiling(folder, dtype)
         sides = [ours(folder, dtype, options.ours), theirs(python, folder, dtype, mode)]
         found = rounds(sides, filler, options.rounds, options.quick)
         mine, other = (medians(found, side.name) for side in sides)
@@ -266,6 +297,7 @@ def main() -> None:
             "commands": {side.name: side.shown for side in sides},
             "vllm_threads": "all cores (VLLM_CPU_OMP_THREADS_BIND)",
             "mode_probe": probes,
+            "ceiling": most,
             "medians": rows,
             "rounds": found,
         }
