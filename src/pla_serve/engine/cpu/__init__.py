@@ -12,18 +12,21 @@ from pla_serve.engine.cpu.layer import FusedLayer, TurningRotary
 from pla_serve.engine.cpu.linear import PackedLinear, packs
 from pla_serve.engine.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.cpu.probe import same_results
+from pla_serve.engine.cpu.tiles import Tiles
 
-__all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
+__all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "Tiles", "optimise"]
 
 
 def optimise(model: nn.Module) -> None:
     """Replace the modules of ``model``, on the CPU, that have a faster equal."""
+    wide = next(model.parameters()).dtype == torch.float32
     with torch.inference_mode(False), torch.no_grad():
-        _fuse_layers(model)
-        _replace(model)
+        tiles = Tiles.open() if wide else None
+        _fuse_layers(model, tiles)
+        _replace(model, tiles)
 
 
-def _fuse_layers(model: nn.Module) -> None:
+def _fuse_layers(model: nn.Module, tiles: Tiles | None) -> None:
     """Whole decoder layers, each if it gives what the stock one gives; they need our attention."""
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
@@ -35,25 +38,25 @@ def _fuse_layers(model: nn.Module) -> None:
     rotary = owner.rotary_emb = TurningRotary(owner.rotary_emb)
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for index, stock in enumerate(layers):
-            fused = _fused(stock)
+            fused = _fused(stock, tiles)
             if fused is not None and same_results(stock, fused, rotary):
                 layers[index] = fused
 
 
-def _fused(stock: nn.Module) -> FusedLayer | None:
+def _fused(stock: nn.Module, tiles: Tiles | None) -> FusedLayer | None:
     try:
-        return FusedLayer(stock)
+        return FusedLayer(stock, tiles)
     except (AttributeError, TypeError, ValueError):
         return None
 
 
-def _replace(parent: nn.Module) -> None:
+def _replace(parent: nn.Module, tiles: Tiles | None) -> None:
     for name, child in parent.named_children():
         if isinstance(child, FusedLayer):
             continue
         if type(child) is nn.Linear and packs(child.weight.dtype):
-            setattr(parent, name, PackedLinear.of(child))
+            setattr(parent, name, PackedLinear.of(child, tiles=tiles))
         elif (epsilon := rms_epsilon(child)) is not None:
             setattr(parent, name, FusedRMSNorm(cast("torch.Tensor", child.weight), epsilon))
         else:
-            _replace(child)
+            _replace(child, tiles)

@@ -15,6 +15,7 @@ from torch import nn
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.cpu.linear import PackedLinear
 from pla_serve.engine.cpu.norm import FusedRMSNorm, rms_epsilon
+from pla_serve.engine.cpu.tiles import Tiles
 
 
 class Angles(tuple[torch.Tensor, torch.Tensor]):
@@ -53,7 +54,7 @@ class FusedLayer(nn.Module):
         AttributeError, TypeError, ValueError: the stock layer is built otherwise.
     """
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any, tiles: Tiles | None = None) -> None:
         super().__init__()
         attention = stock.self_attn
         mlp = stock.mlp
@@ -74,11 +75,12 @@ class FusedLayer(nn.Module):
             _reordered(attention.q_proj, order),
             _reordered(attention.k_proj, order),
             attention.v_proj,
+            tiles=tiles,
         )
-        self.out = PackedLinear.of(attention.o_proj)
-        self.gate = PackedLinear.of(mlp.gate_proj)
-        self.up = PackedLinear.of(mlp.up_proj)
-        self.down = PackedLinear.of(mlp.down_proj)
+        self.out = PackedLinear.of(attention.o_proj, tiles=tiles)
+        self.gate = PackedLinear.of(mlp.gate_proj, tiles=tiles)
+        self.up = PackedLinear.of(mlp.up_proj, tiles=tiles)
+        self.down = PackedLinear.of(mlp.down_proj, tiles=tiles)
 
     def forward(
         self,

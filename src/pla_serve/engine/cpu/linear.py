@@ -6,6 +6,8 @@ from typing import Literal, cast
 
 import torch
 
+from pla_serve.engine.cpu.tiles import Tiles, TileWeight
+
 PACKING_TOKENS = 256
 """Batch size that oneDNN packs weights for; layouts for larger ones serve small ones as well."""
 FEW_TOKENS = 12
@@ -29,24 +31,33 @@ class PackedLinear(torch.nn.Module):
     Args:
         weight: (out, in).
         bias: (out,).
+        tiles: multiplies more tokens than a few, where the weight fits it.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, tiles: Tiles | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # A plain attribute: packed tensors have no storage, which state_dict and .to() would want.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKING_TOKENS)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         self.narrow = _pack_half(weight, bias)
+        self._tiles = tiles if TileWeight.fits(weight) else None
+        # Plain attributes: packed tensors have no storage, which state_dict and .to() would want.
+        self.tiled = None if self._tiles is None else TileWeight(weight)
+        self.packed = None
+        if self.tiled is None or self.narrow is None:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(
+                weight.contiguous(), PACKING_TOKENS
+            )
 
     @classmethod
-    def of(cls, *linears: torch.nn.Linear) -> PackedLinear:
+    def of(cls, *linears: torch.nn.Linear, tiles: Tiles | None = None) -> PackedLinear:
         """One linear whose outputs are those of all these, one behind the other."""
         weight = torch.cat([linear.weight.data for linear in linears])
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if len(biases) not in (0, len(linears)):
             raise ValueError("linears with and without a bias cannot be joined")
-        return cls(weight, torch.cat([bias.data for bias in biases]) if biases else None)
+        return cls(weight, torch.cat([bias.data for bias in biases]) if biases else None, tiles)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
@@ -60,6 +71,10 @@ class PackedLinear(torch.nn.Module):
         if self.narrow is not None and tokens <= FEW_TOKENS:
             outputs = _multiply_half(inputs, self.narrow)
             return torch.nn.functional.silu(outputs, inplace=True) if after == "swish" else outputs
+        if self._tiles is not None and self.tiled is not None and tokens > FEW_TOKENS:
+            flat = inputs.reshape(tokens, self.in_features)
+            outputs = self._tiles.linear(flat, self.tiled, self.bias, after)
+            return outputs.view(*inputs.shape[:-1], self.out_features)
         outputs = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, after, [], "")
         return cast("torch.Tensor", outputs)
 
@@ -70,6 +85,8 @@ class PackedLinear(torch.nn.Module):
         if self.narrow is not None and inputs.shape[0] <= FEW_TOKENS:
             outputs = _multiply_half(inputs, self.narrow)
             return outputs.add_(other) if after == "add" else outputs.mul_(other)
+        if self._tiles is not None and self.tiled is not None and inputs.shape[0] > FEW_TOKENS:
+            return self._tiles.linear(inputs, self.tiled, self.bias, after, other)
         multiply = torch.ops.mkldnn._linear_pointwise.binary
         return cast("torch.Tensor", multiply(inputs, other, self.packed, self.bias, after))
 

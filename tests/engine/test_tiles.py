@@ -1,0 +1,104 @@
+"""The matrix unit's float32 linears: as exact as float32, and not in the way where it is missing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from pla_serve.engine.cpu import PackedLinear, Tiles
+from pla_serve.engine.cpu import tiles as module
+from pla_serve.engine.cpu.linear import FEW_TOKENS
+from pla_serve.engine.cpu.tiles import NEEDED, TileWeight
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Tiles:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLA_SERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        found = Tiles.open()
+    if found is None:
+        pytest.skip("no AMX, or no C++ compiler")
+    return found
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (13, 64, 96), (33, 576, 160), (300, 1536, 64)])
+def test_as_exact_as_float32(
+    tiles: Tiles, shape: tuple[int, int, int], threads: int, exact: bool
+) -> None:
+    rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(rows)
+    x, w, b, other = (
+        torch.randn(*size, generator=generator)
+        for size in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
+    )
+    w = w.half().float() if exact else w
+    weight = TileWeight(w)
+    assert weight.parts == (2 if exact else 3)
+    after = {
+        "none": lambda y: y,
+        "swish": torch.nn.functional.silu,
+        "add": lambda y: y + other.to(y.dtype),
+        "mul": lambda y: y * other.to(y.dtype),
+    }
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name, function in after.items():
+            truth = function(x.double() @ w.double().t() + b)
+            plain = function(torch.nn.functional.linear(x, w, b))
+            got = tiles.linear(x, weight, b, name, other)  # type: ignore[arg-type]
+            scale = truth.abs().max().item()
+            error, usual = ((y - truth).abs().max().item() / scale for y in (got, plain))
+            assert error <= 2 * usual + 1e-6, name
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_row_does_not_depend_on_the_others(tiles: Tiles) -> None:
+    x, weight = torch.randn(200, 576), TileWeight(torch.randn(64, 576))
+    together = tiles.linear(x, weight, None)
+    for start, end in ((0, 13), (13, 77), (77, 200)):
+        assert torch.equal(tiles.linear(x[start:end], weight, None), together[start:end])
+
+
+def test_large_and_small_numbers_survive(tiles: Tiles) -> None:
+    x = torch.tensor([[1e30, 1e-30, -1e30, 1.0] * 8])
+    weight = torch.eye(32)
+    torch.testing.assert_close(tiles.linear(x, TileWeight(weight), None), x, rtol=1e-7, atol=0)
+    extreme = torch.tensor([[-200.0, -50.0, 50.0, 200.0] * 8])
+    torch.testing.assert_close(
+        tiles.linear(extreme, TileWeight(weight), None, "swish"), torch.nn.functional.silu(extreme)
+    )
+
+
+def test_only_sizes_that_fit_take_it(tiles: Tiles) -> None:
+    for size in ((48, 64), (64, 48)):
+        assert PackedLinear(torch.randn(size), None, tiles).tiled is None
+    odd = PackedLinear(torch.randn(64, 64).bfloat16(), None, tiles)
+    assert odd.tiled is None
+    linear = PackedLinear(torch.randn(64, 64).half().float(), None, tiles)
+    assert linear.tiled is not None
+    x = torch.randn(1, FEW_TOKENS + 1, 64)
+    assert linear(x).shape == x.shape
+
+
+def test_without_a_compiler_or_a_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_processor_flags", lambda: NEEDED - {"amx_bf16"})
+    assert Tiles.open() is None
+    assert not caplog.records, "nothing is amiss"
+    monkeypatch.setattr(module, "_processor_flags", lambda: NEEDED)
+    monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert Tiles.open() is None
+    assert "compiler" in caplog.text
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert Tiles.open() is None
