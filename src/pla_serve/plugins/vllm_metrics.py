@@ -1,8 +1,8 @@
 """Metrics by class on vLLM's own ``/metrics``, as a plugin of its statistics.
 
 vLLM finds it by the entry point that this package declares, in the process of the API server. It
-stands apart from `plugins.vllm`, whose import asks for a vLLM of the right version: whoever does not
-use the scheduler must not hear of it.
+stands apart from `plugins.vllm`, whose import asks for a vLLM of the right version: whoever does
+not use the scheduler must not hear of it.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 A short prompt that arrives waits for the step under way. Shorter steps spare it time, and cost
 every long the launches that they add. Two rules, the longer step of which counts:
 
-- *Relative slowdown.* Shorts arrive at rate r and wait c / 2 each; a chunk of c seconds adds a
-  launch f to the longs. In units of what each prefill takes alone, S_s and S_l, the loss a second is
-  ``r * c / 2 / S_s + f / c * sum(1 / S_l)``, least at ``c = sqrt(2 f S_s sum(1 / S_l) / r)``. So
-  steps are long where shorts are rare, or many longs wait.
+- *Balance.* Shorts arrive at rate r and wait c / 2 each for a step of c seconds; a step costs each
+  of n longs a launch f. That is ``r * c / 2 + n * f / c`` request-seconds a second, least at
+  ``c = sqrt(2 f n / r)``. So steps are long where shorts are rare, or many longs wait.
 - *Spare time.* What small steps add may take only a part of the time that the machine would
   otherwise be idle.
 """
@@ -18,11 +17,11 @@ from math import inf, sqrt
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.waiting import ArrivalRate
 
-OF_SPARE = 0.5
+OF_SPARE = 0.2
 """Share of the spare time that may go to launches that small steps add."""
-LEAST_OVERHEAD = 0.05
+LEAST_OVERHEAD = 0.02
 """Of a step, on a machine that has no time to spare."""
-MOST_OVERHEAD = 0.25
+MOST_OVERHEAD = 0.15
 LEAST_TOKENS = 32
 MEMORY = 60.0
 """Seconds over which rates are averaged."""
@@ -41,32 +40,29 @@ class StepLength:
         self._cost = cost
         self._most = inf if most_seconds is None else most_seconds
         self._shorts = ArrivalRate(MEMORY, LEAST_SHORTS)
-        self._short_seconds = ArrivalRate(MEMORY, LEAST_SHORTS)
         self._busy = ArrivalRate(MEMORY)
         self._launches = ArrivalRate(MEMORY)
 
-    def short_arrived(self, now: float, seconds: float) -> None:
-        """A short prefill came that takes ``seconds`` alone."""
+    def short_arrived(self, now: float) -> None:
+        """A short prefill came."""
         self._shorts.arrived(now)
-        self._short_seconds.arrived(now, seconds)
 
     def ran(self, now: float, seconds: float, long: bool) -> None:
         """A step took ``seconds``; ``long`` if it was a part of a long prefill."""
         self._busy.arrived(now, seconds)
         self._launches.arrived(now, self._cost.profile.per_launch if long else 0.0)
 
-    def seconds(self, now: float, slowness: float) -> float:
+    def seconds(self, now: float, longs: int) -> float:
         """Most seconds of a step of long work; infinite while no shorts come.
 
         Args:
-            slowness: sum over the longs that wait of 1 / (seconds of the prefill alone).
+            longs: that wait or are under way.
         """
         rate = self._shorts.rate(now)
         if rate <= 0:
             return inf
         launch = self._cost.profile.per_launch
-        short = self._short_seconds.rate(now) / rate
-        balanced = sqrt(2 * launch * short * slowness / rate)
+        balanced = sqrt(2 * launch * max(1, longs) / rate)
         return min(self._most, max(balanced, launch / self.overhead(now)))
 
     def overhead(self, now: float) -> float:

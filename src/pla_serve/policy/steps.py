@@ -4,10 +4,10 @@ Such an engine (vLLM) keeps its own batch building: decode steps first, then pre
 tokens and KV memory go. What is decided here, before each step, is which prefills may be in it,
 in which order, and how many tokens of each.
 
-The engine may do less than was planned (no memory, a smaller budget), and plans the next step before
-it knows how the last one ended. So nothing stays in flight: what was handed out is taken back, and
-what is left of it is added again with the numbers that the engine has (`StepPlanner.settle`). Times
-are reported when they are known (`StepPlanner.finished`).
+The engine may do less than was planned (no memory, a smaller budget), and plans the next step
+before it knows how the last one ended. So nothing stays in flight: what was handed out is taken
+back, and what is left of it is added again with the numbers that the engine has
+(`StepPlanner.settle`). Times are reported when they are known (`StepPlanner.finished`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import inf, nextafter
+from typing import NamedTuple
 
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
@@ -50,14 +51,11 @@ class StepPlan:
     """Most tokens of any prefill that is not planned but has to run; None sets no limit."""
 
 
-@dataclass(slots=True)
-class _Known:
+class _Known(NamedTuple):
     """A prefill that waits or is under way; numbers as the policy has them."""
 
     request: PrefillRequest
     short: bool
-    seconds: float
-    """Alone, in one pass."""
 
 
 class StepPlanner:
@@ -88,7 +86,6 @@ class StepPlanner:
         self._length = StepLength(cost, most_seconds)
         self._policies: dict[int, PrefillPolicy] = {}
         self._known: dict[str, _Known] = {}
-        self._slowness = 0.0
         self._shorts = 0
 
     def __contains__(self, request_id: str) -> bool:
@@ -117,7 +114,7 @@ class StepPlanner:
         self.remove(request.id)
         known = self._enter(request, now)
         if known.short:
-            self._length.short_arrived(now, known.seconds)
+            self._length.short_arrived(now)
 
     def update(self, request_id: str, new_tokens: int, history: int, now: float) -> None:
         """The numbers of a known prefill, read again; unknown ids are ignored."""
@@ -135,12 +132,7 @@ class StepPlanner:
         known = self._known.pop(request_id, None)
         if known is None:
             return
-        if known.short:
-            self._shorts -= 1
-        elif self.longs == 0:
-            self._slowness = 0.0  # so that rounding does not add up
-        else:
-            self._slowness = max(0.0, self._slowness - 1 / known.seconds)
+        self._shorts -= known.short
         self._policies[known.request.priority].remove(request_id)
 
     def plan(self, now: float, budget: int) -> StepPlan:
@@ -148,7 +140,7 @@ class StepPlanner:
 
         What it names is in flight until `settle`, which has to come before anything else.
         """
-        step_seconds = self._length.seconds(now, self._slowness)
+        step_seconds = self._length.seconds(now, self.longs)
         others = self._length.tokens(step_seconds, 0)
         for priority in sorted(self._policies):
             decision = self._policies[priority].next(now)
@@ -210,12 +202,8 @@ class StepPlanner:
             policy = self._policies[request.priority] = self._make(self._config, self._cost)
         policy.add(request, now)
         short = policy.waits_as_short(request.new_tokens, request.history)
-        seconds = self._cost.prefill_seconds(request.new_tokens, request.history)
-        known = self._known[request.id] = _Known(request, short, max(seconds, 1e-9))
-        if short:
-            self._shorts += 1
-        else:
-            self._slowness += 1 / known.seconds
+        known = self._known[request.id] = _Known(request, short)
+        self._shorts += short
         return known
 
     def _take_back(self, request_ids: Iterable[str], now: float) -> None:

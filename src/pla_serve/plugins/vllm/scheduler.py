@@ -207,9 +207,7 @@ class LengthAwareScheduler(AsyncScheduler):
             most = self._caps.get(request.request_id, self._plan.others_tokens)
             if most is not None and most < num_new_tokens:
                 num_new_tokens = most
-        return int(
-            super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        )
+        return int(super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens))
 
     def _close(self, plan: StepPlan, output: SchedulerOutput, now: float) -> None:
         """Settle what the step came to be."""

@@ -70,7 +70,6 @@ def make_config(
             max_num_seqs=seqs,
             max_model_len=65536,
             is_encoder_decoder=False,
-            enable_chunked_prefill=chunked,
             policy=policy,
         ),
         additional_config=additional or {},
@@ -84,9 +83,7 @@ def make_scheduler(
 ) -> Any:
     config = make_config(folder, **settings)
     config.cache_config.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32
-    )
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
     return kind(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
