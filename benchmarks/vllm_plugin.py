@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument(
         "--common",
         type=str.split,
-        default=["--dtype", "float32", "--max-model-len", "8192"],
+        default=["--dtype", "float32", "--max-model-len", "8192", "--enable-prompt-tokens-details"],
         help="flags of every server, as one word",
     )
     options = parser.parse_args()

@@ -172,12 +172,11 @@ class LengthAwareScheduler(AsyncScheduler):
         """Cached tokens of a few waiting requests, in turn: eviction changes them."""
         for _ in range(min(REREAD, len(self._rereads))):
             request = self._rereads.popleft()
-            if self.waiting.get(request.request_id) is not request:
-                continue
-            cached = self._cached(request)
-            new_tokens = max(1, request.num_tokens - cached)
-            self.planner.update(request.request_id, new_tokens, cached, now)
-            self._rereads.append(request)
+            if request is self.waiting.get(request.request_id):
+                cached = self._cached(request)
+                new_tokens = max(1, request.num_tokens - cached)
+                self.planner.update(request.request_id, new_tokens, cached, now)
+                self._rereads.append(request)
 
     def _prefill_budget(self) -> int:
         """Tokens of a step that decode steps leave."""
