@@ -16,7 +16,9 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -290,6 +292,7 @@ def main() -> None:
         help="flags of every server, as one word",
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that servers end, too
     {"run": run, "report": report}[options.what](options)
 
 

@@ -12,7 +12,7 @@ back, and what is left of it is added again with the numbers that the engine has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from math import inf, nextafter
 from typing import NamedTuple
@@ -88,8 +88,10 @@ class StepPlanner:
         self._known: dict[str, _Known] = {}
         self._shorts = 0
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._known
+    @property
+    def known(self) -> Collection[str]:
+        """Ids of the prefills that wait or are under way; a view, it follows what happens."""
+        return self._known.keys()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -174,13 +176,16 @@ class StepPlanner:
             if new_tokens > 0:
                 self._enter(_again(known.request, new_tokens, history), now)
 
-    def finished(self, plan: StepPlan, batch: Batch, seconds: float, now: float) -> None:
+    def finished(self, plan: StepPlan, batch: Batch | None, seconds: float, now: float) -> None:
         """A step that was laid out by ``plan`` and came out as ``batch`` has run.
 
         Args:
+            batch: None tells only that the machine was busy.
             seconds: it took, without waiting for the one before it.
         """
-        self._length.ran(now, seconds, batch.kind is BatchClass.LONG)
+        self._length.ran(now, seconds, batch is not None and batch.kind is BatchClass.LONG)
+        if batch is None:
+            return
         policy = self._policies.get(plan.priority)
         if policy is None:
             self._cost.observe(batch, seconds)

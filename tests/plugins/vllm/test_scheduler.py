@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -192,8 +193,8 @@ def test_preempted_requests_are_resumed_first_and_all_end(tmp_path: Path) -> Non
         engine.step()
         urgent = engine.scheduler.waiting.urgent
         preempted = max(preempted, len(urgent))
-        if urgent:
-            assert not any(request.request_id in engine.scheduler.planner for request in urgent)
+        known = engine.scheduler.planner.known
+        assert not any(request.request_id in known for request in urgent)
     assert preempted
     assert engine.tokens == {f"r{i}": 120 for i in range(4)}
 
@@ -361,3 +362,32 @@ class _AnyText:
 
     def fill_bitmask(self, *_: Any) -> None:
         pass
+
+
+def test_a_connector_that_loads_kv_takes_the_request_out_of_the_plan(engine: Engine) -> None:
+    """It waits for its KV as vLLM has it; the rest of its prefill is planned when it is back."""
+    scheduler = engine.scheduler
+    connector = scheduler.connector = MagicMock()
+    connector.supports_divergent_local_hybrid_hits = False
+    connector.has_pending_block_frees.return_value = False
+    connector.get_num_new_matched_tokens.side_effect = lambda request, _: (
+        (640, True) if request.request_id == "remote" else (0, False)
+    )
+    connector.get_loaded_kv_cache_group_ids.return_value = ()
+    connector.get_kv_connector_stats.return_value = None
+    connector.take_events.return_value = ()
+    connector.request_finished.return_value = (False, None)
+    connector.get_external_cache_hit_sources.return_value = None
+    connector.has_pending_push_work.return_value = False
+    remote = make_request("remote", 1000, answer=2)
+    engine.add(remote, make_request("short", SHORT, answer=6))
+    engine.step()
+    for _ in range(3):
+        engine.step()
+    assert remote.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    assert "remote" not in scheduler.planner.known
+    assert len(scheduler.kv_holding_waiting) == 1
+    scheduler.finished_recving_kv_req_ids.add("remote")
+    engine.drain(most=40)
+    assert engine.tokens == {"remote": 2, "short": 6}
+    assert sum(step.get("remote", 0) for step in engine.steps) == 360 + 1

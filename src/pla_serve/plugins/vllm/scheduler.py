@@ -37,8 +37,11 @@ from pla_serve.policy.steps import StepPlan, StepPlanner
 
 logger = init_logger("vllm.pla_serve")
 
-REREAD = 4
+REREAD = 2
 """Waiting requests a step whose cached tokens are looked up again."""
+DECODE_SAMPLES = 4
+"""One in so many steps of nothing but decodes is a sample for the cost model."""
+NOTHING = StepPlan(BatchClass.DECODE)
 STATS_PREFIX = "pla_serve:"
 """Of the numbers that travel to the API server in `SchedulerStats`; `plugins.vllm_metrics`."""
 
@@ -48,7 +51,8 @@ class Step(NamedTuple):
 
     output: SchedulerOutput
     plan: StepPlan
-    batch: Batch
+    batch: Batch | None
+    """None: a step of nothing but decodes that is no sample for the cost model."""
     started: float
     timed: bool
     """Whether its time says something about its tokens."""
@@ -81,7 +85,9 @@ class LengthAwareScheduler(AsyncScheduler):
         """Requests whose grammar is not ready."""
         self._came: dict[str, float] = {}
         self._rereads: deque[Request] = deque()
-        self._plan = StepPlan(BatchClass.DECODE)
+        self._decode_tokens = 1 + self.num_spec_tokens
+        self._plan = NOTHING
+        self._count = 0
         self._caps: dict[str, int] = {}
         self._blocked = False
         """The last step could not admit what was planned for it."""
@@ -93,10 +99,11 @@ class LengthAwareScheduler(AsyncScheduler):
         now = self.clock()
         if self._pause_state == PauseState.PAUSED_ALL:
             return super().schedule(*args, **kwargs)
-        self._take_arrivals(now)
+        under_way = [request for request in self.running if request.is_prefill_chunk]
+        self._take_arrivals(under_way, now)
         self._reread_cached(now)
-        plan = self.planner.plan(now, self._prefill_budget())
-        self._open(plan)
+        plan = self._make_plan(under_way, now)
+        self._open(plan, under_way)
         try:
             output = super().schedule(*args, **kwargs)
         finally:
@@ -130,13 +137,17 @@ class LengthAwareScheduler(AsyncScheduler):
             )
         return stats
 
-    def _take_arrivals(self, now: float) -> None:
+    def _take_arrivals(self, under_way: list[Request], now: float) -> None:
+        """Tell the planner of prefills that it does not know: new, resumed, or loaded in part."""
+        for request in under_way:
+            if request.request_id not in self.planner.known:
+                self._tell(request, request.num_computed_tokens, now)
         for request in [*self.waiting.take_arrivals(), *self._compiled()]:
             if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR and not (
                 request.structured_output_request and request.structured_output_request.grammar
             ):
                 self._compiling[request.request_id] = request
-            elif request.request_id not in self.planner:
+            elif request.request_id not in self.planner.known:
                 self._tell(request, self._cached(request), now)
                 if self.cache_config.enable_prefix_caching:
                     self._rereads.append(request)
@@ -178,22 +189,25 @@ class LengthAwareScheduler(AsyncScheduler):
                 self.planner.update(request.request_id, new_tokens, cached, now)
                 self._rereads.append(request)
 
-    def _prefill_budget(self) -> int:
-        """Tokens of a step that decode steps leave."""
-        decodes = sum([not request.is_prefill_chunk for request in self.running])
-        return max(1, self.max_num_scheduled_tokens - decodes * (1 + self.num_spec_tokens))
+    def _make_plan(self, under_way: list[Request], now: float) -> StepPlan:
+        """What the step may hold; nothing is planned while nobody could be admitted or go on."""
+        places = self.max_num_active_reqs - self.num_waiting_for_streaming_input
+        if not under_way and len(self.running) >= places:
+            return NOTHING
+        decodes = len(self.running) - len(under_way)
+        budget = self.max_num_scheduled_tokens - decodes * self._decode_tokens
+        return self.planner.plan(now, max(1, budget))
 
-    def _open(self, plan: StepPlan) -> None:
+    def _open(self, plan: StepPlan, under_way: list[Request]) -> None:
         """Tell the seams what the step may hold."""
         self._plan = plan
-        self._caps = {chunk.request_id: chunk.tokens for chunk in plan.chunks}
+        self._caps = caps = {chunk.request_id: chunk.tokens for chunk in plan.chunks}
         if not self._blocked:
             skipped = self.current_step + 2  # `schedule` counts the step before it compares
-            for request in self.running:
-                request_id = request.request_id
-                if request.is_prefill_chunk and request_id not in self._caps:
+            for request in under_way:
+                if request.request_id not in caps:
                     request.next_decode_eligible_step = skipped
-        waiting = map(self.waiting.get, self._caps)
+        waiting = map(self.waiting.get, caps)
         offers = [*self.waiting.urgent, *(request for request in waiting if request is not None)]
         if self._by_priority:
             offers.sort(key=lambda request: request.priority)
@@ -202,49 +216,61 @@ class LengthAwareScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        if num_new_tokens > 1 + self.num_spec_tokens and not request.has_encoder_inputs:
+        if num_new_tokens > self._decode_tokens and not request.has_encoder_inputs:
             most = self._caps.get(request.request_id, self._plan.others_tokens)
             if most is not None and most < num_new_tokens:
                 num_new_tokens = most
-        return int(super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens))
+        if not self.num_prefill_lookahead:
+            return num_new_tokens
+        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
     def _close(self, plan: StepPlan, output: SchedulerOutput, now: float) -> None:
         """Settle what the step came to be."""
-        left: dict[str, tuple[int, int]] = {}
+        scheduled = output.num_scheduled_tokens
+        self._count += 1
+        if not plan.chunks and output.total_num_scheduled_tokens == len(scheduled):
+            # Decode steps resemble each other: a few of them are samples enough.
+            batch = self._lay_out(plan, output, {}) if self._count % DECODE_SAMPLES == 0 else None
+        else:
+            left: dict[str, tuple[int, int]] = {}
+            batch = self._lay_out(plan, output, left)
+            self._settle(plan, left, now)
+        timed = bool(scheduled) and not (
+            output.has_sync_kv_loads or output.scheduled_encoder_inputs
+        )
+        self._steps.append(Step(output, plan, batch, self.clock(), timed))
+
+    def _lay_out(
+        self, plan: StepPlan, output: SchedulerOutput, left: dict[str, tuple[int, int]]
+    ) -> Batch:
+        """The step as the cost model sees it; fills in what is ``left`` of its prefills."""
         prefills: list[Chunk] = []
         decodes: list[Chunk] = []
-        planner, requests, decode_tokens = self.planner, self.requests, 1 + self.num_spec_tokens
+        known, requests, decode_tokens = self.planner.known, self.requests, self._decode_tokens
         for request_id, tokens in output.num_scheduled_tokens.items():
             request = requests[request_id]
             computed, more = request.num_computed_tokens, request.is_prefill_chunk
             chunk = Chunk(request_id, tokens, computed - tokens, not more)
-            if more or request_id in planner:
+            if more or request_id in known:
                 left[request_id] = (request.num_tokens - computed if more else 0, computed)
                 prefills.append(chunk)
             elif tokens > decode_tokens:
                 prefills.append(chunk)
             else:
                 decodes.append(chunk)
-        self._blocked = any(self.waiting.get(request_id) for request_id in self._planned(plan))
-        planner.settle(plan, left, now)
-        for request_id in self._planned(plan):
-            # A connector may load it from elsewhere: then it is vLLM's to resume.
-            planned = requests.get(request_id)
-            if planned is not None and planned.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
-                planner.remove(request_id)
-        for request_id in left:
-            if left[request_id][0] and request_id not in planner:  # resumed, or loaded in part
-                self._tell(requests[request_id], left[request_id][1], now)
         kind = plan.kind if prefills else BatchClass.DECODE
-        batch = Batch(kind, tuple(prefills), tuple(decodes))
-        timed = bool(output.num_scheduled_tokens) and not (
-            output.has_sync_kv_loads or output.scheduled_encoder_inputs
-        )
-        self._steps.append(Step(output, plan, batch, self.clock(), timed))
+        return Batch(kind, tuple(prefills), tuple(decodes))
 
-    @staticmethod
-    def _planned(plan: StepPlan) -> list[str]:
-        return [chunk.request_id for chunk in plan.chunks]
+    def _settle(self, plan: StepPlan, left: dict[str, tuple[int, int]], now: float) -> None:
+        """Tell the planner what became of its plan."""
+        planned = [chunk.request_id for chunk in plan.chunks]
+        self._blocked = any(self.waiting.get(request_id) for request_id in planned)
+        self.planner.settle(plan, left, now)
+        for request_id in planned if self.connector is not None else ():
+            # Its KV is on the way from elsewhere: then it is vLLM's to resume.
+            request = self.requests.get(request_id)
+            if request is not None and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+                self.planner.remove(request_id)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.planner.remove(request.request_id)
