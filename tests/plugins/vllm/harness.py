@@ -180,12 +180,13 @@ class Engine:
                 self._finish(self._flying.pop(0))
         raise AssertionError(f"not done after {most} steps: {list(self.scheduler.requests)}")
 
+    def seconds(self, output: SchedulerOutput) -> float:
+        """What a step takes."""
+        return self.launch + self.per_token * output.total_num_scheduled_tokens
+
     def _finish(self, output: SchedulerOutput) -> None:
         scheduled = output.num_scheduled_tokens
-        if scheduled:
-            self.clock.now += self.launch + self.per_token * sum(scheduled.values())
-        else:
-            self.clock.now += 0.001
+        self.clock.now += self.seconds(output) if scheduled else 0.001
         names = list(scheduled)
         sampled = [[TOKEN] if self._samples(output, name) else [] for name in names]
         result = ModelRunnerOutput(

@@ -49,6 +49,10 @@ class HeldQueue(RequestQueue):
         """A waiting request, on offer or not."""
         return self._held.get(request_id)
 
+    def holds(self, request: Request) -> bool:
+        """Whether this very request waits, and not another one of its id."""
+        return self._held.get(request.request_id) is request
+
     def add_request(self, request: Request) -> None:
         self._held[request.request_id] = request
         if request.status in _POLICY_ORDERS:

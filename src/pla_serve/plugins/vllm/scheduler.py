@@ -183,7 +183,7 @@ class LengthAwareScheduler(AsyncScheduler):
         """Cached tokens of a few waiting requests, in turn: eviction changes them."""
         for _ in range(min(REREAD, len(self._rereads))):
             request = self._rereads.popleft()
-            if request is self.waiting.get(request.request_id):
+            if self.waiting.holds(request):
                 cached = self._cached(request)
                 new_tokens = max(1, request.num_tokens - cached)
                 self.planner.update(request.request_id, new_tokens, cached, now)
