@@ -3,10 +3,15 @@
 #   make serve    install, fetch the model, serve it on http://127.0.0.1:8000
 #   make test     install, then run every check that a change must pass
 #
+# And one for the vLLM plugin, which lives beside vLLM (an environment of its own, about 3 GB):
+#
+#   make test-vllm
+#
 # Variables, as in `make serve PORT=9000`:
 #   PYTHON       the Python to build the environment with, 3.11 or newer     (python3)
 #   VENV         where the environment lies                                 (.venv)
 #   MODEL        a folder of safetensors, a GGUF file, or a Hugging Face id (SmolLM2-135M-Instruct)
+#   VLLM_VENV    where vLLM for CPUs and the plugin's tests lie              (.venv-vllm)
 #   HOST, PORT   where to listen                                            (127.0.0.1, 8000)
 #   ARGS         further options of `pla-serve serve`, or of pytest         (none)
 #   TORCH_INDEX  a package index for torch. On Linux, PyPI's build brings several gigabytes of CUDA;
@@ -14,6 +19,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -31,7 +37,7 @@ INSTALLED := $(VENV)/.pla-serve-installed
 DEVELOPED := $(VENV)/.pla-serve-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve test lint format
+.PHONY: help install dev serve test test-vllm lint format
 
 help:
 	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
@@ -45,6 +51,12 @@ serve: $(INSTALLED)
 
 test: lint
 	$(BIN)/pytest $(ARGS)
+
+test-vllm: $(DEVELOPED)
+	$(BIN)/python benchmarks/vllm_venv.py "$(VLLM_VENV)" $(if $(TORCH_INDEX),"$(TORCH_INDEX)")
+	MODEL_FOLDER="$$($(BIN)/python benchmarks/vllm_venv.py --model | tail -n 1)" && \
+	  PLA_SERVE_TEST_MODEL="$$MODEL_FOLDER" PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest \
+	  -o filterwarnings=default -p no:cacheprovider tests/plugins $(ARGS)
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

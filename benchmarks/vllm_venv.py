@@ -13,6 +13,9 @@ import venv
 from pathlib import Path
 
 VLLM, TORCH = "0.32.0", "2.13.0"
+OURS = ("scipy>=1.14,<2", "pytest>=8.3,<10")
+"""What the plugin needs beside vLLM, and its tests."""
+ROOT = Path(__file__).resolve().parents[1]
 
 _REQUIREMENTS = """
 from importlib.metadata import requires
@@ -47,6 +50,9 @@ def prepare(folder: Path, torch_index: str | None = None) -> Path:
     _pip(python, *(requirement for kind, requirement in lines if kind == "plain"))
     alone = [requirement for kind, requirement in lines if kind == "alone"]
     _pip(python, "--no-deps", *alone, "apache-tvm-ffi")
+    # This project alone, without its dependencies: the plugin uses numpy and scipy of them.
+    _pip(python, *OURS)
+    _pip(python, "--no-deps", "--editable", str(ROOT))
     if not _works(python):
         raise RuntimeError(f"vLLM was installed into {folder} but cannot be imported")
     return python
@@ -59,7 +65,8 @@ def version(python: Path) -> str:
 
 
 def _works(python: Path) -> bool:
-    check = [str(python), "-c", "import vllm.entrypoints.openai.api_server"]
+    modules = "vllm.entrypoints.openai.api_server, pla_serve.plugins.vllm, pytest"
+    check = [str(python), "-c", f"import {modules}"]
     return subprocess.run(check, capture_output=True, check=False).returncode == 0
 
 
@@ -75,4 +82,11 @@ def _run(python: Path, *arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    print(prepare(Path(sys.argv[1] if len(sys.argv) > 1 else ".venv-vllm")))
+    folder, *index = sys.argv[1:] or [".venv-vllm"]
+    if folder == "--model":  # where the model of the tests lies
+        from pla_serve.engine.loading import ConsoleProgress, resolve
+        from pla_serve.engine.loading.finder import DEFAULT_MODEL
+
+        print(resolve(DEFAULT_MODEL, progress=ConsoleProgress()).folder)
+    else:
+        print(prepare(Path(folder), *index))

@@ -1,0 +1,247 @@
+"""The policy for an engine that builds a batch for each step and cannot be left within one.
+
+Such an engine (vLLM) keeps its own batch building: decode steps first, then prefills, as far as
+tokens and KV memory go. What is decided here, before each step, is which prefills may be in it,
+in which order, and how many tokens of each.
+
+The engine may do less than was planned (no memory, a smaller budget), and plans the next step
+before it knows how the last one ended. So nothing stays in flight: what was handed out is taken
+back, and what is left of it is added again with the numbers that the engine has
+(`StepPlanner.settle`). Times are reported when they are known (`StepPlanner.finished`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from math import inf, nextafter
+from typing import NamedTuple
+
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.length_aware import LengthAware
+from pla_serve.policy.protocol import (
+    Batch,
+    BatchClass,
+    Chunk,
+    PrefillPolicy,
+    PrefillRequest,
+    Run,
+    Wait,
+)
+from pla_serve.policy.step_length import StepLength
+
+MOST_PRIORITIES = 16
+"""Kept although they have no prefills, for what they know of the traffic."""
+
+MakePolicy = Callable[[PolicyConfig, CostModel], PrefillPolicy]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What prefills a step may have."""
+
+    kind: BatchClass
+    """``DECODE``: none."""
+    chunks: tuple[Chunk, ...] = ()
+    """First to last; each with the most tokens it may have."""
+    priority: int = 0
+    """The one whose turn it is."""
+    others_tokens: int | None = None
+    """Most tokens of any prefill that is not planned but has to run; None sets no limit."""
+
+
+class _Known(NamedTuple):
+    """A prefill that waits or is under way; numbers as the policy has them."""
+
+    request: PrefillRequest
+    short: bool
+
+
+class StepPlanner:
+    """Drives a policy step by step. Deterministic; told the time, never asks for it.
+
+    With several priorities there is a policy for each, and the most urgent one that has prefills
+    plans the step: a strict order, as vLLM's priority scheduling is. They share the cost model.
+
+    Args:
+        config: ``interruptible`` and ``long_chunk_tokens`` are set here: chunks are cut to
+            `StepLength`, not by the policy.
+        most_seconds: of a step of long work while shorts come; None leaves it to `StepLength`.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        cost: CostModel,
+        *,
+        most_seconds: float | None = None,
+        make: MakePolicy = LengthAware,
+    ) -> None:
+        self._config = replace(
+            config, interruptible=False, long_chunk_tokens=config.max_batch_tokens
+        )
+        self._cost = cost
+        self._make = make
+        self._length = StepLength(cost, most_seconds)
+        self._policies: dict[int, PrefillPolicy] = {}
+        self._known: dict[str, _Known] = {}
+        self._shorts = 0
+
+    @property
+    def known(self) -> Collection[str]:
+        """Ids of the prefills that wait or are under way; a view, it follows what happens."""
+        return self._known.keys()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def shorts(self) -> int:
+        """Short prefills that wait or are under way."""
+        return self._shorts
+
+    @property
+    def longs(self) -> int:
+        """The same of longs."""
+        return len(self._known) - self._shorts
+
+    def boundary(self) -> int:
+        """L_m without history, in tokens."""
+        given = self._config.boundary_tokens
+        return self._cost.boundary(0) if given is None else given
+
+    def add(self, request: PrefillRequest, now: float) -> None:
+        """A prefill that has come."""
+        self.remove(request.id)
+        known = self._enter(request, now)
+        if known.short:
+            self._length.short_arrived(now)
+
+    def update(self, request_id: str, new_tokens: int, history: int, now: float) -> None:
+        """The numbers of a known prefill, read again; unknown ids are ignored."""
+        known = self._known.get(request_id)
+        if known is None:
+            return
+        old = known.request
+        if (old.new_tokens, old.history) == (new_tokens, history):
+            return
+        self.remove(request_id)
+        self._enter(_again(old, new_tokens, history), now)
+
+    def remove(self, request_id: str) -> None:
+        """Forget a prefill: finished, aborted, preempted. Unknown ids are ignored."""
+        known = self._known.pop(request_id, None)
+        if known is None:
+            return
+        self._shorts -= known.short
+        self._policies[known.request.priority].remove(request_id)
+
+    def plan(self, now: float, budget: int) -> StepPlan:
+        """The next step, of at most ``budget`` tokens of prefills.
+
+        What it names is in flight until `settle`, which has to come before anything else.
+        """
+        step_seconds = self._length.seconds(now, self.longs)
+        others = self._length.tokens(step_seconds, 0)
+        for priority in sorted(self._policies):
+            decision = self._policies[priority].next(now)
+            if isinstance(decision, Run) and decision.batch.prefills:
+                batch = decision.batch
+                limit = budget
+                if batch.kind is not BatchClass.SHORT:
+                    limit = self._limit(batch.prefills[0], step_seconds, budget)
+                chunks = tuple(_cut(batch.prefills, limit))
+                left_out = [chunk.request_id for chunk in batch.prefills[len(chunks) :]]
+                self._take_back(left_out, now)
+                return StepPlan(batch.kind, chunks, priority, others)
+            if isinstance(decision, Wait):
+                return StepPlan(BatchClass.DECODE, (), priority, others)
+        return StepPlan(BatchClass.DECODE, (), 0, others)
+
+    def settle(self, plan: StepPlan, left: dict[str, tuple[int, int]], now: float) -> None:
+        """The step was laid out.
+
+        Args:
+            left: new tokens and history of every known prefill that is in the step, after it;
+                no new tokens means that the step completes it. One that was planned and is not here
+                was not begun.
+        """
+        self._take_back([c.request_id for c in plan.chunks if c.request_id not in left], now)
+        for request_id, (new_tokens, history) in left.items():
+            known = self._known.get(request_id)
+            if known is None:
+                continue
+            self.remove(request_id)
+            if new_tokens > 0:
+                self._enter(_again(known.request, new_tokens, history), now)
+
+    def finished(self, plan: StepPlan, batch: Batch | None, seconds: float, now: float) -> None:
+        """A step that was laid out by ``plan`` and came out as ``batch`` has run.
+
+        Args:
+            batch: None tells only that the machine was busy.
+            seconds: it took, without waiting for the one before it.
+        """
+        self._length.ran(now, seconds, batch is not None and batch.kind is BatchClass.LONG)
+        if batch is None:
+            return
+        policy = self._policies.get(plan.priority)
+        if policy is None:
+            self._cost.observe(batch, seconds)
+        else:
+            policy.observe(batch, seconds, now)
+
+    def _limit(self, first: Chunk, seconds: float, budget: int) -> int:
+        """Tokens of a step of long work, in equal parts of what is left of the first."""
+        tokens = self._length.tokens(seconds, first.history)
+        most = max(1, budget if tokens is None else min(tokens, budget))
+        whole = self._known[first.request_id].request.new_tokens
+        parts = -(-whole // most)
+        return most if parts == 1 else -(-whole // parts)
+
+    def _enter(self, request: PrefillRequest, now: float) -> _Known:
+        policy = self._policies.get(request.priority)
+        if policy is None:
+            self._drop_empty()
+            policy = self._policies[request.priority] = self._make(self._config, self._cost)
+        policy.add(request, now)
+        short = policy.waits_as_short(request.new_tokens, request.history)
+        known = self._known[request.id] = _Known(request, short)
+        self._shorts += short
+        return known
+
+    def _take_back(self, request_ids: Iterable[str], now: float) -> None:
+        for request_id in request_ids:
+            known = self._known.get(request_id)
+            if known is not None:
+                self.remove(request_id)
+                request = known.request
+                self._enter(_again(request, request.new_tokens, request.history), now)
+
+    def _drop_empty(self) -> None:
+        """Forget priorities without prefills, so that a client cannot make ever more of them."""
+        if len(self._policies) >= MOST_PRIORITIES:
+            used = {known.request.priority for known in self._known.values()}
+            self._policies = {key: self._policies[key] for key in self._policies if key in used}
+
+
+def _again(request: PrefillRequest, new_tokens: int, history: int) -> PrefillRequest:
+    """The same request with other numbers. A policy counts as new what did not come before the
+    newest that it knows, so this one is moved back by the least that a clock can tell."""
+    arrival = nextafter(request.arrival, -inf)
+    return replace(request, arrival=arrival, new_tokens=new_tokens, history=history)
+
+
+def _cut(chunks: tuple[Chunk, ...], limit: int) -> list[Chunk]:
+    """As many of them as ``limit`` tokens hold; the first one in part, if it must be."""
+    kept: list[Chunk] = []
+    left = limit
+    for chunk in chunks:
+        if left <= 0:
+            break
+        if chunk.tokens > left:
+            chunk = chunk._replace(tokens=left, completes=False)
+        kept.append(chunk)
+        left -= chunk.tokens
+    return kept
