@@ -59,6 +59,10 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     deadline: float | None = None
     """The same clock: when the first token is due."""
     priority: int = 0
+    generated: int = 0
+    """How many of the last tokens of ``prompt`` are output that the client has got already, from
+    another instance. Sampling, limits and usage take them as output, so what follows is what would
+    have followed there. A request whose seed is None is not continued exactly."""
     hand_over: HandOver | None = None
     """Set: an `Offer` follows when its prefill begins, and it ends with its first token: as
     "handed_over", or for a reason of its own. Refused by an engine without KV transfer."""
