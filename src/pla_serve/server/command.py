@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from pla_serve.engine.config import EngineConfig
+from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.server import flags
 from pla_serve.server.settings import ServerSettings
@@ -67,6 +68,7 @@ def serve(
     restart_wait: flags.RestartWait = _SERVER.restart_wait,
     drain_seconds: flags.DrainSeconds = _SERVER.drain_seconds,
     log_level: flags.LogLevel = "info",
+    log_format: flags.LogFormat = "text",
 ) -> None:
     """Serve a model to OpenAI clients."""
     if model and model_flag and model != model_flag:
@@ -121,7 +123,7 @@ def serve(
         template = chat_template.read_text(encoding="utf-8") if chat_template else None
     except (ValueError, OSError) as error:
         _fail(error)
-    raise typer.Exit(start(engine, settings, template, log_level))
+    raise typer.Exit(start(engine, settings, template, log_level, log_format))
 
 
 def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> PolicyConfig:
@@ -146,17 +148,18 @@ def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> Polic
 
 
 def start(
-    config: EngineConfig, settings: ServerSettings, chat_template: str | None, log_level: str
+    config: EngineConfig,
+    settings: ServerSettings,
+    chat_template: str | None,
+    log_level: str,
+    log_format: LogFormat,
 ) -> int:
     """Load, serve, drain; returns the exit status. What the user can mend exits with one line."""
     from pla_serve.server.engine_client import EngineStartError
     from pla_serve.server.engine_process import EngineSpec, spawn
     from pla_serve.server.run import Instance, listen, run
 
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s server: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    configure(log_level, log_format, "server")
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
@@ -165,11 +168,11 @@ def start(
     log.info("loading %s for port %d", config.model, port)
     with (
         listener,
-        spawn(EngineSpec(config, log_level=log_level)) as child,
+        spawn(EngineSpec(config, log_level=log_level, log_format=log_format)) as child,
     ):  # it imports torch while this process does
         try:
             source, tokenizer, check_grammar = _load(config)
-            spec = EngineSpec(_located(config, source), log_level=log_level)
+            spec = EngineSpec(_located(config, source), log_level=log_level, log_format=log_format)
 
             def instance() -> Instance:
                 return Instance(

@@ -10,6 +10,7 @@ import typer
 from pla_serve.engine.config import DType as DTypes
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.config import LoadFormat as LoadFormats
+from pla_serve.logs import LogFormat as LogFormats
 
 MODEL = "Model"
 CACHE = "KV cache"
@@ -234,3 +235,7 @@ DrainSeconds = Annotated[
     typer.Option(help="How long SIGTERM lets requests finish.", rich_help_panel=HTTP),
 ]
 LogLevel = Annotated[LogLevels, typer.Option(rich_help_panel=HTTP)]
+LogFormat = Annotated[
+    LogFormats,
+    typer.Option(help="json is one object a line, for machines.", rich_help_panel=HTTP),
+]

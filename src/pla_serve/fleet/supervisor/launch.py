@@ -1,0 +1,132 @@
+"""From a spec to running processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import psutil
+
+from pla_serve.fleet.supervisor.commands import (
+    LOOPBACK,
+    instance_command,
+    router_command,
+    threads_each,
+)
+from pla_serve.fleet.supervisor.log_lines import write_line
+from pla_serve.fleet.supervisor.member import FleetStartError, Member, Recipe
+from pla_serve.fleet.supervisor.ports import ReservedPort
+from pla_serve.fleet.supervisor.spec import FleetSpec
+from pla_serve.fleet.supervisor.supervisor import Supervisor
+from pla_serve.logs import LogFormat, configure
+
+log = logging.getLogger(__name__)
+
+KEY_VARIABLE = "PLA_SERVE_INSTANCE_KEY"
+"""The router's key for its instances, which nobody else on this machine knows."""
+MEMORY_SHARE = 0.4
+"""Of free memory, for the KV of all instances together, as one instance on a CPU takes it."""
+MOST_GIB = 4.0
+"""KV of one instance, unless a flag says otherwise; the same as without a fleet."""
+
+
+class Plan:
+    """All command lines of a fleet, and `run`.
+
+    Args:
+        serve_words, route_words: further flags from the command line.
+
+    Raises:
+        OSError: no ports are free.
+    """
+
+    def __init__(
+        self,
+        spec: FleetSpec,
+        serve_words: Sequence[str],
+        route_words: Sequence[str],
+        log_level: str,
+        log_format: LogFormat,
+    ) -> None:
+        self._spec = spec
+        self._log_level = log_level
+        self._log_format = log_format
+        self._stack = ExitStack()
+        threads = spec.threads or threads_each(cores(), len(spec.names))
+        memory = _memory_words(spec, serve_words)
+        self._instances: list[tuple[str, int, list[str]]] = []
+        for number, (name, role) in enumerate(spec.names):
+            port = self._stack.enter_context(ReservedPort(LOOPBACK)).number
+            words = instance_command(spec, number, role, port, threads)
+            self._instances.append((name, port, [*words, *memory, *serve_words]))
+        urls = [f"http://{LOOPBACK}:{port}" for _, port, _ in self._instances]
+        self._router = [*router_command(spec, urls), *route_words]
+
+    def commands(self) -> Iterator[tuple[str, list[str]]]:
+        """``serve`` or ``route``, and the words behind it, of each process."""
+        for _, _, words in self._instances:
+            yield "serve", words[words.index("serve") + 1 :]
+        yield "route", self._router[self._router.index("route") + 1 :]
+
+    def run(self) -> int:
+        """Until SIGTERM or Ctrl-C; returns the exit status."""
+        configure(self._log_level, self._log_format, "fleet")
+        with self._stack:
+            try:
+                asyncio.run(self._run())
+            except (FleetStartError, OSError) as error:
+                print(f"pla-serve: {error}", file=sys.stderr)
+                return 1
+        return 0
+
+    async def _run(self) -> None:
+        spec, on_line = self._spec, write_line(self._log_format)
+        key = secrets.token_hex(16)
+        instances = [
+            Member(
+                Recipe(name, words, f"http://{LOOPBACK}:{port}", {"PLA_SERVE_API_KEY": key}),
+                spec.health,
+                on_line,
+            )
+            for name, port, words in self._instances
+        ]
+        front = f"http://{_reachable(spec.host)}:{spec.port}"
+        recipe = Recipe("router", self._router, front, {KEY_VARIABLE: key})
+        router = Member(recipe, spec.health, on_line)
+        supervisor = Supervisor(instances, router, drain_seconds=spec.drain_seconds)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, supervisor.stop)
+        loop.add_signal_handler(signal.SIGHUP, supervisor.renew)
+        await supervisor.run(lambda: print(f"Ready: {len(instances)} instances, {front}/v1"))
+
+
+def _memory_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
+    """Each instance takes its share of the free memory of a CPU, not all of them the whole."""
+    flags = {name.replace("_", "-") for name in spec.serve}
+    said = "kv-cache-gib" in flags or any(w.startswith("--kv-cache-gib") for w in serve_words)
+    if said or spec.devices or os.path.exists("/dev/nvidia0"):
+        return []
+    free = psutil.virtual_memory().available / 2**30
+    each = min(MOST_GIB, free * MEMORY_SHARE / len(spec.names))
+    return ["--kv-cache-gib", f"{each:.3f}"]
+
+
+def _reachable(host: str) -> str:
+    """An address of this machine under which a server on ``host`` answers."""
+    if host in ("", "0.0.0.0", "::"):
+        return LOOPBACK if host != "::" else "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
