@@ -17,6 +17,8 @@ from pla_serve.fleet.supervisor.spec import Health
 
 log = logging.getLogger(__name__)
 
+ANSWER_SECONDS = 5.0
+"""How long one answer may take."""
 LAST_SECONDS = 5.0
 """How much longer than its drain a process may take to leave."""
 
@@ -188,7 +190,8 @@ class Member:
     async def _watch(self, child: Child) -> None:
         """Ask it how it is, and kill it when it hangs."""
         silence = Silence(self._health, self._clock())
-        async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
+        patience = min(ANSWER_SECONDS, self._health.hang_seconds)
+        async with httpx.AsyncClient(trust_env=False, timeout=patience) as client:
             while True:
                 await self._sleep(self._health.check_seconds)
                 try:
