@@ -18,13 +18,8 @@ from server_harness import DEADLINE, HERE, MODEL, Live, until
 
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.messages import AddRequest, EngineReady, SamplingParams
-from pla_serve.server.engine_client import (
-    EngineClient,
-    EngineStartError,
-    EngineUnavailableError,
-    RestartPolicy,
-    State,
-)
+from pla_serve.server.backend import EngineStartError, EngineUnavailableError
+from pla_serve.server.engine_client import EngineClient, RestartPolicy, State
 from pla_serve.server.engine_process import EngineSpec
 from pla_serve.server.session import EngineDiedError
 
@@ -152,7 +147,9 @@ class Observer:
 
     def stats(self, stats: object) -> None: ...
 
-    def lost(self) -> None: ...
+    def lost(self, reason: str) -> None: ...
+
+    def alive(self) -> None: ...
 
     def restarted(self) -> None:
         self.restarts += 1

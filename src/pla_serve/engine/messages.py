@@ -127,6 +127,14 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave after the running batch. The process hosting the core obeys it; no core sees it."""
 
 
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Answered by `Pong` at the next layer boundary, by the process hosting the core."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The engine is alive and gets to its inbox."""
+
+
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     """Admitted: sent right after admission and before any work, so it precedes every output."""
 
@@ -282,8 +290,8 @@ Inbound = AddRequest | AbortRequest | Reserve | Begin | Lend | Release
 Outbound = Output | Accepted | Rejected | Offer | EngineReady | EngineStats
 """What a core emits."""
 
-ToEngine = Inbound | Shutdown
+ToEngine = Inbound | Ping | Shutdown
 """What travels to the process that hosts the core."""
 
-FromEngine = Outbound | EngineFailed
+FromEngine = Outbound | Pong | EngineFailed
 """What travels back from it."""

@@ -28,6 +28,8 @@ from pla_serve.engine.messages import (
     FromEngine,
     Inbound,
     Outbound,
+    Ping,
+    Pong,
     Shutdown,
     ToEngine,
 )
@@ -100,6 +102,8 @@ class Channel:
                 break
             if isinstance(message, Shutdown):
                 self.closing = True
+            elif isinstance(message, Ping):
+                self.emit(Pong())
             else:
                 arrived.append(message)
         return arrived

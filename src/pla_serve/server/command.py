@@ -155,7 +155,7 @@ def start(
     log_format: LogFormat,
 ) -> int:
     """Load, serve, drain; returns the exit status. What the user can mend exits with one line."""
-    from pla_serve.server.engine_client import EngineStartError
+    from pla_serve.server.backend import EngineStartError
     from pla_serve.server.engine_process import EngineSpec, spawn
     from pla_serve.server.run import Instance, listen, run
 

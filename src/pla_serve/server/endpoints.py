@@ -15,13 +15,14 @@ from starlette.responses import Response
 
 from pla_serve.engine.messages import EngineReady, Grammar
 from pla_serve.server.answer import EventWriter, Header, whole
+from pla_serve.server.backend import Backend, EngineUnavailableError
 from pla_serve.server.body import read_json
 from pla_serve.server.detokenize import TokenBytes
-from pla_serve.server.engine_client import EngineClient, EngineUnavailableError
 from pla_serve.server.errors import ApiError, invalid, json_response, too_long, unavailable
 from pla_serve.server.event_stream import EventStream
 from pla_serve.server.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.generation import Generation, Plan
+from pla_serve.server.guard import tenant
 from pla_serve.server.logprobs import TokenNames
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.params import sampling_params
@@ -41,7 +42,7 @@ class Service:
     """What the endpoints work with."""
 
     settings: ServerSettings
-    engine: EngineClient
+    engine: Backend
     token_bytes: TokenBytes
     encoder: PromptEncoder
     names: TokenNames
@@ -69,7 +70,7 @@ class Endpoints:
         header = self._header("chatcmpl", model)
         plan = self._plan(body, header.id, arrival, [prompt], body.output_limit, info)
         form = ChatFormat(service.names, logprobs=bool(body.logprobs))
-        return await self._answer(body, plan, form, header)
+        return await self._answer(request, body, plan, form, header)
 
     async def complete(self, request: Request) -> Response:
         arrival = time.monotonic()
@@ -84,7 +85,7 @@ class Endpoints:
         echoes = [self._echo(item) for item in body.prompt] if body.echo else []
         wants = body.logprobs is not None
         form = CompletionFormat(service.names, logprobs=wants, echoes=echoes, n=plan.n)
-        return await self._answer(body, plan, form, header)
+        return await self._answer(request, body, plan, form, header)
 
     async def models(self, request: Request) -> Response:
         names = self._service.settings.model_names
@@ -94,13 +95,18 @@ class Endpoints:
         return json_response(self._card(self._model(request.path_params["model"])))
 
     async def _answer(
-        self, body: ChatRequest | CompletionRequest, plan: Plan, form: Format, header: Header
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        plan: Plan,
+        form: Format,
+        header: Header,
     ) -> Response:
         service, settings = self._service, self._service.settings
         grammar = plan.sampling[0].grammar
         if grammar is not None:
             await self._check(grammar)
-        session = service.engine.session(settings.max_unread_tokens)
+        session = service.engine.session(settings.max_unread_tokens, tenant(request.scope))
         generation = Generation(plan, session, service.token_bytes, service.metrics)
         headers = {"x-request-id": header.id}
         streams = False

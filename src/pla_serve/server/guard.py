@@ -15,6 +15,9 @@ from pla_serve.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+TENANT = "pla_serve.tenant"
+"""Key in the ASGI scope."""
+
 
 class Keys:
     """The API keys, compared in constant time; without any, everybody may come in."""
@@ -22,16 +25,17 @@ class Keys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [self._digest(key.encode()) for key in keys]
 
-    def admit(self, authorization: bytes | None) -> bool:
+    def admit(self, authorization: bytes | None) -> str | None:
+        """Who it is, a text that does not give the key away; None: nobody who may come in."""
         if not self._digests:
-            return True
+            return ""
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer":
-            return False
+            return None
         offered = self._digest(key.strip())
         # All are compared, so that the time does not tell which one matched.
         matches = [hmac.compare_digest(offered, digest) for digest in self._digests]
-        return any(matches)
+        return f"key-{matches.index(True)}" if any(matches) else None
 
     @staticmethod
     def _digest(key: bytes) -> bytes:
@@ -83,22 +87,30 @@ class Guard:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
+        who = self._keys.admit(dict(scope["headers"]).get(b"authorization"))
+        refusal = self._refusal(who)
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
+        scope[TENANT] = who
         self._traffic.change(+1)
         try:
             await run_while_connected(self._app, scope, receive, send)
         finally:
             self._traffic.change(-1)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        if not self._keys.admit(dict(scope["headers"]).get(b"authorization")):
+    def _refusal(self, who: str | None) -> ApiError | None:
+        if who is None:
             return ApiError(401, "wrong or missing API key", code="invalid_api_key")
         if self._traffic.draining:
             return unavailable("the server is shutting down", 5.0)
         return None
+
+
+def tenant(scope: Scope) -> str:
+    """Who makes this request, as `Keys.admit` calls it."""
+    who: str = scope.get(TENANT, "")
+    return who
 
 
 async def run_while_connected(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

@@ -143,7 +143,10 @@ class Metrics:
         self.set("pla_serve:kv_tokens", info.kv_tokens)
         self.set("pla_serve:kv_bytes_per_token", info.kv_bytes_per_token)
 
-    def lost(self) -> None:
+    def alive(self) -> None:
+        """Nothing to count."""
+
+    def lost(self, reason: str) -> None:
         self.set("pla_serve:engine_up", 0)
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
             self.set(name, 0)

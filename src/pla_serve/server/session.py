@@ -11,10 +11,12 @@ from pla_serve.engine.messages import (
     AddRequest,
     FinishReason,
     Inbound,
+    Offer,
     Output,
     Rejected,
     TokenLogprob,
 )
+from pla_serve.server.link_messages import NewsMessage
 
 
 class EngineDiedError(Exception):
@@ -60,10 +62,19 @@ class Update:
             self.cached_tokens = output.cached_tokens
 
 
-class Router(Protocol):
-    """The part of the engine client that a session needs."""
+class Receiver(Protocol):
+    """Who gets the news of a request."""
 
-    def open_route(self, id: str, session: EngineSession) -> None:
+    def take(self, message: NewsMessage) -> None: ...
+
+    def fail(self, failure: Exception) -> None:
+        """Nothing more comes, of none of its requests."""
+
+
+class Router(Protocol):
+    """The part of a backend that a session needs."""
+
+    def open_route(self, id: str, session: Receiver) -> None:
         """Raises EngineDiedError if there is no engine to send to."""
 
     def close_route(self, id: str) -> None: ...
@@ -120,8 +131,10 @@ class EngineSession:
         news, self._news = self._news, {}
         return list(news.values())
 
-    def take(self, message: Output | Accepted | Rejected) -> None:
+    def take(self, message: NewsMessage) -> None:
         """Called by the client for every message about a sequence of this session."""
+        if isinstance(message, Offer):
+            return  # for routers, which ask for it
         update = self._news.get(message.id)
         if update is None:
             update = self._news[message.id] = Update(message.id)
