@@ -183,6 +183,7 @@ class FakeCore:
             parked=0,
             waiting_tokens=0,
             queued_seconds=0.0,
+            queued_short_seconds=0.0,
             kv_usage=len(self.running) / 100,
             kv_cached_tokens=0,
             prefix_queries=self.prompt_tokens,

@@ -27,6 +27,7 @@ STATS = EngineStats(
     parked=4,
     waiting_tokens=5,
     queued_seconds=6.0,
+    queued_short_seconds=1.0,
     kv_usage=0.7,
     kv_cached_tokens=8,
     prefix_queries=90,

@@ -58,7 +58,7 @@ class Intake:
             arrival=request.arrival,
             new_tokens=len(request.prompt) - cached,
             history=cached,
-            deadline=request.deadline,
+            deadline=request.deadline if request.generated == 0 else None,
             priority=request.priority,
         )
         short = self._policy.waits_as_short(numbers.new_tokens, numbers.history)
@@ -68,12 +68,14 @@ class Intake:
                 id=request.id, reason=verdict.reason, retry_after=verdict.retry_after_seconds
             )
         try:
+            own = len(request.prompt) - request.generated
             sampling = self._sampler.start(
                 request.id,
-                request.prompt,
+                request.prompt[:own],
                 request.sampling,
                 self.limits.eos_token_ids,
                 default_seed=self.limits.default_seed,
+                output=request.prompt[own:],
             )
         except SamplingError as error:
             return Rejected(id=request.id, reason=str(error), retry_after=None)
@@ -131,4 +133,14 @@ class Intake:
             return f"the prompt has a token id outside 0 to {limits.vocab_size - 1}"
         if request.sampling.max_tokens < 1:
             return "max_tokens must be at least 1"
+        if not 0 <= request.generated < len(request.prompt):
+            return (
+                f"generated says that {request.generated} of {len(request.prompt)} tokens are "
+                "output; at least one of them must be prompt"
+            )
+        if request.generated >= request.sampling.max_tokens:
+            return (
+                f"nothing is left to make: {request.generated} of "
+                f"{request.sampling.max_tokens} tokens were made already"
+            )
         return None

@@ -321,7 +321,7 @@ class EngineLoop:
         self._kv.remember(sequence.tokens, sequence.computed, sequence.table)
         if sampled is None:
             return
-        first = sequence.generated == 0
+        first = sequence.made == 0
         reason = self._take_token(sequence, sampled)
         if first and sampled.error is None:
             self._telemetry.count_first(sequence, now)
@@ -340,7 +340,7 @@ class EngineLoop:
                 Output(id=sequence.id, tokens=[], finish_reason="error", error=sampled.error)
             )
             return "error"
-        first = sequence.generated == 0
+        first = sequence.made == 0
         sequence.tokens.append(sampled.token)
         self._telemetry.generation_tokens += 1
         reason: FinishReason | None = None

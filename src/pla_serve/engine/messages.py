@@ -84,6 +84,10 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag="reserve"):
     """Without `Begin` the reservation ends, with an `Output` of "error", this long after the last
     sign of progress: this message, or another layer read."""
 
+    @property
+    def id(self) -> str:
+        return self.request.id
+
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="begin"):
     """Go on with a reserved request, as an ordinary one: `Output` follows, no ``Accepted`` again.
@@ -254,6 +258,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Requests that wait for KV memory."""
     waiting_tokens: int
     queued_seconds: float
+    """Predicted time to prefill all that waits."""
+    queued_short_seconds: float
+    """The short part of it."""
     kv_usage: float
     """Share of KV blocks held by requests; cached blocks that could be evicted do not count."""
     kv_cached_tokens: int

@@ -48,9 +48,14 @@ class Sequence:
         return (self.request.priority, self.request.arrival)
 
     @property
-    def generated(self) -> int:
-        """Output tokens so far."""
+    def made(self) -> int:
+        """Output tokens that were made here."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far, with those that another engine made."""
+        return self.made + self.request.generated
 
     def prefill(self, cached: int) -> PrefillRequest:
         """Its numbers, if the KV of ``cached`` leading tokens is there."""
