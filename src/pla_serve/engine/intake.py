@@ -67,6 +67,22 @@ class Intake:
             return Rejected(
                 id=request.id, reason=verdict.reason, retry_after=verdict.retry_after_seconds
             )
+        sequence = self._sequence(request, short, cached)
+        if isinstance(sequence, Rejected):
+            return sequence
+        sequence.forecast = verdict.forecast
+        return sequence, numbers
+
+    def take_over(self, request: AddRequest) -> Sequence | Rejected:
+        """For a request that another engine prefills: it waits in no queue here."""
+        fault = self._fault(request)
+        if fault is not None:
+            return Rejected(id=request.id, reason=fault, retry_after=None)
+        cached = self._kv.cached_prefix(request.prompt)
+        short = self._policy.waits_as_short(len(request.prompt) - cached, cached)
+        return self._sequence(request, short, cached)
+
+    def _sequence(self, request: AddRequest, short: bool, cached: int) -> Sequence | Rejected:
         try:
             own = len(request.prompt) - request.generated
             sampling = self._sampler.start(
@@ -79,16 +95,14 @@ class Intake:
             )
         except SamplingError as error:
             return Rejected(id=request.id, reason=str(error), retry_after=None)
-        sequence = Sequence(
+        return Sequence(
             request=request,
             sampling=sampling,
             short=short,
             tokens=list(request.prompt),
             seen_version=self._kv.version,
             seen_cached=cached,
-            forecast=verdict.forecast,
         )
-        return sequence, numbers
 
     @property
     def calibration(self) -> Calibration:

@@ -140,18 +140,24 @@ class KVExchange:
         )
 
 
-def connect(
+def assemble(
     layout: KVLayout,
     kv: KVManager,
     gate: MemoryGate,
     intake: Intake,
+    *,
     life: UUID,
     transport: Callable[[str, list[tuple[int, int]]], Transport],
+    threaded: bool = True,
 ) -> tuple[KVExchange, Reader]:
-    """An exchange over a transport that is made of a name and regions of memory.
+    """An exchange, and its reader, over a transport that is made of a name and memory regions.
 
     Args:
         life: random; names this engine, and keeps its ledger apart from that of any other life.
+        threaded: a thread drives the reader; else whoever calls this does.
+
+    Raises:
+        ValueError: the transport does not work here.
     """
     ledger, rows = Slots(OFFERS), Slots(PULLS)
     link = transport(f"pla-{life}", [*layout.regions(), ledger.region(), rows.region()])
@@ -161,7 +167,10 @@ def connect(
         ledger,
         agent=link.name,
         metadata=link.metadata,
-        generation=life.int >> 66,  # leaves an int64 room to count on from it
+        generation=life.int >> 66,  # leaves room in an int64 to count on from it
     )
     reader = Reader(link, layout, rows)
-    return KVExchange(offers, Reservations(reader, layout, intake, gate, kv), reader), reader
+    thread = ReaderThread(reader) if threaded else None
+    return KVExchange(
+        offers, Reservations(reader, layout, intake, gate, kv), reader, thread
+    ), reader

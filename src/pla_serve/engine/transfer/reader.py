@@ -35,6 +35,7 @@ class Reader:
         self._reports: deque[PullReport] = deque()
         self._waiting: deque[PullRequest] = deque()
         self._pulls: dict[int, Pull] = {}
+        self.crash: Exception | None = None
         self.seconds = 0.0
         """Counter: time in which there was something to read."""
 
@@ -49,7 +50,13 @@ class Reader:
         self._commands.append(key)
 
     def reports(self) -> list[PullReport]:
-        """What is new."""
+        """What is new.
+
+        Raises:
+            RuntimeError: the thread has crashed, so that no read will ever be reported as ended.
+        """
+        if self.crash is not None:
+            raise RuntimeError("the thread that reads KV has crashed") from self.crash
         taken: list[PullReport] = []
         while self._reports:
             taken.append(self._reports.popleft())
@@ -126,7 +133,11 @@ class ReaderThread:
 def _run(reader: Reader, wake: threading.Event, closing: threading.Event) -> None:
     while not closing.is_set():
         began = time.perf_counter()
-        pause = reader.step()
+        try:
+            pause = reader.step()
+        except Exception as error:
+            reader.crash = error
+            return
         if pause < IDLE_SECONDS:
             reader.seconds += time.perf_counter() - began
         if pause:

@@ -78,7 +78,7 @@ class Reservations:
 
     def reserve(self, message: Reserve, now: float) -> tuple[Accepted | Rejected, Sequence | None]:
         """See `Exchange`."""
-        request = message.request
+        request = msgspec.structs.replace(message.request, hand_over=None)
         source = self._source(message)
         if isinstance(source, str):
             return Rejected(id=request.id, reason=source, retry_after=None), None
