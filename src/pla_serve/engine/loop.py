@@ -142,11 +142,11 @@ class EngineLoop:
         self._take_arrivals()
 
     def _add(self, request: AddRequest) -> None:
-        now = self._clock()
         refusal = self._taken_id(request.id) or self._exchange.refuses(request)
         if refusal is not None:
             self._emit(refusal)
             return
+        now = self._clock()
         admitted = self._parts.intake.admit(request, now)
         if isinstance(admitted, Rejected):
             self._emit(admitted)
@@ -198,6 +198,8 @@ class EngineLoop:
 
     def _take_arrivals(self) -> None:
         """Go on with what other engines have begun."""
+        if not self._exchange.pending:
+            return
         now = self._clock()
         for sequence, end in self._exchange.poll(now):
             if end is not None:

@@ -70,6 +70,11 @@ class KVExchange:
         """See `Exchange`."""
         self._reservations.abandon(sequence)
 
+    @property
+    def pending(self) -> bool:
+        """See `Exchange`."""
+        return bool(len(self._offers) or len(self._reservations)) or self._reservations.reading
+
     def poll(self, now: float) -> list[Arrival]:
         """See `Exchange`."""
         if len(self._offers):

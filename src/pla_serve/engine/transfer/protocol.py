@@ -54,6 +54,11 @@ class Exchange(Protocol):
         """It was aborted: if it was reserved it is ``in_flight`` no longer."""
         ...
 
+    @property
+    def pending(self) -> bool:
+        """Whether `poll` may have something to do."""
+        ...
+
     def poll(self, now: float) -> list[Arrival]:
         """Reserved sequences that go on from here, or end. Ends leases that are over."""
         ...
@@ -124,6 +129,10 @@ class NoExchange:
         return _refusal(message.id)
 
     def abandon(self, sequence: Sequence) -> None: ...
+
+    @property
+    def pending(self) -> bool:
+        return False
 
     def poll(self, now: float) -> list[Arrival]:
         return []
