@@ -95,9 +95,9 @@ def test_step_of_the_mix_is_answered_in_two_periods(size: int) -> None:
     fleet = FluidFleet(half, BalanceController())
     fleet.run(30, 0.4 * size, 0.4 * size, jobs=64)
     assert fleet.count("short") == size // 2
-    fleet.run(2, 0.75 * size, 0.05 * size, jobs=64)
-    assert fleet.count("short") >= 0.75 * size
-    moves = fleet.run(60, 0.75 * size, 0.05 * size, jobs=64)
+    fleet.run(2, 0.7 * size, 0.05 * size, jobs=64)
+    assert fleet.count("short") >= 0.7 * size
+    moves = fleet.run(60, 0.7 * size, 0.05 * size, jobs=64)
     assert sum(map(len, moves)) <= 1
     assert fleet.queued[Pool.SHORT] < 0.1
 
