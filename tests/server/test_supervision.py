@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from fake_core import SILENT_SEED
-from server_harness import DEADLINE, HERE, MODEL, Live, until
+from server_harness import DEADLINE, ENGINE_PATH, MODEL, Live, until
 
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.messages import AddRequest, EngineReady, SamplingParams
@@ -120,7 +120,7 @@ def test_engine_leaves_with_a_parent_that_is_killed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
+        env={**os.environ, "PYTHONPATH": ENGINE_PATH},
     ) as parent:
         assert parent.stdout is not None
         engine = int(parent.stdout.readline())

@@ -46,6 +46,7 @@ def serve(
     block_size: flags.BlockSize = _ENGINE.block_tokens,
     prefix_cache: flags.PrefixCache = _ENGINE.prefix_cache,
     short_kv_reserve: flags.ShortKvReserve = _ENGINE.short_kv_reserve,
+    kv_transfer: flags.KvTransfer = _ENGINE.kv_transfer,
     policy: flags.Policy = "length-aware",
     max_batch_tokens: flags.MaxBatchTokens = _POLICY.max_batch_tokens,
     max_batch_requests: flags.MaxBatchRequests = _POLICY.max_batch_requests,
@@ -67,6 +68,7 @@ def serve(
     max_unread_tokens: flags.MaxUnreadTokens = _SERVER.max_unread_tokens,
     restart_wait: flags.RestartWait = _SERVER.restart_wait,
     drain_seconds: flags.DrainSeconds = _SERVER.drain_seconds,
+    role: flags.Role = _SERVER.role,
     log_level: flags.LogLevel = "info",
     log_format: flags.LogFormat = "text",
 ) -> None:
@@ -101,6 +103,7 @@ def serve(
             kv_cache_gib=kv_cache_gib,
             prefix_cache=prefix_cache,
             short_kv_reserve=short_kv_reserve,
+            kv_transfer=kv_transfer,
             threads=threads,
             policy=policy,
             policy_config=schedule,
@@ -119,6 +122,7 @@ def serve(
             max_unread_tokens=max_unread_tokens,
             restart_wait=restart_wait,
             drain_seconds=drain_seconds,
+            role=role,
         )
         template = chat_template.read_text(encoding="utf-8") if chat_template else None
     except (ValueError, OSError) as error:

@@ -44,7 +44,7 @@ GAUGES = {
     "pla_serve:kv_tokens": "Tokens whose KV fits in memory.",
     "pla_serve:kv_bytes_per_token": "Bytes of KV of one token, over all layers.",
     "pla_serve:engine_up": "1 while the engine takes requests.",
-    "pla_serve:http_requests_in_flight": "Requests to /v1 not yet answered in full.",
+    "pla_serve:http_requests_in_flight": "Requests of clients and routers not yet answered.",
 }
 COUNTERS = {
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the cache."),

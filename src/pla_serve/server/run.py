@@ -21,7 +21,8 @@ from pla_serve.server.detokenize import TokenBytes
 from pla_serve.server.endpoints import GrammarCheck, Service
 from pla_serve.server.engine_client import EngineClient
 from pla_serve.server.engine_process import EngineProcess, EngineSpec
-from pla_serve.server.guard import Traffic
+from pla_serve.server.guard import Keys, Traffic
+from pla_serve.server.link import LinkHub
 from pla_serve.server.logprobs import TokenNames
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.prompts import PromptEncoder
@@ -220,7 +221,21 @@ class Instance(ApiServer):
             chat_template=chat_template,
             check_grammar=check_grammar,
             on_ready=lambda: on_ready(self.engine),
+            extend=lambda app: self._link(app, spec.config.block_tokens),
         )
+
+    def _link(self, app: FastAPI, block_tokens: int) -> None:
+        """Let routers in."""
+        settings = self._settings
+        hub = LinkHub(
+            self.engine,
+            Keys(settings.api_keys),
+            self.traffic,
+            model=settings.model_names[0],
+            block_tokens=block_tokens,
+            role=settings.role,
+        )
+        hub.add_routes(app)
 
 
 def _starter(child: subprocess.Popen[bytes] | None) -> Callable[..., EngineProcess]:
