@@ -229,6 +229,10 @@ class Reservations:
         self._leave(reservation)
         # The last token is always computed here, because what follows it is.
         sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
+        if not self._kv.grow(sequence.table, len(sequence.tokens)):
+            # No room for what the other engine made: wait for it like everyone else.
+            self._gate.release(sequence)
+            sequence.computed = 0
         return Arrival(sequence, None)
 
     def _leave(self, reservation: _Reservation) -> None:
