@@ -66,6 +66,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     hand_over: HandOver | None = None
     """Set: an `Offer` follows when its prefill begins, and it ends with its first token: as
     "handed_over", or for a reason of its own. Refused by an engine without KV transfer."""
+    request_id: str = ""
+    """Of the HTTP request that it is part of, for logs; the client may have chosen it."""
 
 
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag="reserve"):
@@ -143,8 +145,9 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     """Admitted: sent right after admission and before any work, so it precedes every output."""
 
     id: str
-    cached_tokens: int = 0
-    """Prompt tokens in the prefix cache at admission; may have changed by the first output."""
+    cached_tokens: int | None = 0
+    """Prompt tokens in the prefix cache at admission; may have changed by the first output. None:
+    unknown (of engines of other kinds)."""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
@@ -181,6 +184,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defau
     """The last of ``tokens``, if generation ended because of it (EOS or a stop id)."""
     cached_tokens: int | None = None
     """On the first output: prompt tokens whose KV was found in the prefix cache."""
+    queued: float | None = None
+    """On the first output: seconds from arrival until its prefill began."""
     error: str | None = None
 
 

@@ -162,7 +162,8 @@ class InstanceLink:
             socket.transport.abort()
             raise LinkRefused(f"{self._url} does not speak {SUBPROTOCOL}")
         self._outbox = Outbox(MOST_UNSENT_BYTES)
-        ended = self._ended = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._ended = ended
         if self._role is not None:
             self._ask(SetRole(self._role))
         if self._drain is not None:
