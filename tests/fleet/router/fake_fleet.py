@@ -244,10 +244,14 @@ class Recorder:
 
     def decided(self, seconds: float) -> None: ...
 
-    def dispatched(self, instance: str) -> None:
+    def dispatched(self, instance: str, short: bool, seconds: float, now: float) -> None:
         self.sent.append(instance)
 
-    def began(self, leg: Any, cached_tokens: int | None, now: float) -> None: ...
+    def began(self, *what: Any) -> None: ...
+
+    def reported(self, link: Any, report: Any) -> None: ...
+
+    def gone(self, link: Any) -> None: ...
 
     def moved(self, instance: str, reason: str, resumed: bool) -> None:
         self.moves.append((instance, reason, resumed))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from pla_serve.engine.messages import AddRequest, EngineReady, Inbound
 from pla_serve.fleet.link.protocol import InstanceFacts, Link, LinkEvents, LinkRefused
@@ -16,6 +17,9 @@ from pla_serve.fleet.router.instances import Instance
 from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.server.backend import EngineStartError, EngineUnavailableError
 from pla_serve.server.session import EngineDiedError, EngineSession, Receiver
+
+if TYPE_CHECKING:
+    from pla_serve.fleet.control.control import FleetControl
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ class FleetClient:
     Args:
         links: make the link to each instance, given whom to tell.
         observer: told what happens, as the metrics.
+        control: moves instances between roles while `run` runs; ``observer`` must tell it.
 
     Raises:
         ValueError: no links, or two to one instance.
@@ -40,6 +45,7 @@ class FleetClient:
         *,
         options: FleetOptions | None = None,
         routing: RoutingPolicy | None = None,
+        control: FleetControl | None = None,
         max_waiting: int = 4096,
     ) -> None:
         if not links:
@@ -56,6 +62,7 @@ class FleetClient:
         self._links = [make(self.fleet) for make in links]
         for link in self._links:
             self.fleet.attach(link)
+        self.control = control
         self._max_waiting = max_waiting
         self._waiting = 0
         self._ready = asyncio.Event()
@@ -91,6 +98,7 @@ class FleetClient:
             EngineStartError: no instance will ever let this router in.
         """
         stopped = asyncio.create_task(self._stopped.wait())
+        control = asyncio.create_task(self._decide())
         tasks: set[asyncio.Task[None]] = {asyncio.create_task(link.run()) for link in self._links}
         refusals: list[str] = []
         try:
@@ -107,10 +115,9 @@ class FleetClient:
                     raise EngineStartError("; ".join(refusals) or "all links have ended")
         finally:
             self._stopped.set()
-            stopped.cancel()
-            for task in tasks:
+            for task in (stopped, control, *tasks):
                 task.cancel()
-            await asyncio.gather(stopped, *tasks, return_exceptions=True)
+            await asyncio.gather(stopped, control, *tasks, return_exceptions=True)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Ends everything in flight and all links; the instances live on."""
@@ -152,6 +159,16 @@ class FleetClient:
 
     def session(self, max_unread_tokens: int, tenant: str = "") -> EngineSession:
         return EngineSession(_Door(self, tenant), max_unread_tokens)
+
+    async def _decide(self) -> None:
+        """Ask the controller once in a period."""
+        control = self.control
+        while control is not None:
+            await asyncio.sleep(control.options.period_seconds)
+            try:
+                control.tick(time.monotonic(), self.fleet.held_seconds)
+            except Exception:
+                log.exception("the controller failed; its next decision is due as ever")
 
     def _changed(self) -> None:
         if self.fleet.serving and not self._stopped.is_set():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pla_serve.fleet.link.protocol import InstanceReport, Link
 from pla_serve.fleet.router.circuit import CircuitOptions
 from pla_serve.fleet.router.flight import Leg, Timer
 
@@ -19,10 +20,22 @@ class Observer(Protocol):
     def decided(self, seconds: float) -> None:
         """A routing decision took so long."""
 
-    def dispatched(self, instance: str) -> None: ...
+    def dispatched(self, instance: str, short: bool, seconds: float, now: float) -> None:
+        """A request was sent there, with so many seconds of predicted prefill."""
 
-    def began(self, leg: Leg, cached_tokens: int | None, now: float) -> None:
-        """The first token came from there; so many tokens of the prompt were cached."""
+    def began(
+        self, leg: Leg, cached_tokens: int | None, lateness: float | None, now: float
+    ) -> None:
+        """The first token came from there; so many tokens of the prompt were cached.
+
+        Args:
+            lateness: seconds after its deadline, negative before it; None without one.
+        """
+
+    def reported(self, link: Link, report: InstanceReport) -> None:
+        """A heartbeat came."""
+
+    def gone(self, link: Link) -> None: ...
 
     def moved(self, instance: str, reason: str, resumed: bool) -> None:
         """A request left an instance that failed or refused it, to go elsewhere.

@@ -47,6 +47,7 @@ class Plan:
     place: Placement
     wait: float
     """Until it begins."""
+    short: bool
     alone: bool
     """Nothing waits there."""
 
@@ -249,8 +250,9 @@ class Dispatcher:
     def _plan(self, stage: Router, request: RouteRequest, name: str, now: float) -> Plan:
         place = stage.place(request, name)
         view, entry = stage.view, stage.view.entry(name)
-        wait = view.wait(entry.index, view.is_short(place.new_tokens), now)
-        return Plan(self._instances(name), stage, request, place, wait, not entry.waiting)
+        short = view.is_short(place.new_tokens)
+        wait = view.wait(entry.index, short, now)
+        return Plan(self._instances(name), stage, request, place, wait, short, not entry.waiting)
 
     def _stage(self, instance: Instance) -> Router:
         return self._decode if instance.pool is Pool.DECODE else self._prefill

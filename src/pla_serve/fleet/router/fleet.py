@@ -96,6 +96,15 @@ class Fleet:
         return len(self._parking)
 
     @property
+    def held_seconds(self) -> float:
+        """Predicted prefill of what is parked, as if nothing of it were cached."""
+        cost = self.dispatcher.cost
+        return sum(
+            cost.prefill_seconds(len(flight.request.prompt) + len(flight.tokens), 0)
+            for flight in self._parking
+        )
+
+    @property
     def serving(self) -> bool:
         """Some instance takes requests."""
         return any(instance.open for instance in self._by_name.values())
@@ -162,6 +171,7 @@ class Fleet:
         instance.report = report
         if instance.unfit:
             return
+        self._observer.reported(link, report)
         self.dispatcher.reported(instance, report, self._clock())
         if (instance.open, instance.role) != was:
             self._changed()
@@ -176,6 +186,7 @@ class Fleet:
         if flights:
             instance.circuit.failed(now)
         self.dispatcher.leave(instance)
+        self._observer.gone(link)
         self._on_change()
         for leg_id, flight in flights.items():
             if flight.request.id not in self._flights:
@@ -219,7 +230,7 @@ class Fleet:
             return False
         return True
 
-    def accepted(self, flight: Flight, cached_tokens: int) -> None:
+    def accepted(self, flight: Flight, cached_tokens: int | None) -> None:
         """Tell the client side, once."""
         if not flight.told:
             flight.told = True
@@ -298,7 +309,7 @@ class Fleet:
             flight.avoid[instance.name] = (instance.boot, instance.epoch)
             return False
         self.shares.charge(flight.tenant, flight.request.id, plan.place.seconds, now)
-        self._observer.dispatched(instance.name)
+        self._observer.dispatched(instance.name, plan.short, plan.place.seconds, now)
         return True
 
     def _beyond_share(self, flight: Flight, plan: Plan, now: float) -> bool:
@@ -354,7 +365,9 @@ class Fleet:
     def _first(self, flight: Flight, leg: Leg, output: Output) -> None:
         now = self._clock()
         flight.stalled, flight.fruitless = None, 0
-        self._observer.began(leg, output.cached_tokens, now)
+        due = flight.request.deadline
+        late = None if due is None or flight.tokens else now - due
+        self._observer.began(leg, output.cached_tokens, late, now)
         self.dispatcher.prefilled(leg, output.cached_tokens, now)
         self.shares.discharge(flight.tenant, flight.request.id, now)
         circuit = leg.instance.circuit

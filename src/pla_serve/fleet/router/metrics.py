@@ -6,6 +6,7 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from pla_serve.fleet.link.protocol import InstanceReport, Link
 from pla_serve.fleet.router.circuit import CircuitState
 from pla_serve.fleet.router.fleet import Fleet
 from pla_serve.fleet.router.flight import Leg
@@ -107,10 +108,12 @@ class FleetMetrics(Metrics):
     def decided(self, seconds: float) -> None:
         self._decisions.observe(seconds)
 
-    def dispatched(self, instance: str) -> None:
+    def dispatched(self, instance: str, short: bool, seconds: float, now: float) -> None:
         self._sent.labels(self._model, instance).inc()
 
-    def began(self, leg: Leg, cached_tokens: int | None, now: float) -> None:
+    def began(
+        self, leg: Leg, cached_tokens: int | None, lateness: float | None, now: float
+    ) -> None:
         if cached_tokens is not None:
             self._prefix_error.observe(abs(cached_tokens - leg.believed))
         if leg.expected > 0:
@@ -124,6 +127,12 @@ class FleetMetrics(Metrics):
 
     def handed_over(self, outcome: str) -> None:
         self._hands.labels(self._model, outcome).inc()
+
+    def reported(self, link: Link, report: InstanceReport) -> None:
+        """`render` looks at the last one."""
+
+    def gone(self, link: Link) -> None:
+        """`render` shows it."""
 
     # State
 

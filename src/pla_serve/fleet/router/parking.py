@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pla_serve.fleet.router.contract import Later
 from pla_serve.fleet.router.flight import Flight
@@ -18,6 +18,9 @@ class Parking:
 
     def __len__(self) -> int:
         return len(self._parked)
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(list(self._parked.values()))
 
     def park(self, flight: Flight, seconds: float) -> None:
         """Try again after so long."""
@@ -39,6 +42,6 @@ class Parking:
 
     def wake_all(self) -> None:
         """Place all now, in the order in which they came."""
-        for flight in list(self._parked.values()):
+        for flight in self:
             if flight.request.id in self._parked:
                 self._place(flight)
