@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_fleet import Bench, FakeLink, oracle
 
 from pla_serve.engine.messages import AddRequest, Reserve
+from pla_serve.fleet.router.dispatch import BLAME_SECONDS
 
 ROLES = [
     ["mixed"] * 3,
@@ -140,7 +141,12 @@ class Schedule:
                     assert self.sampling[id] == request.sampling
                 self.sampling[id] = request.sampling
                 instance = fleet._by_name[link.url]
-                assert flight.avoid.get(link.url) != (instance.boot, instance.epoch)
+                blame = flight.avoid.get(link.url)
+                if blame is not None and (blame.boot, blame.epoch) == (
+                    instance.boot,
+                    instance.epoch,
+                ):
+                    assert self.bench.clock.now - blame.at >= BLAME_SECONDS
                 assert instance.open
             send(message)
 

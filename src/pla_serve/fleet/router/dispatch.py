@@ -21,6 +21,8 @@ from pla_serve.policy.routing.view import FleetView
 
 TRANSIT_SECONDS = 0.005
 """What was sent less than this before an instance counted its queue may be missing there."""
+BLAME_SECONDS = 1.0
+"""How long an instance that failed a request is kept from it even if there is no other."""
 
 
 class ByRoles:
@@ -207,7 +209,7 @@ class Dispatcher:
             return None
         request = self._route_request(flight, id)
         closed = {n for n, i in self._odd.items() if not i.open or not i.circuit.allows(now)}
-        avoided = {n for n, (boot, _) in flight.avoid.items() if self._instances(n).boot == boot}
+        avoided = {n for n, b in flight.avoid.items() if self._instances(n).boot == b.boot}
         try:
             name = self._decode.choose(request, now, frozenset(exclude | closed | avoided))
         except NoInstance:
@@ -234,10 +236,11 @@ class Dispatcher:
         never = {name for name, instance in self._odd.items() if not instance.open}
         never |= flight.refused.keys()
         rather_not: set[str] = set()
-        for name, (boot, epoch) in flight.avoid.items():
+        for name, blame in flight.avoid.items():
             instance = self._instances(name)
-            if instance.boot == boot:
-                (never if instance.epoch == epoch else rather_not).add(name)
+            if instance.boot == blame.boot:
+                just = instance.epoch == blame.epoch and now - blame.at < BLAME_SECONDS
+                (never if just else rather_not).add(name)
         if flight.tokens:
             rather_not |= self._forgetful
         barred = {name for name, instance in self._odd.items() if not instance.circuit.allows(now)}

@@ -27,8 +27,8 @@ from pla_serve.fleet.link.protocol import (
 )
 from pla_serve.fleet.router.circuit import Circuit
 from pla_serve.fleet.router.contract import FleetOptions, Later, Observer
-from pla_serve.fleet.router.dispatch import Dispatcher, Plan
-from pla_serve.fleet.router.flight import Flight, Leg, with_seed
+from pla_serve.fleet.router.dispatch import BLAME_SECONDS, Dispatcher, Plan
+from pla_serve.fleet.router.flight import Blame, Flight, Leg, with_seed
 from pla_serve.fleet.router.hand_over import HandOvers
 from pla_serve.fleet.router.instances import Instance
 from pla_serve.fleet.router.keys import Shares
@@ -246,7 +246,7 @@ class Fleet:
         """An instance failed it: elsewhere, or the end if that happened too often."""
         leg, now = flight.leg, self._clock()
         if leg is not None:
-            flight.avoid[leg.instance.name] = (leg.instance.boot, leg.epoch)
+            flight.avoid[leg.instance.name] = Blame(leg.instance.boot, leg.epoch, now)
             self.settle(flight, leg)
         flight.failures.append(reason)
         flight.fruitless += 1
@@ -306,7 +306,7 @@ class Fleet:
         instance.circuit.sent(leg.id)
         if not self._hands.start(flight, leg, plan.place, self._by_name):
             self.settle(flight, leg)
-            flight.avoid[instance.name] = (instance.boot, instance.epoch)
+            flight.avoid[instance.name] = Blame(instance.boot, instance.epoch, now)
             return False
         self.shares.charge(flight.tenant, flight.request.id, plan.place.seconds, now)
         self._observer.dispatched(instance.name, plan.short, plan.place.seconds, now)
@@ -339,7 +339,8 @@ class Fleet:
             why = f" ({flight.failures[-1]})" if flight.failures else ""
             self._fail(flight, f"no instance is ready{why}")
         else:
-            self._parking.park(flight, min(left, max(retry, 0.05)))
+            soon = BLAME_SECONDS if flight.avoid else left
+            self._parking.park(flight, min(left, max(min(retry, soon), 0.05)))
 
     def _changed(self) -> None:
         """More may be possible than before."""

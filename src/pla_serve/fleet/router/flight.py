@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -40,6 +40,15 @@ class Leg:
     """New tokens and history, if nothing else waited there when it was sent."""
     first: bool = False
     """Its first token has come from there."""
+
+
+class Blame(NamedTuple):
+    """Of an instance that failed a request."""
+
+    boot: str
+    epoch: int
+    """The connection."""
+    at: float
 
 
 @dataclass(slots=True, eq=False)
@@ -93,8 +102,8 @@ class Flight:
     """A hand-over came to nothing: prefill and decode stay together from now on."""
     hand: Hand | None = None
     """While its KV goes from one instance to another."""
-    avoid: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Instances that failed it: their boot and connection then."""
+    avoid: dict[str, Blame] = field(default_factory=dict)
+    """Instances that failed it."""
     refused: dict[str, float] = field(default_factory=dict)
     """Instances that had no room just now, and when they said to come again."""
     stalled: float | None = None

@@ -93,7 +93,7 @@ class HandOvers:
         if isinstance(message, Offer):
             self._offered(flight, hand, message)
             return True
-        if hand.target is not None and instance is hand.target.instance:
+        if hand.target is not None and instance is hand.target.instance:  # never its source
             return self._of_target(flight, hand, message)
         return self._of_source(flight, hand, message)
 
@@ -174,7 +174,8 @@ class HandOvers:
         now = carrier.now()
         while hand.offer:
             id = flight.next_id()
-            plan = carrier.dispatcher.plan_decode(flight, id, hand.tried, now)
+            others = hand.tried | {hand.source.name}
+            plan = carrier.dispatcher.plan_decode(flight, id, others, now)
             if plan is None:
                 break
             hand.tried.add(plan.instance.name)
