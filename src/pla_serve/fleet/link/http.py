@@ -23,7 +23,7 @@ from pla_serve.engine.messages import (
     Reserve,
 )
 from pla_serve.fleet.link.liveness import Backoff
-from pla_serve.fleet.link.mapping import Unmappable
+from pla_serve.fleet.link.mapping import Unmappable, refusal, samples
 from pla_serve.fleet.link.protocol import (
     InstanceFacts,
     InstanceReport,
@@ -42,7 +42,6 @@ LIVENESS_SECONDS = 5.0
 """Most time for an answer to ``/health``; such servers answer it between other work."""
 STALL_SECONDS = 60.0
 """A server that has requests, and sends nothing for any of them for so long, hangs."""
-RETRY_SECONDS = 1.0
 
 
 class Broken(Exception):
@@ -52,8 +51,12 @@ class Broken(Exception):
 class Answer(Protocol):
     """Reads the stream of one request."""
 
-    def read(self, event: bytes) -> Output | None:
-        """The news in one event; None if there is none. Raises `Broken`."""
+    def read(self, event: bytes) -> Output | Rejected | None:
+        """The news in one event; None if there is none. `Rejected` instead of the first news only.
+
+        Raises:
+            Broken: it is not an event of such a server.
+        """
 
 
 class Dialect(Protocol):
@@ -213,7 +216,7 @@ class HttpLink:
             try:
                 facts, metrics = await self._introduce(client)
             except (httpx.HTTPError, Broken) as error:
-                return f"cannot connect: {error or type(error).__name__}"
+                return f"cannot connect: {str(error) or type(error).__name__}"
             self._client = client
             self._facts = facts
             ended = self._ended = asyncio.get_running_loop().create_future()
@@ -275,7 +278,7 @@ class HttpLink:
             except httpx.HTTPStatusError as error:
                 return f"/health says {error.response.status_code}"
             except httpx.HTTPError as error:
-                return f"no answer to /health: {error or type(error).__name__}"
+                return f"no answer to /health: {str(error) or type(error).__name__}"
             self._tell(metrics)
 
     def _tell(self, metrics: Mapping[str, float]) -> None:
@@ -299,7 +302,7 @@ class HttpLink:
         except Unmappable as error:
             self._news(Rejected(id=request.id, reason=str(error), retry_after=None))
         except (httpx.HTTPError, Broken) as error:
-            self._end(f"an answer broke off: {error or type(error).__name__}")
+            self._end(f"an answer broke off: {str(error) or type(error).__name__}")
         finally:
             if self._requests.get(request.id) is asyncio.current_task():
                 del self._requests[request.id]
@@ -316,17 +319,21 @@ class HttpLink:
             if not response.is_success:
                 self._news(refusal(request.id, response, await response.aread()))
                 return
-            self._news(Accepted(request.id, None))
             answer = self._dialect.answer(request)
+            accepted = False  # such servers check requests after they have said 200
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
-                output = answer.read(line[6:].encode())
+                news = answer.read(line[6:].encode())
                 self._heard = self._clock()
-                if output is not None:
-                    self._news(output)
-                    if output.finish_reason is not None:
-                        return
+                if news is None:
+                    continue
+                if not accepted and isinstance(news, Output):
+                    self._news(Accepted(request.id, None))
+                accepted = True
+                self._news(news)
+                if isinstance(news, Rejected) or news.finish_reason is not None:
+                    return
         raise Broken("the stream ended before the answer did")
 
     def _news(self, message: NewsMessage) -> None:
@@ -372,41 +379,6 @@ class HttpLink:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
-
-
-def refusal(id: str, response: httpx.Response, content: bytes) -> Rejected:
-    """What the server said no with; it may change its mind about 429 and 5xx."""
-    try:
-        said = msgspec.json.decode(content)
-        error = said.get("error", said)
-        reason = error["message"] if isinstance(error, dict) else str(error)
-    except (msgspec.DecodeError, AttributeError, KeyError):
-        reason = content[:500].decode(errors="replace")
-    later = None
-    if response.status_code == 429 or response.status_code >= 500:
-        try:
-            later = float(response.headers.get("retry-after", RETRY_SECONDS))
-        except ValueError:
-            later = RETRY_SECONDS
-    return Rejected(id=id, reason=f"{reason} (HTTP {response.status_code})", retry_after=later)
-
-
-def samples(text: str) -> dict[str, float]:
-    """Prometheus text as sums by name; of an ``_info`` metric also its labels with numbers."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        if not line or line[0] == "#":
-            continue
-        head, _, value = line.rpartition(" ")
-        name, _, labels = head.partition("{")
-        with suppress(ValueError):
-            found[name] = found.get(name, 0.0) + float(value)
-        if name.endswith("_info"):
-            for pair in labels.rstrip("}").split(","):
-                label, _, number = pair.partition("=")
-                with suppress(ValueError):
-                    found[f"{name}.{label}"] = float(number.strip('"'))
-    return found
 
 
 def _id(message: NewsMessage) -> str:

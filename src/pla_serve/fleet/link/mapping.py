@@ -1,8 +1,16 @@
-"""Between our requests and those of other kinds of servers."""
+"""Between our messages and what other kinds of servers say."""
 
 from __future__ import annotations
 
-from pla_serve.engine.messages import AddRequest, TokenLogprob
+from contextlib import suppress
+
+import httpx
+import msgspec
+
+from pla_serve.engine.messages import AddRequest, Output, Rejected, TokenLogprob
+
+RETRY_SECONDS = 1.0
+"""After a refusal that may be taken back, if the server does not say."""
 
 
 class Unmappable(Exception):
@@ -31,3 +39,45 @@ def rank_among(logprob: float, others: list[tuple[int, float]], most: int) -> To
     likely = sorted(others, key=lambda item: -item[1])
     rank = 1 + sum(value > logprob for _, value in likely)
     return TokenLogprob(logprob, rank, likely[:most])
+
+
+def failure(id: str, message: str, code: int | None, begun: bool) -> Output | Rejected:
+    """An error instead of tokens: the request's own fault if ``code`` says so and none came."""
+    if not begun and code is not None and 400 <= code < 500:
+        return Rejected(id=id, reason=message, retry_after=RETRY_SECONDS if code == 429 else None)
+    return Output(id=id, tokens=[], finish_reason="error", error=message)
+
+
+def refusal(id: str, response: httpx.Response, content: bytes) -> Rejected:
+    """What the server said no with; it may change its mind about 429 and 5xx."""
+    try:
+        said = msgspec.json.decode(content)
+        error = said.get("error", said)
+        reason = error["message"] if isinstance(error, dict) else str(error)
+    except (msgspec.DecodeError, AttributeError, KeyError):
+        reason = content[:500].decode(errors="replace")
+    later = None
+    if response.status_code == 429 or response.status_code >= 500:
+        try:
+            later = float(response.headers.get("retry-after", RETRY_SECONDS))
+        except ValueError:
+            later = RETRY_SECONDS
+    return Rejected(id=id, reason=f"{reason} (HTTP {response.status_code})", retry_after=later)
+
+
+def samples(text: str) -> dict[str, float]:
+    """Prometheus text as sums by name; of an ``_info`` metric also its labels with numbers."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if not line or line[0] == "#":
+            continue
+        head, _, value = line.rpartition(" ")
+        name, _, labels = head.partition("{")
+        with suppress(ValueError):
+            found[name] = found.get(name, 0.0) + float(value)
+        if name.endswith("_info"):
+            for pair in labels.rstrip("}").split(","):
+                label, _, number = pair.partition("=")
+                with suppress(ValueError):
+                    found[f"{name}.{label}"] = float(number.strip('"'))
+    return found

@@ -157,7 +157,7 @@ class InstanceLink:
         except InvalidStatus as error:
             return self._refused(error)
         except (OSError, TimeoutError, InvalidHandshake) as error:
-            return f"cannot connect: {error or type(error).__name__}"
+            return f"cannot connect: {str(error) or type(error).__name__}"
         if socket.subprotocol != SUBPROTOCOL:
             socket.transport.abort()
             raise LinkRefused(f"{self._url} does not speak {SUBPROTOCOL}")

@@ -18,11 +18,12 @@ from pla_serve.engine.messages import (
     FinishReason,
     Grammar,
     Output,
+    Rejected,
     SamplingParams,
     TokenLogprob,
 )
 from pla_serve.fleet.link.http import Broken
-from pla_serve.fleet.link.mapping import Unmappable, check_continuation, rank_among
+from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
 from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
 
 LOWEST = float("-inf")
@@ -33,6 +34,7 @@ class _Finish(msgspec.Struct):
     type: str
     matched: int | str | list[int] | None = None
     message: str | None = None
+    status_code: int | None = None
 
 
 class _Meta(msgspec.Struct):
@@ -45,6 +47,8 @@ class _Meta(msgspec.Struct):
 
 class _Error(msgspec.Struct):
     message: str = "no reason given"
+    code: int | None = 400
+    """It says none: what it words as an event is what it refuses."""
 
 
 class _Chunk(msgspec.Struct):
@@ -136,21 +140,21 @@ class SglangAnswer:
         self._logprobs = sampling.logprobs
         self._seen = 0
 
-    def read(self, event: bytes) -> Output | None:
+    def read(self, event: bytes) -> Output | Rejected | None:
         try:
             chunk = _decode(event)
         except msgspec.DecodeError as error:
             raise Broken(f"an event that is not one of SGLang's: {error}") from None
         if chunk.error is not None:
-            return self._failed(chunk.error.message)
+            return failure(self._id, chunk.error.message, chunk.error.code, self._seen > 0)
         meta = chunk.meta_info
-        if meta is None or chunk.output_ids is None:
+        if meta is None or (chunk.output_ids is None and meta.finish_reason is None):
             raise Broken("an event without output_ids and meta_info")
-        return self._output(chunk.output_ids, meta)
+        return self._output(chunk.output_ids or [], meta)
 
-    def _output(self, ids: list[int], meta: _Meta) -> Output | None:
+    def _output(self, ids: list[int], meta: _Meta) -> Output | Rejected | None:
+        begun = self._seen > 0
         fresh = meta.completion_tokens - self._seen
-        first = self._seen == 0 and fresh > 0
         finish = meta.finish_reason
         self._seen = meta.completion_tokens
         tokens = ids[-fresh:] if fresh > 0 else []
@@ -158,7 +162,8 @@ class SglangAnswer:
         stop_token = None
         if finish is not None:
             if finish.type not in ("stop", "length"):
-                return self._failed(finish.message or f"SGLang ended the request: {finish.type}")
+                why = finish.message or f"SGLang ended the request: {finish.type}"
+                return failure(self._id, why, finish.status_code, begun)
             reason = "stop" if finish.type == "stop" else "length"
             if reason == "stop" and tokens:
                 stop_token = tokens[-1]
@@ -170,7 +175,7 @@ class SglangAnswer:
             logprobs=self._read_logprobs(meta, len(tokens)),
             finish_reason=reason,
             stop_token=stop_token,
-            cached_tokens=meta.cached_tokens if first else None,
+            cached_tokens=meta.cached_tokens if not begun else None,
         )
 
     def _read_logprobs(self, meta: _Meta, fresh: int) -> list[TokenLogprob] | None:
@@ -188,9 +193,6 @@ class SglangAnswer:
             )
             for (logprob, _, _), top in zip(chosen, tops, strict=True)
         ]
-
-    def _failed(self, why: str) -> Output:
-        return Output(id=self._id, tokens=[], finish_reason="error", error=why)
 
 
 async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:

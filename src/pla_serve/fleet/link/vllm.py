@@ -13,9 +13,17 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
-from pla_serve.engine.messages import AddRequest, Grammar, Output, SamplingParams, TokenLogprob
+from pla_serve.engine.messages import (
+    AddRequest,
+    FinishReason,
+    Grammar,
+    Output,
+    Rejected,
+    SamplingParams,
+    TokenLogprob,
+)
 from pla_serve.fleet.link.http import Broken
-from pla_serve.fleet.link.mapping import Unmappable, check_continuation, rank_among
+from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
 from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
 
 BLOCK_TOKENS = 16
@@ -37,6 +45,7 @@ class _Choice(msgspec.Struct):
 
 class _Error(msgspec.Struct):
     message: str = "no reason given"
+    code: int | None = None
 
 
 class _Chunk(msgspec.Struct):
@@ -126,14 +135,13 @@ class VllmAnswer:
     def __init__(self, id: str, sampling: SamplingParams) -> None:
         self._id = id
         self._logprobs = sampling.logprobs
+        self._begun = False
 
-    def read(self, event: bytes) -> Output | None:
+    def read(self, event: bytes) -> Output | Rejected | None:
         try:
             chunk = _decode(event)
             if chunk.error is not None:
-                return Output(
-                    id=self._id, tokens=[], finish_reason="error", error=chunk.error.message
-                )
+                return failure(self._id, chunk.error.message, chunk.error.code, self._begun)
             if not chunk.choices:
                 return None
             return self._output(chunk.choices[0])
@@ -149,17 +157,16 @@ class VllmAnswer:
         if choice.finish_reason not in (None, "stop", "length"):
             error = f"vLLM ended the request: {choice.finish_reason}"
             return Output(id=self._id, tokens=tokens, finish_reason="error", error=error)
-        stopped = choice.finish_reason == "stop" and bool(tokens)
+        self._begun = True
+        reason: FinishReason | None = None
+        if choice.finish_reason is not None:
+            reason = "stop" if choice.finish_reason == "stop" else "length"
         return Output(
             id=self._id,
             tokens=tokens,
             logprobs=None if choice.logprobs is None else self._read_logprobs(choice.logprobs),
-            finish_reason="stop"
-            if choice.finish_reason == "stop"
-            else "length"
-            if choice.finish_reason == "length"
-            else None,
-            stop_token=tokens[-1] if stopped else None,
+            finish_reason=reason,
+            stop_token=tokens[-1] if reason == "stop" and tokens else None,
         )
 
     def _read_logprobs(self, logprobs: _Logprobs) -> list[TokenLogprob]:
