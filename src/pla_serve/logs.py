@@ -16,6 +16,8 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Of the request that the running task serves."""
 
 ROOT = "pla_serve."
+REQUESTS = "pla_serve.requests"
+"""The logger with an entry for each request; in text only at level debug."""
 _PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "request_id"}
 
 
@@ -27,7 +29,9 @@ def configure(level: str, form: LogFormat, process: str, stream: IO[str] | None 
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(process) if form == "json" else TextFormatter(process))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    if form == "text" and level.lower() != "debug":
+        handler.addFilter(lambda record: record.name != REQUESTS)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     for chatty in ("uvicorn", "httpx", "httpcore", "websockets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

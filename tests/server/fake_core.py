@@ -170,6 +170,7 @@ class FakeCore:
             finish_reason=finish,
             stop_token=tokens[-1] if stopped else None,
             cached_tokens=running.cached if first else None,
+            queued=0.0 if first else None,
         )
 
     @staticmethod

@@ -68,10 +68,10 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--api-key": "k", "--max-body-mib": 1, "--keep-alive-seconds": 1,
         "--max-unread-tokens": 5, "--stall-seconds": 1, "--restart-wait": 1,
         "--drain-seconds": 1, "--chat-template": tmp_path / "template", "--log-level": "debug",
-        "--log-format": "json",
+        "--log-format": "json", "--role": "long", "--otlp-endpoint": "http://127.0.0.1:4318",
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
-    result = serve("some/model", "--no-prefix-cache", *words)
+    result = serve("some/model", "--no-prefix-cache", "--kv-transfer", *words)
     assert result.exit_code == 0, result.output
     policy = started.engine.policy_config
     default_server = ServerSettings(model_names=("x",), model_root="x")

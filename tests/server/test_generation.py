@@ -21,6 +21,7 @@ from pla_serve.engine.messages import (
 from pla_serve.server.detokenize import TokenBytes
 from pla_serve.server.errors import ApiError
 from pla_serve.server.generation import Delta, Generation, Plan
+from pla_serve.server.journal import Entry, Journals
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.session import EngineSession
 
@@ -89,7 +90,9 @@ def generate(
 
     async def main() -> Generation:
         session = EngineSession(engine, max_unread_tokens=100)
-        generation = Generation(plan, session, BYTES, Metrics("m"), clock=lambda: 11.0)
+        generation = Generation(
+            plan, session, BYTES, Metrics("m"), Entry("r", 10.0), Journals(()), lambda: 11.0
+        )
         try:
             await generation.admit()
             async for batch in generation.deltas():

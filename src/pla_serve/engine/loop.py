@@ -434,6 +434,7 @@ class EngineLoop:
                 finish_reason=reason,
                 stop_token=sampled.token if sampled.stopped else None,
                 cached_tokens=sequence.cached_tokens if first else None,
+                queued=sequence.queued_seconds if first else None,
             )
         )
         return reason

@@ -53,6 +53,11 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def queued_seconds(self) -> float | None:
+        """From arrival until its prefill began; None before that."""
+        return None if self.started is None else self.started - self.request.arrival
+
+    @property
     def generated(self) -> int:
         """Output tokens so far, with those that another engine made."""
         return self.made + self.request.generated

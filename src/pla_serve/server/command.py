@@ -17,7 +17,7 @@ import typer
 from pla_serve.engine.config import EngineConfig
 from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.server import flags
+from pla_serve.server import flags, tracing
 from pla_serve.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def serve(
     restart_wait: flags.RestartWait = _SERVER.restart_wait,
     drain_seconds: flags.DrainSeconds = _SERVER.drain_seconds,
     role: flags.Role = _SERVER.role,
+    otlp_endpoint: flags.OtlpEndpoint = None,
     log_level: flags.LogLevel = "info",
     log_format: flags.LogFormat = "text",
 ) -> None:
@@ -123,7 +124,9 @@ def serve(
             restart_wait=restart_wait,
             drain_seconds=drain_seconds,
             role=role,
+            otlp_endpoint=otlp_endpoint,
         )
+        tracing.check(otlp_endpoint)
         template = chat_template.read_text(encoding="utf-8") if chat_template else None
     except (ValueError, OSError) as error:
         _fail(error)
@@ -175,7 +178,7 @@ def start(
         spawn(EngineSpec(config, log_level=log_level, log_format=log_format)) as child,
     ):  # it imports torch while this process does
         try:
-            source, tokenizer, check_grammar = _load(config)
+            source, tokenizer, check_grammar = load_for_api(config)
             spec = EngineSpec(_located(config, source), log_level=log_level, log_format=log_format)
 
             def instance() -> Instance:
@@ -205,7 +208,7 @@ def _located(config: EngineConfig, source: ModelSource) -> EngineConfig:
     )
 
 
-def _load(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
+def load_for_api(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
     """Source, tokenizer, and a check of grammars. Fetches the model if it is not here yet."""
     from pla_serve.engine.loading import (
         ConsoleProgress,

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pla_serve.engine.messages import EngineReady, Grammar
+from pla_serve.logs import request_id
 from pla_serve.server.answer import EventWriter, Header, whole
 from pla_serve.server.backend import Backend, EngineUnavailableError
 from pla_serve.server.body import read_json
@@ -23,12 +24,14 @@ from pla_serve.server.event_stream import EventStream
 from pla_serve.server.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.generation import Generation, Plan
 from pla_serve.server.guard import tenant
+from pla_serve.server.journal import Entry, Journal
 from pla_serve.server.logprobs import TokenNames
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.params import sampling_params
 from pla_serve.server.prompts import PromptEncoder, check_tokens
 from pla_serve.server.schema import MAX_SEQUENCES, ChatRequest, CompletionRequest
 from pla_serve.server.settings import ServerSettings
+from pla_serve.server.tracing import TRACE_HEADERS
 
 COMPLETION_TOKENS = 16
 """Default max_tokens of /v1/completions, as OpenAI and vLLM have it."""
@@ -48,6 +51,7 @@ class Service:
     names: TokenNames
     metrics: Metrics
     check_grammar: GrammarCheck
+    journal: Journal
     started: int
     """Unix seconds, for the list of models."""
 
@@ -107,13 +111,16 @@ class Endpoints:
         if grammar is not None:
             await self._check(grammar)
         session = service.engine.session(settings.max_unread_tokens, tenant(request.scope))
-        generation = Generation(plan, session, service.token_bytes, service.metrics)
-        headers = {"x-request-id": header.id}
+        trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
+        entry = Entry(request_id.get() or plan.id, plan.arrival, trace)
+        generation = Generation(
+            plan, session, service.token_bytes, service.metrics, entry, service.journal
+        )
         streams = False
         try:
             await generation.admit()
             if not body.stream:
-                return json_response(await whole(generation, form, header), headers=headers)
+                return json_response(await whole(generation, form, header))
             streams = True
         finally:
             if not streams:
@@ -123,7 +130,6 @@ class Endpoints:
             writer.events(settings.keep_alive_seconds),
             on_end=generation.close,
             stall_seconds=settings.stall_seconds,
-            headers=headers,
         )
 
     def _plan(

@@ -251,6 +251,13 @@ Role = Annotated[
         rich_help_panel=HTTP,
     ),
 ]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Send traces there, as http://127.0.0.1:4318. The usual OTEL_ variables work too.",
+        rich_help_panel=HTTP,
+    ),
+]
 LogLevel = Annotated[LogLevels, typer.Option(rich_help_panel=HTTP)]
 LogFormat = Annotated[
     LogFormats,

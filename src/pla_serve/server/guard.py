@@ -6,10 +6,13 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
+import uuid
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pla_serve.logs import request_id
 from pla_serve.server.errors import ApiError, unavailable
 from pla_serve.server.metrics import Metrics
 
@@ -17,6 +20,9 @@ log = logging.getLogger(__name__)
 
 TENANT = "pla_serve.tenant"
 """Key in the ASGI scope."""
+
+ID = re.compile(r"[!-~]{1,128}")
+"""Request ids that are taken over: printable, and no longer than anybody needs."""
 
 
 class Keys:
@@ -87,6 +93,7 @@ class Guard:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
+        send = name_answers(scope, send)
         who = self._keys.admit(dict(scope["headers"]).get(b"authorization"))
         refusal = self._refusal(who)
         if refusal is not None:
@@ -105,6 +112,21 @@ class Guard:
         if self._traffic.draining:
             return unavailable("the server is shutting down", 5.0)
         return None
+
+
+def name_answers(scope: Scope, send: Send) -> Send:
+    """Give the request its id, the client's if it sent a decent one, and answer with it."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    id = given if ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    request_id.set(id)
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (b"x-request-id", id.encode("latin-1"))]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return named
 
 
 def tenant(scope: Scope) -> str:

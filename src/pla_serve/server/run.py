@@ -22,11 +22,13 @@ from pla_serve.server.endpoints import GrammarCheck, Service
 from pla_serve.server.engine_client import EngineClient
 from pla_serve.server.engine_process import EngineProcess, EngineSpec
 from pla_serve.server.guard import Keys, Traffic
+from pla_serve.server.journal import Journals, LogJournal
 from pla_serve.server.link import LinkHub
 from pla_serve.server.logprobs import TokenNames
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.prompts import PromptEncoder
 from pla_serve.server.settings import ServerSettings
+from pla_serve.server.tracing import configured, open_tracing
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +119,11 @@ class ApiServer:
         self.traffic = Traffic(metrics)
         self.encoder = PromptEncoder(tokenizer, chat_template=chat_template)
         token_bytes = TokenBytes(tokenizer)
+        self._tracing = (
+            open_tracing(settings.otlp_endpoint, "pla-serve")
+            if configured(settings.otlp_endpoint)
+            else None
+        )
         service = Service(
             settings=settings,
             engine=backend,
@@ -125,6 +132,7 @@ class ApiServer:
             names=TokenNames(token_bytes),
             metrics=metrics,
             check_grammar=check_grammar,
+            journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )
         app = build_app(service, self.traffic)
@@ -194,6 +202,8 @@ class ApiServer:
         with suppress(asyncio.CancelledError, EngineStartError):
             await backend
         self.encoder.close()
+        if self._tracing is not None:
+            self._tracing.close()
 
 
 class Instance(ApiServer):

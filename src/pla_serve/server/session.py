@@ -36,6 +36,7 @@ class Update:
         "finish_reason",
         "id",
         "logprobs",
+        "queued",
         "rejected",
         "stop_token",
         "tokens",
@@ -48,6 +49,7 @@ class Update:
         self.finish_reason: FinishReason | None = None
         self.stop_token: int | None = None
         self.cached_tokens: int | None = None
+        self.queued: float | None = None
         self.error: str | None = None
         self.rejected: Rejected | None = None
 
@@ -60,6 +62,8 @@ class Update:
         self.error = output.error
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens
+        if output.queued is not None:
+            self.queued = output.queued
 
 
 class Receiver(Protocol):

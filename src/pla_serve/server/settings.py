@@ -32,6 +32,8 @@ class ServerSettings:
     """A stream whose client reads nothing for so long is ended."""
     restart_wait: float = 60.0
     """How long a request waits for an engine that starts or restarts before it gets a 503."""
+    otlp_endpoint: str | None = None
+    """Base URL of an OTLP collector for traces; None: as the environment has it, or no traces."""
     drain_seconds: float = 30.0
     """How long requests in flight may go on after SIGTERM."""
     role: Role = "mixed"
