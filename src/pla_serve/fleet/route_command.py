@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,7 +16,7 @@ from pla_serve.fleet import route_flags
 from pla_serve.fleet.router.circuit import CircuitOptions
 from pla_serve.fleet.router.contract import FleetOptions
 from pla_serve.logs import LogFormat, configure
-from pla_serve.server import flags
+from pla_serve.server import flags, tracing
 from pla_serve.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class RouteSettings:
     liveness_seconds: float
     routing: str
     fleet: FleetOptions
-    controller: route_flags.Controllers
+    controller: str
+    """As `parse_controller` takes it, or off."""
     control_seconds: float
 
 
@@ -66,6 +68,7 @@ def route(
     max_unread_tokens: flags.MaxUnreadTokens = _SERVER.max_unread_tokens,
     restart_wait: flags.RestartWait = _SERVER.restart_wait,
     drain_seconds: flags.DrainSeconds = _SERVER.drain_seconds,
+    otlp_endpoint: flags.OtlpEndpoint = None,
     log_level: flags.LogLevel = "info",
     log_format: flags.LogFormat = "text",
 ) -> None:
@@ -86,6 +89,7 @@ def route(
             max_unread_tokens=max_unread_tokens,
             restart_wait=restart_wait,
             drain_seconds=drain_seconds,
+            otlp_endpoint=otlp_endpoint,
         )
         fleet = FleetOptions(
             circuit=CircuitOptions(circuit_failures, circuit_seconds),
@@ -97,6 +101,9 @@ def route(
         if not liveness_seconds > 0:
             raise ValueError(f"--liveness-seconds must be positive, not {liveness_seconds}")
         check_urls(instance)
+        tracing.check(otlp_endpoint)
+        if not control_seconds > 0:
+            raise ValueError(f"--control-seconds must be positive, not {control_seconds}")
         template = chat_template.read_text(encoding="utf-8") if chat_template else None
     except (ValueError, OSError) as error:
         _fail(error)
@@ -156,24 +163,26 @@ def build(
 ) -> Any:
     """The API server whose backend is the fleet. Belongs to a running event loop."""
     from pla_serve.fleet.router.client import FleetClient
-    from pla_serve.fleet.router.contract import Observer
     from pla_serve.fleet.router.metrics import FleetMetrics
     from pla_serve.fleet.router.observers import WithControl
+    from pla_serve.fleet.status import ControlMetrics, FleetStatus
     from pla_serve.policy.routing.registry import parse_routing
+    from pla_serve.server.guard import Keys
     from pla_serve.server.run import ApiServer
 
     client: FleetClient
     metrics = FleetMetrics(settings.model_names[0])
-    control = _control(router, lambda: [i.link for i in client.instances])
-    observer: Observer = metrics if control is None else WithControl(metrics, control)
+    signal = ControlMetrics(metrics.registry, settings.model_names[0])
+    control = _control(router, lambda: [i.link for i in client.instances], signal.look)
     client = FleetClient(
         make_links(router),
-        observer,
+        WithControl(metrics, control),
         options=router.fleet,
         routing=None if router.routing == "auto" else parse_routing(router.routing),
         control=control,
     )
     metrics.watch(client.fleet)
+    status = FleetStatus(client, control, Keys(settings.api_keys), time.monotonic)
 
     def announce() -> None:
         there = sum(instance.connected for instance in client.instances)
@@ -191,6 +200,7 @@ def build(
         chat_template=chat_template,
         check_grammar=check_grammar,
         on_ready=announce,
+        extend=status.add_routes,
     )
 
 
@@ -224,24 +234,32 @@ def make_links(router: RouteSettings) -> list[MakeLink]:
 
 
 def _link(router: RouteSettings, kind: str, url: str) -> MakeLink:
+    from pla_serve.fleet.link.http import HttpLink
     from pla_serve.fleet.link.own import InstanceLink
+    from pla_serve.fleet.link.sglang import SglangDialect
+    from pla_serve.fleet.link.vllm import VllmDialect
 
     key, liveness = router.instance_key, router.liveness_seconds
-    if kind != "pla":
-        _fail(ValueError(f"there are no links to {kind} servers yet"))
-    return lambda events: InstanceLink(url, events, api_key=key, liveness_seconds=liveness)
+    if kind == "pla":
+        return lambda events: InstanceLink(url, events, api_key=key, liveness_seconds=liveness)
+    dialect = {"vllm": VllmDialect, "sglang": SglangDialect}[kind]
+    return lambda events: HttpLink(url, events, dialect(), api_key=key, liveness_seconds=liveness)
 
 
-def _control(router: RouteSettings, links: Any) -> FleetControl | None:
-    if router.controller == "off":
-        return None
+def _control(
+    router: RouteSettings, links: Any, on_decision: Callable[[FleetControl], None]
+) -> FleetControl:
+    """Without a controller it moves nothing and keeps the signal for autoscalers."""
     from pla_serve.fleet.control.control import ControlOptions, FleetControl
-    from pla_serve.policy.pools.balance import BalanceController
-    from pla_serve.policy.pools.pressure import PressureController
+    from pla_serve.policy.pools.registry import parse_controller
 
-    kinds = {"balance": BalanceController, "pressure": PressureController}
-    options = ControlOptions(period_seconds=router.control_seconds)
-    return FleetControl(links, kinds[router.controller](), options)
+    return FleetControl(
+        links,
+        None if router.controller == "off" else parse_controller(router.controller),
+        ControlOptions(period_seconds=router.control_seconds),
+        name=router.controller,
+        on_decision=on_decision,
+    )
 
 
 def _fail(error: Exception) -> NoReturn:

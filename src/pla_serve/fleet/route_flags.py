@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 FLEET = "Instances"
 ROUTING = "Routing"
 FAULTS = "Faults"
-
-Controllers = Literal["balance", "pressure", "off"]
 
 
 def _known_routing(text: str) -> str:
@@ -22,6 +20,18 @@ def _known_routing(text: str) -> str:
         parse_routing(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    return text
+
+
+def _known_controller(text: str) -> str:
+    from pla_serve.policy.pools.registry import parse_controller
+
+    if text == "off":
+        return text
+    try:
+        parse_controller(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}, or off") from None
     return text
 
 
@@ -94,9 +104,12 @@ LeaseSeconds = Annotated[
     ),
 ]
 Controller = Annotated[
-    Controllers,
+    str,
     typer.Option(
-        help="Moves instances between short, long and decode. One router of several may.",
+        callback=_known_controller,
+        metavar="NAME[:KNOB=VALUE]...",
+        help="Moves instances between short, long and decode: balance, pressure (as published), or "
+        "off. One router of several may.",
         rich_help_panel=ROUTING,
     ),
 ]

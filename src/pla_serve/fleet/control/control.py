@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from pla_serve.fleet.control.census import Census
@@ -66,7 +65,16 @@ class FleetControl:
         *,
         stages: StageController | None = None,
         meter: DemandMeter | None = None,
+        name: str = "off",
+        on_decision: Callable[[FleetControl], None] = lambda control: None,
     ) -> None:
+        """
+        Args:
+            name: of the controller, for people.
+            on_decision: called after each.
+        """
+        self.name = name
+        self._on_decision = on_decision
         self.options = options or ControlOptions()
         self.moves: deque[Moved] = deque(maxlen=REMEMBERED_MOVES)
         """The last ones."""
@@ -105,14 +113,6 @@ class FleetControl:
 
     # Decisions
 
-    async def run(
-        self, clock: Callable[[], float], sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    ) -> None:
-        """Decide once in a control period, until cancelled."""
-        while True:
-            await sleep(self.options.period_seconds)
-            self.tick(clock())
-
     def tick(self, now: float, held_seconds: float = 0.0) -> Sequence[Move]:
         """Decide, and tell the instances.
 
@@ -126,6 +126,7 @@ class FleetControl:
         moves = self._decide(now, reports)
         for move in moves:
             self._make(move, links[move.instance_id], now)
+        self._on_decision(self)
         return moves
 
     def _decide(self, now: float, reports: list[protocol.InstanceReport]) -> Sequence[Move]:

@@ -85,6 +85,7 @@ class InstanceLink:
         self._clock = clock
         self._decode = msgspec.msgpack.Decoder(list[FromInstance]).decode
         self._outbox: Outbox | None = None
+        self._opening: asyncio.Future[ClientConnection] | None = None
         self._ended: asyncio.Future[str] | None = None
         self._closing = asyncio.Event()
         self._role: Role | None = None
@@ -148,12 +149,19 @@ class InstanceLink:
 
     async def close(self) -> None:
         self._closing.set()
+        if self._opening is not None:
+            self._opening.cancel()
         self._end("this router closed the link")
 
     async def _live(self) -> str:
         """One connection from start to end; why it ended."""
+        self._opening = asyncio.ensure_future(self._open())
         try:
-            socket = await self._open()
+            socket = await self._opening
+        except asyncio.CancelledError:
+            if not self._opening.cancelled() or not self._closing.is_set():
+                raise
+            return "this router closed the link"
         except InvalidStatus as error:
             return self._refused(error)
         except (OSError, TimeoutError, InvalidHandshake) as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import secrets
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import psutil
@@ -22,7 +23,7 @@ from pla_serve.fleet.supervisor.commands import (
 from pla_serve.fleet.supervisor.log_lines import write_line
 from pla_serve.fleet.supervisor.member import FleetStartError, Member, Recipe
 from pla_serve.fleet.supervisor.ports import ReservedPort
-from pla_serve.fleet.supervisor.spec import FleetSpec
+from pla_serve.fleet.supervisor.spec import FleetSpec, Option
 from pla_serve.fleet.supervisor.supervisor import Supervisor
 from pla_serve.logs import LogFormat, configure
 
@@ -59,6 +60,7 @@ class Plan:
         self._log_format = log_format
         self._stack = ExitStack()
         threads = spec.threads or threads_each(cores(), len(spec.names))
+        serve_words = [*_transfer_words(spec, serve_words), *serve_words]
         memory = _memory_words(spec, serve_words)
         self._instances: list[tuple[str, int, list[str]]] = []
         for number, (name, role) in enumerate(spec.names):
@@ -66,7 +68,8 @@ class Plan:
             words = instance_command(spec, number, role, port, threads)
             self._instances.append((name, port, [*words, *memory, *serve_words]))
         urls = [f"http://{LOOPBACK}:{port}" for _, port, _ in self._instances]
-        self._router = [*router_command(spec, urls), *route_words]
+        control = _control_words(spec, route_words)
+        self._router = [*router_command(spec, urls), *control, *route_words]
 
     def commands(self) -> Iterator[tuple[str, list[str]]]:
         """``serve`` or ``route``, and the words behind it, of each process."""
@@ -109,13 +112,40 @@ class Plan:
 
 def _memory_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
     """Each instance takes its share of the free memory of a CPU, not all of them the whole."""
-    flags = {name.replace("_", "-") for name in spec.serve}
-    said = "kv-cache-gib" in flags or any(w.startswith("--kv-cache-gib") for w in serve_words)
+    said = _said("kv-cache-gib", spec.serve, serve_words)
     if said or spec.devices or os.path.exists("/dev/nvidia0"):
         return []
     free = psutil.virtual_memory().available / 2**30
     each = min(MOST_GIB, free * MEMORY_SHARE / len(spec.names))
     return ["--kv-cache-gib", f"{each:.3f}"]
+
+
+def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
+    """With decode instances KV is exchanged, where the library for it is installed."""
+    if not spec.instances.decode or _said("kv-transfer", spec.serve, serve_words):
+        return []
+    if importlib.util.find_spec("nixl") is None:
+        log.warning(
+            "NIXL is not installed, so decode instances will compute prompts again; "
+            "pip install 'pla-serve[fleet]'"
+        )
+        return []
+    return ["--kv-transfer"]
+
+
+def _control_words(spec: FleetSpec, route_words: Sequence[str]) -> list[str]:
+    """Pools are kept in balance unless a flag says otherwise."""
+    pools = spec.instances
+    if not (pools.short and pools.long) or _said("controller", spec.route, route_words):
+        return []
+    return ["--controller", "balance"]
+
+
+def _said(flag: str, options: Mapping[str, Option], words: Sequence[str]) -> bool:
+    """Whether a flag, or its opposite, was given in the file or on the command line."""
+    names = {name.replace("_", "-") for name in options}
+    given = {word.partition("=")[0] for word in words}
+    return flag in names or f"--{flag}" in given or f"--no-{flag}" in given
 
 
 def _reachable(host: str) -> str:
