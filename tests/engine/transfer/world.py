@@ -9,6 +9,7 @@ from uuid import UUID
 
 import torch
 from tests.engine import tiny
+from tests.engine.chaos import ChaosPolicy
 from tests.engine.transfer.wire import Wire, WireTransport
 
 from pla_serve.engine.loop import Parts
@@ -123,6 +124,13 @@ class World:
         )
         return Node(engine, *made[0], name=f"pla-{life}")
 
+    def alone(self, request_id: str, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
+        """What an engine of its own answers, EOS or not."""
+        engine = tiny.make_engine(self.model, ChaosPolicy(0))
+        engine.add(request_id, prompt, max_tokens=tokens, ignore_eos=True)
+        engine.run()
+        return engine.tokens(request_id)
+
     def move(self, *nodes: Node, rounds: int = 400) -> None:
         """Everything goes on, and all reads arrive, until nothing changes any more."""
         for _ in range(rounds):
@@ -138,7 +146,12 @@ class World:
 
 
 def request(
-    request_id: str, prompt: Sequence[int], *, lease: float | None = None, **sampling: object
+    request_id: str,
+    prompt: Sequence[int],
+    *,
+    lease: float | None = None,
+    priority: int = 0,
+    **sampling: object,
 ) -> AddRequest:
     """Greedy unless told otherwise; to be handed over if there is a lease."""
     params = {"temperature": 0.0, "max_tokens": 8, **sampling}
@@ -147,6 +160,7 @@ def request(
         prompt=list(prompt),
         sampling=SamplingParams(**params),  # type: ignore[arg-type]
         arrival=0.0,
+        priority=priority,
         hand_over=None if lease is None else HandOver(lease_seconds=lease),
     )
 
