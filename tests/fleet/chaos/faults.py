@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -94,17 +95,23 @@ class Injector:
         self._router_down: list[float] = []
         self._hangs: set[asyncio.Task[None]] = set()
         self.done: list[tuple[float, Fault]] = []
+        self.recovered: list[float] = []
 
     def excused(self, since: float) -> bool:
         """The router was ended after ``since``."""
         return any(time >= since for time in self._router_down)
 
-    async def run(self, faults: Sequence[Fault]) -> None:
+    async def run(self, faults: Sequence[Fault], until: float) -> None:
+        """Stops early at ``until`` on the clock."""
         for fault in faults:
-            await self.settle()
+            if self._clock() > until:
+                break
             self.done.append((self._clock(), fault))
             await self._inject(fault)
+            injected = self._clock()
             await asyncio.sleep(fault.pause)
+            await self.settle()
+            self.recovered.append(self._clock() - injected)
         await asyncio.gather(*self._hangs)
         await self.settle()
 
@@ -156,10 +163,8 @@ class Injector:
         async def wake() -> None:
             await asyncio.sleep(seconds)
             for pid in pids:
-                try:
+                with suppress(ProcessLookupError):  # it was killed meanwhile
                     os.kill(pid, signal.SIGCONT)
-                except ProcessLookupError:
-                    pass  # it was killed meanwhile
 
         task = asyncio.create_task(wake())
         self._hangs.add(task)

@@ -136,8 +136,9 @@ class Load:
         seed: int,
         excused: Callable[[float], bool],
         pause_seconds: float = 0.0,
+        tally: Tally | None = None,
     ) -> None:
-        self.tally = Tally()
+        self.tally = tally or Tally()
         self._url = url
         self._questions = questions
         self._clients = clients
@@ -203,7 +204,10 @@ async def ask(
             tally.problems.append(f"after {len(got)} tokens: {type(error).__name__} {error}")
             return
         if not _right(question, got, whole=True):
-            same = next((i for i, (a, b) in enumerate(zip(got, question.answer)) if a != b), None)
+            same = next(
+                (i for i, (a, b) in enumerate(zip(got, question.answer, strict=False)) if a != b),
+                None,
+            )
             tally.problems.append(
                 f"wrong tokens: {len(got)} of {len(question.answer)}, differ from {same}"
             )

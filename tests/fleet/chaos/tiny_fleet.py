@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -130,6 +130,31 @@ def is_ready(url: str) -> bool:
 
 
 @contextmanager
+def start_alone(model: Path) -> Iterator[str]:
+    """One instance without a fleet; gives its URL."""
+    from pla_serve.fleet.supervisor.ports import ReservedPort
+
+    with ReservedPort() as port:
+        command = [sys.executable, "-m", "pla_serve", "serve", str(model)]
+        command += ["--load-format", "dummy", "--threads", "1", "--kv-cache-gib", "0.02"]
+        child = subprocess.Popen(
+            [*command, "--port", str(port.number), "--log-level", "warning"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            url, end = f"http://127.0.0.1:{port.number}", time.monotonic() + START_SECONDS
+            while not is_ready(url):
+                if child.poll() is not None or time.monotonic() > end:
+                    raise TimeoutError("the instance does not start")
+                time.sleep(0.1)
+            yield url
+        finally:
+            child.terminate()
+            child.wait(60)
+
+
+@contextmanager
 def start_fleet(
     model: Path, pools: Sequence[str], log: Path, *words: str, count: int
 ) -> Iterator[TinyFleet]:
@@ -165,8 +190,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         return
     family = psutil.Process(child.pid).children(recursive=True)
     for process in (psutil.Process(child.pid), *family):
-        try:
+        with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     child.wait()

@@ -127,7 +127,7 @@ def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
     if importlib.util.find_spec("nixl") is None:
         log.warning(
             "NIXL is not installed, so decode instances will compute prompts again; "
-            "pip install 'pla-serve[fleet]'"
+            "pip install 'pla-serve[transfer]'"
         )
         return []
     return ["--kv-transfer"]
