@@ -133,6 +133,10 @@ def test_stages_follow_one_another() -> None:
     ]  # fmt: skip
     entry.moved = (12.0, 13.0)
     assert stages(entry)[2:] == [("transfer", 12.0, 13.0), ("decode", 13.0, 15.0)]
+    entry.moved = (14.0, 14.5)
+    assert stages(entry)[2:] == [
+        ("decode", 12.0, 14.0), ("transfer", 14.0, 14.5), ("decode", 14.5, 15.0),
+    ]  # fmt: skip
     assert stages(Entry("r", 10.0, ended=11.0)) == [("queue", 10.0, 11.0)]
     assert stages(Entry("r", 10.0, prefill_began=10.5, ended=11.0))[1:] == [("prefill", 10.5, 11.0)]
 

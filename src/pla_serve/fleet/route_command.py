@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,8 @@ class RouteSettings:
     controller: str
     """As `parse_controller` takes it, or off."""
     control_seconds: float
+    listen_fd: int | None = None
+    """A listening socket that outlives this process; None: it makes its own."""
 
 
 def route(
@@ -65,6 +68,7 @@ def route(
     lease_seconds: route_flags.LeaseSeconds = _FLEET.lease_seconds,
     host: flags.Host = _SERVER.host,
     port: flags.Port = _SERVER.port,
+    listen_fd: route_flags.ListenFd = None,
     api_key: flags.ApiKey = None,
     max_body_mib: flags.MaxBodyMib = _SERVER.max_body_bytes / 2**20,
     keep_alive_seconds: flags.KeepAliveSeconds = _SERVER.keep_alive_seconds,
@@ -120,6 +124,7 @@ def route(
         fleet=fleet,
         controller=controller,
         control_seconds=control_seconds,
+        listen_fd=listen_fd,
     )
     raise typer.Exit(start(engine, settings, router, template, log_level, log_format))
 
@@ -139,7 +144,10 @@ def start(
 
     configure(log_level, log_format, "router")
     try:
-        listener = listen(settings.host, settings.port)
+        if router.listen_fd is None:
+            listener = listen(settings.host, settings.port)
+        else:
+            listener = socket.socket(fileno=router.listen_fd)
     except OSError as error:
         _fail(error)
     host, port = listener.getsockname()[:2]
@@ -210,6 +218,7 @@ def build(
         check_grammar=check_grammar,
         on_ready=announce,
         extend=status.add_routes,
+        shared_listener=router.listen_fd is not None,
     )
 
 
@@ -243,7 +252,7 @@ def make_links(router: RouteSettings) -> list[MakeLink]:
 
 
 def _link(router: RouteSettings, kind: str, url: str) -> MakeLink:
-    from pla_serve.fleet.link.http import HttpLink
+    from pla_serve.fleet.link.http import Dialect, HttpLink
     from pla_serve.fleet.link.own import InstanceLink
     from pla_serve.fleet.link.sglang import SglangDialect
     from pla_serve.fleet.link.vllm import VllmDialect
@@ -251,8 +260,8 @@ def _link(router: RouteSettings, kind: str, url: str) -> MakeLink:
     key, liveness = router.instance_key, router.liveness_seconds
     if kind == "pla":
         return lambda events: InstanceLink(url, events, api_key=key, liveness_seconds=liveness)
-    dialect = {"vllm": VllmDialect, "sglang": SglangDialect}[kind]
-    return lambda events: HttpLink(url, events, dialect(), api_key=key, liveness_seconds=liveness)
+    dialect: Dialect = VllmDialect() if kind == "vllm" else SglangDialect()
+    return lambda events: HttpLink(url, events, dialect, api_key=key, liveness_seconds=liveness)
 
 
 def _control(

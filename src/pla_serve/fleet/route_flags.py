@@ -97,6 +97,10 @@ MaxPredictedWait = Annotated[
         rich_help_panel=ROUTING,
     ),
 ]
+ListenFd = Annotated[
+    int | None,
+    typer.Option(hidden=True, help="A listening socket that the supervisor holds."),
+]
 LeaseSeconds = Annotated[
     float,
     typer.Option(

@@ -208,8 +208,8 @@ class Generation:
         if update.error is not None or update.finish_reason == "error":
             self._entry.outcome = "error"
             raise failed(f"the engine failed this request: {update.error or 'no reason given'}")
-        if update.queued is not None and self._entry.prefill_began is None:
-            self._entry.prefill_began = self.plan.arrival + update.queued
+        if update.queued is not None:
+            self._trace(choice, update.queued)
         if update.cached_tokens is not None and choice.index % self.plan.n == 0:
             self._cached[choice.prompt] = update.cached_tokens
         if update.tokens or update.finish_reason is not None:
@@ -261,6 +261,14 @@ class Generation:
     def _stop_id(self, choice: Choice, update: Update) -> int | None:
         token = update.stop_token
         return token if token in self.plan.sampling[choice.prompt].stop_token_ids else None
+
+    def _trace(self, choice: Choice, queued: float) -> None:
+        """An instance makes its first token of this choice."""
+        entry = self._entry
+        if choice.tokens and entry.moved is None:
+            entry.moved = (choice.last_news, self._clock())
+        elif entry.prefill_began is None:
+            entry.prefill_began = self.plan.arrival + queued
 
     def _time(self, choice: Choice, tokens: int) -> None:
         now = self._clock()

@@ -26,7 +26,7 @@ class Entry:
     prefill_began: float | None = None
     first_token: float | None = None
     moved: tuple[float, float] | None = None
-    """From the first token to the next one, where another instance made that."""
+    """From the last token of one instance to the first of another, if it went on there."""
     ended: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -53,6 +53,7 @@ class LogJournal:
             "queue_seconds": _since(entry.arrival, entry.prefill_began),
             "ttft_seconds": _since(entry.arrival, entry.first_token),
             "prompt_tokens": entry.prompt_tokens,
+            "transfer_seconds": _since(*entry.moved) if entry.moved else None,
             "cached_tokens": entry.cached_tokens,
             "completion_tokens": entry.completion_tokens,
             "outcome": entry.outcome,

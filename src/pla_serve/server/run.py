@@ -98,6 +98,8 @@ class ApiServer:
         backend: ends with this server.
         on_ready: called once, when the backend is ready for the first time.
         extend: adds routes of its own to the application.
+        shared_listener: another process holds the listening socket as well. A draining server then
+            leaves new connections to its successor, instead of refusing their requests.
     """
 
     def __init__(
@@ -111,8 +113,10 @@ class ApiServer:
         check_grammar: GrammarCheck,
         on_ready: Callable[[], None] = lambda: None,
         extend: Callable[[FastAPI], None] = lambda app: None,
+        shared_listener: bool = False,
     ) -> None:
         self._settings = settings
+        self._shared_listener = shared_listener
         self._backend = backend
         self._on_ready = on_ready
         self.metrics = metrics
@@ -181,6 +185,9 @@ class ApiServer:
     async def _drain(self) -> None:
         seconds = self._settings.drain_seconds
         count = self.traffic.in_flight
+        if self._shared_listener:
+            for server in self.http.servers:
+                server.close()
         if count:
             log.info("draining: up to %.0f s for %d requests in flight", seconds, count)
         if not await self.traffic.drain(seconds):

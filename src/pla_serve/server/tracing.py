@@ -135,9 +135,11 @@ def stages(entry: Entry) -> list[tuple[str, float, float]]:
     found = [("queue", entry.arrival, entry.ended if began is None else began)]
     if began is not None:
         found.append(("prefill", began, entry.ended if first is None else first))
+    if first is not None and entry.moved is not None:
+        if entry.moved[0] > first:
+            found.append(("decode", first, entry.moved[0]))
+        found.append(("transfer", *entry.moved))
+        first = entry.moved[1]
     if first is not None:
-        if entry.moved is not None:
-            found.append(("transfer", *entry.moved))
-            first = entry.moved[1]
         found.append(("decode", first, entry.ended))
     return found

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from random import Random
 
 import httpx
@@ -92,14 +93,15 @@ class Injector:
         self._longs = [q for q in questions if len(q.prompt) > 300]
         self._tally = tally
         self._clock = clock
-        self._router_down: list[float] = []
+        self._router_down: list[list[float]] = []
+        """Since when, and until when."""
         self._hangs: set[asyncio.Task[None]] = set()
         self.done: list[tuple[float, Fault]] = []
         self.recovered: list[float] = []
 
     def excused(self, since: float) -> bool:
-        """The router was ended after ``since``."""
-        return any(time >= since for time in self._router_down)
+        """The router was not there all the time since then."""
+        return any(end >= since for _, end in self._router_down)
 
     async def run(self, faults: Sequence[Fault], until: float) -> None:
         """Stops early at ``until`` on the clock."""
@@ -132,10 +134,12 @@ class Injector:
         if kind in (Kind.KILL_ROUTER, Kind.RESTART_ROUTER):
             router = fleet.router()
             assert router is not None
-            self._router_down.append(self._clock())
+            down = [self._clock(), inf]
+            self._router_down.append(down)
             os.kill(router.pid, signal.SIGKILL if kind is Kind.KILL_ROUTER else signal.SIGTERM)
             await self._gone(router)
-            self._router_down.append(self._clock())
+            await self.settle()
+            down[1] = self._clock()
             return
         if kind is Kind.FULL_KV:
             await self._flood()

@@ -36,7 +36,7 @@ class Tally:
     broken: int = 0
     """Connections that the death of the router cut; each was tried again."""
     refused: int = 0
-    """429 with Retry-After; each was tried again."""
+    """429, or 503 while the router leaves, with Retry-After; each was tried again."""
     problems: list[str] = field(default_factory=list)
     """Failed, cut short, or wrong: each is a fault of the fleet."""
     first_seconds: list[float] = field(default_factory=list)
@@ -77,11 +77,12 @@ async def learn(url: str, questions: list[Question]) -> list[Question]:
 
 
 class Refused(Exception):
-    """Not now; see ``seconds``."""
+    """Not now: 429, or 503 from a server that is leaving."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, draining: bool) -> None:
         super().__init__(f"refused for {seconds} s")
         self.seconds = seconds
+        self.draining = draining
 
 
 class Failed(Exception):
@@ -103,8 +104,9 @@ async def stream(client: httpx.AsyncClient, question: Question):  # type: ignore
     }
     ended = False
     async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code == 429:
-            raise Refused(float(response.headers.get("retry-after", 1)))
+        if response.status_code in (429, 503) and "retry-after" in response.headers:
+            seconds = float(response.headers["retry-after"])
+            raise Refused(seconds, draining=response.status_code == 503)
         if response.status_code != 200:
             raise Failed(f"{response.status_code} {(await response.aread()).decode()[:200]}")
         async for line in response.aiter_lines():
@@ -190,6 +192,8 @@ async def ask(
                     tally.first_seconds.append(clock() - began)
                 got.append(token)
         except Refused as refused:
+            if refused.draining and not excused(began):
+                tally.problems.append("503, although the router stays")
             tally.refused += 1
             await asyncio.sleep(refused.seconds)
             continue

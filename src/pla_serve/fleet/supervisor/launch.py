@@ -26,6 +26,7 @@ from pla_serve.fleet.supervisor.ports import ReservedPort
 from pla_serve.fleet.supervisor.spec import FleetSpec, Option
 from pla_serve.fleet.supervisor.supervisor import Supervisor
 from pla_serve.logs import LogFormat, configure
+from pla_serve.server.run import listen
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Plan:
         serve_words, route_words: further flags from the command line.
 
     Raises:
-        OSError: no ports are free.
+        OSError: the fleet's port is taken, or none are free for instances.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Plan:
         self._log_level = log_level
         self._log_format = log_format
         self._stack = ExitStack()
+        # Held here, so that connections wait while the router is restarted.
+        self._listener = self._stack.enter_context(listen(spec.host, spec.port))
         threads = spec.threads or threads_each(cores(), len(spec.names))
         serve_words = [*_transfer_words(spec, serve_words), *serve_words]
         memory = _memory_words(spec, serve_words)
@@ -69,7 +72,8 @@ class Plan:
             self._instances.append((name, port, [*words, *memory, *serve_words]))
         urls = [f"http://{LOOPBACK}:{port}" for _, port, _ in self._instances]
         control = _control_words(spec, route_words)
-        self._router = [*router_command(spec, urls), *control, *route_words]
+        inherited = ["--listen-fd", str(self._listener.fileno())]
+        self._router = [*router_command(spec, urls), *inherited, *control, *route_words]
 
     def commands(self) -> Iterator[tuple[str, list[str]]]:
         """``serve`` or ``route``, and the words behind it, of each process."""
@@ -100,7 +104,8 @@ class Plan:
             for name, port, words in self._instances
         ]
         front = f"http://{_reachable(spec.host)}:{spec.port}"
-        recipe = Recipe("router", self._router, front, {KEY_VARIABLE: key})
+        fds = (self._listener.fileno(),)
+        recipe = Recipe("router", self._router, front, {KEY_VARIABLE: key}, fds)
         router = Member(recipe, spec.health, on_line)
         supervisor = Supervisor(instances, router, drain_seconds=spec.drain_seconds)
         loop = asyncio.get_running_loop()

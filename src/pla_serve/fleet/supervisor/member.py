@@ -44,6 +44,8 @@ class Recipe:
     url: str
     """Where it answers ``/ready``."""
     env: dict[str, str] = field(default_factory=dict)
+    fds: tuple[int, ...] = ()
+    """File descriptors that each life gets."""
 
 
 class Member:
@@ -165,8 +167,9 @@ class Member:
     async def _live(self) -> int:
         """One life; returns its status."""
         name = self.recipe.name
+        recipe = self.recipe
         child = await Child.start(
-            self.recipe.command, self.recipe.env, lambda line: self._on_line(name, line)
+            recipe.command, recipe.env, lambda line: self._on_line(name, line), recipe.fds
         )
         self._child = child
         self._restarts.started(self._clock())

@@ -33,8 +33,9 @@ class Child:
         command: Sequence[str],
         env: Mapping[str, str],
         on_line: Callable[[str], None],
+        fds: Sequence[int] = (),
     ) -> Child:
-        """``on_line`` gets what the process writes, line by line.
+        """``on_line`` gets what the process writes, line by line; ``fds`` stay open in it.
 
         Raises:
             OSError: the program cannot be started.
@@ -48,6 +49,7 @@ class Child:
             start_new_session=True,
             preexec_fn=_die_with_parent(),
             limit=LINE_BYTES,
+            pass_fds=fds,
         )
         assert process.stdout is not None
         assert process.stderr is not None
