@@ -126,6 +126,7 @@ class FakeLink:
             block_tokens=16,
             resumes=True,
             transfer=self.transfer,
+            kv_bytes_per_token=1000,
         )
         self.fleet.connected(self, self.facts)
         self.report()
@@ -302,6 +303,7 @@ class Bench:
         self.seen = Recorder()
         routing = options.pop("routing", None)
         roles = options.pop("roles", None) or ["mixed"] * instances
+        apart = options.pop("transfer", False) or "decode" in roles
         self.fleet = Fleet(
             self.clock,
             self.clock.later,
@@ -309,7 +311,6 @@ class Bench:
             options=FleetOptions(**options),
             routing=routing,
         )
-        apart = "decode" in roles
         self.links = [
             FakeLink(f"i{n}", self.fleet, role=role, transfer="t" if apart else None)
             for n, role in enumerate(roles)

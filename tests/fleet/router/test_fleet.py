@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_fleet import Bench, oracle
 
-from pla_serve.engine.messages import AbortRequest, AddRequest
+from pla_serve.engine.messages import AbortRequest, AddRequest, Lend, Reserve
 from pla_serve.fleet.router.prefixes import Chain
 
 PROMPT = list(range(40))
@@ -379,4 +379,51 @@ def test_a_reservation_that_expired_is_computed_again() -> None:
     source.flush()
     bench.run()
     assert client.tokens == oracle(PROMPT, client.request.sampling)
+    bench.assert_nothing_left()
+
+
+# Fetches of cached KV
+
+
+def test_a_prompt_is_fetched_to_where_there_is_room_if_that_is_faster() -> None:
+    bench = Bench(2, transfer=True)
+    cost = {"token": 1e-3, "attention": 0.0, "kv": 0.0, "sequence": 0.0, "launch": 0.0}
+    prefix = list(range(800))
+    first = bench.submit(prefix)
+    home = bench.where(first)
+    other = next(link for link in bench.links if link is not home)
+    bench.run()
+    bench.clock.advance(2)
+    home.report(cost=cost, queued_long_seconds=30.0)
+    other.report(cost=cost)
+    client = bench.submit([*prefix, 1, 2, 3], 4)
+    assert isinstance(home.received[-1], Lend)
+    home.flush()
+    assert isinstance(other.received[-1], Reserve)
+    bench.run()
+    assert client.tokens == oracle([*prefix, 1, 2, 3], client.request.sampling)
+    assert bench.seen.hands == ["begun"]
+    bench.assert_nothing_left()
+
+
+@pytest.mark.parametrize("moment", ["lending", "reserving", "begun"])
+@pytest.mark.parametrize("victim", ["source", "target"])
+def test_a_cut_at_any_moment_of_a_fetch(moment: str, victim: str) -> None:
+    bench = Bench(2, transfer=True)
+    cost = {"token": 1e-3, "attention": 0.0, "kv": 0.0, "sequence": 0.0, "launch": 0.0}
+    prefix = list(range(800))
+    home = bench.where(bench.submit(prefix))
+    other = next(link for link in bench.links if link is not home)
+    bench.run()
+    bench.clock.advance(2)
+    home.report(cost=cost, queued_long_seconds=30.0)
+    other.report(cost=cost)
+    client = bench.submit([*prefix, 1, 2, 3], 4)
+    if moment != "lending":
+        home.flush()
+    if moment == "begun":
+        other.flush()
+    (home if victim == "source" else other).cut()
+    bench.run()
+    assert client.tokens == oracle([*prefix, 1, 2, 3], client.request.sampling)
     bench.assert_nothing_left()

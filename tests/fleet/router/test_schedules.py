@@ -21,13 +21,15 @@ from fake_fleet import Bench, FakeLink, oracle
 from pla_serve.engine.messages import AddRequest, Reserve
 from pla_serve.fleet.router.dispatch import BLAME_SECONDS
 
+# "fetch" is no role: the instances can exchange KV.
 ROLES = [
     ["mixed"] * 3,
     ["short", "long", "long"],
     ["short", "long", "decode", "decode"],
     ["mixed", "decode"],
+    ["mixed", "mixed", "mixed", "fetch"],
 ]
-PREFIXES = [[], list(range(48)), list(range(100, 140))]
+PREFIXES = [[], list(range(48)), list(range(100, 140)), list(range(200, 1400))]
 
 Event = tuple[str, int, int]
 EVENTS = st.lists(
@@ -52,7 +54,13 @@ class Schedule:
 
     def __init__(self, roles: list[str]) -> None:
         # Limits out of reach: whatever can be served must be.
-        self.bench = Bench(roles=list(roles), most_failures=10_000, patience_seconds=1e9)
+        fetch = "fetch" in roles
+        self.bench = Bench(
+            roles=[role for role in roles if role != "fetch"],
+            transfer=fetch,
+            most_failures=10_000,
+            patience_seconds=1e9,
+        )
         self.clients: list[Any] = []
         self.aborted: set[str] = set()
         self._watch_sends()
@@ -62,7 +70,7 @@ class Schedule:
         links = self.bench.links
         link = links[which % len(links)]
         if kind == "submit":
-            prompt = [*PREFIXES[amount % 3], which, *range(amount * 9)]
+            prompt = [*PREFIXES[(amount + which) % 4], which, *range(amount * 9)]
             temperature = float(amount % 2)
             self.clients.append(self.bench.submit(prompt, 1 + amount, temperature=temperature))
         elif kind == "step" and link.connected:
@@ -147,7 +155,7 @@ class Schedule:
                     instance.epoch,
                 ):
                     assert self.bench.clock.now - blame.at >= BLAME_SECONDS
-                assert instance.open
+                assert instance.connected
             send(message)
 
         link.send = checked  # type: ignore[method-assign]

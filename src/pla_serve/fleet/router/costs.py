@@ -13,6 +13,12 @@ UNITS = ("token", "attention", "kv", "sequence", "launch")
 """Of `EngineStats.cost_seconds`, in the order of `CostProfile`."""
 FRESH_SECONDS = 1.0
 """The model is made anew this often at most."""
+FETCH_SECONDS = 0.01
+"""Messages to and fro before KV begins to move, and until the last of it is confirmed."""
+FIRST_BYTES_PER_SECOND = 1e9
+"""Of KV transfer, until some have been seen; a modest network."""
+LEARNING = 0.2
+"""Weight of the newest transfer."""
 
 
 class FleetCost:
@@ -29,6 +35,8 @@ class FleetCost:
         self._model: CostModel | None = None
         self._made = -FRESH_SECONDS
         self.boundary_tokens = self._learnt.boundary()
+        self.kv_bytes_per_token = 0
+        self._bytes_per_second = FIRST_BYTES_PER_SECOND
 
     @property
     def launch_seconds(self) -> float:
@@ -37,6 +45,16 @@ class FleetCost:
     def prefill_seconds(self, new_tokens: int, history: int) -> float:
         """Alone on an idle instance."""
         return self._current.prefill_seconds(new_tokens, history)
+
+    def transfer_seconds(self, tokens: int) -> float:
+        """To fetch the KV of so many tokens from another instance."""
+        return FETCH_SECONDS + tokens * self.kv_bytes_per_token / self._bytes_per_second
+
+    def fetched(self, tokens: int, seconds: float) -> None:
+        """A fetch of so many tokens took so long, with all that it waited for."""
+        rate = tokens * self.kv_bytes_per_token / max(seconds - FETCH_SECONDS, 1e-4)
+        if rate > 0:
+            self._bytes_per_second += LEARNING * (rate - self._bytes_per_second)
 
     def said(
         self, name: str, cost: Mapping[str, float] | None, boundary_tokens: int, now: float

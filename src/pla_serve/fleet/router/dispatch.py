@@ -64,18 +64,17 @@ class Dispatcher:
         self,
         instances: Callable[[str], Instance],
         routing: RoutingPolicy | None = None,
-        transfer_seconds: Callable[[int], float] | None = None,
     ) -> None:
         """
         Args:
             instances: by name.
             routing: None is `ByRoles`.
-            transfer_seconds: for the KV of so many tokens between two instances; None: they cannot.
         """
         self.cost = FleetCost()
         self.prefixes = PrefixRecord()
         self._instances = instances
-        self._transfer = transfer_seconds
+        self._transfers: dict[str, str | None] = {}
+        """What KV each can exchange."""
         self._express: dict[str, bool] = {}
         self._prefill = Router(routing or ByRoles(), self._model())
         self._decode = Router(LeastLoaded("tokens"), self._model())
@@ -92,6 +91,8 @@ class Dispatcher:
         assert facts is not None
         self.prefixes.join(instance.name, facts.kv_tokens)
         self._express[instance.name] = facts.express
+        self._transfers[instance.name] = facts.transfer
+        self.cost.kv_bytes_per_token = facts.kv_bytes_per_token
         if facts.resumes:
             self._forgetful.discard(instance.name)
         else:
@@ -107,6 +108,7 @@ class Dispatcher:
                 stage.removed(instance.name)
         self._odd.pop(instance.name, None)
         self._express.pop(instance.name, None)
+        self._transfers.pop(instance.name, None)
         self.cost.gone(instance.name)
 
     def reported(self, instance: Instance, report: InstanceReport, now: float) -> None:
@@ -171,6 +173,7 @@ class Dispatcher:
             place.history,
             plan.wait + place.seconds,
             (place.new_tokens, place.history) if plan.alone else None,
+            place.fetch_tokens if place.fetch_from is not None else 0,
         )
 
     def prefilled(self, leg: Leg, cached_tokens: int | None, now: float) -> None:
@@ -179,7 +182,12 @@ class Dispatcher:
         if leg.mark is not None:
             self.prefixes.confirm(leg.instance.name, leg.mark, cached_tokens)
             leg.mark = None
-        if leg.alone is not None:
+        if leg.alone is None:
+            return
+        if leg.fetched:
+            rest = self.cost.prefill_seconds(*leg.alone)
+            self.cost.fetched(leg.fetched, now - leg.sent - rest)
+        else:
             self.cost.saw(leg.id, *leg.alone, now - leg.sent)
 
     def grown(self, flight: Flight, leg: Leg) -> None:
@@ -261,11 +269,13 @@ class Dispatcher:
         return self._decode if instance.pool is Pool.DECODE else self._prefill
 
     def _model(self) -> FleetModel:
+        kinds = set(self._transfers.values())
+        fetch = len(self._transfers) > 1 and len(kinds) == 1 and None not in kinds
         return FleetModel(
             self.cost.prefill_seconds,
             self.cost.boundary_tokens,
             express=bool(self._express) and all(self._express.values()),
-            transfer_seconds=self._transfer,
+            transfer_seconds=self.cost.transfer_seconds if fetch else None,
             launch_seconds=self.cost.launch_seconds,
         )
 

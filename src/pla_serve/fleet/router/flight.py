@@ -38,6 +38,8 @@ class Leg:
     """Predicted seconds to its first token."""
     alone: tuple[int, int] | None
     """New tokens and history, if nothing else waited there when it was sent."""
+    fetched: int = 0
+    """Tokens whose KV comes from another instance."""
     first: bool = False
     """Its first token has come from there."""
 

@@ -276,6 +276,7 @@ class HandOvers:
         self._carrier.handed_over(why)
         flight.hand = None
         flight.leg = target
+        target.fetched, target.alone = 0, None
         self._carrier.send(target.instance, flight.message(target.id))
         return True
 
