@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.tiny import BLOCK, expected, make_engine, reference_model
-from tests.engine.transfer.world import LEASE, World, at_rest, offer_of, request, reserve
+from tests.engine.transfer.world import LEASE, World, at_rest, offer_of, request, reserve, watch
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.kv.blocks import Run
@@ -165,20 +165,22 @@ def test_memory_that_is_being_read_into_is_no_ones_prey() -> None:
     world = World()
     p = world.node(0, ChaosPolicy(1))
     d = world.node(1, create_policy("fcfs", PolicyConfig(), CostModel()), blocks=30)
+    watch([p, d], world.wire)
     prompt = tuple(range(1, 71))
     p.engine.inbox.append(request("x", prompt, lease=LEASE))
     world.move(p)
-    d.engine.inbox.append(request("grows", range(1, 31), max_tokens=40, ignore_eos=True))
+    d.engine.inbox.append(request("grows", range(50, 80), max_tokens=40, ignore_eos=True))
     d.step()
     reserve(d, request("x", prompt, priority=1), offer_of(p, "x").source)
-    for _ in range(60):
+    for _ in range(200):
         d.step()
     assert d.exchange.stats().reserved == 1
+    assert not d.engine.outputs("x"), "it was computed before it was begun"
     first = list(p.engine.tokens("x"))
     d.engine.inbox.append(Begin(id="x", tokens=first))
     world.move(d)
     assert (*first, *d.engine.tokens("x")) == expected("llama", prompt, 8)
-    assert d.engine.tokens("grows") == world.alone("grows", range(1, 31), 40)
+    assert d.engine.tokens("grows") == world.alone("grows", range(50, 80), 40)
     at_rest(d)
 
 
