@@ -148,7 +148,7 @@ class Schedule:
                 if id in self.sampling:
                     assert self.sampling[id] == request.sampling
                 self.sampling[id] = request.sampling
-                instance = fleet._by_name[link.url]
+                instance = fleet._roster[link.url]
                 blame = flight.avoid.get(link.url)
                 if blame is not None and (blame.boot, blame.epoch) == (
                     instance.boot,

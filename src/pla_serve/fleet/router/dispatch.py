@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from pla_serve.fleet.link.protocol import InstanceReport
@@ -223,6 +223,13 @@ class Dispatcher:
         except NoInstance:
             return None
         return self._plan(self._decode, request, name, now)
+
+    def uncached_seconds(self, flights: Iterable[Flight]) -> float:
+        """Predicted prefill of all their tokens."""
+        return sum(
+            self.cost.prefill_seconds(len(flight.request.prompt) + len(flight.tokens), 0)
+            for flight in flights
+        )
 
     @property
     def charges(self) -> int:

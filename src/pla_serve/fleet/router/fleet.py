@@ -25,7 +25,6 @@ from pla_serve.fleet.link.protocol import (
     LinkDown,
     NewsMessage,
 )
-from pla_serve.fleet.router.circuit import Circuit
 from pla_serve.fleet.router.contract import FleetOptions, Later, Observer
 from pla_serve.fleet.router.dispatch import BLAME_SECONDS, Dispatcher, Plan
 from pla_serve.fleet.router.flight import Blame, Flight, Leg, with_seed
@@ -34,6 +33,7 @@ from pla_serve.fleet.router.instances import Instance
 from pla_serve.fleet.router.keys import Shares
 from pla_serve.fleet.router.parking import Parking
 from pla_serve.fleet.router.prefixes import Chain
+from pla_serve.fleet.router.roster import Roster
 from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.server.session import EngineDiedError, Receiver
 
@@ -72,19 +72,18 @@ class Fleet:
         self._options = options = options or FleetOptions()
         self._on_change = on_change
         self._timer = timer or clock
-        self._by_link: dict[int, Instance] = {}
-        self._by_name: dict[str, Instance] = {}
+        self._roster = Roster(self._options.circuit)
         self._flights: dict[str, Flight] = {}
-        self._parking = Parking(later, self._place)
+        self._parking = Parking(later, self.place)
         self._hands = HandOvers(self, options.lease_seconds)
-        self.dispatcher = Dispatcher(self._by_name.__getitem__, routing)
+        self.dispatcher = Dispatcher(self._roster.__getitem__, routing)
         self.shares = Shares()
 
     # For others to look at
 
     @property
     def instances(self) -> Sequence[Instance]:
-        return list(self._by_name.values())
+        return self._roster.all
 
     @property
     def in_flight(self) -> int:
@@ -98,16 +97,12 @@ class Fleet:
     @property
     def held_seconds(self) -> float:
         """Predicted prefill of what is parked, as if nothing of it were cached."""
-        cost = self.dispatcher.cost
-        return sum(
-            cost.prefill_seconds(len(flight.request.prompt) + len(flight.tokens), 0)
-            for flight in self._parking
-        )
+        return self.dispatcher.uncached_seconds(self._parking)
 
     @property
     def serving(self) -> bool:
         """Some instance takes requests."""
-        return any(instance.open for instance in self._by_name.values())
+        return any(instance.open for instance in self._roster.all)
 
     def attach(self, link: Link) -> Instance:
         """An instance of the fleet, before its link runs.
@@ -115,11 +110,7 @@ class Fleet:
         Raises:
             ValueError: there is one with the same URL.
         """
-        if link.url in self._by_name:
-            raise ValueError(f"the instance {link.url} was named twice")
-        instance = Instance(link, Circuit(self._options.circuit), link.url)
-        self._by_link[id(link)] = self._by_name[link.url] = instance
-        return instance
+        return self._roster.attach(link)
 
     # Requests
 
@@ -127,7 +118,7 @@ class Fleet:
         """News goes to ``receiver`` until the request has ended or `close` is called."""
         flight = Flight(with_seed(request), receiver, tenant, Chain(request.prompt))
         self._flights[request.id] = flight
-        self._place(flight)
+        self.place(flight)
 
     def close(self, id: str) -> None:
         """Its client wants no more of it; unknown ids, and those that have ended, are ignored."""
@@ -150,14 +141,9 @@ class Fleet:
     # LinkEvents
 
     def connected(self, link: Link, facts: InstanceFacts) -> None:
-        instance, now = self._by_link[id(link)], self._clock()
-        instance.facts, instance.report = facts, None
-        instance.connected = True
-        instance.epoch += 1
-        instance.unfit = self._unfit(instance)
-        if instance.boot != facts.boot:
+        instance, now = self._roster.of(link), self._clock()
+        if self._roster.connected(instance, facts):
             self.dispatcher.prefixes.clear(instance.name)
-            instance.boot = facts.boot
         if instance.unfit:
             log.error("%s must not serve: %s", instance.name, instance.unfit)
             return
@@ -166,7 +152,7 @@ class Fleet:
         self._changed()
 
     def report(self, link: Link, report: InstanceReport) -> None:
-        instance = self._by_link[id(link)]
+        instance = self._roster.of(link)
         was = (instance.open, instance.role)
         instance.report = report
         if instance.unfit:
@@ -177,10 +163,8 @@ class Fleet:
             self._changed()
 
     def lost(self, link: Link, reason: str) -> None:
-        instance, now = self._by_link[id(link)], self._clock()
-        instance.connected = False
-        instance.report = None
-        instance.last_loss = reason
+        instance, now = self._roster.of(link), self._clock()
+        instance.lost(reason)
         log.warning("lost %s with %d requests: %s", instance.name, len(instance.flights), reason)
         flights, instance.flights = dict(instance.flights), {}
         if flights:
@@ -197,7 +181,7 @@ class Fleet:
             self.move(flight, f"{instance.name} was lost: {reason}")
 
     def message(self, link: Link, message: NewsMessage) -> None:
-        instance = self._by_link[id(link)]
+        instance = self._roster.of(link)
         flight = instance.flights.get(message.id)
         if flight is None:
             return  # of a stay that is over
@@ -257,11 +241,7 @@ class Fleet:
             self._fail(flight, f"given up after {len(flight.failures)} failures: {reason}")
             return
         flight.refused.clear()
-        self._place(flight)
-
-    def again(self, flight: Flight) -> None:
-        """Find it an instance, without blame."""
-        self._place(flight)
+        self.place(flight)
 
     def deliver(self, flight: Flight, leg: Leg, output: Output) -> None:
         """Give the client tokens, and the end if it is one."""
@@ -282,7 +262,7 @@ class Fleet:
 
     # Inside
 
-    def _place(self, flight: Flight) -> None:
+    def place(self, flight: Flight) -> None:
         """Send it somewhere, park it, or refuse it."""
         self._parking.leave(flight)
         while True:
@@ -304,7 +284,7 @@ class Fleet:
         flight.leg = leg
         instance.flights[leg.id] = flight
         instance.circuit.sent(leg.id)
-        if not self._hands.start(flight, leg, plan.place, self._by_name):
+        if not self._hands.start(flight, leg, plan.place, self._roster):
             self.settle(flight, leg)
             flight.avoid[instance.name] = Blame(instance.boot, instance.epoch, now)
             return False
@@ -393,7 +373,7 @@ class Fleet:
                 return
         else:
             flight.refused[instance.name] = rejected.retry_after
-        self._place(flight)
+        self.place(flight)
 
     def _refuse(self, flight: Flight, reason: str, seconds: float) -> None:
         seconds = float(ceil(max(seconds, 1.0))) if seconds < inf else 5.0
@@ -423,15 +403,3 @@ class Fleet:
         self.shares.discharge(flight.tenant, flight.request.id, self._clock())
         if flight.leg is not None:
             self.settle(flight, flight.leg)
-
-    def _unfit(self, instance: Instance) -> str:
-        """Why its tokens would mean something else than those of the others."""
-        size = instance.facts.vocab_size if instance.facts else 0
-        for other in self._by_name.values():
-            known = other.facts.vocab_size if other.facts else 0
-            if other is not instance and other.connected and size and known and size != known:
-                return (
-                    f"its vocabulary has {size} tokens and that of {other.name} {known}; all "
-                    "instances of a fleet must serve the same model"
-                )
-        return ""

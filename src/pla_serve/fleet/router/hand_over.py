@@ -12,7 +12,6 @@ its prompt and tokens are prefilled again, from what is cached there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
@@ -33,6 +32,7 @@ from pla_serve.fleet.link.protocol import NewsMessage
 from pla_serve.fleet.router.dispatch import Dispatcher
 from pla_serve.fleet.router.flight import Flight, Hand, Leg
 from pla_serve.fleet.router.instances import Instance
+from pla_serve.fleet.router.roster import Roster
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.router import Placement
 
@@ -48,7 +48,7 @@ class Carrier(Protocol):
     def accepted(self, flight: Flight, cached_tokens: int | None) -> None: ...
     def settle(self, flight: Flight, leg: Leg) -> None: ...
     def move(self, flight: Flight, reason: str) -> None: ...
-    def again(self, flight: Flight) -> None: ...
+    def place(self, flight: Flight) -> None: ...
     def deliver(self, flight: Flight, leg: Leg, output: Output) -> None: ...
 
 
@@ -59,9 +59,7 @@ class HandOvers:
         self._carrier = carrier
         self._lease = lease_seconds
 
-    def start(
-        self, flight: Flight, leg: Leg, place: Placement, instances: Mapping[str, Instance]
-    ) -> bool:
+    def start(self, flight: Flight, leg: Leg, place: Placement, instances: Roster) -> bool:
         """Send the request to the instance of ``leg``, by way of a hand-over if there is one.
 
         Returns whether it could be sent.
@@ -192,7 +190,7 @@ class HandOvers:
         if hand.done:
             carrier.handed_over("no target")
             self._close(flight, hand)
-            carrier.again(flight)
+            carrier.place(flight)
 
     def _reserve(self, flight: Flight, hand: Hand, leg: Leg) -> bool:
         assert hand.offer is not None
@@ -251,7 +249,7 @@ class HandOvers:
             flight.whole = True
             self._close(flight, hand)
             self._carrier.settle(flight, target)
-            self._carrier.again(flight)
+            self._carrier.place(flight)
         elif hand.lent:
             self._close(flight, hand)
             self._plainly(flight, target, "target refused")

@@ -50,3 +50,9 @@ class Instance:
             and not self.unfit
             and (report is None or (report.ready and not report.draining))
         )
+
+    def lost(self, reason: str) -> None:
+        """The connection has ended; what was in flight is for the caller to move."""
+        self.connected = False
+        self.report = None
+        self.last_loss = reason
