@@ -187,6 +187,8 @@ class HttpLink:
     async def run(self) -> None:
         while not self._closing.is_set():
             reason = await self._live()
+            if self._closing.is_set():
+                return
             self._failures += 1
             delay = self._backoff.delay(self._failures)
             log.log(
