@@ -86,6 +86,12 @@ class TinyFleet:
     def router(self) -> Process | None:
         return next((p for p in self.processes() if p.role == "router"), None)
 
+    def instance_key(self) -> str:
+        """The key that instances ask for, from the environment of the router."""
+        router = self.router()
+        assert router is not None
+        return psutil.Process(router.pid).environ()["PLA_SERVE_INSTANCE_KEY"]
+
     def ready(self, count: int) -> bool:
         """The router and so many instances take requests."""
         processes = self.processes()
@@ -165,13 +171,19 @@ def start_fleet(
         count: instances in all.
     """
     from pla_serve.fleet.supervisor.ports import ReservedPort
+    from pla_serve.fleet.supervisor.process import die_with_parent
 
     with ReservedPort() as reserved, log.open("wb") as out:
         port = reserved.number
         command = [sys.executable, "-m", "pla_serve", "fleet", str(model), *pools]
         command += ["--port", str(port), "--load-format", "dummy", "--threads", "1", *words]
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
         )
         fleet = TinyFleet(child, port, out)
         try:

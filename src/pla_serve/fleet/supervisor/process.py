@@ -47,7 +47,7 @@ class Child:
             stderr=subprocess.PIPE,
             env={**os.environ, **env},
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
             limit=LINE_BYTES,
             pass_fds=fds,
         )
@@ -87,7 +87,7 @@ class Child:
             self._process.send_signal(number)
 
 
-def _die_with_parent() -> Callable[[], object] | None:
+def die_with_parent() -> Callable[[], object] | None:
     """What the child does before it becomes the program; the library is looked up here, because
     a forked child had better not."""
     if sys.platform != "linux":
