@@ -28,7 +28,7 @@ from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.intake import Intake, Limits
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.loading import decoder_layers
-from pla_serve.engine.loop import EngineLoop, Parts
+from pla_serve.engine.loop import EngineLoop
 from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import (
     AbortRequest,
@@ -39,6 +39,7 @@ from pla_serve.engine.messages import (
     Rejected,
     SamplingParams,
 )
+from pla_serve.engine.parts import Parts
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
 from pla_serve.engine.transfer.protocol import Exchange

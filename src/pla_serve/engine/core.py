@@ -33,9 +33,10 @@ from pla_serve.engine.loading import (
     resolve_device,
     resolve_dtype,
 )
-from pla_serve.engine.loop import EngineLoop, Parts
+from pla_serve.engine.loop import EngineLoop
 from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import EngineReady, Inbound, Outbound
+from pla_serve.engine.parts import Parts
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
 from pla_serve.engine.transfer.exchange import assemble

@@ -7,14 +7,11 @@ policy whether something goes first; that batch runs to its end, and the outer o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from pla_serve.engine.forward import SpanRequest, build
-from pla_serve.engine.intake import Intake
-from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import (
     AbortRequest,
     Accepted,
@@ -27,31 +24,15 @@ from pla_serve.engine.messages import (
     Rejected,
     Reserve,
 )
-from pla_serve.engine.runner import ModelRunner
-from pla_serve.engine.sampling import Sampled, Sampler
+from pla_serve.engine.parts import Parts
+from pla_serve.engine.sampling import Sampled
 from pla_serve.engine.sequence import Sequence
 from pla_serve.engine.telemetry import Telemetry
-from pla_serve.engine.transfer.protocol import Exchange, NoExchange, TransferMessage, receive
-from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, Wait
+from pla_serve.engine.transfer.protocol import TransferMessage, receive
+from pla_serve.policy.protocol import Batch, Chunk, Idle, Wait
 
 REFRESH = 8
 """Waiting requests whose cached prefix is looked up again in one step, if the cache changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a loop drives."""
-
-    runner: ModelRunner
-    kv: KVManager
-    gate: MemoryGate
-    sampler: Sampler
-    intake: Intake
-    policy: PrefillPolicy
-    cost: CostModel
-    device: torch.device
-    exchange: Exchange = field(default_factory=NoExchange)
 
 
 @dataclass(frozen=True, slots=True)

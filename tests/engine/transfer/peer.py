@@ -17,7 +17,6 @@ import zmq
 from tests.engine import tiny
 
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.loop import Parts
 from pla_serve.engine.messages import (
     AddRequest,
     EngineFailed,
@@ -30,6 +29,7 @@ from pla_serve.engine.messages import (
     ToEngine,
     TransferStats,
 )
+from pla_serve.engine.parts import Parts
 from pla_serve.engine.process import Launch
 from pla_serve.engine.transfer.exchange import KVExchange, assemble
 from pla_serve.engine.transfer.layout import KVLayout

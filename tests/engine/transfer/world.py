@@ -12,7 +12,6 @@ from tests.engine import tiny
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.transfer.wire import Wire, WireTransport
 
-from pla_serve.engine.loop import Parts
 from pla_serve.engine.messages import (
     AddRequest,
     HandOver,
@@ -24,6 +23,7 @@ from pla_serve.engine.messages import (
     Reserve,
     SamplingParams,
 )
+from pla_serve.engine.parts import Parts
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.transfer.exchange import KVExchange, assemble
 from pla_serve.engine.transfer.layout import Copy, KVLayout
