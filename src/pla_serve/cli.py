@@ -1,4 +1,4 @@
-"""The command line: ``pla-serve serve``, ``bench``, ``calibrate``, ``simulate``."""
+"""The command line: ``pla-serve serve``, ``fleet``, ``route``, ``bench``, ``calibrate`` …"""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import typer
 from pla_serve import __version__
 from pla_serve.bench.command import bench
 from pla_serve.bench.profile_command import calibrate
+from pla_serve.fleet.fleet_command import fleet
+from pla_serve.fleet.route_command import route
 from pla_serve.server.command import serve
 from pla_serve.simulator.command import simulate
 
@@ -36,6 +38,8 @@ def main(
 
 
 app.command()(serve)
+app.command()(route)
+app.add_typer(fleet, name="fleet")
 app.command()(bench)
 app.command()(calibrate)
 app.command()(simulate)

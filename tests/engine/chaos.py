@@ -77,7 +77,7 @@ class ChaosPolicy:
         return 0.0
 
     def state(self, now: float) -> QueueState:
-        return QueueState(len(self._left), 0, len(self._decodes), 0, 0, 0.0)
+        return QueueState(len(self._left), 0, len(self._decodes), 0, 0, 0.0, 0.0)
 
     def waits_as_short(self, new_tokens: int, history: int) -> bool:
         return new_tokens <= 16

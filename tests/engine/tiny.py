@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -28,7 +28,7 @@ from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.intake import Intake, Limits
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.loading import decoder_layers
-from pla_serve.engine.loop import EngineLoop, Parts
+from pla_serve.engine.loop import EngineLoop
 from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import (
     AbortRequest,
@@ -39,8 +39,10 @@ from pla_serve.engine.messages import (
     Rejected,
     SamplingParams,
 )
+from pla_serve.engine.parts import Parts
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
+from pla_serve.engine.transfer.protocol import Exchange
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy
@@ -156,12 +158,15 @@ def make_engine(
     max_model_len: int = 512,
     grammars: GrammarCompiler | None = None,
     runner_of: ModelRunner | None = None,
+    exchange: Callable[[Parts], Exchange] | None = None,
+    clock: Callable[[], float] | None = None,
     vocabulary: int = VOCABULARY,
     eos: int = EOS,
 ) -> Engine:
     """An engine around the shared runner of this model, with KV memory of its own size.
 
-    ``runner_of`` is another model's runner, with the vocabulary and EOS that go with it.
+    ``runner_of`` is another model's runner, with the vocabulary and EOS that go with it; an
+    ``exchange`` is made from the rest of the parts.
     """
     cost = cost or CostModel()
     kv = KVManager(blocks, BLOCK, prefix_cache=prefix_cache)
@@ -179,12 +184,16 @@ def make_engine(
         cost=cost,
         device=torch.device("cpu"),
     )
+    if exchange is not None:
+        parts = replace(parts, exchange=exchange(parts))
     inbox: deque[Inbound] = deque()
     emitted: list[Outbound] = []
     ticks = count(1)
 
-    def clock() -> float:
+    def tick() -> float:
         return next(ticks) / 1000
+
+    clock = clock or tick
 
     engine: Engine
 

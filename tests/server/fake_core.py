@@ -115,15 +115,17 @@ class FakeCore:
         cached = len(prompt) - 1 if prompt in self.seen else 0
         self.prompt_tokens += len(prompt)
         self.emit(Accepted(request.id, cached))
-        self.running[request.id] = Running(request, self.script(request), cached)
+        script = self.script(request)
+        self.running[request.id] = Running(request, script, cached, request.generated)
 
     def script(self, request: AddRequest) -> list[int]:
         grammar = request.sampling.grammar
         if grammar is not None:
             return [*json.dumps({"grammar": grammar.kind}).encode(), EOS]
+        prompt = request.prompt[: len(request.prompt) - request.generated]
         if request.sampling.ignore_eos:
-            return list(request.prompt)
-        return [*request.prompt, EOS]
+            return prompt
+        return [*prompt, EOS]
 
     def advance(self, running: Running) -> None:
         request, sampling = running.request, running.request.sampling
@@ -143,7 +145,7 @@ class FakeCore:
             count = min(count, len(running.script) - running.made)
         script, size = running.script, len(running.script)
         tokens = [script[(running.made + i) % size] for i in range(count)]
-        first = running.made == 0
+        first = running.made == request.generated
         running.made += count
         self.generation_tokens += count
         self.emit(self.output(running, tokens, first))
@@ -168,6 +170,7 @@ class FakeCore:
             finish_reason=finish,
             stop_token=tokens[-1] if stopped else None,
             cached_tokens=running.cached if first else None,
+            queued=0.0 if first else None,
         )
 
     @staticmethod
@@ -183,6 +186,7 @@ class FakeCore:
             parked=0,
             waiting_tokens=0,
             queued_seconds=0.0,
+            queued_short_seconds=0.0,
             kv_usage=len(self.running) / 100,
             kv_cached_tokens=0,
             prefix_queries=self.prompt_tokens,

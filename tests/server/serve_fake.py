@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from server_harness import CONTEXT, HERE, MODEL, check_grammar, make_tokenizer
+from server_harness import CONTEXT, ENGINE_PATH, MODEL, check_grammar, make_tokenizer
 
 from pla_serve.engine.config import EngineConfig
 from pla_serve.server.engine_client import EngineClient
@@ -28,7 +28,7 @@ def main() -> int:
             EngineSpec(
                 EngineConfig(max_model_len=CONTEXT),
                 factory="fake_core:FakeCore",
-                env={"PYTHONPATH": str(HERE)},
+                env={"PYTHONPATH": ENGINE_PATH},
             ),
             make_tokenizer(),
             check_grammar=check_grammar,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from pla_serve.server.run import Instance, listen
 from pla_serve.server.settings import ServerSettings
 
 HERE = Path(__file__).parent
+ENGINE_PATH = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""Where engine processes find the fake core, and whatever this process finds."""
 MODEL = "org/echo"
 CONTEXT = 512
 DEADLINE = 20.0
@@ -69,6 +72,7 @@ class Live:
 
     def __init__(self, *, env: dict[str, str] | None = None, **settings: Any) -> None:
         template = settings.pop("chat_template", CHAT_TEMPLATE)
+        port = settings.pop("listen_port", 0)
         config = EngineConfig(
             model=settings.pop("model", MODEL), max_model_len=settings.pop("context", CONTEXT)
         )
@@ -78,10 +82,10 @@ class Live:
         self._spec = EngineSpec(
             config,
             factory="fake_core:FakeCore",
-            env={"PYTHONPATH": str(HERE), **(env or {})},
+            env={"PYTHONPATH": ENGINE_PATH, **(env or {})},
         )
         self._tokenizer = make_tokenizer(template)
-        self._listener = listen("127.0.0.1", 0)
+        self._listener = listen("127.0.0.1", port)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.status: Future[int] = Future()

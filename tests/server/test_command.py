@@ -23,10 +23,15 @@ class Started:
     """Takes the place of `command.start`."""
 
     def __call__(
-        self, engine: EngineConfig, server: ServerSettings, template: str | None, log_level: str
+        self,
+        engine: EngineConfig,
+        server: ServerSettings,
+        template: str | None,
+        log_level: str,
+        log_format: str,
     ) -> int:
         self.engine, self.server = engine, server
-        self.template, self.log_level = template, log_level
+        self.template, self.log_level, self.log_format = template, log_level, log_format
         return 0
 
 
@@ -63,9 +68,10 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--api-key": "k", "--max-body-mib": 1, "--keep-alive-seconds": 1,
         "--max-unread-tokens": 5, "--stall-seconds": 1, "--restart-wait": 1,
         "--drain-seconds": 1, "--chat-template": tmp_path / "template", "--log-level": "debug",
+        "--log-format": "json", "--role": "long", "--otlp-endpoint": "http://127.0.0.1:4318",
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
-    result = serve("some/model", "--no-prefix-cache", *words)
+    result = serve("some/model", "--no-prefix-cache", "--kv-transfer", *words)
     assert result.exit_code == 0, result.output
     policy = started.engine.policy_config
     default_server = ServerSettings(model_names=("x",), model_root="x")
@@ -77,6 +83,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         for field in fields(default):
             assert getattr(mine, field.name) != getattr(default, field.name), field.name
     assert (started.template, started.log_level) == ("hello", "debug")
+    assert started.log_format == "json"
 
 
 def test_names_of_vllm(started: Started) -> None:

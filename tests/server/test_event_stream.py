@@ -30,7 +30,7 @@ def run(
 
     async def main() -> None:
         stream = EventStream(
-            events, on_end=lambda: ended.append("end"), stall_seconds=stall_seconds, headers={}
+            events, on_end=lambda: ended.append("end"), stall_seconds=stall_seconds
         )
         await stream({"type": "http"}, lambda: asyncio.sleep(3600), send)  # type: ignore[arg-type]
 

@@ -21,6 +21,7 @@ from pla_serve.engine.messages import (
 from pla_serve.server.detokenize import TokenBytes
 from pla_serve.server.errors import ApiError
 from pla_serve.server.generation import Delta, Generation, Plan
+from pla_serve.server.journal import Entry, Journals
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.session import EngineSession
 
@@ -89,7 +90,9 @@ def generate(
 
     async def main() -> Generation:
         session = EngineSession(engine, max_unread_tokens=100)
-        generation = Generation(plan, session, BYTES, Metrics("m"), clock=lambda: 11.0)
+        generation = Generation(
+            plan, session, BYTES, Metrics("m"), Entry("r", 10.0), Journals(()), lambda: 11.0
+        )
         try:
             await generation.admit()
             async for batch in generation.deltas():
@@ -225,3 +228,33 @@ def test_failure_of_one_choice_fails_the_request_and_frees_the_rest() -> None:
         generate(engine, plan("a", "b"))
     assert caught.value.status == 500
     assert engine.aborted == ["x-0"]
+
+
+def test_journal_tells_where_an_answer_went_on_elsewhere() -> None:
+    """The second instance says of its first token how long it queued, as the first one did."""
+
+    def reply(engine: Engine, message: Any) -> None:
+        if isinstance(message, AddRequest):
+            engine.reply(Accepted(message.id), Output(id=message.id, tokens=[97], queued=0.25))
+            asyncio.get_running_loop().call_later(
+                0.01,
+                engine.reply,
+                Output(id=message.id, tokens=[98], queued=0.5, finish_reason="length"),
+            )
+
+    entry = Entry("r", 10.0)
+
+    async def main() -> None:
+        session = EngineSession(Engine(reply), max_unread_tokens=100)
+        generation = Generation(
+            plan("ab"), session, BYTES, Metrics("m"), entry, Journals(()), lambda: 11.0
+        )
+        await generation.admit()
+        async for _ in generation.deltas():
+            pass
+        generation.close()
+
+    asyncio.run(main())
+    assert entry.prefill_began == 10.25
+    assert entry.moved == (11.0, 11.0)
+    assert (entry.outcome, entry.completion_tokens) == ("length", 2)

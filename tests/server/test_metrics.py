@@ -27,6 +27,7 @@ STATS = EngineStats(
     parked=4,
     waiting_tokens=5,
     queued_seconds=6.0,
+    queued_short_seconds=1.0,
     kv_usage=0.7,
     kv_cached_tokens=8,
     prefix_queries=90,
@@ -72,7 +73,7 @@ def test_totals_go_on_over_a_restart() -> None:
     metrics.stats(STATS)
     metrics.stats(msgspec.structs.replace(STATS, prefix_hits=25, batches={"short": 14, "long": 1}))
     assert value(metrics, "vllm:prefix_cache_hits_total") == 25
-    metrics.lost()
+    metrics.lost("killed")
     assert value(metrics, "pla_serve:engine_up") == 0
     assert value(metrics, "vllm:num_requests_running") == 0
     metrics.ready(READY)

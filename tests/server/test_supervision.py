@@ -14,17 +14,12 @@ import httpx
 import openai
 import pytest
 from fake_core import SILENT_SEED
-from server_harness import DEADLINE, HERE, MODEL, Live, until
+from server_harness import DEADLINE, ENGINE_PATH, MODEL, Live, until
 
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.messages import AddRequest, EngineReady, SamplingParams
-from pla_serve.server.engine_client import (
-    EngineClient,
-    EngineStartError,
-    EngineUnavailableError,
-    RestartPolicy,
-    State,
-)
+from pla_serve.server.backend import EngineStartError, EngineUnavailableError
+from pla_serve.server.engine_client import EngineClient, RestartPolicy, State
 from pla_serve.server.engine_process import EngineSpec
 from pla_serve.server.session import EngineDiedError
 
@@ -125,7 +120,7 @@ def test_engine_leaves_with_a_parent_that_is_killed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
+        env={**os.environ, "PYTHONPATH": ENGINE_PATH},
     ) as parent:
         assert parent.stdout is not None
         engine = int(parent.stdout.readline())
@@ -152,7 +147,9 @@ class Observer:
 
     def stats(self, stats: object) -> None: ...
 
-    def lost(self) -> None: ...
+    def lost(self, reason: str) -> None: ...
+
+    def alive(self) -> None: ...
 
     def restarted(self) -> None:
         self.restarts += 1

@@ -44,6 +44,8 @@ class EngineConfig:
     """Admission: most new tokens waiting; None: four times the KV capacity."""
     max_predicted_wait: float | None = 120.0
     """Admission: refuse what is predicted to wait longer, in seconds; None: never."""
+    kv_transfer: bool = False
+    """Exchange KV with other engines that serve the same model; needs NIXL."""
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from uuid import uuid4
 
 import torch
 
@@ -32,11 +33,15 @@ from pla_serve.engine.loading import (
     resolve_device,
     resolve_dtype,
 )
-from pla_serve.engine.loop import EngineLoop, Parts
+from pla_serve.engine.loop import EngineLoop
 from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import EngineReady, Inbound, Outbound
+from pla_serve.engine.parts import Parts
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
+from pla_serve.engine.transfer.exchange import assemble
+from pla_serve.engine.transfer.layout import KVLayout, fingerprint
+from pla_serve.engine.transfer.nixl import NixlTransport
 from pla_serve.engine.warmup import warm_up
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
@@ -97,6 +102,7 @@ def build_parts(
         attention_width=attention.query_heads * attention.head_dim,
         kv_bytes_per_token=shape.bytes_per_token,
     )
+    weights = fingerprint(model) if config.kv_transfer else ""
     if device.type == "cpu":
         cpu.optimise(model)
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
@@ -124,6 +130,12 @@ def build_parts(
     knobs = replace(knobs, layers=knobs.layers or attention.layers)
     policy = create_policy(config.policy, knobs, cost)
     parts = _assemble(config, source, device, runner, cost, kv_plan, limits, policy)
+    layout = KVLayout.of(cache, config.block_tokens, weights) if config.kv_transfer else None
+    if layout is not None:
+        exchange, _ = assemble(
+            layout, parts.kv, parts.gate, parts.intake, life=uuid4(), transport=NixlTransport
+        )
+        parts = replace(parts, exchange=exchange)
     ready = EngineReady(
         max_model_len=kv_plan.max_model_len,
         kv_tokens=kv_tokens,
@@ -133,6 +145,7 @@ def build_parts(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         policy=config.policy,
+        transfer=None if layout is None else layout.kind,
     )
     return parts, ready
 

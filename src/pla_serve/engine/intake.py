@@ -58,7 +58,7 @@ class Intake:
             arrival=request.arrival,
             new_tokens=len(request.prompt) - cached,
             history=cached,
-            deadline=request.deadline,
+            deadline=request.deadline if request.generated == 0 else None,
             priority=request.priority,
         )
         short = self._policy.waits_as_short(numbers.new_tokens, numbers.history)
@@ -67,26 +67,42 @@ class Intake:
             return Rejected(
                 id=request.id, reason=verdict.reason, retry_after=verdict.retry_after_seconds
             )
+        sequence = self._sequence(request, short, cached)
+        if isinstance(sequence, Rejected):
+            return sequence
+        sequence.forecast = verdict.forecast
+        return sequence, numbers
+
+    def take_over(self, request: AddRequest) -> Sequence | Rejected:
+        """For a request that another engine prefills: it waits in no queue here."""
+        fault = self._fault(request)
+        if fault is not None:
+            return Rejected(id=request.id, reason=fault, retry_after=None)
+        cached = self._kv.cached_prefix(request.prompt)
+        short = self._policy.waits_as_short(len(request.prompt) - cached, cached)
+        return self._sequence(request, short, cached)
+
+    def _sequence(self, request: AddRequest, short: bool, cached: int) -> Sequence | Rejected:
         try:
+            own = len(request.prompt) - request.generated
             sampling = self._sampler.start(
                 request.id,
-                request.prompt,
+                request.prompt[:own],
                 request.sampling,
                 self.limits.eos_token_ids,
                 default_seed=self.limits.default_seed,
+                output=request.prompt[own:],
             )
         except SamplingError as error:
             return Rejected(id=request.id, reason=str(error), retry_after=None)
-        sequence = Sequence(
+        return Sequence(
             request=request,
             sampling=sampling,
             short=short,
             tokens=list(request.prompt),
             seen_version=self._kv.version,
             seen_cached=cached,
-            forecast=verdict.forecast,
         )
-        return sequence, numbers
 
     @property
     def calibration(self) -> Calibration:
@@ -131,4 +147,14 @@ class Intake:
             return f"the prompt has a token id outside 0 to {limits.vocab_size - 1}"
         if request.sampling.max_tokens < 1:
             return "max_tokens must be at least 1"
+        if not 0 <= request.generated < len(request.prompt):
+            return (
+                f"generated says that {request.generated} of {len(request.prompt)} tokens are "
+                "output; at least one of them must be prompt"
+            )
+        if request.generated >= request.sampling.max_tokens:
+            return (
+                f"nothing is left to make: {request.generated} of "
+                f"{request.sampling.max_tokens} tokens were made already"
+            )
         return None

@@ -12,42 +12,27 @@ from dataclasses import dataclass, replace
 import torch
 
 from pla_serve.engine.forward import SpanRequest, build
-from pla_serve.engine.intake import Intake
-from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import (
     AbortRequest,
     Accepted,
     AddRequest,
     FinishReason,
     Inbound,
+    Lend,
     Outbound,
     Output,
     Rejected,
+    Reserve,
 )
-from pla_serve.engine.runner import ModelRunner
-from pla_serve.engine.sampling import Sampled, Sampler
+from pla_serve.engine.parts import Parts
+from pla_serve.engine.sampling import Sampled
 from pla_serve.engine.sequence import Sequence
 from pla_serve.engine.telemetry import Telemetry
-from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, Wait
+from pla_serve.engine.transfer.protocol import TransferMessage, receive
+from pla_serve.policy.protocol import Batch, Chunk, Idle, Wait
 
 REFRESH = 8
 """Waiting requests whose cached prefix is looked up again in one step, if the cache changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a loop drives."""
-
-    runner: ModelRunner
-    kv: KVManager
-    gate: MemoryGate
-    sampler: Sampler
-    intake: Intake
-    policy: PrefillPolicy
-    cost: CostModel
-    device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +71,7 @@ class EngineLoop:
         self._parts = parts
         self._policy = parts.policy
         self._kv = parts.kv
+        self._exchange = parts.exchange
         self._inbox = inbox
         self._emit = emit
         self._clock = clock
@@ -113,10 +99,13 @@ class EngineLoop:
             if not self._reported_idle:
                 self._report()
                 self._reported_idle = True
-            return None
+            return self._exchange.pause(self._clock())
         self._reported_idle = False
         if isinstance(decision, Wait):
-            return max(0.0, decision.until - self._clock())
+            now = self._clock()
+            pause = self._exchange.pause(now)
+            left = max(0.0, decision.until - now)
+            return left if pause is None else min(left, pause)
         self._run(decision.batch)
         self._report_if_due()
         return 0.0
@@ -127,13 +116,16 @@ class EngineLoop:
         for message in self._inbox():
             if isinstance(message, AbortRequest):
                 self._abort(message.id)
-            else:
+            elif isinstance(message, AddRequest):
                 self._add(message)
+            else:
+                self._exchange_message(message)
+        self._take_arrivals()
 
     def _add(self, request: AddRequest) -> None:
-        if request.id in self._sequences:
-            reason = f"request {request.id} runs already; ids must be unique"
-            self._emit(Rejected(id=request.id, reason=reason, retry_after=None))
+        refusal = self._taken_id(request.id) or self._exchange.refuses(request)
+        if refusal is not None:
+            self._emit(refusal)
             return
         now = self._clock()
         admitted = self._parts.intake.admit(request, now)
@@ -146,10 +138,19 @@ class EngineLoop:
         self._emit(Accepted(request.id, numbers.history))
         self._policy.add(numbers, now)
 
+    def _taken_id(self, request_id: str) -> Rejected | None:
+        if request_id not in self._sequences:
+            return None
+        reason = f"request {request_id} runs already; ids must be unique"
+        return Rejected(id=request_id, reason=reason, retry_after=None)
+
     def _abort(self, request_id: str) -> None:
         sequence = self._sequences.get(request_id)
-        if sequence is not None:
+        if sequence is None:
+            self._exchange.release(request_id)
+        else:
             sequence.aborted = True
+            self._exchange.abandon(sequence)
             self._parts.intake.settle(sequence, self._clock(), served=False)
             self._policy.remove(request_id)
             if not sequence.in_flight:
@@ -159,7 +160,42 @@ class EngineLoop:
         """Nothing of it is left but what the prefix cache keeps."""
         del self._sequences[sequence.id]
         self._unstarted.pop(sequence.id, None)
+        self._exchange.withdraw(sequence)
         self._parts.gate.release(sequence)
+
+    # KV from and for other engines
+
+    def _exchange_message(self, message: TransferMessage) -> None:
+        fresh = isinstance(message, (Reserve, Lend))
+        refusal = self._taken_id(message.id) if fresh else None
+        if refusal is not None:
+            self._emit(refusal)
+            return
+        answer, sequence = receive(self._exchange, message, self._clock())
+        if sequence is not None:
+            self._sequences[sequence.id] = sequence
+        if answer is not None:
+            self._emit(answer)
+
+    def _take_arrivals(self) -> None:
+        """Go on with what other engines have begun."""
+        if not self._exchange.pending:
+            return
+        now = self._clock()
+        for sequence, end in self._exchange.poll(now):
+            if end is not None:
+                self._emit(end)
+                self._discard(sequence)
+                continue
+            self._kv.remember(sequence.tokens, sequence.computed, sequence.table)
+            if not sequence.table.blocks:
+                self._unstarted[sequence.id] = sequence
+                self._policy.add(sequence.prefill(self._look_up(sequence)), now)
+            elif sequence.generated and sequence.computed == len(sequence.tokens) - 1:
+                arrival = sequence.request.arrival
+                self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
+            else:
+                self._policy.add(sequence.prefill(sequence.computed), now)
 
     # Memory
 
@@ -194,6 +230,7 @@ class EngineLoop:
         self._telemetry.recompute_preemptions += 1
         self._preempted.add(sequence.id)
         self._policy.remove(sequence.id)
+        self._exchange.withdraw(sequence)
         self._parts.gate.release(sequence)
         sequence.computed = 0
         self._unstarted[sequence.id] = sequence
@@ -262,6 +299,8 @@ class EngineLoop:
             self._policy.add(sequence.prefill(sequence.computed), now)
             return False
         if sequence.started is None:
+            if sequence.request.hand_over is not None:
+                self._emit(self._exchange.offer(sequence))
             sequence.started = now
             self._telemetry.count_lookup(sequence)
         return True
@@ -289,7 +328,18 @@ class EngineLoop:
         ]
         flat = build(spans, self._kv.block_tokens, self._parts.device)
 
+        handing_over = [
+            (m.sequence, m.sequence.computed + m.tokens)
+            for m in members
+            if m.sequence.request.hand_over is not None
+        ]
+        layers = 0
+
         def at_boundary() -> None:
+            nonlocal layers
+            if layers and handing_over:
+                self._exchange.layers_computed(handing_over, layers)
+            layers += 1
             while True:
                 self._take_inbox()
                 if all(member.sequence.aborted for member in members):
@@ -319,15 +369,19 @@ class EngineLoop:
             return
         sequence.computed += member.tokens
         self._kv.remember(sequence.tokens, sequence.computed, sequence.table)
+        if sequence.request.hand_over is not None:
+            self._exchange.computed(sequence)
         if sampled is None:
             return
-        first = sequence.generated == 0
+        first = sequence.made == 0
         reason = self._take_token(sequence, sampled)
         if first and sampled.error is None:
             self._telemetry.count_first(sequence, now)
             self._parts.intake.settle(sequence, now, served=True)
         if reason is not None:
             self._policy.remove(sequence.id)
+            if reason == "handed_over":
+                self._exchange.hand_over(sequence, now)
             self._discard(sequence)
         elif not member.decodes:
             arrival = sequence.request.arrival
@@ -340,7 +394,7 @@ class EngineLoop:
                 Output(id=sequence.id, tokens=[], finish_reason="error", error=sampled.error)
             )
             return "error"
-        first = sequence.generated == 0
+        first = sequence.made == 0
         sequence.tokens.append(sampled.token)
         self._telemetry.generation_tokens += 1
         reason: FinishReason | None = None
@@ -351,6 +405,8 @@ class EngineLoop:
             or len(sequence.tokens) >= self._parts.intake.limits.max_model_len
         ):
             reason = "length"
+        elif sequence.request.hand_over is not None:
+            reason = "handed_over"
         self._emit(
             Output(
                 id=sequence.id,
@@ -359,6 +415,7 @@ class EngineLoop:
                 finish_reason=reason,
                 stop_token=sampled.token if sampled.stopped else None,
                 cached_tokens=sequence.cached_tokens if first else None,
+                queued=sequence.queued_seconds if first else None,
             )
         )
         return reason
@@ -379,5 +436,6 @@ class EngineLoop:
                 parked=len(self._parts.gate),
                 cost=self._parts.cost,
                 waits=self._parts.intake.calibration,
+                transfer=self._exchange.stats(),
             )
         )

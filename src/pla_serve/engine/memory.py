@@ -62,7 +62,7 @@ class MemoryGate:
 
         ``new_tokens`` are those that it was thought to lack; they are counted while it is parked.
         """
-        if not self._blocked(sequence, short, now) and self._take(sequence, short):
+        if self.try_reserve(sequence, short, now):
             return True
         self._parks += 1
         parked = _Parked(sequence, short, now, new_tokens)
@@ -71,6 +71,10 @@ class MemoryGate:
         insort(self._queues[short], place)
         self._tokens[short] += new_tokens
         return False
+
+    def try_reserve(self, sequence: Sequence, short: bool, now: float) -> bool:
+        """As ``reserve``, but who finds no memory, or is behind one who waits, is not parked."""
+        return not self._blocked(sequence, short, now) and self._take(sequence, short)
 
     def unpark(self, now: float) -> list[Sequence]:
         """Those that have waited and get their blocks now, most entitled first.

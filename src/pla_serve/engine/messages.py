@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "handed_over"]
+"""``handed_over``: another instance makes the tokens after these; no client ever sees it."""
 
 
 class Grammar(msgspec.Struct, frozen=True, tag_field=None):
@@ -40,6 +41,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     grammar: Grammar | None = None
 
 
+class HandOver(msgspec.Struct, frozen=True, kw_only=True):
+    """Prefill only, and let another instance read the KV while it is being made."""
+
+    lease_seconds: float
+    """How long the KV is kept after the first token, if no `Release` comes."""
+
+
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     """One sequence to generate. ``n > 1`` is several of these."""
 
@@ -51,6 +59,68 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     deadline: float | None = None
     """The same clock: when the first token is due."""
     priority: int = 0
+    generated: int = 0
+    """How many of the last tokens of ``prompt`` are output that the client has got already, from
+    another instance. Sampling, limits and usage take them as output, so what follows is what would
+    have followed there. A request whose seed is None is not continued exactly."""
+    hand_over: HandOver | None = None
+    """Set: an `Offer` follows when its prefill begins, and it ends with its first token: as
+    "handed_over", or for a reason of its own. Refused by an engine without KV transfer."""
+    request_id: str = ""
+    """Of the HTTP request that it is part of, for logs; the client may have chosen it."""
+
+
+class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag="reserve"):
+    """Take a request over from another instance: reserve its KV here and read what is offered.
+
+    Answered by `Accepted` (``cached_tokens``: what is cached here and will not be moved) or, with
+    no memory or no transfer, `Rejected`, at once. Reading starts at once as well; no token is made
+    before `Begin`. `AbortRequest` gives it up.
+    """
+
+    request: AddRequest
+    """As the other instance got it; its ``hand_over`` is ignored."""
+    source: bytes
+    """Of the other instance's `Offer`; empty: nothing to read, only memory is reserved."""
+    lease_seconds: float
+    """Without `Begin` the reservation ends, with an `Output` of "error", this long after the last
+    sign of progress: this message, or another layer read."""
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+
+class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="begin"):
+    """Go on with a reserved request, as an ordinary one: `Output` follows, no ``Accepted`` again.
+
+    Whatever KV could not be read, because the other side died or is late, is computed here. With
+    an id that is not reserved (its lease is over) the answer is `Rejected`.
+    """
+
+    id: str
+    tokens: list[int]
+    """Output of the other instance, which the client has got: the first token. Empty if it made
+    none (it died, or it only lent a prefix): then the first token is made here."""
+
+
+class Lend(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
+    """Offer what the prefix cache has of these tokens to another instance; `Offer` is the answer.
+
+    With it a request moves to where there is room: `Lend` here, `Reserve` with the offer there,
+    `Begin` without tokens.
+    """
+
+    id: str
+    """Of the request that it is for; one that runs nowhere on this instance."""
+    tokens: list[int]
+    lease_seconds: float
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """The offer of this id has been read, or is of no use: free its KV. Unknown ids are ignored."""
+
+    id: str
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -63,12 +133,36 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave after the running batch. The process hosting the core obeys it; no core sees it."""
 
 
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Answered by `Pong` at the next layer boundary, by the process hosting the core."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The engine is alive and gets to its inbox."""
+
+
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     """Admitted: sent right after admission and before any work, so it precedes every output."""
 
     id: str
-    cached_tokens: int = 0
-    """Prompt tokens in the prefix cache at admission; may have changed by the first output."""
+    cached_tokens: int | None = 0
+    """Prompt tokens in the prefix cache at admission; may have changed by the first output. None:
+    unknown (of engines of other kinds)."""
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
+    """KV that another instance may read from now on, also while it is still being computed.
+
+    Sent once, when the prefill of a request with ``hand_over`` begins, or as answer to `Lend`.
+    Send `Reserve` with it to the instance that is to decode, and `Release` here once that
+    instance has sent its first `Output`, or ended the request without one.
+    """
+
+    id: str
+    source: bytes
+    """For `Reserve`; means nothing to anyone else. Empty: nothing is cached (`Lend` only)."""
+    tokens: int
+    """Leading tokens of the prompt that it is, or will be, the KV of."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -90,6 +184,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defau
     """The last of ``tokens``, if generation ended because of it (EOS or a stop id)."""
     cached_tokens: int | None = None
     """On the first output: prompt tokens whose KV was found in the prefix cache."""
+    queued: float | None = None
+    """On the first output: seconds from arrival until its prefill began."""
     error: str | None = None
 
 
@@ -116,6 +212,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     device: str
     dtype: str
     policy: str
+    transfer: str | None = None
+    """What KV this engine can exchange: engines with the same text can. None: with nobody."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
@@ -134,6 +232,27 @@ class LatencySample(msgspec.Struct, frozen=True, array_like=True):
     ttft: float
 
 
+class TransferStats(msgspec.Struct, frozen=True, kw_only=True):
+    """KV transfer of one engine. Counters are totals."""
+
+    offers: int
+    """Open now: KV kept for other instances."""
+    reserved: int
+    """Open now: requests that wait for KV from elsewhere, or for `Begin`."""
+    taken_over: int
+    """Counter: requests begun with all KV that was offered for them."""
+    recomputed: int
+    """Counter: requests begun without some of it."""
+    expired: int
+    """Counter: offers and reservations that ended with their lease."""
+    bytes_read: int
+    """Counter."""
+    bytes_early: int
+    """Counter: of these, what was read before the other instance had computed the last layer."""
+    read_seconds: float
+    """Counter: time spent on reading, which runs beside the engine."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Sent a few times a second while work runs, and once on going idle. Counters are totals."""
 
@@ -144,6 +263,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Requests that wait for KV memory."""
     waiting_tokens: int
     queued_seconds: float
+    """Predicted time to prefill all that waits."""
+    queued_short_seconds: float
+    """The short part of it."""
     kv_usage: float
     """Share of KV blocks held by requests; cached blocks that could be evicted do not count."""
     kv_cached_tokens: int
@@ -170,16 +292,18 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Share of recent first tokens by class that came by what was predicted for nine in ten."""
     firsts: list[LatencySample]
     """First tokens since the last message."""
+    transfer: TransferStats | None = None
+    """None without KV transfer."""
 
 
-Inbound = AddRequest | AbortRequest
+Inbound = AddRequest | AbortRequest | Reserve | Begin | Lend | Release
 """What a core's inbox yields."""
 
-Outbound = Output | Accepted | Rejected | EngineReady | EngineStats
+Outbound = Output | Accepted | Rejected | Offer | EngineReady | EngineStats
 """What a core emits."""
 
-ToEngine = Inbound | Shutdown
+ToEngine = Inbound | Ping | Shutdown
 """What travels to the process that hosts the core."""
 
-FromEngine = Outbound | EngineFailed
+FromEngine = Outbound | Pong | EngineFailed
 """What travels back from it."""

@@ -28,9 +28,12 @@ from pla_serve.engine.messages import (
     FromEngine,
     Inbound,
     Outbound,
+    Ping,
+    Pong,
     Shutdown,
     ToEngine,
 )
+from pla_serve.logs import LogFormat, configure
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     outbound: str
     """ZeroMQ address where the parent listens for `FromEngine`."""
     log_level: str = "INFO"
+    log_format: LogFormat = "text"
 
 
 class Channel:
@@ -98,6 +102,8 @@ class Channel:
                 break
             if isinstance(message, Shutdown):
                 self.closing = True
+            elif isinstance(message, Ping):
+                self.emit(Pong())
             else:
                 arrived.append(message)
         return arrived
@@ -170,9 +176,7 @@ def main() -> int:
     if not line:
         return 1  # the parent is gone, or has no use for an engine
     launch = msgspec.json.decode(line, type=Launch)
-    logging.basicConfig(
-        level=launch.log_level.upper(), format="%(asctime)s %(levelname)s engine: %(message)s"
-    )
+    configure(launch.log_level, launch.log_format, "engine")
     threading.Thread(target=exit_with_parent, name="parent-watch", daemon=True).start()
     channel = Channel(launch)
     status = serve(factory, launch, channel)

@@ -48,9 +48,19 @@ class Sequence:
         return (self.request.priority, self.request.arrival)
 
     @property
-    def generated(self) -> int:
-        """Output tokens so far."""
+    def made(self) -> int:
+        """Output tokens that were made here."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def queued_seconds(self) -> float | None:
+        """From arrival until its prefill began; None before that."""
+        return None if self.started is None else self.started - self.request.arrival
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far, with those that another engine made."""
+        return self.made + self.request.generated
 
     def prefill(self, cached: int) -> PrefillRequest:
         """Its numbers, if the KV of ``cached`` leading tokens is there."""

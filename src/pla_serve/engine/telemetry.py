@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.messages import EngineStats, LatencySample
+from pla_serve.engine.messages import EngineStats, LatencySample, TransferStats
 from pla_serve.engine.sequence import Sequence
 from pla_serve.policy.calibration import Calibration
 from pla_serve.policy.cost import CostModel, CostProfile
@@ -41,7 +41,9 @@ class Telemetry:
         self.prefix_hits += sequence.computed
 
     def count_first(self, sequence: Sequence, now: float) -> None:
-        """A first token was made."""
+        """The first token of an answer was made; one that was begun elsewhere has it already."""
+        if sequence.request.generated:
+            return
         arrival = sequence.request.arrival
         queued = (sequence.started if sequence.started is not None else now) - arrival
         self.firsts.append(LatencySample(sequence.short, queued, now - arrival))
@@ -59,6 +61,7 @@ class Telemetry:
         parked: int,
         cost: CostModel,
         waits: Calibration,
+        transfer: TransferStats | None,
     ) -> EngineStats:
         """The state as a message; starts a new list of first tokens."""
         self._reported = now
@@ -70,6 +73,7 @@ class Telemetry:
             parked=parked,
             waiting_tokens=queue.short_tokens + queue.long_tokens,
             queued_seconds=queue.seconds,
+            queued_short_seconds=queue.short_seconds,
             kv_usage=1 - kv.available / kv.blocks,
             kv_cached_tokens=kv.cached_tokens,
             prefix_queries=self.prefix_queries,
@@ -85,6 +89,7 @@ class Telemetry:
             wait_error={"short": waits.error(True), "long": waits.error(False)},
             wait_coverage={"short": waits.coverage(True), "long": waits.coverage(False)},
             firsts=firsts,
+            transfer=transfer,
         )
 
 

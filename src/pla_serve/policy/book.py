@@ -240,6 +240,7 @@ class RequestBook:
             short_tokens=tokens[True],
             long_tokens=tokens[False],
             seconds=self.seconds(),
+            short_seconds=self.short_seconds(),
         )
 
     def _make(self, request: PrefillRequest, order: int) -> Pending:

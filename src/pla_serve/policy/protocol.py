@@ -108,6 +108,8 @@ class QueueState:
     long_tokens: int
     seconds: float
     """Predicted time to prefill everything that waits."""
+    short_seconds: float
+    """The short part of it."""
 
 
 class PrefillPolicy(Protocol):

@@ -71,7 +71,7 @@ def _add_operations(app: FastAPI, service: Service, traffic: Traffic) -> None:
         if traffic.draining:
             return json_response({"status": "draining"}, 503)
         if not service.engine.is_ready:
-            return json_response({"status": service.engine.state.value}, 503)
+            return json_response({"status": service.engine.status}, 503)
         return json_response({"status": "ready"})
 
     @app.get("/version", tags=["operations"])

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from pla_serve.engine.config import EngineConfig
+from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.server import flags
+from pla_serve.server import flags, tracing
 from pla_serve.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def serve(
     block_size: flags.BlockSize = _ENGINE.block_tokens,
     prefix_cache: flags.PrefixCache = _ENGINE.prefix_cache,
     short_kv_reserve: flags.ShortKvReserve = _ENGINE.short_kv_reserve,
+    kv_transfer: flags.KvTransfer = _ENGINE.kv_transfer,
     policy: flags.Policy = "length-aware",
     max_batch_tokens: flags.MaxBatchTokens = _POLICY.max_batch_tokens,
     max_batch_requests: flags.MaxBatchRequests = _POLICY.max_batch_requests,
@@ -66,7 +68,10 @@ def serve(
     max_unread_tokens: flags.MaxUnreadTokens = _SERVER.max_unread_tokens,
     restart_wait: flags.RestartWait = _SERVER.restart_wait,
     drain_seconds: flags.DrainSeconds = _SERVER.drain_seconds,
+    role: flags.Role = _SERVER.role,
+    otlp_endpoint: flags.OtlpEndpoint = None,
     log_level: flags.LogLevel = "info",
+    log_format: flags.LogFormat = "text",
 ) -> None:
     """Serve a model to OpenAI clients."""
     if model and model_flag and model != model_flag:
@@ -99,6 +104,7 @@ def serve(
             kv_cache_gib=kv_cache_gib,
             prefix_cache=prefix_cache,
             short_kv_reserve=short_kv_reserve,
+            kv_transfer=kv_transfer,
             threads=threads,
             policy=policy,
             policy_config=schedule,
@@ -117,11 +123,14 @@ def serve(
             max_unread_tokens=max_unread_tokens,
             restart_wait=restart_wait,
             drain_seconds=drain_seconds,
+            role=role,
+            otlp_endpoint=otlp_endpoint,
         )
+        tracing.check(otlp_endpoint)
         template = chat_template.read_text(encoding="utf-8") if chat_template else None
     except (ValueError, OSError) as error:
         _fail(error)
-    raise typer.Exit(start(engine, settings, template, log_level))
+    raise typer.Exit(start(engine, settings, template, log_level, log_format))
 
 
 def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> PolicyConfig:
@@ -146,17 +155,18 @@ def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> Polic
 
 
 def start(
-    config: EngineConfig, settings: ServerSettings, chat_template: str | None, log_level: str
+    config: EngineConfig,
+    settings: ServerSettings,
+    chat_template: str | None,
+    log_level: str,
+    log_format: LogFormat,
 ) -> int:
     """Load, serve, drain; returns the exit status. What the user can mend exits with one line."""
-    from pla_serve.server.engine_client import EngineStartError
+    from pla_serve.server.backend import EngineStartError
     from pla_serve.server.engine_process import EngineSpec, spawn
     from pla_serve.server.run import Instance, listen, run
 
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s server: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    configure(log_level, log_format, "server")
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
@@ -165,11 +175,11 @@ def start(
     log.info("loading %s for port %d", config.model, port)
     with (
         listener,
-        spawn(EngineSpec(config, log_level=log_level)) as child,
+        spawn(EngineSpec(config, log_level=log_level, log_format=log_format)) as child,
     ):  # it imports torch while this process does
         try:
-            source, tokenizer, check_grammar = _load(config)
-            spec = EngineSpec(_located(config, source), log_level=log_level)
+            source, tokenizer, check_grammar = load_for_api(config)
+            spec = EngineSpec(_located(config, source), log_level=log_level, log_format=log_format)
 
             def instance() -> Instance:
                 return Instance(
@@ -198,7 +208,7 @@ def _located(config: EngineConfig, source: ModelSource) -> EngineConfig:
     )
 
 
-def _load(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
+def load_for_api(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
     """Source, tokenizer, and a check of grammars. Fetches the model if it is not here yet."""
     from pla_serve.engine.loading import (
         ConsoleProgress,

@@ -14,20 +14,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pla_serve.engine.messages import EngineReady, Grammar
+from pla_serve.logs import request_id
 from pla_serve.server.answer import EventWriter, Header, whole
+from pla_serve.server.backend import Backend, EngineUnavailableError
 from pla_serve.server.body import read_json
 from pla_serve.server.detokenize import TokenBytes
-from pla_serve.server.engine_client import EngineClient, EngineUnavailableError
 from pla_serve.server.errors import ApiError, invalid, json_response, too_long, unavailable
 from pla_serve.server.event_stream import EventStream
 from pla_serve.server.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.generation import Generation, Plan
+from pla_serve.server.guard import tenant
+from pla_serve.server.journal import Entry, Journal
 from pla_serve.server.logprobs import TokenNames
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.params import sampling_params
 from pla_serve.server.prompts import PromptEncoder, check_tokens
 from pla_serve.server.schema import MAX_SEQUENCES, ChatRequest, CompletionRequest
 from pla_serve.server.settings import ServerSettings
+from pla_serve.server.tracing import TRACE_HEADERS
 
 COMPLETION_TOKENS = 16
 """Default max_tokens of /v1/completions, as OpenAI and vLLM have it."""
@@ -41,12 +45,13 @@ class Service:
     """What the endpoints work with."""
 
     settings: ServerSettings
-    engine: EngineClient
+    engine: Backend
     token_bytes: TokenBytes
     encoder: PromptEncoder
     names: TokenNames
     metrics: Metrics
     check_grammar: GrammarCheck
+    journal: Journal
     started: int
     """Unix seconds, for the list of models."""
 
@@ -69,7 +74,7 @@ class Endpoints:
         header = self._header("chatcmpl", model)
         plan = self._plan(body, header.id, arrival, [prompt], body.output_limit, info)
         form = ChatFormat(service.names, logprobs=bool(body.logprobs))
-        return await self._answer(body, plan, form, header)
+        return await self._answer(request, body, plan, form, header)
 
     async def complete(self, request: Request) -> Response:
         arrival = time.monotonic()
@@ -84,7 +89,7 @@ class Endpoints:
         echoes = [self._echo(item) for item in body.prompt] if body.echo else []
         wants = body.logprobs is not None
         form = CompletionFormat(service.names, logprobs=wants, echoes=echoes, n=plan.n)
-        return await self._answer(body, plan, form, header)
+        return await self._answer(request, body, plan, form, header)
 
     async def models(self, request: Request) -> Response:
         names = self._service.settings.model_names
@@ -94,20 +99,28 @@ class Endpoints:
         return json_response(self._card(self._model(request.path_params["model"])))
 
     async def _answer(
-        self, body: ChatRequest | CompletionRequest, plan: Plan, form: Format, header: Header
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        plan: Plan,
+        form: Format,
+        header: Header,
     ) -> Response:
         service, settings = self._service, self._service.settings
         grammar = plan.sampling[0].grammar
         if grammar is not None:
             await self._check(grammar)
-        session = service.engine.session(settings.max_unread_tokens)
-        generation = Generation(plan, session, service.token_bytes, service.metrics)
-        headers = {"x-request-id": header.id}
+        session = service.engine.session(settings.max_unread_tokens, tenant(request.scope))
+        trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
+        entry = Entry(request_id.get() or plan.id, plan.arrival, trace)
+        generation = Generation(
+            plan, session, service.token_bytes, service.metrics, entry, service.journal
+        )
         streams = False
         try:
             await generation.admit()
             if not body.stream:
-                return json_response(await whole(generation, form, header), headers=headers)
+                return json_response(await whole(generation, form, header))
             streams = True
         finally:
             if not streams:
@@ -117,7 +130,6 @@ class Endpoints:
             writer.events(settings.keep_alive_seconds),
             on_end=generation.close,
             stall_seconds=settings.stall_seconds,
-            headers=headers,
         )
 
     def _plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,33 +17,27 @@ from pla_serve.engine.messages import (
     FromEngine,
     Inbound,
     Output,
+    Ping,
+    Pong,
 )
+from pla_serve.server.backend import EngineStartError, EngineUnavailableError
 from pla_serve.server.engine_process import EngineProcess, EngineSpec
-from pla_serve.server.session import EngineDiedError, EngineSession
+from pla_serve.server.session import EngineDiedError, EngineSession, Receiver
 
 log = logging.getLogger(__name__)
 
 
-class EngineStartError(Exception):
-    """The engine never became ready. The message is the engine's own and names the cure."""
-
-
-class EngineUnavailableError(Exception):
-    """No engine within the time that a request may wait for one."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 class EngineObserver(Protocol):
-    """Where the client reports what happens; the metrics implement it."""
+    """Where the client reports what happens: the metrics, and the links to routers."""
 
     def ready(self, info: EngineReady) -> None: ...
 
     def stats(self, stats: EngineStats) -> None: ...
 
-    def lost(self) -> None: ...
+    def lost(self, reason: str) -> None: ...
+
+    def alive(self) -> None:
+        """The engine has answered a `ping`."""
 
     def restarted(self) -> None: ...
 
@@ -89,22 +84,28 @@ class EngineClient:
         max_waiting: int = 256,
     ) -> None:
         self._spec = spec
-        self._observer = observer
+        self._observers = [observer]
         self._restarts = restarts or RestartPolicy()
         self._start = start
         self._max_waiting = max_waiting
         self._waiting = 0
-        self._routes: dict[str, EngineSession] = {}
+        self._routes: dict[str, Receiver] = {}
         self._process: EngineProcess | None = None
         self._ready = asyncio.Event()
         self._failures = 0
         self.state = State.STARTING
         self.info: EngineReady | None = None
         """What the newest engine said when it became ready; kept while it restarts."""
+        self.boot = ""
+        """Another one for each life of the engine."""
 
     @property
     def is_ready(self) -> bool:
         return self._ready.is_set()
+
+    @property
+    def status(self) -> str:
+        return self.state.value
 
     @property
     def pid(self) -> int | None:
@@ -127,7 +128,8 @@ class EngineClient:
                 self.state = State.STOPPED
                 raise EngineStartError(reason)
             self.state = State.RESTARTING
-            self._observer.restarted()
+            for observer in self._observers:
+                observer.restarted()
             delay = self._restarts.delay(self._failures)
             log.error("%s; starting it again in %.0f s", reason, delay)
             await asyncio.sleep(delay)
@@ -166,10 +168,20 @@ class EngineClient:
         assert self.info is not None
         return self.info
 
-    def session(self, max_unread_tokens: int) -> EngineSession:
+    def session(self, max_unread_tokens: int, tenant: str = "") -> EngineSession:
+        """One engine serves all tenants alike."""
         return EngineSession(self, max_unread_tokens)
 
-    def open_route(self, id: str, session: EngineSession) -> None:
+    def watch(self, observer: EngineObserver) -> None:
+        """Tell it what happens from now on, as the one given at construction."""
+        self._observers.append(observer)
+
+    def ping(self) -> None:
+        """Observers hear ``alive`` once the engine has got to its inbox; never from a dead one."""
+        if self._process is not None:
+            self._process.send(Ping())
+
+    def open_route(self, id: str, session: Receiver) -> None:
         if not self._ready.is_set():
             raise EngineDiedError("the engine is not running")
         self._routes[id] = session
@@ -196,15 +208,21 @@ class EngineClient:
 
     def _deliver(self, message: FromEngine) -> None:
         if isinstance(message, EngineStats):
-            self._observer.stats(message)
+            for observer in self._observers:
+                observer.stats(message)
         elif isinstance(message, EngineReady):
             if self.state is State.STOPPED:
                 return  # it became ready on its way out
             self.info = message
+            self.boot = uuid.uuid4().hex
             self.state = State.READY
             self._ready.set()
-            self._observer.ready(message)
+            for observer in self._observers:
+                observer.ready(message)
             log.info("the engine is ready")
+        elif isinstance(message, Pong):
+            for observer in self._observers:
+                observer.alive()
         elif isinstance(message, EngineFailed):
             self._lose(message.error)
         else:
@@ -217,7 +235,8 @@ class EngineClient:
     def _lose(self, reason: str) -> None:
         """Fail everything in flight; later requests wait for the next process."""
         self._ready.clear()
-        self._observer.lost()
+        for observer in self._observers:
+            observer.lost(reason)
         for session in set(self._routes.values()):
             session.fail(EngineDiedError(reason))
         self._routes.clear()

@@ -21,6 +21,7 @@ import zmq
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.messages import EngineFailed, FromEngine, Shutdown, ToEngine
 from pla_serve.engine.process import CORE, Launch
+from pla_serve.logs import LogFormat
 
 LAST_WORDS_SECONDS = 0.2
 """How long the reason for an exit may come after the exit itself."""
@@ -59,6 +60,7 @@ class EngineSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to the child's environment."""
     log_level: str = "INFO"
+    log_format: LogFormat = "text"
 
 
 def spawn(spec: EngineSpec) -> subprocess.Popen[bytes]:
@@ -140,6 +142,7 @@ class EngineProcess:
             inbound=self._inbound,
             outbound=self._outbound,
             log_level=spec.log_level,
+            log_format=spec.log_format,
         )
         stdin = self._child.stdin
         assert stdin is not None

@@ -33,12 +33,11 @@ class EventStream(Response):
         *,
         on_end: Callable[[], None],
         stall_seconds: float,
-        headers: dict[str, str],
     ) -> None:
         self._events = events
         self._on_end = on_end
         self._stall_seconds = stall_seconds
-        super().__init__(headers={**HEADERS, **headers})
+        super().__init__(headers=HEADERS)
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

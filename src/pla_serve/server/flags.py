@@ -10,6 +10,8 @@ import typer
 from pla_serve.engine.config import DType as DTypes
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.config import LoadFormat as LoadFormats
+from pla_serve.logs import LogFormat as LogFormats
+from pla_serve.server.link_messages import Role as Roles
 
 MODEL = "Model"
 CACHE = "KV cache"
@@ -93,6 +95,15 @@ PrefixCache = Annotated[
 ShortKvReserve = Annotated[
     float,
     typer.Option(help="Share of the KV that long prefills may not take.", rich_help_panel=CACHE),
+]
+KvTransfer = Annotated[
+    bool,
+    typer.Option(
+        "--kv-transfer/--no-kv-transfer",
+        help="Exchange KV with other instances of this model, for hand-overs from prefill to "
+        "decode; needs NIXL.",
+        rich_help_panel=CACHE,
+    ),
 ]
 Policy = Annotated[
     str,
@@ -233,4 +244,22 @@ DrainSeconds = Annotated[
     float,
     typer.Option(help="How long SIGTERM lets requests finish.", rich_help_panel=HTTP),
 ]
+Role = Annotated[
+    Roles,
+    typer.Option(
+        help="What routers are to use this instance for; it takes whatever comes all the same.",
+        rich_help_panel=HTTP,
+    ),
+]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Send traces there, as http://127.0.0.1:4318. The usual OTEL_ variables work too.",
+        rich_help_panel=HTTP,
+    ),
+]
 LogLevel = Annotated[LogLevels, typer.Option(rich_help_panel=HTTP)]
+LogFormat = Annotated[
+    LogFormats,
+    typer.Option(help="json is one object a line, for machines.", rich_help_panel=HTTP),
+]

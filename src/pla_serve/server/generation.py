@@ -19,6 +19,7 @@ from pla_serve.engine.messages import (
 )
 from pla_serve.server.detokenize import Detokenizer, TokenBytes
 from pla_serve.server.errors import ApiError, failed, invalid, over_capacity, unavailable
+from pla_serve.server.journal import Entry, Journal
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.session import EngineDiedError, EngineSession, SlowReaderError, Update
 
@@ -82,11 +83,16 @@ class Generation:
         session: EngineSession,
         token_bytes: TokenBytes,
         metrics: Metrics,
+        entry: Entry,
+        journal: Journal,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``entry`` is completed and written to ``journal`` by `close`."""
         self.plan = plan
         self._session = session
         self._metrics = metrics
+        self._entry = entry
+        self._journal: Journal | None = journal
         self._clock = clock
         self._choices = {
             choice.id: choice
@@ -155,6 +161,16 @@ class Generation:
         for retry in self._retries:
             retry.cancel()
         self._session.close()
+        if self._journal is not None:
+            journal, self._journal = self._journal, None
+            self._complete(self._entry)
+            journal.write(self._entry)
+
+    def _complete(self, entry: Entry) -> None:
+        entry.ended = self._clock()
+        entry.prompt_tokens = self.prompt_tokens
+        entry.cached_tokens = sum(self._cached.values())
+        entry.completion_tokens = self.completion_tokens
 
     def _choice(self, index: int, token_bytes: TokenBytes) -> Choice:
         plan = self.plan
@@ -174,10 +190,12 @@ class Generation:
             arrival=plan.arrival if first else self._clock(),
             deadline=plan.arrival + plan.ttft_slo if first and plan.ttft_slo else None,
             priority=plan.priority,
+            request_id=self._entry.request_id,
         )
         try:
             self._session.submit(request)
         except EngineDiedError as error:
+            self._entry.outcome = "error"
             raise unavailable(str(error)) from None
 
     def _advance(self, update: Update) -> Iterator[Delta]:
@@ -188,7 +206,10 @@ class Generation:
             self._retry(choice, update.rejected)
             return
         if update.error is not None or update.finish_reason == "error":
+            self._entry.outcome = "error"
             raise failed(f"the engine failed this request: {update.error or 'no reason given'}")
+        if update.queued is not None:
+            self._trace(choice, update.queued)
         if update.cached_tokens is not None and choice.index % self.plan.n == 0:
             self._cached[choice.prompt] = update.cached_tokens
         if update.tokens or update.finish_reason is not None:
@@ -241,11 +262,21 @@ class Generation:
         token = update.stop_token
         return token if token in self.plan.sampling[choice.prompt].stop_token_ids else None
 
+    def _trace(self, choice: Choice, queued: float) -> None:
+        """An instance makes its first token of this choice."""
+        entry = self._entry
+        if choice.tokens and entry.moved is None:
+            entry.moved = (choice.last_news, self._clock())
+        elif entry.prefill_began is None:
+            entry.prefill_began = self.plan.arrival + queued
+
     def _time(self, choice: Choice, tokens: int) -> None:
         now = self._clock()
         if choice.tokens == 0:
             if choice.index % self.plan.n == 0:
                 self._metrics.first_token(now - self.plan.arrival)
+            if self._entry.first_token is None:
+                self._entry.first_token = now
         elif tokens:
             self._metrics.next_tokens((now - choice.last_news) / tokens)
         choice.last_news = now
@@ -253,6 +284,8 @@ class Generation:
     def _finish(self, choice: Choice, reason: FinishReason) -> None:
         choice.done = True
         self._unfinished -= 1
+        if not self._unfinished:
+            self._entry.outcome = reason
         self._metrics.finished(reason, self._clock() - self.plan.arrival)
 
     def _retry(self, choice: Choice, rejected: Rejected) -> None:
@@ -271,6 +304,7 @@ class Generation:
         try:
             return await self._session.receive(silence)
         except EngineDiedError as error:
+            self._entry.outcome = "error"
             raise unavailable(str(error)) from None
         except SlowReaderError:
             raise ApiError(
@@ -279,6 +313,7 @@ class Generation:
 
     def _refusal(self, rejected: Rejected) -> ApiError:
         self._metrics.rejected(rejected)
+        self._entry.outcome = "refused"
         if rejected.retry_after is None:
             return invalid(rejected.reason)
         return over_capacity(rejected.reason, rejected.retry_after)

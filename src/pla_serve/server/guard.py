@@ -6,14 +6,23 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
+import uuid
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pla_serve.logs import request_id
 from pla_serve.server.errors import ApiError, unavailable
 from pla_serve.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+TENANT = "pla_serve.tenant"
+"""Key in the ASGI scope."""
+
+ID = re.compile(r"[!-~]{1,128}")
+"""Request ids that are taken over: printable, and no longer than anybody needs."""
 
 
 class Keys:
@@ -22,16 +31,17 @@ class Keys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [self._digest(key.encode()) for key in keys]
 
-    def admit(self, authorization: bytes | None) -> bool:
+    def admit(self, authorization: bytes | None) -> str | None:
+        """Who it is, a text that does not give the key away; None: nobody who may come in."""
         if not self._digests:
-            return True
+            return ""
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer":
-            return False
+            return None
         offered = self._digest(key.strip())
         # All are compared, so that the time does not tell which one matched.
         matches = [hmac.compare_digest(offered, digest) for digest in self._digests]
-        return any(matches)
+        return f"key-{matches.index(True)}" if any(matches) else None
 
     @staticmethod
     def _digest(key: bytes) -> bytes:
@@ -83,22 +93,46 @@ class Guard:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
+        send = name_answers(scope, send)
+        who = self._keys.admit(dict(scope["headers"]).get(b"authorization"))
+        refusal = self._refusal(who)
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
+        scope[TENANT] = who
         self._traffic.change(+1)
         try:
             await run_while_connected(self._app, scope, receive, send)
         finally:
             self._traffic.change(-1)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        if not self._keys.admit(dict(scope["headers"]).get(b"authorization")):
+    def _refusal(self, who: str | None) -> ApiError | None:
+        if who is None:
             return ApiError(401, "wrong or missing API key", code="invalid_api_key")
         if self._traffic.draining:
             return unavailable("the server is shutting down", 5.0)
         return None
+
+
+def name_answers(scope: Scope, send: Send) -> Send:
+    """Give the request its id, the client's if it sent a decent one, and answer with it."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    id = given if ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    request_id.set(id)
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (b"x-request-id", id.encode("latin-1"))]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return named
+
+
+def tenant(scope: Scope) -> str:
+    """Who makes this request, as `Keys.admit` calls it."""
+    who: str = scope.get(TENANT, "")
+    return who
 
 
 async def run_while_connected(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

@@ -44,7 +44,7 @@ GAUGES = {
     "pla_serve:kv_tokens": "Tokens whose KV fits in memory.",
     "pla_serve:kv_bytes_per_token": "Bytes of KV of one token, over all layers.",
     "pla_serve:engine_up": "1 while the engine takes requests.",
-    "pla_serve:http_requests_in_flight": "Requests to /v1 not yet answered in full.",
+    "pla_serve:http_requests_in_flight": "Requests of clients and routers not yet answered.",
 }
 COUNTERS = {
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the cache."),
@@ -143,7 +143,10 @@ class Metrics:
         self.set("pla_serve:kv_tokens", info.kv_tokens)
         self.set("pla_serve:kv_bytes_per_token", info.kv_bytes_per_token)
 
-    def lost(self) -> None:
+    def alive(self) -> None:
+        """Nothing to count."""
+
+    def lost(self, reason: str) -> None:
         self.set("pla_serve:engine_up", 0)
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
             self.set(name, 0)

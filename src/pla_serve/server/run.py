@@ -13,17 +13,22 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from pla_serve.server.app import build_app
+from pla_serve.server.backend import Backend, EngineStartError
 from pla_serve.server.detokenize import TokenBytes
 from pla_serve.server.endpoints import GrammarCheck, Service
-from pla_serve.server.engine_client import EngineClient, EngineStartError
+from pla_serve.server.engine_client import EngineClient
 from pla_serve.server.engine_process import EngineProcess, EngineSpec
-from pla_serve.server.guard import Traffic
+from pla_serve.server.guard import Keys, Traffic
+from pla_serve.server.journal import Journals, LogJournal
+from pla_serve.server.link import LinkHub
 from pla_serve.server.logprobs import TokenNames
 from pla_serve.server.metrics import Metrics
 from pla_serve.server.prompts import PromptEncoder
 from pla_serve.server.settings import ServerSettings
+from pla_serve.server.tracing import configured, open_tracing
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,8 @@ ABORT_SECONDS = 2.0
 """How long requests that the drain ended may take to say so."""
 KEEP_ALIVE_SECONDS = 30
 """How long an idle connection is kept."""
+MOST_FRAME_BYTES = 64 * 2**20
+"""Of a link's frames; a prompt of a million tokens takes some 5 MB."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -84,8 +91,130 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
 
-class Instance:
-    """One server: engine, application and their end. Use `run`; `stop` is what SIGTERM does."""
+class ApiServer:
+    """The API in front of ``backend``, and its end. `run` serves; `stop` is what SIGTERM does.
+
+    Args:
+        backend: ends with this server.
+        on_ready: called once, when the backend is ready for the first time.
+        extend: adds routes of its own to the application.
+        shared_listener: another process holds the listening socket as well. A draining server then
+            leaves new connections to its successor, instead of refusing their requests.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        backend: Backend,
+        metrics: Metrics,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        check_grammar: GrammarCheck,
+        on_ready: Callable[[], None] = lambda: None,
+        extend: Callable[[FastAPI], None] = lambda app: None,
+        shared_listener: bool = False,
+    ) -> None:
+        self._settings = settings
+        self._shared_listener = shared_listener
+        self._backend = backend
+        self._on_ready = on_ready
+        self.metrics = metrics
+        self.traffic = Traffic(metrics)
+        self.encoder = PromptEncoder(tokenizer, chat_template=chat_template)
+        token_bytes = TokenBytes(tokenizer)
+        self._tracing = (
+            open_tracing(settings.otlp_endpoint, "pla-serve")
+            if configured(settings.otlp_endpoint)
+            else None
+        )
+        service = Service(
+            settings=settings,
+            engine=backend,
+            token_bytes=token_bytes,
+            encoder=self.encoder,
+            names=TokenNames(token_bytes),
+            metrics=metrics,
+            check_grammar=check_grammar,
+            journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
+            started=int(time.time()),
+        )
+        app = build_app(service, self.traffic)
+        extend(app)
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            log_config=None,
+            lifespan="off",
+            ws="websockets-sansio",
+            ws_max_size=MOST_FRAME_BYTES,
+            ws_ping_interval=None,  # links have heartbeats of their own
+            ws_per_message_deflate=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            server_header=False,
+        )
+        self.http = Server(config, self.stop)
+        self._drain_task: asyncio.Task[None] | None = None
+
+    async def run(self, listener: socket.socket) -> int:
+        """Serve until told to stop. Returns the exit status.
+
+        Raises:
+            EngineStartError: the backend cannot be had; the message names the cure.
+        """
+        backend = asyncio.create_task(self._backend.run())
+        http = asyncio.create_task(self.http.serve([listener]))
+        announce = asyncio.create_task(self._announce())
+        try:
+            await asyncio.wait({backend, http}, return_when=asyncio.FIRST_COMPLETED)
+            if backend.done():
+                self.http.should_exit = True
+                await http
+                backend.result()
+            await http
+        finally:
+            announce.cancel()
+            await self._end(backend)
+        return 0 if self.http.quit_by is None else 128 + self.http.quit_by
+
+    def stop(self) -> None:
+        """Drain, then leave `run`. Belongs to the event loop."""
+        if self._drain_task is None:
+            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        seconds = self._settings.drain_seconds
+        count = self.traffic.in_flight
+        if self._shared_listener:
+            for server in self.http.servers:
+                server.close()
+        if count:
+            log.info("draining: up to %.0f s for %d requests in flight", seconds, count)
+        if not await self.traffic.drain(seconds):
+            log.warning("ending %d requests that are still in flight", self.traffic.in_flight)
+            await self._backend.stop()
+            await self.traffic.drain(ABORT_SECONDS)
+        self.http.config.timeout_graceful_shutdown = int(ABORT_SECONDS)
+        self.http.should_exit = True
+
+    async def _announce(self) -> None:
+        await self._backend.ready()
+        self._on_ready()
+
+    async def _end(self, backend: asyncio.Task[None]) -> None:
+        if self.http.quit_by is not None:
+            backend.cancel()  # kills the engine's process
+        else:
+            await self._backend.stop()
+        with suppress(asyncio.CancelledError, EngineStartError):
+            await backend
+        self.encoder.close()
+        if self._tracing is not None:
+            self._tracing.close()
+
+
+class Instance(ApiServer):
+    """The API in front of one engine, which it starts."""
 
     def __init__(
         self,
@@ -99,85 +228,31 @@ class Instance:
         child: subprocess.Popen[bytes] | None = None,
     ) -> None:
         """``child``: of `spawn`, for the engine's first life."""
-        self._settings = settings
-        self._on_ready = on_ready
-        self.metrics = Metrics(settings.model_names[0])
-        self.traffic = Traffic(self.metrics)
-        self.engine = EngineClient(spec, self.metrics, start=_starter(child))
-        self.encoder = PromptEncoder(tokenizer, chat_template=chat_template)
-        token_bytes = TokenBytes(tokenizer)
-        service = Service(
-            settings=settings,
-            engine=self.engine,
-            token_bytes=token_bytes,
-            encoder=self.encoder,
-            names=TokenNames(token_bytes),
-            metrics=self.metrics,
+        metrics = Metrics(settings.model_names[0])
+        self.engine = EngineClient(spec, metrics, start=_starter(child))
+        super().__init__(
+            settings,
+            self.engine,
+            metrics,
+            tokenizer,
+            chat_template=chat_template,
             check_grammar=check_grammar,
-            started=int(time.time()),
+            on_ready=lambda: on_ready(self.engine),
+            extend=lambda app: self._link(app, spec.config.block_tokens),
         )
-        config = uvicorn.Config(
-            build_app(service, self.traffic),
-            access_log=False,
-            log_config=None,
-            lifespan="off",
-            ws="none",
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            server_header=False,
+
+    def _link(self, app: FastAPI, block_tokens: int) -> None:
+        """Let routers in."""
+        settings = self._settings
+        hub = LinkHub(
+            self.engine,
+            Keys(settings.api_keys),
+            self.traffic,
+            model=settings.model_names[0],
+            block_tokens=block_tokens,
+            role=settings.role,
         )
-        self.http = Server(config, self.stop)
-        self._drain_task: asyncio.Task[None] | None = None
-
-    async def run(self, listener: socket.socket) -> int:
-        """Serve until told to stop. Returns the exit status.
-
-        Raises:
-            EngineStartError: the engine cannot be had; the message names the cure.
-        """
-        engine = asyncio.create_task(self.engine.run())
-        http = asyncio.create_task(self.http.serve([listener]))
-        announce = asyncio.create_task(self._announce())
-        try:
-            await asyncio.wait({engine, http}, return_when=asyncio.FIRST_COMPLETED)
-            if engine.done():
-                self.http.should_exit = True
-                await http
-                engine.result()
-            await http
-        finally:
-            announce.cancel()
-            await self._end(engine)
-        return 0 if self.http.quit_by is None else 128 + self.http.quit_by
-
-    def stop(self) -> None:
-        """Drain, then leave `run`. Belongs to the event loop."""
-        if self._drain_task is None:
-            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
-
-    async def _drain(self) -> None:
-        seconds = self._settings.drain_seconds
-        count = self.traffic.in_flight
-        if count:
-            log.info("draining: up to %.0f s for %d requests in flight", seconds, count)
-        if not await self.traffic.drain(seconds):
-            log.warning("ending %d requests that are still in flight", self.traffic.in_flight)
-            await self.engine.stop()
-            await self.traffic.drain(ABORT_SECONDS)
-        self.http.config.timeout_graceful_shutdown = int(ABORT_SECONDS)
-        self.http.should_exit = True
-
-    async def _announce(self) -> None:
-        await self.engine.ready()
-        self._on_ready(self.engine)
-
-    async def _end(self, engine: asyncio.Task[None]) -> None:
-        if self.http.quit_by is not None:
-            engine.cancel()  # kills the process
-        else:
-            await self.engine.stop()
-        with suppress(asyncio.CancelledError, EngineStartError):
-            await engine
-        self.encoder.close()
+        hub.add_routes(app)
 
 
 def _starter(child: subprocess.Popen[bytes] | None) -> Callable[..., EngineProcess]:
@@ -189,14 +264,14 @@ def _starter(child: subprocess.Popen[bytes] | None) -> Callable[..., EngineProce
     return start
 
 
-def run(instance: Callable[[], Instance], listener: socket.socket) -> int:
-    """`Instance.run` on a new event loop, uvloop's where it is installed.
+def run(server: Callable[[], ApiServer], listener: socket.socket) -> int:
+    """`ApiServer.run` on a new event loop, uvloop's where it is installed.
 
-    ``instance`` makes it there: its parts belong to the running loop.
+    ``server`` makes it there: its parts belong to the running loop.
     """
 
     async def main() -> int:
-        return await instance().run(listener)
+        return await server().run(listener)
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(main())

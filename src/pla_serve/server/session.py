@@ -11,10 +11,12 @@ from pla_serve.engine.messages import (
     AddRequest,
     FinishReason,
     Inbound,
+    Offer,
     Output,
     Rejected,
     TokenLogprob,
 )
+from pla_serve.server.link_messages import NewsMessage
 
 
 class EngineDiedError(Exception):
@@ -34,6 +36,7 @@ class Update:
         "finish_reason",
         "id",
         "logprobs",
+        "queued",
         "rejected",
         "stop_token",
         "tokens",
@@ -46,6 +49,7 @@ class Update:
         self.finish_reason: FinishReason | None = None
         self.stop_token: int | None = None
         self.cached_tokens: int | None = None
+        self.queued: float | None = None
         self.error: str | None = None
         self.rejected: Rejected | None = None
 
@@ -58,12 +62,23 @@ class Update:
         self.error = output.error
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens
+        if output.queued is not None:
+            self.queued = output.queued
+
+
+class Receiver(Protocol):
+    """Who gets the news of a request."""
+
+    def take(self, message: NewsMessage) -> None: ...
+
+    def fail(self, failure: Exception) -> None:
+        """Nothing more comes, of none of its requests."""
 
 
 class Router(Protocol):
-    """The part of the engine client that a session needs."""
+    """The part of a backend that a session needs."""
 
-    def open_route(self, id: str, session: EngineSession) -> None:
+    def open_route(self, id: str, session: Receiver) -> None:
         """Raises EngineDiedError if there is no engine to send to."""
 
     def close_route(self, id: str) -> None: ...
@@ -120,8 +135,10 @@ class EngineSession:
         news, self._news = self._news, {}
         return list(news.values())
 
-    def take(self, message: Output | Accepted | Rejected) -> None:
+    def take(self, message: NewsMessage) -> None:
         """Called by the client for every message about a sequence of this session."""
+        if isinstance(message, Offer):
+            return  # for routers, which ask for it
         update = self._news.get(message.id)
         if update is None:
             update = self._news[message.id] = Update(message.id)

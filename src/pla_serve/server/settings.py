@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
+
+from pla_serve.server.link_messages import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +32,20 @@ class ServerSettings:
     """A stream whose client reads nothing for so long is ended."""
     restart_wait: float = 60.0
     """How long a request waits for an engine that starts or restarts before it gets a 503."""
+    otlp_endpoint: str | None = None
+    """Base URL of an OTLP collector for traces; None: as the environment has it, or no traces."""
     drain_seconds: float = 30.0
     """How long requests in flight may go on after SIGTERM."""
+    role: Role = "mixed"
+    """What routers are told that this instance is for; it changes nothing in the instance."""
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
             raise ValueError("the model needs at least one name, and no empty one")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must lie between 0 and 65535, not {self.port}")
+        if self.role not in get_args(Role):
+            raise ValueError(f"role must be one of {', '.join(get_args(Role))}, not {self.role}")
         if not all(self.api_keys):
             raise ValueError("an API key must not be empty")
         for name in ("max_body_bytes", "max_unread_tokens"):

@@ -115,6 +115,18 @@ class KVManager:
                 table.forget_runs()
             table.inserted = whole
 
+    def pin(self, blocks: Sequence[int]) -> None:
+        """Hold blocks of a sequence that holds them itself; ``unpin`` before it lets them go."""
+        self._pool.hold(blocks)
+
+    def pin_cached(self, tokens: Sequence[int]) -> list[int]:
+        """Hold the blocks of the longest cached prefix of ``tokens``, in whole blocks."""
+        return self._tree.hold(tokens, len(tokens)) if self._prefix_cache else []
+
+    def unpin(self, blocks: Sequence[int]) -> None:
+        """Let go of blocks that were pinned together, in the same order."""
+        self._tree.release(blocks)
+
     def release(self, table: BlockTable) -> None:
         """Give back all blocks of ``table``; what the prefix cache knows stays until evicted."""
         self._tree.release(table.blocks)

@@ -49,15 +49,17 @@ class Sampler:
         eos_token_ids: frozenset[int],
         *,
         default_seed: int,
+        output: Sequence[int] = (),
     ) -> SequenceSampling:
         """The sampling state of a new sequence; compiles its grammar unless it is a known one.
 
         Args:
             prompt: the request's token ids.
             default_seed: used with the request's id where the request gives no seed.
+            output: what another engine has made of it already; see `SequenceSampling.resume`.
 
         Raises:
-            SamplingError: a token id is outside the vocabulary.
+            SamplingError: a token id is outside the vocabulary, or ``output`` cannot go on.
             GrammarError: the grammar is bad, or there is no compiler. Both are the client's fault.
         """
         matcher = None
@@ -65,7 +67,7 @@ class Sampler:
             if self._grammars is None:
                 raise GrammarError("this model is served without support for structured output")
             matcher = self._grammars.start(params.grammar)
-        return SequenceSampling(
+        sampling = SequenceSampling(
             prompt,
             params,
             eos_token_ids,
@@ -73,6 +75,8 @@ class Sampler:
             key=seed_key(params.seed, default_seed=default_seed, request_id=request_id),
             grammar=matcher,
         )
+        sampling.resume(output)
+        return sampling
 
     def sample(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> list[Sampled]:
         """Choose the next token of each sequence and advance its state.

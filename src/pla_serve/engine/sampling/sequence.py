@@ -96,6 +96,19 @@ class SequenceSampling:
         """The random number of the next token; asking again gives the same one."""
         return uniform(self._key, self.drawn)
 
+    def resume(self, output: Sequence[int]) -> None:
+        """Go past tokens that another engine chose from the same state.
+
+        Raises:
+            SamplingError: that engine would have ended with them, or they break the grammar.
+        """
+        for token in output:
+            sampled = self.accept(token, None)
+            if sampled.error is not None:
+                raise SamplingError(f"the output so far does not fit the request: {sampled.error}")
+            if sampled.stopped or sampled.grammar_finished:
+                raise SamplingError(f"nothing is left to make: the output has ended with {token}")
+
     def accept(self, token: int, logprob: TokenLogprob | None) -> Sampled:
         """Take ``token`` as the next of the output and advance all state by it."""
         self.drawn += 1

@@ -50,6 +50,8 @@ class InstanceReport:
     """Until it could begin with requests of the other class; 0 if it can interrupt a prefill."""
     draining: bool = False
     """It was moved and has not yet begun with requests of its new class."""
+    kv_usage: float = 0.0
+    """Share of its KV memory that requests hold, 0 to 1. Counts for decode instances."""
 
     @property
     def queued(self) -> float:

@@ -19,7 +19,8 @@ class Predicted:
     there is no time for it. A second of work also delays those who come behind it: those who wait,
     and about as many who come before the queue is empty. So the request's own seconds count
     ``1 + others * w`` times, with w the mean number of requests that wait on an instance. On an
-    idle fleet the cost is the time to first token.
+    idle fleet the cost is the time to first token. A request that would miss its deadline that way
+    goes where its first token is soonest.
 
     Only instances that hold some of the prompt differ in the request's own seconds, so that one
     look at all (the soonest to begin) and one at each holder find the best of a thousand. Of equals
@@ -43,13 +44,26 @@ class Predicted:
         if not request.cached:
             return soonest
         holders = [index for index, _ in view.holders(request, pool)]
-        return min((*holders, soonest), key=lambda index: self.cost(request, view, index, now))
+        best = min((*holders, soonest), key=lambda index: self.cost(request, view, index, now))
+        if request.deadline is not None:
+            return self._in_time(request, view, (best, *holders, soonest), now)
+        return best
 
     def cost(self, request: RouteRequest, view: FleetView, index: int, now: float) -> float:
         """Predicted seconds to first token on one instance, and those that others lose."""
         place = placement(request, view, view.entries[index].id)
         wait = view.wait(index, view.is_short(place.new_tokens), now)
         return wait + place.seconds * (1 + self.others * view.waiting / len(view))
+
+    def _in_time(
+        self, request: RouteRequest, view: FleetView, members: tuple[int, ...], now: float
+    ) -> int:
+        """The first of ``members``, unless it is too late there: then the soonest of them."""
+        alone = Predicted(others=0.0)
+        assert request.deadline is not None
+        if now + alone.cost(request, view, members[0], now) <= request.deadline:
+            return members[0]
+        return min(members, key=lambda index: alone.cost(request, view, index, now))
 
     def _short_without_cache(self, request: RouteRequest, view: FleetView) -> bool:
         """The class it has where no more of it is cached than everywhere."""

@@ -22,6 +22,8 @@ class RouteRequest(NamedTuple):
     A decision takes time in proportion to its length."""
     common: int = 0
     """Prompt tokens whose KV every instance holds, as of a system prompt."""
+    deadline: float | None = None
+    """When the first token is due, on the router's clock; None: as soon as may be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from pla_serve.policy.pools.protocol import Pool
@@ -68,15 +69,18 @@ class Router:
             del self._charges[request_id]
         return held
 
-    def choose(self, request: RouteRequest, now: float) -> str:
-        """The instance for a request; nothing is charged yet.
+    def choose(
+        self, request: RouteRequest, now: float, exclude: Collection[str] = frozenset()
+    ) -> str:
+        """The instance for a request, none of ``exclude``; nothing is charged yet.
 
         Raises:
             NoInstance: there is none.
         """
-        if not self.view.entries:
+        view = self.view.without(exclude) if exclude else self.view
+        if not view.entries:
             raise NoInstance("no instance is ready; add one, or wait until one has started")
-        return self.view.entries[self._policy.choose(request, self.view, None, now)].id
+        return view.entries[self._policy.choose(request, view, None, now)].id
 
     def place(self, request: RouteRequest, instance_id: str) -> Placement:
         """What the request means for this instance: KV is fetched where that is faster.

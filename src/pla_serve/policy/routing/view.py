@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -115,6 +115,18 @@ class FleetView:
         for later in self.entries[entry.index :]:
             later.index -= 1
         self._members.clear()
+
+    def without(self, ids: Collection[str]) -> FleetView:
+        """The same accounts without some instances, to choose by; nothing is charged to it."""
+        rest = [entry for entry in self.entries if entry.id not in ids]
+        kept = [entry.index for entry in rest]
+        view = FleetView(self.model)
+        view.entries = [replace(entry, index=index) for index, entry in enumerate(rest)]
+        view._by_id = {entry.id: entry for entry in view.entries}
+        view.waiting = sum(len(entry.waiting) for entry in rest)
+        for name in ("requests", "tokens", "assigned", "ready", "express_ready"):
+            setattr(view, name, getattr(self, name)[kept])
+        return view
 
     def change_pool(self, entry: Entry, pool: Pool) -> None:
         """It belongs to ``pool`` now, with all that it holds."""

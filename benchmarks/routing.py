@@ -1,0 +1,283 @@
+"""Routers before the same instances: short P90, SLO violations and throughput under the same load.
+
+Four real instances (tiny random models, one thread each) stay up; routers take turns before them
+(A B C ..., A B C ...), each with the same arrivals and sizes and with prompts of its own, so that
+nobody finds what another one left in a cache. The load is open: chat sessions of several turns and
+documents, at a share of what the cores can do. The objectives are multiples of what an idle
+instance takes. Our router talks to the instances over its own protocol, the others to their OpenAI
+port. Two of the instances have the role short and two long, which only class pools heed.
+
+sglang-router's `bucket` is a policy for the prefill stage of a PD deployment of SGLang servers
+(its flag exists for that only), so it does not apply here.
+
+    python benchmarks/routing.py -o benchmarks/results/routing.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from routers.others import SGLANG_ROUTER, VLLM_ROUTER, prepare, sglang_router, vllm_router
+
+from pla_serve.bench.calibrate import Probe, idle_ttft, measure_costs, warm_up
+from pla_serve.bench.client import Target
+from pla_serve.bench.load import LoadGenerator
+from pla_serve.bench.report import Objectives, Report, summarise
+from pla_serve.bench.servers import free_port, started
+from pla_serve.bench.text import WordFiller
+from pla_serve.bench.transport import HttpTransport
+from pla_serve.bench.workload import Workload, WorkloadConfig, generate
+from pla_serve.environment import describe
+
+MODEL = "tiny"
+VOCABULARY = 512
+CONTEXT = 8192
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+ROLES = ("short", "short", "long", "long")
+SLO_FACTOR = 5.0
+"""Objectives, in multiples of the mean time of an idle instance."""
+SHORT_TOKENS = 256
+OURS = ("auto", "predicted", "round-robin", "least-loaded")
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """One router to measure."""
+
+    name: str
+    command: list[str]
+    """The port is appended."""
+    ready: str
+
+    @contextmanager
+    def up(self) -> Iterator[str]:
+        port = free_port()
+        command = [word.replace("PORT", str(port)) for word in self.command]
+        environment = {**os.environ, "RUST_LOG": "error"}
+        url = f"http://127.0.0.1:{port}"
+        with started(command, url, ready=self.ready, environment=environment, seconds=120):
+            yield url
+
+
+def routers(folder: Path, urls: list[str], venvs: Path, names: list[str]) -> list[Router]:
+    """All that can be measured, in the order of ``names``."""
+    links = [word for url in urls for word in ("--instance", url)]
+    found = {}
+    for routing in OURS:
+        command = [
+            *(sys.executable, "-m", "pla_serve", "route", str(folder), "--load-format", "dummy"),
+            *("--served-model-name", MODEL, "--log-level", "warning", "--port", "PORT"),
+            *("--routing", routing, *links),
+        ]
+        found[f"pla-serve {routing}"] = Router(f"pla-serve {routing}", command, "/ready")
+    for policy in ("cache_aware", "round_robin"):
+        name = f"sglang-router {policy}"
+        if name in names:
+            python = prepare(venvs, SGLANG_ROUTER)
+            command = sglang_router(python, 0, urls, policy)
+            found[name] = Router(name, _with_port(command), "/health")
+        name = f"vllm-router {policy}"
+        if name in names:
+            python = prepare(venvs, VLLM_ROUTER)
+            command = vllm_router(python, 0, urls, policy)
+            found[name] = Router(name, _with_port(command), "/health")
+    return [found[name] for name in names]
+
+
+def _with_port(command: list[str]) -> list[str]:
+    command[command.index("--port") + 1] = "PORT"
+    command[command.index("--prometheus-port") + 1] = str(free_port())
+    return command
+
+
+@contextmanager
+def instances(folder: Path, flags: list[str]) -> Iterator[list[str]]:
+    """URLs of real ones."""
+    with ExitStack() as stack:
+        urls = []
+        for role in ROLES:
+            port = free_port()
+            command = [
+                *(sys.executable, "-m", "pla_serve", "serve", str(folder)),
+                *("--load-format", "dummy", "--served-model-name", MODEL, "--threads", "1"),
+                *("--kv-cache-gib", "0.5", "--role", role, "--port", str(port)),
+                *("--log-level", "warning", *flags),
+            ]
+            server = stack.enter_context(started(command, f"http://127.0.0.1:{port}"))
+            urls.append(server.url)
+        yield urls
+
+
+async def idle(url: str, filler: WordFiller, config: WorkloadConfig) -> tuple[Objectives, float]:
+    """Objectives from an idle instance, and requests a second that one core can do."""
+    transport = HttpTransport(url)
+    try:
+        probe = Probe(transport, Target(MODEL, "completions"), filler, "idle", ids=False)
+        shape = generate(config)
+        longest = max(turn.new_tokens for turn in shape.turns)
+        await warm_up(probe, longest)
+        sizes = [turn.new_tokens for turn in shape.turns]
+        short = await idle_ttft(probe, [n for n in sizes if n <= SHORT_TOKENS][:20])
+        long = await idle_ttft(
+            replace(probe, name="idle/long"), [n for n in sizes if n > SHORT_TOKENS][:6]
+        )
+        assert short is not None
+        assert long is not None
+        costs = await measure_costs(probe, longest)
+        objectives = Objectives(
+            SHORT_TOKENS, ttft_short=SLO_FACTOR * short.mean, ttft_long=SLO_FACTOR * long.mean
+        )
+        return objectives, costs.capacity(shape)
+    finally:
+        await transport.close()
+
+
+async def load(url: str, filler: WordFiller, workload: Workload, seconds: float) -> Any:
+    transport = HttpTransport(url)
+    try:
+        probe = Probe(transport, Target(MODEL, "completions"), filler, "warm", ids=False)
+        await asyncio.gather(*(probe.ask(str(number), 32, 2) for number in range(8)))
+        generator = LoadGenerator(
+            transport,
+            Target(MODEL, "completions"),
+            filler,
+            clock=asyncio.get_running_loop().time,
+        )
+        return await generator.run(workload, seconds)
+    finally:
+        await transport.close()
+
+
+def row(name: str, lap: int, report: Report, objectives: Objectives) -> dict[str, Any]:
+    short, long, whole = (report.classes[key] for key in ("short", "long", "all"))
+    assert short.ttft is not None
+    return {
+        "router": name,
+        "lap": lap,
+        "requests": report.sent,
+        "errors": report.errors,
+        "short_p50": short.ttft.p50,
+        "short_p90": short.ttft.p90,
+        "short_p99": short.ttft.p99,
+        "long_p90": long.ttft.p90 if long.ttft else None,
+        "short_violations": 1 - (short.slo_attainment or 0.0),
+        "violations": 1 - (whole.slo_attainment or 0.0),
+        "requests_per_second": whole.requests_per_second,
+        "output_tokens_per_second": whole.output_tokens_per_second,
+        "cached_tokens": whole.cached_tokens,
+        "send_lag_p99": report.send_lag.p99 if report.send_lag else None,
+        "warnings": report.warnings,
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over laps."""
+    keys = ("short_p50", "short_p90", "long_p90", "short_violations", "violations")
+    names = list(dict.fromkeys(each["router"] for each in rows))
+    return {
+        name: {
+            key: statistics.median(each[key] for each in rows if each["router"] == name)
+            for key in (*keys, "requests_per_second", "output_tokens_per_second")
+        }
+        for name in names
+    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    names = options.routers.split(",")
+    config = WorkloadConfig(
+        requests=options.requests,
+        document_share=options.document_share,
+        document_tokens=(2048, 6144),
+        think_seconds=2.0,
+        output_tokens=(4, 16),
+    )
+    filler = WordFiller(secrets.token_hex(4), [str(n) for n in range(1, VOCABULARY)], None)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
+        folder = Path(work)
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        urls = stack.enter_context(instances(folder, options.serve))
+        objectives, capacity = asyncio.run(idle(urls[0], filler, config))
+        cores = len(os.sched_getaffinity(0))
+        rate = options.load * capacity * min(cores, len(urls))
+        print(f"{rate:.2f} requests/s, objectives {objectives}", flush=True)
+        candidates = routers(folder, urls, options.venvs, names)
+        for lap in range(options.laps):
+            workload = generate(replace(config, rate=rate, seed=lap))
+            span = workload.sessions[-1].start
+            for router in candidates if lap % 2 == 0 else reversed(candidates):
+                own = replace(filler, salt=f"{filler.salt}/{router.name}/{lap}")
+                with router.up() as url:
+                    result = asyncio.run(load(url, own, workload, 2 * span + 60))
+                report = summarise(result, objectives)
+                rows.append(row(router.name, lap, report, objectives))
+                shown = {k: round(v, 3) for k, v in rows[-1].items() if isinstance(v, float)}
+                print(router.name, shown, report.errors, report.warnings, flush=True)
+    return {
+        "benchmark": "routing",
+        **describe(),
+        "others": [SGLANG_ROUTER, VLLM_ROUTER],
+        "model": CONFIG,
+        "roles": ROLES,
+        "serve_flags": options.serve,
+        "rate": rate,
+        "load": options.load,
+        "objectives": {"short": objectives.ttft_short, "long": objectives.ttft_long},
+        "workload": workload.parameters,
+        "summary": summary(rows),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument(
+        "--routers",
+        default="pla-serve auto,pla-serve predicted,pla-serve round-robin,pla-serve least-loaded,"
+        "sglang-router cache_aware,vllm-router cache_aware",
+    )
+    parser.add_argument("--laps", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument("--document-share", type=float, default=0.15)
+    parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache/pla-serve-routers")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="instances' flags")
+    options = parser.parse_args()
+    result = measure(options)
+    print(json.dumps(result["summary"], indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What one engine is put together from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pla_serve.engine.intake import Intake
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.memory import MemoryGate
+from pla_serve.engine.runner import ModelRunner
+from pla_serve.engine.sampling import Sampler
+from pla_serve.engine.transfer.protocol import Exchange, NoExchange
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a loop drives."""
+
+    runner: ModelRunner
+    kv: KVManager
+    gate: MemoryGate
+    sampler: Sampler
+    intake: Intake
+    policy: PrefillPolicy
+    cost: CostModel
+    device: torch.device
+    exchange: Exchange = field(default_factory=NoExchange)

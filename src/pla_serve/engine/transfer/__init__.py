@@ -1,0 +1,1 @@
+"""KV from one engine to another: the receiving side reads, nobody writes elsewhere."""

@@ -1,0 +1,1 @@
+"""Many instances behind one API: links, router, KV transfer, supervision, control."""

@@ -1,0 +1,1 @@
+"""Moves instances between the pools, and says how many there should be."""

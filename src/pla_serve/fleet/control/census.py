@@ -1,0 +1,83 @@
+"""What a controller is told of each instance: its last report, and what came before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pla_serve.fleet.link.protocol import InstanceReport as LinkReport
+from pla_serve.fleet.link.protocol import Link
+from pla_serve.policy.pools.protocol import InstanceReport, Pool
+
+
+@dataclass(slots=True)
+class Seen:
+    """One instance during a control period."""
+
+    reports: int = 0
+    busy: int = 0
+    """Reports with work in progress or waiting."""
+    lateness: float = 0.0
+    """Seconds by which first tokens missed their deadlines, summed; early ones count negative."""
+    first_tokens: int = 0
+    moved_from: Pool | None = None
+    """The pool that it left, until it has begun with its new one."""
+
+
+class Census:
+    """Counts what happens to each instance between two decisions."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Seen] = {}
+
+    def report(self, url: str, report: LinkReport) -> None:
+        """A heartbeat came."""
+        seen = self._seen.setdefault(url, Seen())
+        seen.reports += 1
+        seen.busy += bool(report.requests or report.running or report.waiting_tokens)
+
+    def first_token(self, url: str, lateness: float) -> None:
+        """Of a request with a deadline, so many seconds after it (negative: before)."""
+        seen = self._seen.setdefault(url, Seen())
+        seen.lateness += lateness
+        seen.first_tokens += 1
+
+    def moved(self, url: str, source: Pool) -> None:
+        self._seen.setdefault(url, Seen()).moved_from = source
+
+    def close(self, link: Link, pool: Pool) -> InstanceReport:
+        """End the control period of an instance that is connected and has reported."""
+        report = link.last_report
+        assert report is not None
+        seen = self._seen.pop(link.url, None) or Seen()
+        # One that interrupts a prefill serves its new class at once, whatever it still holds.
+        express = link.facts is not None and link.facts.express
+        held = _held(report, pool)
+        draining = False
+        if seen.moved_from is not None and not express:
+            draining = _held(report, seen.moved_from) > 0 and seen.moved_from is not pool
+        if draining:
+            self._seen[link.url] = Seen(moved_from=seen.moved_from)
+        return InstanceReport(
+            link.url,
+            pool,
+            queued_short=report.queued_short_seconds,
+            queued_long=report.queued_long_seconds,
+            deadline_error=seen.lateness / seen.first_tokens if seen.first_tokens else 0.0,
+            utilisation=seen.busy / seen.reports if seen.reports else 0.0,
+            drain_seconds=0.0 if express else held,
+            draining=draining,
+            kv_usage=report.kv_usage,
+        )
+
+    def forget(self, url: str) -> None:
+        """The instance was lost, and what was counted with it."""
+        self._seen.pop(url, None)
+
+
+def _held(report: LinkReport, pool: Pool) -> float:
+    """Seconds of prefill of a class that an instance still has to do."""
+    if pool is Pool.SHORT:
+        return report.queued_short_seconds
+    if pool is Pool.LONG:
+        return report.queued_long_seconds
+    return report.queued_short_seconds + report.queued_long_seconds

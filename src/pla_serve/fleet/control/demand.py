@@ -1,0 +1,81 @@
+"""What a fleet is asked for, in instances: the signal for an autoscaler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pla_serve.policy.pools.balance import Demand
+from pla_serve.policy.pools.protocol import InstanceReport, Pool
+from pla_serve.policy.pools.rates import WorkRate
+from pla_serve.policy.pools.scaling import Scaler, ScalingOptions
+
+CLASSES = (Pool.SHORT, Pool.LONG)
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """How many instances there should be, and why."""
+
+    prefill: int
+    """That prefill: short, long and mixed ones together."""
+    decode: int
+    """0 without a decode pool."""
+    demands: dict[Pool, Demand]
+    """Of the classes SHORT and LONG."""
+    held_seconds: float
+    """Prefill that the router holds back; part of what `prefill` counts."""
+
+
+class DemandMeter:
+    """Arrivals and backlogs of the whole fleet.
+
+    Work counts from the moment a request is dispatched, and its backlog is what instances report,
+    waiting or in progress: a signal of busy processors alone would stand still at the number of
+    instances while a queue grows. KV memory counts too: instances whose memory is fuller than the
+    target utilisation want company.
+    """
+
+    def __init__(self, options: ScalingOptions | None = None, memory_seconds: float = 30.0) -> None:
+        options = options or ScalingOptions()
+        self._rates = {pool: WorkRate(memory_seconds) for pool in CLASSES}
+        self._prefill = Scaler(options)
+        self._prefill_memory = Scaler(options)
+        self._decode = Scaler(options)
+
+    def arrived(self, pool: Pool, seconds: float, now: float) -> None:
+        """Work of a class, SHORT or LONG, came."""
+        self._rates[pool].add(seconds, now)
+
+    def demands(self, instances: Sequence[InstanceReport]) -> dict[Pool, Demand]:
+        """Of both classes, with the rates of the last `desired`."""
+        short = sum(report.queued_short for report in instances)
+        long = sum(report.queued_long for report in instances)
+        return {
+            Pool.SHORT: Demand(short, self._rates[Pool.SHORT].rate),
+            Pool.LONG: Demand(long, self._rates[Pool.LONG].rate),
+        }
+
+    def desired(
+        self, now: float, instances: Sequence[InstanceReport], held_seconds: float = 0.0
+    ) -> Desired:
+        """Ends a control period."""
+        for rate in self._rates.values():
+            rate.close(now)
+        demands = self.demands(instances)
+        prefills = [report for report in instances if report.pool is not Pool.DECODE]
+        decodes = [report for report in instances if report.pool is Pool.DECODE]
+        held = [Demand(held_seconds, 0.0)] if held_seconds else []
+        by_work = self._prefill.desired(now, [*demands.values(), *held])
+        by_memory = self._prefill_memory.desired(now, [_memory(prefills)])
+        return Desired(
+            prefill=max(by_work, by_memory),
+            decode=self._decode.desired(now, [_memory(decodes)]) if decodes else 0,
+            demands=demands,
+            held_seconds=held_seconds,
+        )
+
+
+def _memory(instances: Sequence[InstanceReport]) -> Demand:
+    """KV memory in use, in instances that are full; the scaler leaves room above it."""
+    return Demand(0.0, sum(report.kv_usage for report in instances))

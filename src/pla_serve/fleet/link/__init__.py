@@ -1,0 +1,1 @@
+"""The router's connections to its instances: our own protocol, vLLM, SGLang."""

@@ -1,0 +1,387 @@
+"""Links to servers of other kinds: one HTTP stream a request, health and load by polling."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Literal, Protocol
+
+import httpx
+import msgspec
+
+from pla_serve.engine.messages import (
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    Begin,
+    Output,
+    Rejected,
+    Release,
+    Reserve,
+)
+from pla_serve.fleet.link.liveness import Backoff
+from pla_serve.fleet.link.mapping import Unmappable, refusal, samples
+from pla_serve.fleet.link.protocol import (
+    InstanceFacts,
+    InstanceReport,
+    LinkDown,
+    LinkEvents,
+    LinkRefused,
+    NewsMessage,
+    RequestMessage,
+    Role,
+)
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+LIVENESS_SECONDS = 5.0
+"""Most time for an answer to ``/health``; such servers answer it between other work."""
+STALL_SECONDS = 60.0
+"""A server that has requests, and sends nothing for any of them for so long, hangs."""
+
+
+class Broken(Exception):
+    """The server did not keep to its protocol, or the connection failed in the middle."""
+
+
+class Answer(Protocol):
+    """Reads the stream of one request."""
+
+    def read(self, event: bytes) -> Output | Rejected | None:
+        """The news in one event; None if there is none. `Rejected` instead of the first news only.
+
+        Raises:
+            Broken: it is not an event of such a server.
+        """
+
+
+class Dialect(Protocol):
+    """How one kind of server is spoken to."""
+
+    @property
+    def kind(self) -> Literal["vllm", "sglang"]: ...
+
+    @property
+    def path(self) -> str:
+        """Where requests are posted."""
+
+    def body(self, request: AddRequest, model: str) -> dict[str, Any]:
+        """The request in its words.
+
+        Raises:
+            Unmappable: it asks for something that the server lacks.
+        """
+
+    def answer(self, request: AddRequest) -> Answer: ...
+
+    async def facts(
+        self, client: httpx.AsyncClient, model: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> InstanceFacts:
+        """From the entry of ``/v1/models`` and what `samples` found. ``boot`` is filled in later.
+
+        Raises:
+            httpx.HTTPError: it did not answer.
+        """
+
+    def load(self, metrics: Mapping[str, float], report: InstanceReport) -> InstanceReport:
+        """``report`` with what the server says of its load."""
+
+
+class HttpLink:
+    """See `Link`. The role is only known to this router: such servers have none.
+
+    A connection that fails in the middle of an answer counts as the loss of the whole server: all
+    requests move, and it is back as soon as it answers ``/health``.
+
+    Args:
+        url: of the server, ``http://host:port``.
+        api_key: sent as a bearer token.
+        liveness_seconds: most time for an answer to ``/health``.
+        stall_seconds: of silence on all streams that mean a hang.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        events: LinkEvents,
+        dialect: Dialect,
+        *,
+        api_key: str | None = None,
+        liveness_seconds: float = LIVENESS_SECONDS,
+        stall_seconds: float = STALL_SECONDS,
+        poll_seconds: float = POLL_SECONDS,
+        backoff: Backoff | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._events = events
+        self._dialect = dialect
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._liveness = liveness_seconds
+        self._stall = stall_seconds
+        self._poll = poll_seconds
+        self._backoff = backoff or Backoff()
+        self._clock = clock
+        self._closing = asyncio.Event()
+        self._client: httpx.AsyncClient | None = None
+        self._requests: dict[str, asyncio.Task[None]] = {}
+        self._ended: asyncio.Future[str] | None = None
+        self._role: Role = "mixed"
+        self._draining = False
+        self._heard = 0.0
+        self._failures = 0
+        self._facts: InstanceFacts | None = None
+        self._report: InstanceReport | None = None
+        self._connected = False
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    @property
+    def facts(self) -> InstanceFacts | None:
+        return self._facts
+
+    @property
+    def last_report(self) -> InstanceReport | None:
+        return self._report
+
+    def set_role(self, role: Role) -> None:
+        self._role = role
+
+    def drain(self, on: bool) -> None:
+        self._draining = on
+
+    def send(self, message: RequestMessage) -> None:
+        if not self._connected:
+            raise LinkDown(f"there is no connection to {self._url}")
+        if isinstance(message, AddRequest):
+            self._start(message)
+        elif isinstance(message, AbortRequest):
+            task = self._requests.pop(message.id, None)
+            if task is not None:
+                task.cancel()
+        elif not isinstance(message, Release):
+            id = message.request.id if isinstance(message, Reserve) else message.id
+            what = "begin" if isinstance(message, Begin) else type(message).__name__.lower()
+            self._reject(id, f"{self._dialect.kind} servers have no KV transfer ({what})", None)
+
+    def _start(self, request: AddRequest) -> None:
+        if request.id in self._requests:
+            self._reject(request.id, f"request {request.id} runs already", None)
+            return
+        if not self._requests:
+            self._heard = self._clock()
+        task = asyncio.create_task(self._run(request))
+        task.add_done_callback(self._done)
+        self._requests[request.id] = task
+
+    async def run(self) -> None:
+        while not self._closing.is_set():
+            reason = await self._live()
+            if self._closing.is_set():
+                return
+            self._failures += 1
+            delay = self._backoff.delay(self._failures)
+            log.log(
+                logging.WARNING if self._failures == 1 else logging.DEBUG,
+                "%s: %s; trying again in %.1f s",
+                self._url,
+                reason,
+                delay,
+            )
+            await self._pause(delay)
+
+    async def close(self) -> None:
+        self._closing.set()
+        self._end("this router closed the link")
+
+    async def _live(self) -> str:
+        """From the first answer to the last; why it ended."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        timeout = httpx.Timeout(self._liveness, pool=None)
+        async with httpx.AsyncClient(
+            base_url=self._url,
+            headers=self._headers,
+            limits=limits,
+            timeout=timeout,
+            trust_env=False,
+        ) as client:
+            try:
+                facts, metrics = await self._introduce(client)
+            except (httpx.HTTPError, Broken) as error:
+                return f"cannot connect: {str(error) or type(error).__name__}"
+            self._client = client
+            self._facts = facts
+            ended = self._ended = asyncio.get_running_loop().create_future()
+            self._connected = True
+            self._failures = 0
+            log.info("linked to %s", self._url)
+            self._events.connected(self, facts)
+            self._tell(metrics)
+            watch = asyncio.create_task(self._watch(client))
+            reason = "the link was cancelled"
+            try:
+                await asyncio.wait({ended, watch}, return_when=asyncio.FIRST_COMPLETED)
+                reason = watch.result() if watch.done() else ended.result()
+            finally:
+                self._lose(reason)
+                watch.cancel()
+                with suppress(asyncio.CancelledError):
+                    await watch
+        return reason
+
+    async def _introduce(
+        self, client: httpx.AsyncClient
+    ) -> tuple[InstanceFacts, Mapping[str, float]]:
+        """What the server is, once it is healthy."""
+        (await client.get("/health")).raise_for_status()
+        response = await client.get("/v1/models")
+        if response.status_code in (401, 403):
+            raise LinkRefused(
+                f"{self._url} refused the link: HTTP {response.status_code}. The API key has to be "
+                "one of its keys."
+            )
+        response.raise_for_status()
+        try:
+            model = response.json()["data"][0]
+            if not isinstance(model["max_model_len"], int):
+                raise TypeError
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise Broken("/v1/models does not say how long a prompt may be") from None
+        metrics = samples(await self._metrics(client))
+        facts = await self._dialect.facts(client, model, metrics)
+        started = metrics.get("process_start_time_seconds")
+        boot = f"{started}" if started is not None else f"link-{self._clock()}"
+        return msgspec.structs.replace(facts, boot=boot), metrics
+
+    async def _metrics(self, client: httpx.AsyncClient) -> str:
+        """Prometheus text; empty where it is not offered."""
+        response = await client.get("/metrics", follow_redirects=True)
+        return response.text if response.is_success else ""
+
+    async def _watch(self, client: httpx.AsyncClient) -> str:
+        """Polls until the server is lost; returns why."""
+        while True:
+            await asyncio.sleep(self._poll)
+            if self._requests and self._clock() - self._heard > self._stall:
+                return f"nothing came for {len(self._requests)} requests in {self._stall:g} s"
+            try:
+                (await client.get("/health")).raise_for_status()
+                metrics = samples(await self._metrics(client))
+            except httpx.HTTPStatusError as error:
+                return f"/health says {error.response.status_code}"
+            except httpx.HTTPError as error:
+                return f"no answer to /health: {str(error) or type(error).__name__}"
+            self._tell(metrics)
+
+    def _tell(self, metrics: Mapping[str, float]) -> None:
+        base = InstanceReport(
+            role=self._role,
+            ready=True,
+            draining=self._draining,
+            kv_tokens=self._facts.kv_tokens if self._facts else 0,
+            requests=len(self._requests),
+        )
+        self._report = self._dialect.load(metrics, base)
+        self._events.report(self, self._report)
+
+    async def _run(self, request: AddRequest) -> None:
+        """One request from its post to its last token."""
+        assert self._client is not None
+        assert self._facts is not None
+        try:
+            body = self._dialect.body(request, self._facts.model)
+            await self._stream(self._client, request, msgspec.json.encode(body))
+        except Unmappable as error:
+            self._news(Rejected(id=request.id, reason=str(error), retry_after=None))
+        except (httpx.HTTPError, Broken) as error:
+            self._end(f"an answer broke off: {str(error) or type(error).__name__}")
+        finally:
+            if self._requests.get(request.id) is asyncio.current_task():
+                del self._requests[request.id]
+
+    async def _stream(self, client: httpx.AsyncClient, request: AddRequest, body: bytes) -> None:
+        post = client.stream(
+            "POST",
+            self._dialect.path,
+            content=body,
+            headers={"Content-Type": "application/json"},
+            timeout=httpx.Timeout(self._liveness, read=None, pool=None),
+        )
+        async with post as response:
+            if not response.is_success:
+                self._news(refusal(request.id, response, await response.aread()))
+                return
+            answer = self._dialect.answer(request)
+            accepted = False  # such servers check requests after they have said 200
+            async for line in response.aiter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                news = answer.read(line[6:].encode())
+                self._heard = self._clock()
+                if news is None:
+                    continue
+                if not accepted and isinstance(news, Output):
+                    self._news(Accepted(request.id, None))
+                accepted = True
+                self._news(news)
+                if isinstance(news, Rejected) or news.finish_reason is not None:
+                    return
+        raise Broken("the stream ended before the answer did")
+
+    def _news(self, message: NewsMessage) -> None:
+        """To the owner, unless the request has been aborted or moved."""
+        if self._connected and self._requests.get(_id(message)) is asyncio.current_task():
+            self._events.message(self, message)
+
+    def _reject(self, id: str, reason: str, retry_after: float | None) -> None:
+        """Not from inside `send`: its caller does not expect news yet."""
+
+        def tell() -> None:
+            if self._connected:
+                rejected = Rejected(id=id, reason=reason, retry_after=retry_after)
+                self._events.message(self, rejected)
+
+        asyncio.get_running_loop().call_soon(tell)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        """A bug must not leave a request without an end."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: a request failed", self._url, exc_info=error)
+            self._end(f"the link failed: {error!r}")
+
+    def _end(self, reason: str) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(reason)
+
+    def _lose(self, reason: str) -> None:
+        self._connected = False
+        self._report = None
+        for task in self._requests.values():
+            task.cancel()
+        self._requests.clear()
+        log.log(
+            logging.INFO if self._closing.is_set() else logging.WARNING,
+            "lost %s: %s",
+            self._url,
+            reason,
+        )
+        self._events.lost(self, reason)
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+
+
+def _id(message: NewsMessage) -> str:
+    return message.id

@@ -1,0 +1,197 @@
+"""The link to a plain vLLM server, over its ``/v1/completions`` with token ids in and out.
+
+What carries over: prompts, limits, stop ids, sampling parameters, seeds, log probabilities,
+grammars. What does not: deadlines (the router's alone), and an exact continuation of what another
+instance began; see `body`. Tried with vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import httpx
+import msgspec
+
+from pla_serve.engine.messages import (
+    AddRequest,
+    FinishReason,
+    Grammar,
+    Output,
+    Rejected,
+    SamplingParams,
+    TokenLogprob,
+)
+from pla_serve.fleet.link.http import Broken
+from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
+from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
+
+BLOCK_TOKENS = 16
+"""vLLM's default, for servers that do not say."""
+
+
+class _Logprobs(msgspec.Struct):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class _Error(msgspec.Struct):
+    message: str = "no reason given"
+    code: int | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    error: _Error | None = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+class VllmDialect:
+    """See `Dialect`."""
+
+    kind: Literal["vllm", "sglang"] = "vllm"
+    path = "/v1/completions"
+
+    def body(self, request: AddRequest, model: str) -> dict[str, Any]:
+        """What is omitted is at vLLM's default, which is ours.
+
+        A request that another instance began is a longer prompt with less to make. Greedy tokens
+        are those that would have followed there. Sampled ones are as likely, but others. Presence
+        and frequency penalties and grammars would begin anew, so they are refused.
+        """
+        sampling = request.sampling
+        if request.hand_over is not None:
+            raise Unmappable("vLLM servers have no KV transfer with instances (hand_over)")
+        check_continuation("vLLM", request)
+        body: dict[str, Any] = {
+            "model": model,
+            "prompt": request.prompt,
+            "max_tokens": sampling.max_tokens - request.generated,
+            "min_tokens": max(0, sampling.min_tokens - request.generated),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "repetition_penalty": sampling.repetition_penalty,
+            "ignore_eos": sampling.ignore_eos,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "stream": True,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            "priority": request.priority,
+        }
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed
+        if sampling.logit_bias:
+            body["logit_bias"] = {str(id): bias for id, bias in sampling.logit_bias.items()}
+        if sampling.logprobs is not None:
+            body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
+        if sampling.grammar is not None:
+            body["structured_outputs"] = _structured(sampling.grammar)
+        return body
+
+    def answer(self, request: AddRequest) -> VllmAnswer:
+        return VllmAnswer(request.id, request.sampling)
+
+    async def facts(
+        self, client: httpx.AsyncClient, model: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> InstanceFacts:
+        block = int(metrics.get("vllm:cache_config_info.block_size", BLOCK_TOKENS))
+        blocks = int(metrics.get("vllm:cache_config_info.num_gpu_blocks", 0))
+        return InstanceFacts(
+            boot="",
+            kind=self.kind,
+            model=model["id"],
+            max_model_len=model["max_model_len"],
+            vocab_size=0,
+            kv_tokens=block * blocks,
+            block_tokens=block,
+        )
+
+    def load(self, metrics: Mapping[str, float], report: InstanceReport) -> InstanceReport:
+        return msgspec.structs.replace(
+            report,
+            running=int(metrics.get("vllm:num_requests_running", 0)),
+            short_waiting=int(metrics.get("vllm:num_requests_waiting", 0)),
+            kv_usage=metrics.get("vllm:kv_cache_usage_perc", 0.0),
+        )
+
+
+class VllmAnswer:
+    """See `Answer`."""
+
+    def __init__(self, id: str, sampling: SamplingParams) -> None:
+        self._id = id
+        self._logprobs = sampling.logprobs
+        self._begun = False
+
+    def read(self, event: bytes) -> Output | Rejected | None:
+        try:
+            chunk = _decode(event)
+            if chunk.error is not None:
+                return failure(self._id, chunk.error.message, chunk.error.code, self._begun)
+            if not chunk.choices:
+                return None
+            return self._output(chunk.choices[0])
+        except (msgspec.DecodeError, ValueError) as error:
+            raise Broken(f"an event that is not one of vLLM's: {error}") from None
+
+    def _output(self, choice: _Choice) -> Output | None:
+        tokens = choice.token_ids
+        if tokens is None:
+            raise Broken("no token ids (return_token_ids); vLLM 0.10.2 or newer is needed")
+        if not tokens and choice.finish_reason is None:
+            return None
+        if choice.finish_reason not in (None, "stop", "length"):
+            error = f"vLLM ended the request: {choice.finish_reason}"
+            return Output(id=self._id, tokens=tokens, finish_reason="error", error=error)
+        self._begun = True
+        reason: FinishReason | None = None
+        if choice.finish_reason is not None:
+            reason = "stop" if choice.finish_reason == "stop" else "length"
+        return Output(
+            id=self._id,
+            tokens=tokens,
+            logprobs=None if choice.logprobs is None else self._read_logprobs(choice.logprobs),
+            finish_reason=reason,
+            stop_token=tokens[-1] if reason == "stop" and tokens else None,
+        )
+
+    def _read_logprobs(self, logprobs: _Logprobs) -> list[TokenLogprob]:
+        tops = logprobs.top_logprobs or [None] * len(logprobs.tokens)
+        return [
+            rank_among(
+                float("-inf") if logprob is None else logprob,
+                [(_token(name), value) for name, value in (top or {}).items()],
+                self._logprobs or 0,
+            )
+            for logprob, top in zip(logprobs.token_logprobs, tops, strict=True)
+        ]
+
+
+def _token(name: str) -> int:
+    return int(name.removeprefix("token_id:"))
+
+
+def _structured(grammar: Grammar) -> dict[str, Any]:
+    match grammar.kind:
+        case "json_object":
+            return {"json_object": True}
+        case "json_schema":
+            return {"json": grammar.spec}
+        case "regex":
+            return {"regex": grammar.spec}
+        case "lark":
+            return {"grammar": grammar.spec}

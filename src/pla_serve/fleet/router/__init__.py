@@ -1,0 +1,1 @@
+"""Many instances behind one API: who gets a request, and what happens when an instance fails."""

@@ -1,0 +1,86 @@
+"""A circuit breaker: who fails again and again is left alone for a while."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitOptions:
+    """Raises:
+    ValueError: a field is out of range.
+    """
+
+    failures: int = 3
+    """So many in a row open it."""
+    open_seconds: float = 2.0
+    """How long it stays open the first time; each failed probe doubles that."""
+    most_open_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.failures < 1:
+            raise ValueError(f"a circuit opens after at least 1 failure, not {self.failures}")
+        if not 0 < self.open_seconds <= self.most_open_seconds:
+            raise ValueError(
+                f"a circuit stays open for a positive time of at most {self.most_open_seconds} s, "
+                f"not {self.open_seconds}"
+            )
+
+
+class CircuitState(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+    """One request is let through to see."""
+
+
+class Circuit:
+    """Of one instance. Times are seconds on the caller's clock, and never go back.
+
+    A request that was sent counts as one failure or success, by what came of it first.
+    """
+
+    def __init__(self, options: CircuitOptions) -> None:
+        self._options = options
+        self._failures = 0
+        self._opened = 0
+        """How often it opened since it was last closed."""
+        self._until: float | None = None
+        """It stays open until then; None: closed."""
+        self._probe: str | None = None
+
+    @property
+    def closed(self) -> bool:
+        return self._until is None
+
+    def state(self, now: float) -> CircuitState:
+        if self._until is None:
+            return CircuitState.CLOSED
+        return CircuitState.OPEN if now < self._until else CircuitState.HALF_OPEN
+
+    def allows(self, now: float) -> bool:
+        """A request may be sent."""
+        return self._until is None or (now >= self._until and self._probe is None)
+
+    def sent(self, id: str) -> None:
+        """In a circuit that is not closed, this one is the probe."""
+        if self._until is not None and self._probe is None:
+            self._probe = id
+
+    def withdrawn(self, id: str) -> None:
+        """Nothing will be learnt of this request; another one may be the probe."""
+        if self._probe == id:
+            self._probe = None
+
+    def succeeded(self) -> None:
+        self._failures = self._opened = 0
+        self._until = self._probe = None
+
+    def failed(self, now: float) -> None:
+        self._failures += 1
+        self._probe = None
+        if self._until is not None or self._failures >= self._options.failures:
+            seconds = self._options.open_seconds * 2.0 ** min(self._opened, 30)
+            self._until = now + min(seconds, self._options.most_open_seconds)
+            self._opened += 1

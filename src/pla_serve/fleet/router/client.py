@@ -1,0 +1,218 @@
+"""The backend of the API server that is a fleet: links, waiting for instances, sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from pla_serve.engine.messages import AddRequest, EngineReady, Inbound
+from pla_serve.fleet.link.protocol import InstanceFacts, Link, LinkEvents, LinkRefused
+from pla_serve.fleet.router.contract import FleetOptions, Observer
+from pla_serve.fleet.router.fleet import Fleet
+from pla_serve.fleet.router.instances import Instance
+from pla_serve.policy.routing.protocol import RoutingPolicy
+from pla_serve.server.backend import EngineStartError, EngineUnavailableError
+from pla_serve.server.session import EngineDiedError, EngineSession, Receiver
+
+if TYPE_CHECKING:
+    from pla_serve.fleet.control.control import FleetControl
+
+log = logging.getLogger(__name__)
+
+MakeLink = Callable[[LinkEvents], Link]
+
+
+class FleetClient:
+    """A `Backend`. All methods belong to one event loop.
+
+    Args:
+        links: make the link to each instance, given whom to tell.
+        observer: told what happens, as the metrics.
+        control: moves instances between roles while `run` runs; ``observer`` must tell it.
+
+    Raises:
+        ValueError: no links, or two to one instance.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[MakeLink],
+        observer: Observer,
+        *,
+        options: FleetOptions | None = None,
+        routing: RoutingPolicy | None = None,
+        control: FleetControl | None = None,
+        max_waiting: int = 4096,
+    ) -> None:
+        if not links:
+            raise ValueError("a router needs an instance: --instance URL")
+        self.fleet = Fleet(
+            time.monotonic,
+            lambda seconds, call: asyncio.get_running_loop().call_later(seconds, call),
+            observer,
+            options=options,
+            routing=routing,
+            on_change=self._changed,
+            timer=time.perf_counter,
+        )
+        self._links = [make(self.fleet) for make in links]
+        for link in self._links:
+            self.fleet.attach(link)
+        self.control = control
+        self._max_waiting = max_waiting
+        self._waiting = 0
+        self._ready = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._was_ready = False
+
+    @property
+    def instances(self) -> Sequence[Instance]:
+        """For `/fleet`, the controller and metrics; only the fleet changes them."""
+        return self.fleet.instances
+
+    @property
+    def info(self) -> EngineReady | None:
+        """What every instance can do that was ever connected; None before the first."""
+        return fleet_facts([i.facts for i in self.fleet.instances if i.facts and not i.unfit])
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set()
+
+    @property
+    def status(self) -> str:
+        if self._stopped.is_set():
+            return "stopped"
+        if self.is_ready:
+            return "ready"
+        return "restarting" if self._was_ready else "starting"
+
+    async def run(self) -> None:
+        """Keep the links up until `stop`.
+
+        Raises:
+            EngineStartError: no instance will ever let this router in.
+        """
+        stopped = asyncio.create_task(self._stopped.wait())
+        control = asyncio.create_task(self._decide())
+        tasks: set[asyncio.Task[None]] = {asyncio.create_task(link.run()) for link in self._links}
+        refusals: list[str] = []
+        try:
+            while not stopped.done():
+                done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done & tasks:
+                    tasks.discard(task)
+                    try:
+                        task.result()
+                    except LinkRefused as error:
+                        log.error("%s", error)
+                        refusals.append(str(error))
+                if not tasks and not stopped.done():
+                    raise EngineStartError("; ".join(refusals) or "all links have ended")
+        finally:
+            self._stopped.set()
+            for task in (stopped, control, *tasks):
+                task.cancel()
+            await asyncio.gather(stopped, control, *tasks, return_exceptions=True)
+
+    async def stop(self, grace_seconds: float = 5.0) -> None:
+        """Ends everything in flight and all links; the instances live on."""
+        self.fleet.fail_all("the router is shutting down")
+        self._stopped.set()
+        self._ready.clear()
+        for link in self._links:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace_seconds):
+                    await link.close()
+
+    async def ready(self) -> EngineReady:
+        """Waits for as long as it takes."""
+        await self._ready.wait()
+        info = self.info
+        assert info is not None
+        return info
+
+    async def wait_ready(self, seconds: float) -> EngineReady:
+        """What may be asked, once some instance takes requests.
+
+        Raises:
+            EngineUnavailableError: not within ``seconds``, or too many requests wait already.
+        """
+        if not self._ready.is_set():
+            if self._stopped.is_set() or self._waiting >= self._max_waiting:
+                raise EngineUnavailableError("no instance is ready", 5.0)
+            self._waiting += 1
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._ready.wait()
+            except TimeoutError:
+                raise EngineUnavailableError("no instance is ready", 5.0) from None
+            finally:
+                self._waiting -= 1
+        info = self.info
+        assert info is not None
+        return info
+
+    def session(self, max_unread_tokens: int, tenant: str = "") -> EngineSession:
+        return EngineSession(_Door(self, tenant), max_unread_tokens)
+
+    async def _decide(self) -> None:
+        """Ask the controller once in a period."""
+        control = self.control
+        while control is not None:
+            await asyncio.sleep(control.options.period_seconds)
+            try:
+                control.tick(time.monotonic(), self.fleet.held_seconds)
+            except Exception:
+                log.exception("the controller failed; its next decision is due as ever")
+
+    def _changed(self) -> None:
+        if self.fleet.serving and not self._stopped.is_set():
+            self._ready.set()
+            self._was_ready = True
+        else:
+            self._ready.clear()
+
+
+class _Door:
+    """Where the sessions of one API key come in."""
+
+    def __init__(self, client: FleetClient, tenant: str) -> None:
+        self._client = client
+        self._tenant = tenant
+        self._receivers: dict[str, Receiver] = {}
+
+    def open_route(self, id: str, session: Receiver) -> None:
+        if self._client.status == "stopped":
+            raise EngineDiedError("the router is shutting down")
+        self._receivers[id] = session
+
+    def close_route(self, id: str) -> None:
+        """A request that has not ended is aborted; the message that follows has nothing to do."""
+        self._receivers.pop(id, None)
+        self._client.fleet.close(id)
+
+    def send(self, message: Inbound) -> None:
+        if isinstance(message, AddRequest):
+            self._client.fleet.submit(message, self._receivers[message.id], self._tenant)
+
+
+def fleet_facts(facts: Sequence[InstanceFacts]) -> EngineReady | None:
+    """What may be asked of any of them."""
+    if not facts:
+        return None
+    first = facts[0]
+    return EngineReady(
+        max_model_len=min(each.max_model_len for each in facts),
+        kv_tokens=sum(each.kv_tokens for each in facts),
+        kv_bytes_per_token=first.kv_bytes_per_token,
+        layers=first.layers,
+        vocab_size=max(each.vocab_size for each in facts),
+        device=first.device or "unknown",
+        dtype=first.dtype or "unknown",
+        policy=first.policy or "unknown",
+    )

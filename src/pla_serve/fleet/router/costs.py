@@ -1,0 +1,91 @@
+"""What a prefill takes on an instance of this fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple
+from statistics import median
+
+from pla_serve.policy.cost import CostModel, CostProfile
+from pla_serve.policy.protocol import Batch, BatchClass, Chunk
+
+UNITS = ("token", "attention", "kv", "sequence", "launch")
+"""Of `EngineStats.cost_seconds`, in the order of `CostProfile`."""
+FRESH_SECONDS = 1.0
+"""The model is made anew this often at most."""
+FETCH_SECONDS = 0.01
+"""Messages to and fro before KV begins to move, and until the last of it is confirmed."""
+FIRST_BYTES_PER_SECOND = 1e9
+"""Of KV transfer, until some have been seen; a modest network."""
+LEARNING = 0.2
+"""Weight of the newest transfer."""
+
+
+class FleetCost:
+    """The median of what instances say of themselves; where none does, learnt from first tokens.
+
+    One model for all: a fleet of unequal machines is predicted by the one in the middle, and
+    corrected by the queues that each reports in seconds of its own.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, CostProfile] = {}
+        self._boundaries: dict[str, int] = {}
+        self._learnt = CostModel()
+        self._model: CostModel | None = None
+        self._made = -FRESH_SECONDS
+        self.boundary_tokens = self._learnt.boundary()
+        self.kv_bytes_per_token = 0
+        self._bytes_per_second = FIRST_BYTES_PER_SECOND
+
+    @property
+    def launch_seconds(self) -> float:
+        return self._current.profile.per_launch
+
+    def prefill_seconds(self, new_tokens: int, history: int) -> float:
+        """Alone on an idle instance."""
+        return self._current.prefill_seconds(new_tokens, history)
+
+    def transfer_seconds(self, tokens: int) -> float:
+        """To fetch the KV of so many tokens from another instance."""
+        return FETCH_SECONDS + tokens * self.kv_bytes_per_token / self._bytes_per_second
+
+    def fetched(self, tokens: int, seconds: float) -> None:
+        """A fetch of so many tokens took so long, with all that it waited for."""
+        rate = tokens * self.kv_bytes_per_token / max(seconds - FETCH_SECONDS, 1e-4)
+        if rate > 0:
+            self._bytes_per_second += LEARNING * (rate - self._bytes_per_second)
+
+    def said(
+        self, name: str, cost: Mapping[str, float] | None, boundary_tokens: int, now: float
+    ) -> bool:
+        """An instance's own model; returns whether predictions have changed."""
+        if boundary_tokens:
+            self._boundaries[name] = boundary_tokens
+        if cost is not None and set(UNITS) <= cost.keys():
+            self._said[name] = CostProfile(*(cost[unit] for unit in UNITS))
+        if now - self._made < FRESH_SECONDS or not (self._said or self._boundaries):
+            return False
+        self._made = now
+        if self._said:
+            columns = zip(*map(astuple, self._said.values()), strict=True)
+            self._model = CostModel(CostProfile(*map(median, columns)))
+        if self._boundaries:
+            self.boundary_tokens = round(median(self._boundaries.values()))
+        return True
+
+    def gone(self, name: str) -> None:
+        """It says nothing any more."""
+        self._said.pop(name, None)
+        self._boundaries.pop(name, None)
+
+    def saw(self, id: str, new_tokens: int, history: int, seconds: float) -> None:
+        """A first token came so long after its request was sent to an idle instance."""
+        if not self._said:
+            self._learnt.observe(
+                Batch(BatchClass.MIXED, (Chunk(id, new_tokens, history),)), seconds
+            )
+
+    @property
+    def _current(self) -> CostModel:
+        return self._model if self._model is not None and self._said else self._learnt

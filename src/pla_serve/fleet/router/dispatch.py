@@ -1,0 +1,290 @@
+"""Which instance a request is sent to, and the accounts of what was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from pla_serve.fleet.link.protocol import InstanceReport
+from pla_serve.fleet.router.costs import FleetCost
+from pla_serve.fleet.router.flight import Flight, Leg
+from pla_serve.fleet.router.instances import Instance
+from pla_serve.fleet.router.prefixes import PrefixRecord
+from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.routing.class_pools import ClassPools
+from pla_serve.policy.routing.least_loaded import LeastLoaded
+from pla_serve.policy.routing.predicted import Predicted
+from pla_serve.policy.routing.protocol import RoutingPolicy
+from pla_serve.policy.routing.request import FleetModel, NoInstance, RouteRequest
+from pla_serve.policy.routing.router import Placement, Router
+from pla_serve.policy.routing.view import FleetView
+
+TRANSIT_SECONDS = 0.005
+"""What was sent less than this before an instance counted its queue may be missing there."""
+BLAME_SECONDS = 1.0
+"""How long an instance that failed a request is kept from it even if there is no other."""
+
+
+class ByRoles:
+    """Class pools while there are short or long instances, predicted first tokens otherwise."""
+
+    def __init__(self) -> None:
+        self._pools = ClassPools()
+        self._mixed = Predicted()
+
+    def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
+        """As the one that applies."""
+        classes = any(entry.pool is not Pool.MIXED for entry in view.entries)
+        policy: RoutingPolicy = self._pools if classes else self._mixed
+        return policy.choose(request, view, pool, now)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a request would go, and what it would find there. Seconds are predicted."""
+
+    instance: Instance
+    stage: Router
+    request: RouteRequest
+    place: Placement
+    wait: float
+    """Until it begins."""
+    short: bool
+    alone: bool
+    """Nothing waits there."""
+
+
+class Dispatcher:
+    """Decides with the policies of `policy/routing`; what they know of the fleet comes from here.
+
+    Instances for decode have a stage of their own, and take whole requests only if no other can.
+    """
+
+    def __init__(
+        self,
+        instances: Callable[[str], Instance],
+        routing: RoutingPolicy | None = None,
+    ) -> None:
+        """
+        Args:
+            instances: by name.
+            routing: None is `ByRoles`.
+        """
+        self.cost = FleetCost()
+        self.prefixes = PrefixRecord()
+        self._instances = instances
+        self._transfers: dict[str, str | None] = {}
+        """What KV each can exchange."""
+        self._express: dict[str, bool] = {}
+        self._prefill = Router(routing or ByRoles(), self._model())
+        self._decode = Router(LeastLoaded("tokens"), self._model())
+        self._odd: dict[str, Instance] = {}
+        """Those that may not be sent to just now: closed, or with a circuit that is not."""
+        self._forgetful: set[str] = set()
+        """Those that may continue a stream with other tokens (`InstanceFacts.resumes`)."""
+
+    # Instances
+
+    def join(self, instance: Instance, now: float) -> None:
+        """It is connected; its facts are known."""
+        facts = instance.facts
+        assert facts is not None
+        self.prefixes.join(instance.name, facts.kv_tokens)
+        self._express[instance.name] = facts.express
+        self._transfers[instance.name] = facts.transfer
+        self.cost.kv_bytes_per_token = facts.kv_bytes_per_token
+        if facts.resumes:
+            self._forgetful.discard(instance.name)
+        else:
+            self._forgetful.add(instance.name)
+        self._stage(instance).added(instance.name, instance.pool, now)
+        self._renew()
+        self.note(instance)
+
+    def leave(self, instance: Instance) -> None:
+        """It is gone; so are all accounts there."""
+        for stage in (self._prefill, self._decode):
+            if instance.name in stage.view:
+                stage.removed(instance.name)
+        self._odd.pop(instance.name, None)
+        self._express.pop(instance.name, None)
+        self._transfers.pop(instance.name, None)
+        self.cost.gone(instance.name)
+
+    def reported(self, instance: Instance, report: InstanceReport, now: float) -> None:
+        """``instance.report`` is new."""
+        name = instance.name
+        stage = self._stage(instance)
+        if name not in stage.view:
+            other = self._decode if stage is self._prefill else self._prefill
+            if name in other.view:
+                other.removed(name)
+                stage.added(name, instance.pool, now)
+        elif stage.view.entry(name).pool is not instance.pool:
+            stage.moved(name, instance.pool)
+        if report.kv_tokens and instance.facts and report.kv_tokens != instance.facts.kv_tokens:
+            self.prefixes.join(name, report.kv_tokens)
+        if self.cost.said(name, report.cost, report.boundary_tokens, now):
+            self._renew()
+        if report.cost is not None:
+            short = report.queued_short_seconds
+            at = now - report.age - TRANSIT_SECONDS
+            stage.reported(name, short + report.queued_long_seconds, short, at)
+        self.note(instance)
+
+    def note(self, instance: Instance) -> None:
+        """It opened or closed, or its circuit did."""
+        if instance.open and instance.circuit.closed:
+            self._odd.pop(instance.name, None)
+        elif instance.connected:
+            self._odd[instance.name] = instance
+
+    def count(self) -> int:
+        """Instances that prefill; if there are none, all."""
+        return len(self._prefill.view) or len(self._decode.view)
+
+    # Requests
+
+    def plan(self, flight: Flight, id: str, now: float) -> Plan | None:
+        """The best of those that may have it, or None if there is nobody."""
+        request = self._route_request(flight, id)
+        for exclude in self._exclusions(flight, now):
+            for stage in (self._prefill, self._decode):
+                if not stage.view.entries:
+                    continue
+                try:
+                    name = stage.choose(request, now, exclude)
+                except NoInstance:
+                    continue
+                return self._plan(stage, request, name, now)
+        return None
+
+    def charge(self, flight: Flight, plan: Plan, now: float) -> Leg:
+        """The request is sent as planned."""
+        instance = plan.instance
+        plan.stage.dispatched(plan.request, instance.name, now)
+        place = plan.place
+        return Leg(
+            instance,
+            plan.request.id,
+            now,
+            instance.epoch,
+            self.prefixes.insert(instance.name, flight.chain),
+            place.history,
+            plan.wait + place.seconds,
+            (place.new_tokens, place.history) if plan.alone else None,
+            place.fetch_tokens if place.fetch_from is not None else 0,
+        )
+
+    def prefilled(self, leg: Leg, cached_tokens: int | None, now: float) -> None:
+        """Its first token has come."""
+        self._prefill.prefilled(leg.id, now)
+        if leg.mark is not None:
+            self.prefixes.confirm(leg.instance.name, leg.mark, cached_tokens)
+            leg.mark = None
+        if leg.alone is None:
+            return
+        if leg.fetched:
+            rest = self.cost.prefill_seconds(*leg.alone)
+            self.cost.fetched(leg.fetched, now - leg.sent - rest)
+        else:
+            self.cost.saw(leg.id, *leg.alone, now - leg.sent)
+
+    def grown(self, flight: Flight, leg: Leg) -> None:
+        """The instance keeps the KV of its output as well."""
+        flight.extend_chain()
+        self.prefixes.extend(leg.instance.name, flight.chain)
+
+    def finished(self, leg: Leg, now: float) -> None:
+        """It has left the instance, at whatever point."""
+        self._prefill.finished(leg.id, now)
+        self._decode.finished(leg.id, now)
+        if leg.mark is not None:
+            self.prefixes.undo(leg.instance.name, leg.mark)
+            leg.mark = None
+
+    def outstanding(self, name: str) -> tuple[int, float]:
+        """Charged there: requests, and predicted seconds of waiting prefill."""
+        for stage in (self._prefill, self._decode):
+            if name in stage.view:
+                entry = stage.view.entry(name)
+                return len(entry.waiting) + len(entry.running), entry.work
+        return 0, 0.0
+
+    def plan_decode(self, flight: Flight, id: str, exclude: set[str], now: float) -> Plan | None:
+        """The decode instance that has least to do, to take a prefilled request over."""
+        if not self._decode.view.entries:
+            return None
+        request = self._route_request(flight, id)
+        closed = {n for n, i in self._odd.items() if not i.open or not i.circuit.allows(now)}
+        avoided = {n for n, b in flight.avoid.items() if self._instances(n).boot == b.boot}
+        try:
+            name = self._decode.choose(request, now, frozenset(exclude | closed | avoided))
+        except NoInstance:
+            return None
+        return self._plan(self._decode, request, name, now)
+
+    def uncached_seconds(self, flights: Iterable[Flight]) -> float:
+        """Predicted prefill of all their tokens."""
+        return sum(
+            self.cost.prefill_seconds(len(flight.request.prompt) + len(flight.tokens), 0)
+            for flight in flights
+        )
+
+    @property
+    def charges(self) -> int:
+        """Requests on all accounts."""
+        return int(self._prefill.view.requests.sum() + self._decode.view.requests.sum())
+
+    def _route_request(self, flight: Flight, id: str) -> RouteRequest:
+        flight.extend_chain()
+        cached = self.prefixes.match(flight.chain)
+        for name, tokens in cached.items():
+            facts = self._instances(name).facts
+            if facts is not None and facts.block_tokens > 1:
+                cached[name] = tokens - tokens % facts.block_tokens
+        tokens = len(flight.request.prompt) + len(flight.tokens)
+        return RouteRequest(id, tokens, cached, deadline=flight.request.deadline)
+
+    def _exclusions(self, flight: Flight, now: float) -> Iterator[frozenset[str]]:
+        """What to leave out: first all that had better not have it, last those that cannot."""
+        never = {name for name, instance in self._odd.items() if not instance.open}
+        never |= flight.refused.keys()
+        rather_not: set[str] = set()
+        for name, blame in flight.avoid.items():
+            instance = self._instances(name)
+            if instance.boot == blame.boot:
+                just = instance.epoch == blame.epoch and now - blame.at < BLAME_SECONDS
+                (never if just else rather_not).add(name)
+        if flight.tokens:
+            rather_not |= self._forgetful
+        barred = {name for name, instance in self._odd.items() if not instance.circuit.allows(now)}
+        yield frozenset(never | rather_not | barred)
+        if barred:
+            yield frozenset(never | rather_not)
+        if rather_not:
+            yield frozenset(never)
+
+    def _plan(self, stage: Router, request: RouteRequest, name: str, now: float) -> Plan:
+        place = stage.place(request, name)
+        view, entry = stage.view, stage.view.entry(name)
+        short = view.is_short(place.new_tokens)
+        wait = view.wait(entry.index, short, now)
+        return Plan(self._instances(name), stage, request, place, wait, short, not entry.waiting)
+
+    def _stage(self, instance: Instance) -> Router:
+        return self._decode if instance.pool is Pool.DECODE else self._prefill
+
+    def _model(self) -> FleetModel:
+        kinds = set(self._transfers.values())
+        fetch = len(self._transfers) > 1 and len(kinds) == 1 and None not in kinds
+        return FleetModel(
+            self.cost.prefill_seconds,
+            self.cost.boundary_tokens,
+            express=bool(self._express) and all(self._express.values()),
+            transfer_seconds=self.cost.transfer_seconds if fetch else None,
+            launch_seconds=self.cost.launch_seconds,
+        )
+
+    def _renew(self) -> None:
+        self._prefill.view.model = self._decode.view.model = self._model()

@@ -1,0 +1,147 @@
+"""``/fleet``: what the router knows of its instances, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pla_serve.fleet.control.control import FleetControl
+from pla_serve.fleet.router.client import FleetClient
+from pla_serve.fleet.router.instances import Instance
+from pla_serve.server.errors import ApiError, json_response
+from pla_serve.server.guard import Keys
+
+
+class FleetStatus:
+    """The state of a fleet for people and autoscalers.
+
+    Args:
+        clock: monotonic seconds, the same as the fleet's.
+    """
+
+    def __init__(
+        self, client: FleetClient, control: FleetControl, keys: Keys, clock: Callable[[], float]
+    ) -> None:
+        self._client = client
+        self._control = control
+        self._keys = keys
+        self._clock = clock
+
+    def add_routes(self, app: FastAPI) -> None:
+        @app.get("/fleet", tags=["operations"])
+        async def fleet(request: Request) -> Response:
+            """Instances, pools, recent moves, and how many instances there should be."""
+            if self._keys.admit(request.headers.get("authorization", "").encode()) is None:
+                raise ApiError(401, "wrong or missing API key", code="invalid_api_key")
+            return json_response(self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready. Times are seconds; ``seconds_ago`` counts back from now."""
+        fleet, now = self._client.fleet, self._clock()
+        instances = self._client.instances
+        pools: dict[str, int] = {}
+        for instance in instances:
+            if instance.connected:
+                pools[instance.role] = pools.get(instance.role, 0) + 1
+        return {
+            "status": self._client.status,
+            "requests_in_flight": fleet.in_flight,
+            "requests_parked": fleet.parked,
+            "held_seconds": round(fleet.held_seconds, 4),
+            "pools": pools,
+            "desired": self._desired(),
+            "controller": self._control.name,
+            "moves_total": self._control.moves_total,
+            "moves": [
+                {
+                    "seconds_ago": round(now - moved.at, 3),
+                    "instance": moved.move.instance_id,
+                    "from": moved.move.source.value,
+                    "to": moved.move.target.value,
+                }
+                for moved in self._control.moves
+            ],
+            "instances": [self._instance(instance, now) for instance in instances],
+        }
+
+    def _instance(self, instance: Instance, now: float) -> dict[str, Any]:
+        requests, seconds = self._client.fleet.dispatcher.outstanding(instance.name)
+        return {
+            "url": instance.name,
+            "role": instance.role if instance.report else None,
+            "connected": instance.connected,
+            "open": instance.open,
+            "unfit": instance.unfit or None,
+            "last_loss": instance.last_loss or None,
+            "circuit": instance.circuit.state(now).value,
+            "requests_of_this_router": requests,
+            "charged_seconds": round(seconds, 4),
+            "report": msgspec.to_builtins(instance.report) if instance.report else None,
+            "facts": _facts(instance),
+        }
+
+    def _desired(self) -> dict[str, Any] | None:
+        desired = self._control.desired
+        if desired is None:
+            return None
+        return {
+            "prefill": desired.prefill,
+            "decode": desired.decode,
+            "demands": {
+                pool.value: {"queued_seconds": demand.queued, "seconds_a_second": demand.rate}
+                for pool, demand in desired.demands.items()
+            },
+        }
+
+
+def _facts(instance: Instance) -> dict[str, Any] | None:
+    if instance.facts is None:
+        return None
+    facts: dict[str, Any] = msgspec.to_builtins(instance.facts)
+    facts["transfer"] = facts.get("transfer") is not None  # an address that says nothing to people
+    return facts
+
+
+class ControlMetrics:
+    """The autoscaling signal and the moves, in a registry of metrics."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        self._desired = Gauge(
+            "pla_serve_fleet:desired_instances",
+            "How many instances there should be, by stage: prefill (short, long and mixed ones) "
+            "or decode. Counts queued work.",
+            ["model_name", "stage"],
+            registry=registry,
+        )
+        self._demand = Gauge(
+            "pla_serve_fleet:demand_instances",
+            "Prefill that arrives, in instances, by class.",
+            ["model_name", "class"],
+            registry=registry,
+        )
+        self._moves = Counter(
+            "pla_serve_fleet:role_changes",
+            "Instances that the controller moved.",
+            ["model_name"],
+            registry=registry,
+        ).labels(model_name)
+        self._model = model_name
+        self._seen = 0
+
+    def look(self, control: FleetControl) -> None:
+        """Bring them up to date; called after each decision."""
+        self._moves.inc(control.moves_total - self._seen)
+        self._seen = control.moves_total
+        desired = control.desired
+        if desired is None:
+            return
+        self._desired.labels(self._model, "prefill").set(desired.prefill)
+        self._desired.labels(self._model, "decode").set(desired.decode)
+        for pool, demand in desired.demands.items():
+            self._demand.labels(self._model, pool.value).set(demand.rate)

@@ -1,0 +1,1 @@
+"""Starts the processes of a fleet on this machine, and starts them again when they end."""

@@ -1,0 +1,223 @@
+"""Keeps one process of the fleet alive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import httpx
+
+from pla_serve.fleet.supervisor.process import Child
+from pla_serve.fleet.supervisor.restarts import Restarts, Silence
+from pla_serve.fleet.supervisor.spec import Health
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 5.0
+"""How long one answer may take."""
+LAST_SECONDS = 5.0
+"""How much longer than its drain a process may take to leave."""
+
+
+class FleetStartError(Exception):
+    """A process ended before anything worked; the message says which, and its log why."""
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    WAITING = "waiting"
+    """It ended and will be started again."""
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to start, as often as needed."""
+
+    name: str
+    command: Sequence[str]
+    url: str
+    """Where it answers ``/ready``."""
+    env: dict[str, str] = field(default_factory=dict)
+    fds: tuple[int, ...] = ()
+    """File descriptors that each life gets."""
+
+
+class Member:
+    """One process over all its lives. All methods belong to one event loop.
+
+    Args:
+        clock, sleep: monotonic seconds, and waiting for some of them.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        health: Health,
+        on_line: Callable[[str, str], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """``on_line`` gets the name of the process and a line of its log."""
+        self.recipe = recipe
+        self.state = State.STARTING
+        self.ready = asyncio.Event()
+        self._health = health
+        self._on_line = on_line
+        self._clock = clock
+        self._sleep = sleep
+        self._restarts = Restarts(health)
+        self._child: Child | None = None
+        self._worked = False
+        self._renewing = False
+        self._end_asked = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid if self._child else None
+
+    @property
+    def restarts(self) -> int:
+        return self._restarts.count
+
+    async def run(self) -> None:
+        """Start it, and again whenever it ends, until `stop`.
+
+        Raises:
+            FleetStartError: its first life ended with an error before it was ready.
+            OSError: the program cannot be started.
+        """
+        name = self.recipe.name
+        while not self._stopped():
+            status = await self._live()
+            if self._stopped():
+                return
+            if status > 0 and not self._worked:
+                raise FleetStartError(
+                    f"{name} ended with status {status} before it was ready; its log says why"
+                )
+            due = self._restarts.ended(self._clock())
+            if self._renewing:
+                self._renewing, due = False, self._clock()
+            else:
+                wait = max(0.0, due - self._clock())
+                log.error("%s %s; starting it again in %.1f s", name, _describe(status), wait)
+            self.state = State.WAITING
+            await self._pause(max(0.0, due - self._clock()))
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Let it drain and leave; it is killed if it takes longer."""
+        self._stop()
+        await self._end(drain_seconds)
+
+    async def renew(self, drain_seconds: float) -> None:
+        """Drain it, start it again, and return when it is ready."""
+        if self._child is None:
+            await self.ready.wait()
+            return
+        self._renewing = True
+        self.ready.clear()
+        await self._end(drain_seconds)
+        await self.ready.wait()
+
+    def kill(self) -> None:
+        """End it at once, for good."""
+        self._stop()
+        if self._child is not None:
+            self._child.kill()
+
+    def _stop(self) -> None:
+        self.state = State.STOPPED
+        self._end_asked.set()
+
+    def _stopped(self) -> bool:
+        return self.state is State.STOPPED
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait for the next life, or for the end."""
+        tasks = {
+            asyncio.ensure_future(self._sleep(seconds)),
+            asyncio.ensure_future(self._end_asked.wait()),
+        }
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _end(self, drain_seconds: float) -> None:
+        child = self._child
+        if child is None:
+            return
+        child.ask()
+        try:
+            async with asyncio.timeout(drain_seconds + LAST_SECONDS):
+                await child.wait()
+        except TimeoutError:
+            log.warning("%s did not leave in time and is killed", self.recipe.name)
+            child.kill()
+            await child.wait()
+
+    async def _live(self) -> int:
+        """One life; returns its status."""
+        name = self.recipe.name
+        recipe = self.recipe
+        child = await Child.start(
+            recipe.command, recipe.env, lambda line: self._on_line(name, line), recipe.fds
+        )
+        self._child = child
+        self._restarts.started(self._clock())
+        if self._stopped():  # it was stopped while it was being started
+            child.kill()
+        else:
+            self.state = State.STARTING
+            log.info("%s started, process %d", name, child.pid)
+        watch = asyncio.create_task(self._watch(child))
+        try:
+            return await child.wait()
+        except asyncio.CancelledError:
+            child.kill()
+            raise
+        finally:
+            watch.cancel()
+            child.kill()  # what it left behind: an engine that has not yet seen its parent die
+            self._child = None
+            self.ready.clear()
+
+    async def _watch(self, child: Child) -> None:
+        """Ask it how it is, and kill it when it hangs."""
+        silence = Silence(self._health, self._clock())
+        patience = min(ANSWER_SECONDS, self._health.hang_seconds)
+        async with httpx.AsyncClient(trust_env=False, timeout=patience) as client:
+            while True:
+                await self._sleep(self._health.check_seconds)
+                try:
+                    answer = await client.get(self.recipe.url + "/ready")
+                except httpx.HTTPError:
+                    if silence.hangs(self._clock()):
+                        log.error("%s does not answer any more and is killed", self.recipe.name)
+                        child.kill()
+                        return
+                    continue
+                silence.answered(self._clock())
+                if answer.status_code == 200 and not self._stopped():
+                    self._is_ready()
+                else:
+                    self.ready.clear()
+
+    def _is_ready(self) -> None:
+        if not self.ready.is_set():
+            log.info("%s is ready", self.recipe.name)
+        self._worked = True
+        self.state = State.READY
+        self.ready.set()
+
+
+def _describe(status: int) -> str:
+    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"

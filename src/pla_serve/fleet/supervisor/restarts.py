@@ -1,0 +1,49 @@
+"""When a process that ended is started again."""
+
+from __future__ import annotations
+
+from pla_serve.fleet.supervisor.spec import Health
+
+
+class Restarts:
+    """The lives of one process. Times are seconds on the caller's clock."""
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+        self._began = 0.0
+        self._row = 0
+        self.count = 0
+        """Lives after the first."""
+
+    def started(self, now: float) -> None:
+        self._began = now
+
+    def ended(self, now: float) -> float:
+        """The earliest time for the next life."""
+        health = self._health
+        self._row = 1 if now - self._began >= health.steady_seconds else self._row + 1
+        self.count += 1
+        if self._row < 2:
+            return now
+        # The exponent is bounded: 2.0**1024 is no float.
+        wait = health.base_seconds * 2.0 ** min(self._row - 2, 60)
+        return now + float(min(wait, health.most_seconds))
+
+
+class Silence:
+    """Whether a process that should answer hangs."""
+
+    def __init__(self, health: Health, now: float) -> None:
+        self._health = health
+        self._heard = now
+        self._answered = False
+
+    def answered(self, now: float) -> None:
+        self._heard = now
+        self._answered = True
+
+    def hangs(self, now: float) -> bool:
+        """True once it has said nothing for too long."""
+        health = self._health
+        patience = health.hang_seconds if self._answered else health.start_seconds
+        return now - self._heard >= patience

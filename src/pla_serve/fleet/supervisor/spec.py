@@ -1,0 +1,132 @@
+"""What a fleet on this machine consists of, from a YAML file or from flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+Role = Literal["mixed", "short", "long", "decode"]
+ROLES: tuple[Role, ...] = ("mixed", "short", "long", "decode")
+
+Option = bool | int | float | str | list[str]
+"""The value of a flag in YAML: true and false are ``--flag`` and ``--no-flag``, lists repeat it."""
+
+
+class Pools(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many instances begin in which role."""
+
+    mixed: int = 0
+    short: int = 0
+    long: int = 0
+    decode: int = 0
+
+
+class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When a process counts as hung, and how it is brought back. Seconds."""
+
+    check_seconds: float = 1.0
+    """How often each process is asked whether it is ready."""
+    hang_seconds: float = 20.0
+    """A process that answered once and then says nothing for so long is killed."""
+    start_seconds: float = 600.0
+    """The same for one that never answered; the first start may fetch a model."""
+    steady_seconds: float = 60.0
+    """After so long a life the next end counts as the first failure."""
+    base_seconds: float = 0.5
+    most_seconds: float = 30.0
+    """The n-th failure in a row waits ``base * 2**(n-2)``, at most ``most``; the first not."""
+
+
+class FleetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A fleet. `check` says what is wrong with one."""
+
+    model: str | None = None
+    """As ``pla-serve serve`` takes it; None is its default."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    instances: Pools = Pools()
+    threads: int | None = None
+    """CPU threads of each instance; None shares the cores out."""
+    devices: list[str] = []
+    """Given out to instances in turn, as ``--device``; empty leaves the choice to each."""
+    serve: dict[str, Option] = {}
+    """Flags of ``pla-serve serve``, for every instance."""
+    route: dict[str, Option] = {}
+    """Flags of ``pla-serve route``."""
+    health: Health = Health()
+    drain_seconds: float = 30.0
+    """How long requests may go on after SIGTERM; longer ones are ended."""
+
+    @property
+    def names(self) -> tuple[tuple[str, Role], ...]:
+        """Instances by name, with the roles they begin in."""
+        return tuple(
+            (f"{role}-{number}", role)
+            for role in ROLES
+            for number in range(getattr(self.instances, role))
+        )
+
+
+OWN_FLAGS = {
+    "serve": ("model", "host", "port", "role", "threads", "device", "drain-seconds"),
+    "route": ("host", "port", "instance", "drain-seconds"),
+}
+"""Flags that the supervisor sets; the file has fields of its own for them."""
+
+
+def read_spec(path: Path) -> FleetSpec:
+    """A fleet from a YAML file.
+
+    Raises:
+        ValueError: it is not YAML, or says something unknown; the message names the place.
+        OSError: it cannot be read.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_bytes())
+        return msgspec.convert(content or {}, FleetSpec)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check(spec: FleetSpec) -> FleetSpec:
+    """The same spec.
+
+    Raises:
+        ValueError: it cannot serve, or a field is out of range; says what to change.
+    """
+    pools = spec.instances
+    for role in ROLES:
+        if getattr(pools, role) < 0:
+            raise ValueError(f"the number of {role} instances must not be negative")
+    if not pools.mixed + pools.short + pools.long:
+        raise ValueError(
+            "a fleet needs instances that prefill: --mixed N, or --short N and --long N"
+        )
+    if not pools.mixed and not (pools.short and pools.long):
+        missing = "long" if pools.short else "short"
+        raise ValueError(
+            f"who serves {missing} prompts? Add --{missing} N, or use --mixed N for instances "
+            "that take both"
+        )
+    if not 0 < spec.port <= 65535:
+        raise ValueError(f"port must lie between 1 and 65535, not {spec.port}")
+    if spec.threads is not None and spec.threads < 1:
+        raise ValueError(f"threads must be at least 1, not {spec.threads}")
+    if not spec.drain_seconds >= 0:
+        raise ValueError(f"drain_seconds must not be negative, not {spec.drain_seconds}")
+    for name in Health.__struct_fields__:
+        if not getattr(spec.health, name) > 0:
+            raise ValueError(f"health.{name} must be positive, not {getattr(spec.health, name)}")
+    for command, own in OWN_FLAGS.items():
+        for flag in getattr(spec, command):
+            if flag.replace("_", "-") in own:
+                raise ValueError(
+                    f"the fleet sets --{flag} of {command} itself; use its own field or flag"
+                )
+    return spec

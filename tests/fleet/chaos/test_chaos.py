@@ -1,0 +1,30 @@
+"""A real fleet under faults, with an answer to every question known beforehand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules that tests share
+
+import campaign
+from faults import Kind, draw
+
+
+def test_twenty_faults_cost_no_answer_and_leak_nothing(tmp_path: Path) -> None:
+    """Whoever dies or hangs, every answer is complete and the one that was expected."""
+    result = campaign.run(campaign.Plan(seed=6, faults=20), tmp_path)
+    assert result.tally.problems == [], result.log
+    assert result.leaks == [], result.log
+    assert len(result.done) == 20
+    assert result.tally.answered > 100
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_faults_follow_from_the_seed_and_are_of_all_kinds(seed: int) -> None:
+    faults = draw(seed, 20, decodes=True, pause=0.5)
+    assert faults == draw(seed, 20, decodes=True, pause=0.5)
+    assert faults != draw(seed + 1, 20, decodes=True, pause=0.5)
+    assert {fault.kind for fault in faults} == set(Kind)

@@ -1,0 +1,139 @@
+"""`FleetClient` on a real event loop, behind the sessions of the API."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_fleet import FakeLink, Recorder, oracle
+
+from pla_serve.engine.messages import AddRequest, SamplingParams
+from pla_serve.fleet.link.protocol import LinkRefused
+from pla_serve.fleet.router.client import FleetClient
+from pla_serve.server.backend import EngineStartError, EngineUnavailableError
+from pla_serve.server.session import EngineDiedError, SlowReaderError
+
+
+class LiveLink(FakeLink):
+    """A fake link with a `run` to live in."""
+
+    refusal: Exception | None = None
+
+    async def run(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        self.connected = False
+
+
+def make(links: list[LiveLink]) -> FleetClient:
+    def maker(link: LiveLink) -> Callable[[Any], Any]:
+        def with_events(events: Any) -> Any:
+            link.fleet = events
+            return link
+
+        return with_events
+
+    return FleetClient([maker(link) for link in links], Recorder())
+
+
+def request(id: str, tokens: int = 4) -> AddRequest:
+    sampling = SamplingParams(max_tokens=tokens, temperature=0)
+    return AddRequest(id=id, prompt=[1, 2, 3], sampling=sampling, arrival=0.0)
+
+
+def test_a_session_is_served_and_says_so_when_it_is_slow() -> None:
+    async def main() -> None:
+        link = LiveLink("i0")
+        client = make([link])
+        running = asyncio.create_task(client.run())
+        with pytest.raises(EngineUnavailableError):
+            await client.wait_ready(0.01)
+        link.connect()
+        info = await client.wait_ready(1)
+        assert info.max_model_len == 4096
+        session = client.session(100)
+        session.submit(request("r"))
+        link.step(4)
+        link.flush()
+        [update] = await session.receive()
+        assert update.tokens == oracle([1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
+        slow = client.session(2)
+        slow.submit(request("s", 9))
+        link.step(3)
+        link.flush()
+        with pytest.raises(SlowReaderError):
+            await slow.receive()
+        assert not link.jobs
+        assert client.fleet.in_flight == 0
+        await client.stop()
+        await running
+
+    asyncio.run(main())
+
+
+def test_closing_a_session_aborts_what_it_has_in_flight() -> None:
+    async def main() -> None:
+        link = LiveLink("i0")
+        client = make([link])
+        link.connect()
+        session = client.session(100)
+        session.submit(request("a"))
+        session.submit(request("b"))
+        session.close()
+        assert not link.jobs
+        assert client.fleet.in_flight == 0
+
+    asyncio.run(main())
+
+
+def test_stop_ends_what_is_in_flight_by_name() -> None:
+    async def main() -> None:
+        link = LiveLink("i0")
+        client = make([link])
+        running = asyncio.create_task(client.run())
+        link.connect()
+        session = client.session(100)
+        session.submit(request("a"))
+        await client.stop()
+        with pytest.raises(EngineDiedError, match="shutting down"):
+            await session.receive()
+        await running
+        assert client.status == "stopped"
+        with pytest.raises(EngineDiedError):
+            session.submit(request("b"))
+
+    asyncio.run(main())
+
+
+def test_readiness_follows_the_instances() -> None:
+    link = LiveLink("i0")
+    client = make([link])
+    assert client.status == "starting"
+    link.connect()
+    assert client.is_ready
+    link.report(draining=True)
+    assert not client.is_ready
+    link.report()
+    assert client.is_ready
+    link.cut()
+    assert client.status == "restarting"
+
+
+def test_a_router_that_nobody_lets_in_gives_up_and_says_why() -> None:
+    async def main() -> None:
+        link = LiveLink("i0")
+        link.refusal = LinkRefused("i0 wants another key")
+        with pytest.raises(EngineStartError, match="another key"):
+            await make([link]).run()
+
+    asyncio.run(main())

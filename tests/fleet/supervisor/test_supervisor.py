@@ -1,0 +1,195 @@
+"""Real processes that end, hang and drain under the supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from pla_serve.fleet.supervisor.log_lines import write_line
+from pla_serve.fleet.supervisor.member import FleetStartError, Member, Recipe, State
+from pla_serve.fleet.supervisor.ports import ReservedPort
+from pla_serve.fleet.supervisor.spec import Health
+from pla_serve.fleet.supervisor.supervisor import Supervisor
+
+SERVER = Path(__file__).parent / "fake_server.py"
+QUICK = Health(check_seconds=0.02, hang_seconds=0.5, start_seconds=20, base_seconds=0.01)
+DEADLINE = 20.0
+
+
+class Fleet:
+    """Members on reserved ports, with the lines that they wrote."""
+
+    def __init__(self) -> None:
+        self.ports: list[ReservedPort] = []
+        self.lines: list[tuple[str, str]] = []
+
+    def member(self, name: str, *words: str, health: Health = QUICK) -> Member:
+        port = ReservedPort()
+        self.ports.append(port)
+        command = [sys.executable, str(SERVER), str(port.number), *words]
+        recipe = Recipe(name, command, f"http://127.0.0.1:{port.number}")
+        return Member(recipe, health, lambda who, line: self.lines.append((who, line)))
+
+    def lives(self, name: str) -> int:
+        return sum(who == name and line.startswith("life") for who, line in self.lines)
+
+
+@asynccontextmanager
+async def running(*members: Member) -> AsyncIterator[Supervisor]:
+    """The last one is the router."""
+    supervisor = Supervisor(members[:-1], members[-1], drain_seconds=5)
+    task = asyncio.create_task(supervisor.run())
+    try:
+        async with asyncio.timeout(DEADLINE):
+            yield supervisor
+    finally:
+        supervisor.stop()
+        await asyncio.wait_for(task, DEADLINE)
+        assert all(member.pid is None for member in members)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def run(test: Callable[[Fleet], object]) -> None:
+    fleet = Fleet()
+    try:
+        asyncio.run(test(fleet))  # type: ignore[arg-type]
+    finally:
+        for port in fleet.ports:
+            port.close()
+
+
+def test_killed_process_comes_back_on_the_same_port() -> None:
+    async def test(fleet: Fleet) -> None:
+        one, router = fleet.member("one"), fleet.member("router")
+        async with running(one, router):
+            await one.ready.wait()
+            await router.ready.wait()
+            first = one.pid
+            assert first is not None
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: one.pid not in (first, None))
+            await one.ready.wait()
+            assert httpx.get(one.recipe.url).status_code == 200
+            assert one.restarts == 1
+            assert router.restarts == 0
+            assert fleet.lives("one") == 2
+
+    run(test)
+
+
+def test_hung_process_is_killed_and_comes_back() -> None:
+    async def test(fleet: Fleet) -> None:
+        one, router = fleet.member("one"), fleet.member("router")
+        async with running(one, router):
+            await one.ready.wait()
+            first = one.pid
+            assert first is not None
+            os.kill(first, signal.SIGSTOP)
+            await until(lambda: one.pid not in (first, None))
+            await one.ready.wait()
+
+    run(test)
+
+
+def test_first_start_that_fails_ends_the_fleet(tmp_path: Path) -> None:
+    async def test(fleet: Fleet) -> None:
+        one = fleet.member("one", "fail-first", str(tmp_path / "mark"))
+        other, router = fleet.member("other"), fleet.member("router")
+        supervisor = Supervisor([one, other], router, drain_seconds=5)
+        with pytest.raises(FleetStartError, match="one ended with status 3 before it was ready"):
+            await asyncio.wait_for(supervisor.run(), DEADLINE)
+        assert ("one", "this is why") in fleet.lines
+        assert all(member.pid is None for member in (one, other, router))
+
+    run(test)
+
+
+def test_stop_ends_a_process_that_will_not_leave() -> None:
+    async def test(fleet: Fleet) -> None:
+        one, router = fleet.member("one", "stubborn"), fleet.member("router")
+        supervisor = Supervisor([one], router, drain_seconds=30)
+        task = asyncio.create_task(supervisor.run())
+        await one.ready.wait()
+        pid = one.pid
+        assert pid is not None
+        supervisor.stop()
+        await until(lambda: router.state is State.STOPPED and router.pid is None)
+        assert psutil.pid_exists(pid)  # still has its time to drain
+        supervisor.stop()  # a second signal does not wait
+        await asyncio.wait_for(task, DEADLINE)
+        assert one.pid is None
+
+    run(test)
+
+
+def test_stop_while_waiting_for_the_next_life_does_not_wait(tmp_path: Path) -> None:
+    async def test(fleet: Fleet) -> None:
+        slow = Health(check_seconds=0.02, base_seconds=3600, most_seconds=3600)
+        one, router = fleet.member("one", health=slow), fleet.member("router")
+        async with running(one, router):
+            for _ in range(2):  # the first end is repaired at once
+                await one.ready.wait()
+                pid = one.pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                await until(lambda pid=pid: one.pid != pid)  # type: ignore[misc]
+            await until(lambda: one.state is State.WAITING)
+
+    run(test)
+
+
+def test_rolling_restart_renews_everybody_and_one_at_a_time() -> None:
+    async def test(fleet: Fleet) -> None:
+        members = [fleet.member(name) for name in ("one", "two", "router")]
+        async with running(*members) as supervisor:
+            for member in members:
+                await member.ready.wait()
+            before = [member.pid for member in members]
+            supervisor.renew()
+            down = 0
+            while any(m.pid == pid for m, pid in zip(members, before, strict=True)):
+                down = max(down, sum(not member.ready.is_set() for member in members))
+                await asyncio.sleep(0.005)
+            await until(lambda: all(member.ready.is_set() for member in members))
+            assert down == 1
+            assert [fleet.lives(m.recipe.name) for m in members] == [2, 2, 2]
+
+    run(test)
+
+
+def test_reserved_port_is_given_to_nobody_who_asks_for_a_free_one() -> None:
+    with ReservedPort() as port:
+        others = [socket.socket() for _ in range(200)]
+        for other in others:
+            other.bind(("127.0.0.1", 0))
+        assert port.number not in [other.getsockname()[1] for other in others]
+        for other in others:
+            other.close()
+        with socket.create_server(("127.0.0.1", port.number)) as listener:
+            assert listener.getsockname()[1] == port.number
+
+
+def test_lines_say_whose_they_are() -> None:
+    out: list[str] = []
+    write_line("text", out.append)("short-0", "hello")
+    write_line("json", out.append)("short-0", '{"message": "hello", "request_id": "r"}')
+    write_line("json", out.append)("short-0", "plain")
+    assert out[0] == "[short-0] hello\n"
+    assert out[1] == '{"message":"hello","request_id":"r","process":"short-0"}\n'
+    assert '"message":"plain"' in out[2]
+    assert '"process":"short-0"' in out[2]
