@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -65,11 +66,11 @@ class HostDevice:
 
 class _CudaMark:
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
     def done(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -115,15 +116,26 @@ class RunAhead:
         self._device = device
         self._depth = depth
         self._marks: deque[Mark] = deque()
+        self._held = 0
 
-    def before_layer(self) -> None:
-        """Call before each layer is enqueued, and before anyone is asked what goes first.
+    def before_layer(self, ask: Callable[[], None]) -> None:
+        """Call before each layer is enqueued; ``ask`` may run other passes first.
 
-        Returns when fewer than ``depth`` of the layers enqueued so far are unfinished. The mark
-        made here stands for the layer before, and for express work behind it, if there was some.
+        It is asked, and returns, when fewer than ``depth`` of the layers enqueued so far are
+        unfinished.
         """
         if not self._device.asynchronous:
+            ask()
             return
+        self._hold()
+        held = self._held
+        ask()
+        if self._held != held:  # layers of other passes have been enqueued meanwhile
+            self._hold()
+
+    def _hold(self) -> None:
+        """The mark made here stands for the layer before it, and express work behind that."""
+        self._held += 1
         self._marks.append(self._device.record())
         while len(self._marks) >= self._depth:
             self._marks.popleft().wait()

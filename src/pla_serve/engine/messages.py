@@ -170,6 +170,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Share of recent first tokens by class that came by what was predicted for nine in ten."""
     firsts: list[LatencySample]
     """First tokens since the last message."""
+    graph_replays: dict[str, int] = {}
+    """Counter by captured shape, as ``tokens x requests``."""
+    graph_fallbacks: dict[str, int] = {}
+    """Counter by reason: batches on the ordinary kernels while shapes are captured."""
+    graph_tokens: int = 0
+    """Counter: real tokens in captured shapes."""
+    graph_padding: int = 0
+    """Counter: padding there."""
 
 
 Inbound = AddRequest | AbortRequest

@@ -169,7 +169,7 @@ def unpack(
     """
     wide = buffer[: 3 * capacity.tokens + capacity.outputs].long()
     count, sequences = capacity.tokens, capacity.sequences
-    tokens, positions, slots, outputs = wide.split([count, count, count, capacity.outputs])
+    tokens, positions, slots, outputs = torch.split(wide, [count, count, count, capacity.outputs])
     at = len(wide)
     paged = Paged(
         query_starts=buffer[at : at + sequences + 1],

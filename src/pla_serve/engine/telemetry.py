@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
+from pla_serve.engine.graphs.counts import GridCounts
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.messages import EngineStats, LatencySample
 from pla_serve.engine.sequence import Sequence
@@ -59,6 +60,7 @@ class Telemetry:
         parked: int,
         cost: CostModel,
         waits: Calibration,
+        graphs: GridCounts | None = None,
     ) -> EngineStats:
         """The state as a message; starts a new list of first tokens."""
         self._reported = now
@@ -85,6 +87,10 @@ class Telemetry:
             wait_error={"short": waits.error(True), "long": waits.error(False)},
             wait_coverage={"short": waits.coverage(True), "long": waits.coverage(False)},
             firsts=firsts,
+            graph_replays=dict(graphs.replays) if graphs else {},
+            graph_fallbacks=dict(graphs.fallbacks) if graphs else {},
+            graph_tokens=graphs.real_tokens if graphs else 0,
+            graph_padding=graphs.padding_tokens if graphs else 0,
         )
 
 

@@ -12,14 +12,12 @@ al. 2022); splits of one context are merged by their log-sum-exps (flash-decodin
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _sequence_of(starts, sequences, tile, TILE_TOKENS: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+def _sequence_of(starts, sequences, tile, TILE_TOKENS: tl.constexpr):
     """The last sequence whose first tile is at or before ``tile``."""
     low = 0
     high = sequences
@@ -34,7 +32,7 @@ def _sequence_of(starts, sequences, tile, TILE_TOKENS: tl.constexpr) -> Any:  # 
 
 
 @triton.jit
-def _step(  # type: ignore[no-untyped-def]
+def _step(
     query,
     peak,
     total,
@@ -53,7 +51,7 @@ def _step(  # type: ignore[no-untyped-def]
     BLOCK_TOKENS: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
-) -> Any:
+):
     """One block of keys: the running maximum, the sum of exponentials and the weighted values."""
     if MASKED:
         block = tl.load(table + key_at // BLOCK_TOKENS, mask=key_at < end, other=0)
@@ -96,8 +94,12 @@ def _step(  # type: ignore[no-untyped-def]
     return highest, total, sums
 
 
-@triton.jit
-def attend_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(
+    # One compiled kernel serves all capacities and all places of the lengths in their buffer.
+    do_not_specialize=["sequences", "capacity"],
+    do_not_specialize_on_alignment=["starts", "contexts", "table_starts", "table"],
+)
+def attend_kernel(
     queries,
     keys,
     values,
@@ -123,7 +125,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     TILE_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
-) -> None:
+):
     """Grid: (capacity // (TILE_ROWS // GROUP) + sequences, kv heads, SPLITS).
 
     ``outputs`` is (capacity, query heads, HEAD); with SPLITS > 1 ``parts`` (SPLITS, capacity, query
@@ -197,8 +199,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         tl.store(part_lse + row_at, lse, mask=real)
 
 
-@triton.jit
-def merge_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["sequences", "capacity"], do_not_specialize_on_alignment=["starts"])
+def merge_kernel(
     parts,
     part_lse,
     outputs,
@@ -208,7 +210,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     HEAD: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
-) -> None:
+):
     """Grid: (capacity, query heads). Merges the splits that ``attend_kernel`` wrote."""
     token = tl.program_id(0)
     if token >= tl.load(starts + sequences):

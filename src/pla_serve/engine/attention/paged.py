@@ -11,7 +11,8 @@ from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.attention.kernels import attend_kernel, merge_kernel
 from pla_serve.engine.forward import FlatBatch, Paged
 
-MOST_SPLITS = 32
+SPLITS = (16, 4)
+"""How often a context may be split; few numbers, because each is a kernel to compile."""
 LEAST_SPLIT = 128
 """Keys. Shorter splits cost more to merge than they save."""
 
@@ -79,7 +80,8 @@ class PagedAttention:
             sequences, tokens, scaling / math.log(2),
             query.stride(1), query.stride(0), keys.stride(0), keys.stride(1),
             GROUP=group, HEAD=dim, HEAD_PAD=padded, BLOCK_TOKENS=paged.block_tokens,
-            TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, SPLITS=splits, WIDE=query.device.type == "cpu",
+            TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, SPLITS=splits,
+            WIDE=query.device.type == "cpu",
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
@@ -90,15 +92,15 @@ class PagedAttention:
         return output
 
     def _tile(self, paged: Paged, tokens: int, group: int) -> Tile:
-        """By what the host knows: the most new tokens of one sequence."""
+        """By the most new tokens of one sequence, or the mean where a shape allows for more."""
         few, some, many = FEW_ROWS, SOME_ROWS, self._many_rows
-        rows = min(paged.most_query, tokens) * group
+        rows = min(paged.most_query, -(-tokens // len(paged.contexts))) * group
         chosen = few if rows <= few.rows else some if rows <= 8 * some.rows else many
         if chosen.rows >= group:
             return chosen
         return Tile(1 << (group - 1).bit_length(), chosen.keys, chosen.warps, chosen.stages)
 
     def _splits(self, programs: int, most_context: int) -> int:
-        """A power of two, so that about two programs run on each multiprocessor."""
-        wanted = min(2 * self._processors // programs, most_context // LEAST_SPLIT, MOST_SPLITS)
-        return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
+        """So that one or two programs run on each multiprocessor, if the contexts allow it."""
+        wanted = min(2 * self._processors // programs, most_context // LEAST_SPLIT)
+        return next((splits for splits in SPLITS if splits <= wanted), 1)
