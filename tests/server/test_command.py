@@ -161,3 +161,10 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_graphs_are_turned_off_by_name(started: Started) -> None:
+    assert serve("m", "--no-graphs").exit_code == 0
+    assert started.engine.capture_shapes == "none"
+    assert "drop one" in serve("m", "--no-graphs", "--capture-shapes", "8x2").output
+    assert "no shape" in serve("m", "--capture-shapes", "8by2").output

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from pla_serve.engine import cpu
-from pla_serve.engine.attention.cache import KVCache, KVShape
-from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBackend
-from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
+from pla_serve.engine.assembly import Execution, make_execution
+from pla_serve.engine.attention.cache import KVShape
+from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.ceilings import ModelSize, measure, starting_profile
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.intake import Intake, Limits
@@ -34,7 +34,6 @@ from pla_serve.engine.loading import (
 from pla_serve.engine.loop import EngineLoop, Parts
 from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import EngineReady, Inbound, Outbound
-from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
 from pla_serve.engine.warmup import warm_up
 from pla_serve.policy.admission import Admission
@@ -99,11 +98,10 @@ def build_parts(
         cpu.optimise(model)
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
     kv_tokens = kv_plan.blocks * config.block_tokens
-    cache = KVCache(shape, kv_tokens, device)
-    runner = ModelRunner(model, layers, cache, _attention_backend(device))
     cost = CostModel(starting_profile(size, measure(device, dtype, clock)))
+    execution = make_execution(config, model, layers, shape, attention, kv_plan, cost, device)
     warm_up(
-        runner,
+        execution.run,
         cost,
         chunk=config.policy_config.max_chunk_tokens,
         longest=kv_plan.max_model_len,
@@ -118,7 +116,7 @@ def build_parts(
         eos_token_ids=frozenset(eos_token_ids(source)),
         default_seed=config.seed,
     )
-    parts = _assemble(config, source, device, runner, cost, kv_plan, limits)
+    parts = _assemble(config, source, device, execution, cost, kv_plan, limits)
     ready = EngineReady(
         max_model_len=kv_plan.max_model_len,
         kv_tokens=kv_tokens,
@@ -136,7 +134,7 @@ def _assemble(
     config: EngineConfig,
     source: ModelSource,
     device: torch.device,
-    runner: ModelRunner,
+    execution: Execution,
     cost: CostModel,
     kv_plan: KVPlan,
     limits: Limits,
@@ -148,7 +146,8 @@ def _assemble(
     queued = config.max_queued_tokens or 4 * kv.capacity_tokens
     admission = Admission(queued, config.max_predicted_wait)
     return Parts(
-        runner=runner,
+        runner=execution.runner,
+        executor=execution.executor,
         kv=kv,
         gate=gate,
         sampler=sampler,
@@ -169,10 +168,6 @@ def _grammars(source: ModelSource, limits: Limits) -> GrammarCompiler | None:
     except ValueError as error:
         log.warning("structured output is off, this tokenizer does not allow it: %s", error)
         return None
-
-
-def _attention_backend(device: torch.device) -> AttentionBackend:
-    return SdpaCpu() if device.type == "cpu" else SdpaReference()
 
 
 def _usable_cores() -> int:

@@ -29,8 +29,8 @@ def parse_shapes(text: str) -> tuple[Shape, ...] | None:
         tokens, cross, batch = part.strip().partition("x")
         if not (cross and tokens.isdigit() and batch.isdigit() and int(tokens) and int(batch)):
             raise ValueError(
-                f"{part.strip()!r} is no shape: give {AUTO}, {PAPER}, or tokens x requests such as "
-                "64x4,256x16"
+                f"{part.strip()!r} is no shape: give {AUTO}, {PAPER}, none, or tokens x requests, "
+                "such as 64x4,256x16"
             )
         shapes.append(Shape(int(tokens), int(batch)))
     return tuple(shapes)
