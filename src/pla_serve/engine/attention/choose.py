@@ -44,7 +44,7 @@ def choose_backend(
                 "CPU; leave out --attention-backend"
             )
         return "sdpa", SdpaCpu()
-    reasons = []
+    reasons: list[str] = []
     for candidate in ON_CUDA if name == "auto" else (name,):
         made = _make(candidate, device)
         if not isinstance(made, str):

@@ -38,7 +38,7 @@ class VarlenAttention:
         if paged is None:
             raise RuntimeError("this backend needs a batch that was staged for the device")
         pages = (-1, paged.block_tokens, *cache.keys[layer].shape[1:])
-        output: torch.Tensor = self._attend(
+        output = self._attend(
             query.transpose(0, 1),
             cache.keys[layer].view(pages),
             cache.values[layer].view(pages),
@@ -52,6 +52,7 @@ class VarlenAttention:
             seqused_k=paged.contexts,
             block_table=rectangle(batch),
         )
+        assert isinstance(output, torch.Tensor)
         return output
 
 
