@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from pla_serve.engine import cpu
+from pla_serve.engine import cpu, gpu
 from pla_serve.engine.assembly import Execution, make_execution
 from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
@@ -96,6 +96,9 @@ def build_parts(
     )
     if device.type == "cpu":
         cpu.optimise(model)
+    else:
+        fused = gpu.optimise(model, gpu.best_operations())
+        log.info("fused %d of %d decoder layers", fused, len(layers))
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
     kv_tokens = kv_plan.blocks * config.block_tokens
     cost = CostModel(starting_profile(size, measure(device, dtype, clock)))

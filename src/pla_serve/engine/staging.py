@@ -59,13 +59,16 @@ class Uploader(Protocol):
 
 
 class DirectUploader:
-    """For a device that shares the host's memory."""
+    """Copies at once: where host and device share memory, or nobody is in a hurry."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
 
     def upload(self, numbers: NDArray[np.int32], target: torch.Tensor | None) -> torch.Tensor:
         """See `Uploader`."""
         source = torch.from_numpy(numbers)
         if target is None:
-            return source
+            return source.to(self._device)
         target[: len(source)].copy_(source)
         return target
 
