@@ -19,7 +19,7 @@ import triton.language as tl
 @triton.jit
 def _sequence_of(starts, sequences, tile, TILE_TOKENS: tl.constexpr):
     """The last sequence whose first tile is at or before ``tile``."""
-    low = 0
+    low: tl.int32 = 0
     high = sequences
     while low < high:
         middle = (low + high) // 2

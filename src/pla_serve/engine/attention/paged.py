@@ -82,7 +82,7 @@ class PagedAttention:
             GROUP=group, HEAD=dim, HEAD_PAD=padded, BLOCK_TOKENS=paged.block_tokens,
             TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, SPLITS=splits,
             WIDE=query.device.type == "cpu",
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages if query.dtype.itemsize < 4 else 1,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(tokens, heads)](

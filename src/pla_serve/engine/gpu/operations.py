@@ -69,7 +69,7 @@ class TorchOperations:
     ) -> torch.Tensor:
         """See `Operations`."""
         rows = joint.view(len(joint), -1, heads.dim)
-        query, key, value = rows.split([heads.query, heads.kv, heads.kv], 1)
+        query, key, value = torch.split(rows, [heads.query, heads.kv, heads.kv], 1)
         if heads.query_norm is not None and heads.key_norm is not None:
             query = self.rms_norm(query, heads.query_norm, heads.epsilon)
             key = self.rms_norm(key, heads.key_norm, heads.epsilon)
