@@ -16,22 +16,11 @@ import logging
 import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
-
-ROOT = Path(__file__).resolve().parents[1]
-if find_spec("pla_serve") is None:
-    sys.path.insert(0, str(ROOT / "src"))
-for missing in ("llguidance", "llguidance.hf", "llguidance.numpy"):
-    # Grammars are not measured here, and a machine for measurements may lack their package.
-    if find_spec("llguidance") is None or isinstance(sys.modules.get("llguidance"), MagicMock):
-        sys.modules[missing] = MagicMock(spec=ModuleType)
 
 import torch
-from gpu_parts import executors, kernels, serving, shapes
+from gpu_parts import ROOT, executors, kernels, serving, shapes
 from gpu_parts.bed import Bed, make_bed
 from gpu_parts.report import Report
 
@@ -63,6 +52,8 @@ class Runner:
         self.report = report
         self.tiny: bool = options.tiny
         self.device = torch.device(options.device)
+        if self.device.type == "cpu" and self.tiny:
+            torch.set_num_threads(1)  # a tiny model gains nothing from more
         self.only = set(options.only.split(",")) if options.only else None
         self.ceilings: dict[str, float] = {}
         self.bed: Bed | None = None
@@ -129,7 +120,10 @@ class Runner:
         layers = self.bed.size.layers
         self.report.save("fused", self.bed.fused)
         self.report.save("attention", self.bed.backend_name)
-        self.report.row(f"{name}: attention, fused layers", f"{self.bed.backend_name}, {self.bed.fused} of {layers}")
+        self.report.row(
+            f"{name}: attention, fused layers",
+            f"{self.bed.backend_name}, {self.bed.fused} of {layers}",
+        )
 
     def most_tokens(self, name: str) -> int:
         """KV that fits beside the weights, with a tenth to spare for activations and graphs."""
@@ -179,7 +173,9 @@ LONGS = [(8192, 0, 0.75), (8192, 24576, 0.65)]
 def main() -> int:
     began = time.monotonic()
     options = arguments()
-    logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    logging.basicConfig(
+        level="INFO", format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout
+    )
     folder = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results"))
     path = options.output or folder / ("gpu-tiny.json" if options.tiny else "gpu.json")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -195,7 +191,9 @@ def main() -> int:
     Runner(options, report).all()
     print(f"\n{report.table()}\n\n{path}, {time.monotonic() - began:.0f} s")
     missed = [row for row in report.rows if row[3] == "MISSED"]
-    failed = [name for name, part in content["parts"].items() if part["status"].startswith("failed")]  # type: ignore[attr-defined]
+    failed = [
+        name for name, part in content["parts"].items() if part["status"].startswith("failed")
+    ]  # type: ignore[attr-defined]
     print(f"{len(missed)} targets missed; failed parts: {failed or 'none'}")
     return 1 if failed else 0
 

@@ -222,9 +222,7 @@ def make_bed(
     ahead = RunAhead(tracker, 2) if tracker.asynchronous else None
     runner = ModelRunner(model, stack, cache, backend, ahead)
     cost = CostModel(starting_profile(size, measure(device, dtype, time.perf_counter)))
-    uploader: Uploader = (
-        PinnedUploader(tracker) if tracker.asynchronous else DirectUploader(device)
-    )
+    uploader: Uploader = PinnedUploader(tracker) if tracker.asynchronous else DirectUploader(device)
     return Bed(
         name, model, runner, cache, chosen, backend, cost, size, uploader, tracker, scratch,
         context, fused,

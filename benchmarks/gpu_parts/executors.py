@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -117,7 +118,7 @@ def _chunked(bed: Bed, request: SpanRequest) -> torch.Tensor:
     tokens, history = list(request.tokens), request.history
     cuts = sorted({0, len(tokens) // 3, 2 * len(tokens) // 3 + 1, len(tokens)})
     logits: torch.Tensor | None = None
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in itertools.pairwise(cuts):
         chunk = SpanRequest(tokens[start:end], history + start, request.runs, True)
         logits = bed.eager([chunk])
     assert logits is not None

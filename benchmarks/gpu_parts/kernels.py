@@ -95,7 +95,7 @@ def _speed(report: Report, device: torch.device, flops: float, bandwidth: float)
             best = max(rates, key=lambda name: rates[name])
             report.row(
                 f"attention kernel, {tokens} on {history}",
-                f"{rates[best] / 1e12:.0f} TFLOP/s = {rates[best] / flops:.2f} of the product ({best})",
+                f"{rates[best] / 1e12:.0f} TFLOP/s = {rates[best] / flops:.2f} x product, {best}",
             )
     _torch_attention(report, device, heads, kv)
     _decode(report, device, shape, heads, processors, bandwidth)
@@ -146,10 +146,9 @@ def _decode(
         ]
         batch = stage(requests, BLOCK, PinnedUploader(tracker))
         query = torch.randn(count, heads, 128, dtype=torch.bfloat16, device=device).transpose(0, 1)
-        backend = PagedAttention(processors)
 
         def work(query=query, cache=cache, batch=batch) -> object:  # type: ignore[no-untyped-def]
-            return backend.attend(0, query, cache, batch, 128**-0.5)
+            return PagedAttention(processors).attend(0, query, cache, batch, 128**-0.5)
 
         seconds = median_seconds(tracker, work)
         rate = count * context * shape.heads * 128 * 2 * 2 / seconds

@@ -85,7 +85,9 @@ class Report:
         """All rows."""
         widths = [max((len(row[i]) for row in self.rows), default=0) for i in range(3)]
         return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip()
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]
+            ).rstrip()
             for row in self.rows
         )
 

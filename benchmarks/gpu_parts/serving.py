@@ -1,4 +1,4 @@
-"""The engine's own loop under load, in this process, on the wall clock: no network, no tokenizer."""
+"""The engine's own loop under load, in this process and on the wall clock, without a network."""
 
 from __future__ import annotations
 
@@ -110,16 +110,16 @@ class Service:
         """As a client that goes away."""
         self._aborts.append(job_id)
 
-    def run(self, jobs: Iterable[Job], seconds: float, until: Callable[[], bool] | None = None) -> bool:
-        """Serve until all is done, ``until`` says so, or ``seconds`` are over; whether in time."""
+    def run(
+        self, jobs: Iterable[Job], seconds: float, until: Callable[[], bool] | None = None
+    ) -> bool:
+        """Serve until all is done or ``seconds`` are over; whether in time."""
         self._start = time.monotonic()
         for job in jobs:
             self._waiting.append(job)
         self._waiting.sort(key=lambda waiting: waiting.at)
         while self.now() < seconds:
             pause = self.loop.step()
-            if until is not None and until():
-                return True
             if pause is None or pause > 0:
                 if pause is None and not self._waiting and not self._jobs and not self._aborts:
                     return True
@@ -186,7 +186,9 @@ def teach(bed: Bed) -> None:
     )
 
 
-def poisson(kind: str, rate: float, seconds: float, prompt: Callable[[], int], seed: int) -> list[Job]:
+def poisson(
+    kind: str, rate: float, seconds: float, prompt: Callable[[], int], seed: int
+) -> list[Job]:
     rng = random.Random(seed)
     jobs: list[Job] = []
     at = 0.0
@@ -319,7 +321,11 @@ def decode(report: Report, bed: Bed, scale: Scale) -> None:
         best = max(best, tokens / makespan)
         report.save(
             key,
-            {"p50": p(gaps(done), 50), "p99": p(gaps(done), 99), "tokens_per_second": tokens / makespan},
+            {
+                "p50": p(gaps(done), 50),
+                "p99": p(gaps(done), 99),
+                "tokens_per_second": tokens / makespan,
+            },
         )
     for key, (ratio, rate) in found.items():
         target = key.startswith("length-aware")
@@ -343,7 +349,7 @@ SYSTEMS = (
 
 
 def axes(report: Report, bed: Bed, scale: Scale, slo: float = 0.4) -> None:
-    """The paper's axes: closed loops of clients, unique prompts of chat length, one output token."""
+    """The paper's axes: closed loops of clients, unique prompts of chat length, one token each."""
     rng = random.Random(5)
     seconds = 2.0 if scale is FULL else 0.15
 

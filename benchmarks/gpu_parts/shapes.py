@@ -1,4 +1,4 @@
-"""Captured short batches against the time to read the weights, and long prefills against products."""
+"""Captured short batches against reading the weights, and long prefills against products."""
 
 from __future__ import annotations
 
