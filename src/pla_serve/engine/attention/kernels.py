@@ -194,7 +194,9 @@ def attend_kernel(
         tl.store(place, result.to(outputs.dtype.element_ty), mask=inside)
     else:
         row_at += split.to(tl.int64) * capacity * heads
-        tl.store(parts + row_at[:, None] * HEAD + dims[None, :], result, mask=inside)
+        # Splits behind the end of a context leave nothing but their log-sum-exp.
+        used = inside & (total > 0)[:, None]
+        tl.store(parts + row_at[:, None] * HEAD + dims[None, :], result, mask=used)
         lse = tl.where(total > 0, peak + tl.log2(safe), float("-inf"))
         tl.store(part_lse + row_at, lse, mask=real)
 

@@ -33,7 +33,7 @@ MANY_ROWS = Tile(rows=128, keys=64, warps=8, stages=3)
 MANY_ROWS_CHOICES = (
     MANY_ROWS,
     Tile(rows=128, keys=128, warps=8, stages=2),
-    Tile(rows=128, keys=64, warps=4, stages=3),
+    Tile(rows=128, keys=64, warps=8, stages=4),
     Tile(rows=64, keys=64, warps=4, stages=3),
 )
 """Worth a trial on a new device."""

@@ -83,6 +83,7 @@ class ShapeGrid:
         self._lazy = 0
         self._spans: tuple[Span, ...] = ()
         self._buffer = torch.zeros(0, dtype=torch.int32, device=device)
+        self._logits: torch.Tensor | None = None
         self._ladder = self._make_ladder()
         self.counts = GridCounts()
 
@@ -194,7 +195,14 @@ class ShapeGrid:
         self._uploader.upload(numbers, self._buffer)
 
     def _run(self, shape: Shape, capacity: Capacity) -> torch.Tensor:
-        return self._runner.forward(self._batch(shape, capacity))
+        """All shapes leave their logits in one place, so that no graph keeps memory for its own."""
+        logits = self._runner.forward(self._batch(shape, capacity))
+        rows, width = logits.shape
+        if self._logits is None:
+            self._logits = torch.empty(
+                self._most_batch(), width, dtype=logits.dtype, device=logits.device
+            )
+        return self._logits[:rows].copy_(logits)
 
     def _batch(self, shape: Shape, capacity: Capacity) -> FlatBatch:
         return unpack(
