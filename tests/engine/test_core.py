@@ -158,3 +158,23 @@ def test_what_does_not_fit_is_refused_with_the_cure(
 def test_a_bound_of_no_queued_tokens_is_refused_rather_than_taken_as_none() -> None:
     with pytest.raises(ValueError, match="max_queued_tokens must be at least 1"):
         EngineConfig(max_queued_tokens=0)
+
+
+def test_shapes_by_name_on_a_cpu(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The static path from the settings to the tokens, decode steps included."""
+    prompt = (5, 17, 3, 8, 60, 22)
+    caplog.set_level("INFO")
+    write_tokenizer(folder)
+    config = EngineConfig(
+        model=str(folder), device="cpu", kv_cache_gib=0.001, capture_shapes="1x1,8x2"
+    )
+    _, tokens = serve_one(config, prompt)
+    assert tuple(tokens) == expected("llama", prompt, 8)
+    assert "captured 2 shapes up to 8 tokens" in caplog.text
+
+
+def test_a_backend_that_does_not_run_here_is_refused(folder: Path) -> None:
+    write_tokenizer(folder)
+    config = EngineConfig(model=str(folder), device="cpu", attention_backend="triton")
+    with pytest.raises(ValueError, match="triton needs a CUDA device"):
+        serve_one(config, (1, 2))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from pla_serve.engine.forward import FlatBatch
+from pla_serve.engine.forward import SpanRequest
 from pla_serve.engine.warmup import BUDGET_SECONDS, warm_up
 from pla_serve.policy.cost import CostModel
 
@@ -19,12 +20,11 @@ class SlowMachine:
     launch: float
     token: float
     now: float = 100.0
-    seen: list[FlatBatch] = field(default_factory=list)
+    seen: list[Sequence[SpanRequest]] = field(default_factory=list)
 
-    def forward(self, batch: FlatBatch) -> torch.Tensor:
-        self.seen.append(batch)
-        self.now += self.launch + self.token * len(batch.tokens)
-        return torch.zeros(len(batch.outputs), 1)
+    def run(self, requests: Sequence[SpanRequest]) -> None:
+        self.seen.append(requests)
+        self.now += self.launch + self.token * sum(len(request.tokens) for request in requests)
 
     def clock(self) -> float:
         return self.now
@@ -34,7 +34,7 @@ def warm(machine: SlowMachine, chunk: int = 512, longest: int = 8192, blocks: in
     """The error of a prediction afterwards."""
     cost = CostModel()
     warm_up(
-        machine,  # type: ignore[arg-type]
+        machine.run,
         cost,
         chunk=chunk,
         longest=longest,
@@ -54,14 +54,14 @@ def test_it_teaches_what_a_prefill_takes() -> None:
 def test_no_position_is_beyond_the_models(longest: int) -> None:
     machine = SlowMachine(0.002, 1e-4)
     warm(machine, longest=longest)
-    assert all(int(batch.positions.max()) < longest for batch in machine.seen)
+    assert all(r.history + len(r.tokens) <= longest for batch in machine.seen for r in batch)
 
 
 def test_no_slot_is_beyond_the_memory() -> None:
     machine = SlowMachine(0.002, 1e-4)
     warm(machine, blocks=20)
     assert machine.seen
-    assert all(int(batch.slots.max()) < 20 * 16 for batch in machine.seen)
+    assert all(end <= 20 for batch in machine.seen for r in batch for _, end in r.runs)
 
 
 @pytest.mark.parametrize(("launch", "token"), [(0.2, 0.02), (0.01, 0.1), (2.0, 0.0)])

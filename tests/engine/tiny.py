@@ -24,7 +24,9 @@ from transformers import (
 from pla_serve.engine import cpu
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
+from pla_serve.engine.executor import Executor
 from pla_serve.engine.intake import Intake, Limits
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.loading import decoder_layers
@@ -80,9 +82,18 @@ def reference_model(name: str) -> torch.nn.Module:
     return model.eval()
 
 
-@cache
 def runner(name: str) -> ModelRunner:
     """The same weights under the engine's attention and optimised modules."""
+    return _runner(name, False)
+
+
+def padded_runner(name: str) -> ModelRunner:
+    """One that takes batches with padding; its KV has a block that belongs to nobody."""
+    return _runner(name, True)
+
+
+@cache
+def _runner(name: str, padded: bool) -> ModelRunner:
     config = CONFIGS[name]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()
     model.load_state_dict(reference_model(name).state_dict())
@@ -91,10 +102,11 @@ def runner(name: str) -> ModelRunner:
     cpu.optimise(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // 4
     shape = KVShape(config.num_hidden_layers, 2, head_dim, torch.float32)
-    cache = KVCache(shape, MAX_BLOCKS * BLOCK, torch.device("cpu"))
+    cache = KVCache(shape, (MAX_BLOCKS + padded) * BLOCK, torch.device("cpu"))
     for memory in (*cache.keys, *cache.values):
         memory.fill_(torch.nan)  # whatever is read before it was written shows
-    return ModelRunner(model, layers, cache, SdpaCpu())
+    backend = PaddedAttention(SdpaCpu()) if padded else SdpaCpu()
+    return ModelRunner(model, layers, cache, backend)
 
 
 @cache
@@ -162,6 +174,7 @@ def make_engine(
     clock: Callable[[], float] | None = None,
     vocabulary: int = VOCABULARY,
     eos: int = EOS,
+    executor: Executor | None = None,
 ) -> Engine:
     """An engine around the shared runner of this model, with KV memory of its own size.
 
@@ -183,6 +196,7 @@ def make_engine(
         policy=policy,
         cost=cost,
         device=torch.device("cpu"),
+        executor=executor,
     )
     if exchange is not None:
         parts = replace(parts, exchange=exchange(parts))

@@ -59,11 +59,13 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
     flags = {
         "--load-format": "dummy", "--dtype": "float32", "--device": "cpu", "--seed": 3,
         "--max-model-len": 99, "--block-size": 8, "--kv-cache-gib": 0.5,
-        "--short-kv-reserve": 0.1, "--threads": 1, "--policy": "length-aware:interruptible=false:layers=4",
+        "--short-kv-reserve": 0.1, "--threads": 1,
+        "--policy": "length-aware:interruptible=false:layers=4",
         "--max-batch-tokens": 100, "--max-batch-requests": 3, "--long-chunk-tokens": 50,
         "--boundary-tokens": 10, "--long-share": 0.4, "--express-burst-seconds": 1,
         "--decode-share": 0.3, "--patience": 3, "--express-wait-seconds": 0,
-        "--max-queued-tokens": 5,
+        "--max-queued-tokens": 5, "--attention-backend": "sdpa", "--capture-shapes": "8x2",
+        "--capture-tokens": 64, "--capture-padding-cap": 0.5, "--run-ahead-layers": 3,
         "--max-predicted-wait": 7, "--served-model-name": "m", "--host": "::1", "--port": 1,
         "--api-key": "k", "--max-body-mib": 1, "--keep-alive-seconds": 1,
         "--max-unread-tokens": 5, "--stall-seconds": 1, "--restart-wait": 1,
@@ -168,3 +170,10 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_graphs_are_turned_off_by_name(started: Started) -> None:
+    assert serve("m", "--no-graphs").exit_code == 0
+    assert started.engine.capture_shapes == "none"
+    assert "drop one" in serve("m", "--no-graphs", "--capture-shapes", "8x2").output
+    assert "no shape" in serve("m", "--capture-shapes", "8by2").output

@@ -7,7 +7,9 @@ from typing import Literal
 
 from pla_serve.policy.config import PolicyConfig
 
+AttentionBackend = Literal["auto", "sdpa", "varlen", "triton"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+NO_SHAPES = "none"
 DType = Literal["auto", "float32", "bfloat16"]
 
 
@@ -40,6 +42,19 @@ class EngineConfig:
     """CPU threads; None takes all cores."""
     policy: str = "length-aware"
     policy_config: PolicyConfig = field(default_factory=PolicyConfig)
+    attention_backend: AttentionBackend = "auto"
+    """auto: the first that gives what the reference gives, tried at start."""
+    capture_shapes: str | None = None
+    """Shapes that short batches run on as a whole: auto, paper, none, or tokens x requests such as
+    64x4,256x16. None is auto on CUDA and none elsewhere, where named ones are padded to without
+    being captured."""
+    capture_tokens: int = 512
+    """Most tokens of a batch that auto and paper capture."""
+    capture_padding_cap: float = 0.9
+    """A batch that would be more padding than this runs on the ordinary kernels."""
+    run_ahead_layers: int = 2
+    """On CUDA: most layers that the host enqueues before the first of them is done. Express work
+    waits for one less; with 1 the device waits for the host."""
     max_queued_tokens: int | None = None
     """Admission: most new tokens waiting; None: four times the KV capacity."""
     max_predicted_wait: float | None = 120.0
@@ -58,3 +73,16 @@ class EngineConfig:
             raise ValueError(f"max_queued_tokens must be at least 1, not {self.max_queued_tokens}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len must be at least 2, not {self.max_model_len}")
+        if not 0 <= self.capture_padding_cap <= 1:
+            raise ValueError(
+                f"capture_padding_cap must lie in 0..1, not {self.capture_padding_cap}"
+            )
+        for name in ("capture_tokens", "run_ahead_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        shapes = self.capture_shapes not in (None, NO_SHAPES)
+        if self.attention_backend == "sdpa" and shapes and self.device != "cpu":
+            raise ValueError(
+                "the sdpa backend reads lengths on the host, which a captured graph cannot follow; "
+                "drop capture_shapes or choose another attention_backend"
+            )

@@ -11,10 +11,10 @@ from uuid import uuid4
 
 import torch
 
-from pla_serve.engine import cpu
-from pla_serve.engine.attention.cache import KVCache, KVShape
-from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBackend
-from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
+from pla_serve.engine import cpu, gpu
+from pla_serve.engine.assembly import Execution, make_execution
+from pla_serve.engine.attention.cache import KVShape
+from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.ceilings import ModelSize, measure, starting_profile
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.intake import Intake, Limits
@@ -37,7 +37,6 @@ from pla_serve.engine.loop import EngineLoop
 from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import EngineReady, Inbound, Outbound
 from pla_serve.engine.parts import Parts
-from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
 from pla_serve.engine.transfer.exchange import assemble
 from pla_serve.engine.transfer.layout import KVLayout, fingerprint
@@ -89,6 +88,11 @@ def build_parts(
 ) -> tuple[Parts, EngineReady]:
     """Everything that the loop drives, warmed up."""
     dtype = resolve_dtype(config.dtype, device)
+    if config.kv_transfer and device.type != "cpu":
+        # Layers are announced when they are enqueued, which on a GPU is before they are computed.
+        raise ValueError(
+            f"--kv-transfer moves the KV of CPU instances only, not of {device}; drop it"
+        )
     model_config = load_config(source)
     attention = check_supported(model_config)
     shape = KVShape(attention.layers, attention.kv_heads, attention.head_dim, dtype)
@@ -105,13 +109,15 @@ def build_parts(
     weights = fingerprint(model) if config.kv_transfer else ""
     if device.type == "cpu":
         cpu.optimise(model)
+    else:
+        fused = gpu.optimise(model, gpu.best_operations())
+        log.info("fused %d of %d decoder layers", fused, len(layers))
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
     kv_tokens = kv_plan.blocks * config.block_tokens
-    cache = KVCache(shape, kv_tokens, device)
-    runner = ModelRunner(model, layers, cache, _attention_backend(device))
     cost = CostModel(starting_profile(size, measure(device, dtype, clock)))
+    execution = make_execution(config, model, layers, shape, attention, kv_plan, cost, device)
     warm_up(
-        runner,
+        execution.run,
         cost,
         chunk=config.policy_config.max_chunk_tokens,
         longest=kv_plan.max_model_len,
@@ -129,9 +135,10 @@ def build_parts(
     knobs = config.policy_config
     knobs = replace(knobs, layers=knobs.layers or attention.layers)
     policy = create_policy(config.policy, knobs, cost)
-    parts = _assemble(config, source, device, runner, cost, kv_plan, limits, policy)
-    layout = KVLayout.of(cache, config.block_tokens, weights) if config.kv_transfer else None
-    if layout is not None:
+    parts = _assemble(config, source, device, execution, cost, kv_plan, limits, policy)
+    layout = None
+    if config.kv_transfer:
+        layout = KVLayout.of(execution.cache, config.block_tokens, weights)
         exchange, _ = assemble(
             layout, parts.kv, parts.gate, parts.intake, life=uuid4(), transport=NixlTransport
         )
@@ -154,7 +161,7 @@ def _assemble(
     config: EngineConfig,
     source: ModelSource,
     device: torch.device,
-    runner: ModelRunner,
+    execution: Execution,
     cost: CostModel,
     kv_plan: KVPlan,
     limits: Limits,
@@ -166,7 +173,8 @@ def _assemble(
     queued = config.max_queued_tokens or 4 * kv.capacity_tokens
     admission = Admission(queued, config.max_predicted_wait)
     return Parts(
-        runner=runner,
+        runner=execution.runner,
+        executor=execution.executor,
         kv=kv,
         gate=gate,
         sampler=sampler,
@@ -187,10 +195,6 @@ def _grammars(source: ModelSource, limits: Limits) -> GrammarCompiler | None:
     except ValueError as error:
         log.warning("structured output is off, this tokenizer does not allow it: %s", error)
         return None
-
-
-def _attention_backend(device: torch.device) -> AttentionBackend:
-    return SdpaCpu() if device.type == "cpu" else SdpaReference()
 
 
 def _usable_cores() -> int:

@@ -11,6 +11,28 @@ from pla_serve.engine.kv.blocks import Run
 
 
 @dataclass(frozen=True, slots=True)
+class Paged:
+    """Where each sequence's tokens and KV lie, as a kernel on the device reads it: int32 tensors.
+
+    Sequences beyond the real ones have no new tokens and no context.
+    """
+
+    query_starts: torch.Tensor
+    """(sequences + 1,): flat position of the first new token of each; the last is their sum."""
+    contexts: torch.Tensor
+    """(sequences,): history and new tokens."""
+    table_starts: torch.Tensor
+    """(sequences,): where in ``table`` each one's blocks begin."""
+    table: torch.Tensor
+    """Block numbers of all sequences, one behind the other."""
+    block_tokens: int
+    most_query: int
+    """No sequence has more new tokens."""
+    most_context: int
+    """No sequence has a longer context. The host's knowledge; a captured graph's is its limit."""
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """Consecutive new tokens of one sequence, on top of its history."""
 
@@ -36,6 +58,8 @@ class FlatBatch:
     slots: torch.Tensor
     outputs: torch.Tensor
     spans: tuple[Span, ...]
+    paged: Paged | None = None
+    """For backends that read lengths and blocks on the device."""
 
 
 @dataclass(frozen=True, slots=True)

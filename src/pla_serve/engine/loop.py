@@ -6,12 +6,15 @@ policy whether something goes first; that batch runs to its end, and the outer o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from pla_serve.engine.forward import SpanRequest, build
+from pla_serve.engine.executor import Executed, PlainExecutor
+from pla_serve.engine.flight import Flight, Frame, Member
+from pla_serve.engine.forward import SpanRequest
 from pla_serve.engine.messages import (
     AbortRequest,
     Accepted,
@@ -25,7 +28,7 @@ from pla_serve.engine.messages import (
     Reserve,
 )
 from pla_serve.engine.parts import Parts
-from pla_serve.engine.sampling import Sampled
+from pla_serve.engine.sampling import Choice, Sampled
 from pla_serve.engine.sequence import Sequence
 from pla_serve.engine.telemetry import Telemetry
 from pla_serve.engine.transfer.protocol import TransferMessage, receive
@@ -33,18 +36,8 @@ from pla_serve.policy.protocol import Batch, Chunk, Idle, Wait
 
 REFRESH = 8
 """Waiting requests whose cached prefix is looked up again in one step, if the cache changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """One sequence's part of a batch that is computed."""
-
-    sequence: Sequence
-    tokens: int
-    decodes: bool
-    """Decoded before this batch already."""
-    yields: bool
-    """Its last token's logits are sampled."""
+MOST_FLIGHTS = 4
+"""Express batches that the device may have before it has finished the first of them."""
 
 
 class _Abandoned(Exception):
@@ -79,8 +72,14 @@ class EngineLoop:
         self._unstarted: dict[str, Sequence] = {}
         """Wait for their first chunk; in the order in which their prefix is looked up again."""
         self._telemetry = Telemetry()
-        self._nested_seconds = 0.0
-        """Time that batches inside the running one have taken."""
+        self._executor = parts.executor or PlainExecutor(
+            parts.runner, parts.kv.block_tokens, parts.device
+        )
+        self._device = self._executor.device
+        self._frame = Frame(0.0)
+        """Of the running batch; one of no account if there is none."""
+        self._flights: deque[Flight] = deque()
+        """Express batches that the device may not have finished, oldest first."""
         self._preempted: set[str] = set()
         """Who lost its memory while the batch at hand was prepared."""
         self._reported_idle = False
@@ -99,7 +98,7 @@ class EngineLoop:
             if not self._reported_idle:
                 self._report()
                 self._reported_idle = True
-            return self._exchange.pause(self._clock())
+            return 0.0 if self._executor.use_idle_time() else self._exchange.pause(self._clock())
         self._reported_idle = False
         if isinstance(decision, Wait):
             now = self._clock()
@@ -243,29 +242,60 @@ class EngineLoop:
         batch, members = self._prepare(batch)
         if not members:
             return False
-        outer_seconds, self._nested_seconds = self._nested_seconds, 0.0
-        started = self._clock()
+        outer, self._frame = self._frame, Frame(self._clock())
+        began = self._device.record()
+        whole = False
+        choice: Choice | None = None
         try:
-            logits = self._forward(batch, members, nested)
+            executed = self._forward(batch, members, nested)
+            whole, choice = executed.whole, self._choose(members, executed.logits)
         except _Abandoned:
-            logits = None
+            pass
         finally:
-            for member in members:
-                member.sequence.in_flight = False
-        sampled = self._sample(members, logits)
-        now = self._clock()
-        seconds = now - started
-        if logits is not None:
-            self._telemetry.count_batch(batch, nested)
+            frame, self._frame = self._frame, outer
+        ended = self._device.record()
+        flight = Flight(batch, members, choice, frame, outer, nested, began, ended)
+        if nested and whole and self._device.asynchronous:
+            # The device computes on while the host enqueues the next layer of the outer batch.
+            self._flights.append(flight)
+            self._land_done()
         else:
-            batch = Batch(batch.kind)
-        self._policy.observe(batch, max(0.0, seconds - self._nested_seconds), now)
-        self._nested_seconds = outer_seconds + seconds
-        for member, token in zip(members, sampled, strict=True):
-            self._advance(member, token, now)
+            self._land_all()
+            self._land(flight)
         return True
 
-    def _prepare(self, batch: Batch) -> tuple[Batch, list[_Member]]:
+    def _land_done(self) -> None:
+        """Book the express batches that the device has finished, and the oldest if many are out."""
+        while self._flights and (
+            len(self._flights) > MOST_FLIGHTS or self._flights[0].ended.done()
+        ):
+            self._land(self._flights.popleft())
+
+    def _land_all(self) -> None:
+        while self._flights:
+            self._land(self._flights.popleft())
+
+    def _land(self, flight: Flight) -> None:
+        """Wait for a batch and book what came of it."""
+        flight.ended.wait()
+        members, batch = flight.members, flight.batch
+        for member in members:
+            member.sequence.in_flight = False
+        sampled = self._accept(members, flight.choice)
+        now = self._clock()
+        seconds = now - flight.frame.started
+        if flight.nested:
+            seconds = flight.ended.seconds_since(flight.began) or seconds
+        if flight.choice is not None:
+            self._telemetry.count_batch(batch, flight.nested)
+        else:
+            batch = Batch(batch.kind)
+        self._policy.observe(batch, max(0.0, seconds - flight.frame.inside), now)
+        flight.outer.inside += seconds
+        for member, token in zip(members, sampled, strict=True):
+            self._advance(member, token, now)
+
+    def _prepare(self, batch: Batch) -> tuple[Batch, list[Member]]:
         """The part of ``batch`` that can run now; the rest goes back to the policy."""
         lost = self._preempted
         lost.clear()
@@ -274,9 +304,9 @@ class EngineLoop:
         decodes = tuple(c for c in decodes if c.request_id not in lost)
         prefills = tuple(c for c in batch.prefills if self._ready_to_prefill(c))
         members = [
-            _Member(self._sequences[chunk.request_id], chunk.tokens, False, chunk.completes)
+            Member(self._sequences[chunk.request_id], chunk.tokens, False, chunk.completes)
             for chunk in prefills
-        ] + [_Member(self._sequences[chunk.request_id], 1, True, True) for chunk in decodes]
+        ] + [Member(self._sequences[chunk.request_id], 1, True, True) for chunk in decodes]
         for member in members:
             member.sequence.in_flight = True
         return replace(batch, prefills=prefills, decodes=decodes), members
@@ -316,7 +346,7 @@ class EngineLoop:
                 return False
         return True
 
-    def _forward(self, batch: Batch, members: list[_Member], nested: bool) -> torch.Tensor:
+    def _forward(self, batch: Batch, members: list[Member], nested: bool) -> Executed:
         spans = [
             SpanRequest(
                 tokens=m.sequence.tokens[m.sequence.computed : m.sequence.computed + m.tokens],
@@ -326,7 +356,6 @@ class EngineLoop:
             )
             for m in members
         ]
-        flat = build(spans, self._kv.block_tokens, self._parts.device)
 
         handing_over = [
             (m.sequence, m.sequence.computed + m.tokens)
@@ -342,6 +371,7 @@ class EngineLoop:
             layers += 1
             while True:
                 self._take_inbox()
+                self._land_done()
                 if all(member.sequence.aborted for member in members):
                     raise _Abandoned
                 self._unpark()
@@ -350,18 +380,21 @@ class EngineLoop:
                 if express is None or not self._run(express, nested=True):
                     return
 
-        return self._parts.runner.forward(flat, at_boundary)
+        return self._executor.forward(spans, at_boundary)
 
-    def _sample(self, members: list[_Member], logits: torch.Tensor | None) -> list[Sampled | None]:
+    def _choose(self, members: list[Member], logits: torch.Tensor) -> Choice:
+        """Enqueue the choice of the next token of each member that yields one."""
+        yielding = [member.sequence.sampling for member in members if member.yields]
+        return self._parts.sampler.choose(logits, yielding)
+
+    def _accept(self, members: list[Member], choice: Choice | None) -> list[Sampled | None]:
         """The next token of each member that yields one."""
-        if logits is None:
+        if choice is None:
             return [None] * len(members)
-        yielding = [member for member in members if member.yields]
-        tokens = self._parts.sampler.sample(logits, [m.sequence.sampling for m in yielding])
-        found = iter(tokens)
+        found = iter(self._parts.sampler.accept(choice))
         return [next(found) if member.yields else None for member in members]
 
-    def _advance(self, member: _Member, sampled: Sampled | None, now: float) -> None:
+    def _advance(self, member: Member, sampled: Sampled | None, now: float) -> None:
         """Book what a batch did for one of its members."""
         sequence = member.sequence
         if sequence.aborted:
@@ -437,5 +470,6 @@ class EngineLoop:
                 cost=self._parts.cost,
                 waits=self._parts.intake.calibration,
                 transfer=self._exchange.stats(),
+                graphs=self._executor.counts(),
             )
         )

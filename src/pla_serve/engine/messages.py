@@ -294,6 +294,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """First tokens since the last message."""
     transfer: TransferStats | None = None
     """None without KV transfer."""
+    graph_replays: dict[str, int] = {}
+    """Counter by captured shape, as ``tokens x requests``."""
+    graph_fallbacks: dict[str, int] = {}
+    """Counter by reason: batches on the ordinary kernels while shapes are captured."""
+    graph_tokens: int = 0
+    """Counter: real tokens in captured shapes."""
+    graph_padding: int = 0
+    """Counter: padding there."""
 
 
 Inbound = AddRequest | AbortRequest | Reserve | Begin | Lend | Release

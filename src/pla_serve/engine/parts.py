@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pla_serve.engine.executor import Executor
 from pla_serve.engine.intake import Intake
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.memory import MemoryGate
@@ -28,4 +29,6 @@ class Parts:
     policy: PrefillPolicy
     cost: CostModel
     device: torch.device
+    executor: Executor | None = None
+    """Where batches run; None: layer by layer, by ``runner``."""
     exchange: Exchange = field(default_factory=NoExchange)

@@ -10,6 +10,7 @@ import torch
 
 from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.attention.interface import AttentionBackend, ForwardContext
+from pla_serve.engine.device import RunAhead
 from pla_serve.engine.forward import FlatBatch
 
 AtBoundary = Callable[[], None]
@@ -21,6 +22,8 @@ class ModelRunner:
 
     Forward passes nest: ``at_boundary`` of one may call ``forward`` again, and the outer pass
     continues with its activations as they were. Nothing here knows why.
+
+    ``run_ahead`` bounds how far the host gets ahead of the device in passes with boundaries.
     """
 
     def __init__(
@@ -29,8 +32,10 @@ class ModelRunner:
         layers: torch.nn.ModuleList,
         cache: KVCache,
         backend: AttentionBackend,
+        run_ahead: RunAhead | None = None,
     ) -> None:
         self._model = model
+        self._run_ahead = run_ahead
         self._cache = cache
         self._backend = backend
         self._at_boundary: AtBoundary | None = None
@@ -64,5 +69,9 @@ class ModelRunner:
             self._at_boundary = outer
 
     def _before_layer(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if self._at_boundary is not None:
+        if self._at_boundary is None:
+            return
+        if self._run_ahead is None:
             self._at_boundary()
+        else:
+            self._run_ahead.before_layer(self._at_boundary)

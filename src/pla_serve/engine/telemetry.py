@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
+from pla_serve.engine.graphs.counts import GridCounts
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.messages import EngineStats, LatencySample, TransferStats
 from pla_serve.engine.sequence import Sequence
@@ -62,6 +63,7 @@ class Telemetry:
         cost: CostModel,
         waits: Calibration,
         transfer: TransferStats | None,
+        graphs: GridCounts | None = None,
     ) -> EngineStats:
         """The state as a message; starts a new list of first tokens."""
         self._reported = now
@@ -90,6 +92,10 @@ class Telemetry:
             wait_coverage={"short": waits.coverage(True), "long": waits.coverage(False)},
             firsts=firsts,
             transfer=transfer,
+            graph_replays=dict(graphs.replays) if graphs else {},
+            graph_fallbacks=dict(graphs.fallbacks) if graphs else {},
+            graph_tokens=graphs.real_tokens if graphs else 0,
+            graph_padding=graphs.padding_tokens if graphs else 0,
         )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from pla_serve.engine.forward import SpanRequest, build
-from pla_serve.engine.runner import ModelRunner
+from pla_serve.engine.forward import SpanRequest
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 
 Shape = tuple[tuple[int, int], ...]
 """(new tokens, history) of each sequence."""
+
+Run = Callable[[Sequence[SpanRequest]], object]
+"""Computes a batch as it will be computed when requests come."""
 
 BUDGET_SECONDS = 10.0
 LONG_SECONDS = 0.5
@@ -32,7 +34,7 @@ def shapes(chunk: int) -> Iterator[Shape]:
 
 
 def warm_up(
-    runner: ModelRunner,
+    run: Run,
     cost: CostModel,
     *,
     chunk: int,
@@ -55,7 +57,7 @@ def warm_up(
             if wanted > blocks or any(sum(sequence) > longest for sequence in shape):
                 continue
             if clock() + 2 * cost.seconds(_as_batch(shape)) < deadline:
-                _time(runner, cost, shape, block_tokens, device, clock)
+                _time(run, cost, shape, block_tokens, device, clock)
 
 
 def _as_batch(shape: Shape) -> Batch:
@@ -64,7 +66,7 @@ def _as_batch(shape: Shape) -> Batch:
 
 
 def _time(
-    runner: ModelRunner,
+    run: Run,
     cost: CostModel,
     shape: Shape,
     block_tokens: int,
@@ -77,11 +79,10 @@ def _time(
         count = -(-(new + history) // block_tokens)
         spans.append(SpanRequest([0] * new, history, [(first, first + count)], True))
         first += count
-    flat = build(spans, block_tokens, device)
     for _ in range(2):
         _wait_for(device)
         started = clock()
-        runner.forward(flat)
+        run(spans)
         _wait_for(device)
         seconds = clock() - started
         if seconds > LONG_SECONDS:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.config import NO_SHAPES, EngineConfig
 from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.server import flags, tracing
@@ -57,6 +57,12 @@ def serve(
     decode_share: flags.DecodeShare = _POLICY.decode_share,
     express_wait_seconds: flags.ExpressWaitSeconds = _POLICY.express_wait_seconds,
     patience: flags.Patience = _POLICY.patience,
+    attention_backend: flags.AttentionBackend = _ENGINE.attention_backend,
+    graphs: flags.Graphs = True,
+    capture_shapes: flags.CaptureShapes = _ENGINE.capture_shapes,
+    capture_tokens: flags.CaptureTokens = _ENGINE.capture_tokens,
+    capture_padding_cap: flags.CapturePaddingCap = _ENGINE.capture_padding_cap,
+    run_ahead_layers: flags.RunAheadLayers = _ENGINE.run_ahead_layers,
     max_queued_tokens: flags.MaxQueuedTokens = _ENGINE.max_queued_tokens,
     max_predicted_wait: flags.MaxPredictedWait = _ENGINE.max_predicted_wait or 0.0,
     host: flags.Host = _SERVER.host,
@@ -108,6 +114,11 @@ def serve(
             threads=threads,
             policy=policy,
             policy_config=schedule,
+            attention_backend=attention_backend,
+            capture_shapes=_shapes(graphs, capture_shapes),
+            capture_tokens=capture_tokens,
+            capture_padding_cap=capture_padding_cap,
+            run_ahead_layers=run_ahead_layers,
             max_queued_tokens=max_queued_tokens,
             max_predicted_wait=max_predicted_wait or None,
         )
@@ -131,6 +142,12 @@ def serve(
     except (ValueError, OSError) as error:
         _fail(error)
     raise typer.Exit(start(engine, settings, template, log_level, log_format))
+
+
+def _shapes(graphs: bool, shapes: str | None) -> str | None:
+    if not graphs and shapes not in (None, NO_SHAPES):
+        raise ValueError(f"--no-graphs and --capture-shapes {shapes} exclude each other; drop one")
+    return shapes if graphs else NO_SHAPES
 
 
 def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> PolicyConfig:

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from pla_serve.engine.config import NO_SHAPES, EngineConfig
+from pla_serve.engine.config import AttentionBackend as AttentionBackends
 from pla_serve.engine.config import DType as DTypes
-from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.config import LoadFormat as LoadFormats
 from pla_serve.logs import LogFormat as LogFormats
 from pla_serve.server.link_messages import Role as Roles
@@ -17,6 +18,7 @@ MODEL = "Model"
 CACHE = "KV cache"
 SCHEDULE = "Scheduling"
 ADMISSION = "Admission"
+DEVICE = "Device"
 HTTP = "HTTP server"
 LogLevels = Literal["debug", "info", "warning", "error"]
 
@@ -26,6 +28,18 @@ def _known_policy(text: str) -> str:
 
     try:
         parse_policy(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+def _known_shapes(text: str | None) -> str | None:
+    if text is None or text == NO_SHAPES:
+        return text
+    from pla_serve.engine.graphs.choice import parse_shapes  # as above
+
+    try:
+        parse_shapes(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return text
@@ -187,6 +201,48 @@ ExpressWaitSeconds = Annotated[
     typer.Option(
         help="Most time that shorts wait for each other, where it pays, while longs run.",
         rich_help_panel=SCHEDULE,
+    ),
+]
+AttentionBackend = Annotated[
+    AttentionBackends,
+    typer.Option(
+        help="auto takes the first that works; the others need a GPU, but sdpa.",
+        rich_help_panel=DEVICE,
+    ),
+]
+Graphs = Annotated[
+    bool,
+    typer.Option(
+        "--graphs/--no-graphs",
+        help="Run short batches as captured CUDA graphs.",
+        rich_help_panel=DEVICE,
+    ),
+]
+CaptureShapes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|paper|none|TOKENSxREQUESTS,...",
+        callback=_known_shapes,
+        help="Shapes to capture. On a CPU batches are padded to them, for tests.",
+        rich_help_panel=DEVICE,
+    ),
+]
+CaptureTokens = Annotated[
+    int,
+    typer.Option(min=1, help="Most tokens of a shape by auto and paper.", rich_help_panel=DEVICE),
+]
+CapturePaddingCap = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, help="Most padding in a captured batch, as a share.", rich_help_panel=DEVICE
+    ),
+]
+RunAheadLayers = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="On a GPU: most layers enqueued and not done while others may go first.",
+        rich_help_panel=DEVICE,
     ),
 ]
 MaxQueuedTokens = Annotated[

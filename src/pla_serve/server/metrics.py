@@ -53,6 +53,8 @@ COUNTERS = {
     "vllm:generation_tokens": ("generation_tokens", "Tokens generated."),
     "vllm:num_preemptions": ("recompute_preemptions", "Requests recomputed for want of KV memory."),
     "pla_serve:express_batches": ("express_batches", "Batches run at a layer boundary of another."),
+    "pla_serve:graph_tokens": ("graph_tokens", "Tokens computed in captured shapes."),
+    "pla_serve:graph_padding": ("graph_padding", "Padding computed in captured shapes."),
 }
 """Name to field of `EngineStats` and help."""
 
@@ -72,6 +74,18 @@ class Metrics:
         )
         self._batches = self._family(
             Counter, "pla_serve:batches", "Batches computed, by class.", "class"
+        )
+        self._replays = self._family(
+            Counter,
+            "pla_serve:graph_replays",
+            "Batches on captured shapes, by shape.",
+            "shape",
+        )
+        self._fallbacks = self._family(
+            Counter,
+            "pla_serve:graph_fallbacks",
+            "Batches run on the ordinary kernels although shapes are captured, by reason.",
+            "reason",
         )
         self._rejected = self._family(
             Counter, "pla_serve:requests_rejected", "Requests refused, by reason.", "reason"
@@ -199,9 +213,14 @@ class Metrics:
         seen, self._seen = self._seen, stats
         for name, (field, _) in COUNTERS.items():
             self._counters[name].inc(max(0, getattr(stats, field) - getattr(seen, field, 0)))
-        batches = seen.batches if seen else {}
-        for kind, total in stats.batches.items():
-            self._by(self._batches, kind).inc(max(0, total - batches.get(kind, 0)))
+        for family, name in (
+            (self._batches, "batches"),
+            (self._replays, "graph_replays"),
+            (self._fallbacks, "graph_fallbacks"),
+        ):
+            before = getattr(seen, name, {})
+            for label, total in getattr(stats, name).items():
+                self._by(family, label).inc(max(0, total - before.get(label, 0)))
 
     def _make(self, kind: Any, name: str, text: str, buckets: tuple[float, ...] = ()) -> Any:
         extra = {"buckets": buckets} if buckets else {}

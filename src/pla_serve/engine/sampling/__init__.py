@@ -2,10 +2,11 @@
 
 from pla_serve.engine.sampling.errors import GrammarError, SamplingError
 from pla_serve.engine.sampling.grammar import GrammarCompiler
-from pla_serve.engine.sampling.sampler import Sampler
+from pla_serve.engine.sampling.sampler import Choice, Sampler
 from pla_serve.engine.sampling.sequence import Sampled, SequenceSampling
 
 __all__ = [
+    "Choice",
     "GrammarCompiler",
     "GrammarError",
     "Sampled",

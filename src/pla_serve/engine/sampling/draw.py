@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from pla_serve.engine.messages import SamplingParams
+from pla_serve.engine.sampling.transfer import to_device
 
 RESOLUTION = 2.0**34
 BLOCK = 128
@@ -48,14 +49,14 @@ def draw(
     keep_top_k(scaled, [p.top_k for p in params])
     weights = to_weights(scaled)
     keep_top_p(scaled, weights, [p.top_p for p in params])
-    fractions = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+    fractions = to_device(uniforms, logits.device, torch.float64)
     return pick(weights, fractions)
 
 
 def scale(logits: torch.Tensor, peak: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
     """Logarithms, to base 2, of how likely tokens are beside the likeliest; in place."""
-    factors = torch.tensor([1 / (t * math.log(2)) for t in temperatures], dtype=torch.float32)
-    return logits.sub_(peak.unsqueeze(1)).mul_(factors.to(logits.device).unsqueeze(1))
+    factors = to_device([1 / (t * math.log(2)) for t in temperatures], logits.device, torch.float32)
+    return logits.sub_(peak.unsqueeze(1)).mul_(factors.unsqueeze(1))
 
 
 def to_weights(scaled: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,7 @@ def to_weights(scaled: torch.Tensor) -> torch.Tensor:
 def keep_min_p(scaled: torch.Tensor, min_p: Sequence[float]) -> None:
     """Drop, in place, tokens less likely than ``min_p`` times the likeliest (its logit is 0)."""
     if any(min_p):
-        floor = torch.tensor(min_p, dtype=torch.float32, device=scaled.device).log2_()
+        floor = to_device(min_p, scaled.device, torch.float32).log2_()
         _drop_below(scaled, floor)
 
 
@@ -76,8 +77,8 @@ def keep_top_k(scaled: torch.Tensor, top_k: Sequence[int]) -> None:
     rows = [row for row, k in enumerate(top_k) if 0 < k < vocab]
     if not rows:
         return
-    index = torch.tensor(rows, device=scaled.device)
-    place = torch.tensor([top_k[row] - 1 for row in rows], device=scaled.device)
+    index = to_device(rows, scaled.device)
+    place = to_device([top_k[row] - 1 for row in rows], scaled.device)
     best = scaled.index_select(0, index).topk(max(top_k[row] for row in rows)).values
     floor = torch.full(scaled.shape[:1], -torch.inf, device=scaled.device)
     floor[index] = best.gather(1, place.unsqueeze(1)).squeeze(1)
@@ -92,12 +93,14 @@ def keep_top_p(scaled: torch.Tensor, weights: torch.Tensor, top_p: Sequence[floa
     rows = [row for row, p in enumerate(top_p) if p < 1.0]
     if not rows:
         return
-    index = torch.tensor(rows, device=scaled.device)
-    share = torch.tensor([top_p[row] for row in rows], dtype=torch.float64, device=scaled.device)
+    index = to_device(rows, scaled.device)
+    share = to_device([top_p[row] for row in rows], scaled.device, torch.float64)
     wanted, mass = scaled.index_select(0, index), weights.index_select(0, index)
     need = share * mass.sum(-1, dtype=torch.float64)
     floor = torch.full(scaled.shape[:1], -torch.inf, device=scaled.device)
-    floor[index] = _nucleus_floor(wanted, mass, need, NUCLEUS_WIDTH)
+    # Whether a narrow sort was enough is known on the device only; asking makes the host wait.
+    width = wanted.shape[1] if wanted.is_cuda else NUCLEUS_WIDTH
+    floor[index] = _nucleus_floor(wanted, mass, need, width)
     weights.masked_fill_(scaled < floor.unsqueeze(1), 0.0)
 
 
@@ -111,8 +114,10 @@ def _nucleus_floor(
     mass = each.cumsum(1)
     kept = (mass - each < need.unsqueeze(1)).sum(1).clamp_(min=1)
     floor = values.gather(1, (kept - 1).unsqueeze(1)).squeeze(1)
+    if width == scaled.shape[1]:
+        return floor
     wider = (mass[:, -1] < need).nonzero().squeeze(1)
-    if width < scaled.shape[1] and len(wider):
+    if len(wider):
         floor[wider] = _nucleus_floor(scaled[wider], weights[wider], need[wider], 16 * width)
     return floor
 

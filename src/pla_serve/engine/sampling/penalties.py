@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pla_serve.engine.sampling.transfer import to_device
+
 
 class TokenCounts:
     """The tokens a sequence has seen: how often each was put out; 0 for those of the prompt only.
@@ -79,8 +81,8 @@ def add_to_logits(
     device = logits.device
     logits.view(-1).index_add_(
         0,
-        torch.tensor(places, dtype=torch.int64, device=device),
-        torch.tensor(values, dtype=torch.float32, device=device),
+        to_device(places, device),
+        to_device(values, device, torch.float32),
     )
 
 
@@ -105,9 +107,9 @@ def penalise(logits: torch.Tensor, penalties: Sequence[tuple[int, Penalties]]) -
     off = np.repeat([p.frequency for _, p in penalties], sizes) * counts
     off += np.repeat([p.presence for _, p in penalties], sizes) * (counts > 0)
     device = logits.device
-    index = torch.from_numpy(places).to(device)
-    factor = torch.from_numpy(repetition.astype(np.float32)).to(device)
+    index = to_device(places, device)
+    factor = to_device(repetition, device, torch.float32)
     flat = logits.view(-1)
     old = flat[index]
     new = torch.where(old > 0, old / factor, old * factor)
-    flat[index] = new - torch.from_numpy(off.astype(np.float32)).to(device)
+    flat[index] = new - to_device(off, device, torch.float32)

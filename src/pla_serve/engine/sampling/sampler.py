@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,7 @@ from pla_serve.engine.sampling.noise import seed_key
 from pla_serve.engine.sampling.penalties import add_to_logits, penalise
 from pla_serve.engine.sampling.rowmax import row_max
 from pla_serve.engine.sampling.sequence import Sampled, SequenceSampling
+from pla_serve.engine.sampling.transfer import to_device, to_host
 
 NOT_FINITE = -1
 NOTHING_LEFT = -2
@@ -23,6 +25,16 @@ ERRORS = {
     "its weights may be damaged or its dtype too narrow",
     NOTHING_LEFT: "no token may follow: grammar, logit_bias and min_tokens exclude all of them",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tokens of a batch, chosen on the device and on their way to the host."""
+
+    sequences: Sequence[SequenceSampling]
+    tokens: torch.Tensor
+    """(n,) in the host's memory, valid once the device has come so far."""
+    logprobs: dict[int, TokenLogprob]
 
 
 class Sampler:
@@ -91,18 +103,29 @@ class Sampler:
         Raises:
             ValueError: the shape does not fit.
         """
+        choice = self.choose(logits, sequences)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return self.accept(choice)
+
+    def choose(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> Choice:
+        """Enqueue the choice of a token for each sequence; changes no state of theirs.
+
+        Waits for the device only for sequences that want log-probabilities. Arguments and errors
+        as of `sample`.
+        """
         if logits.shape != (len(sequences), self._vocab_size):
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)} for {len(sequences)} sequences and a "
                 f"vocabulary of {self._vocab_size}"
             )
         if not sequences:
-            return []
+            return Choice(sequences, torch.empty(0, dtype=torch.int64), {})
         top, tokens = row_max(logits)
         tokens = torch.where(top.isfinite(), tokens, NOT_FINITE)
         special = [row for row, sequence in enumerate(sequences) if not sequence.plain]
         if special:
-            index = torch.tensor(special, device=self._device)
+            index = to_device(special, self._device)
             chosen = self._choose(
                 logits.index_select(0, index).float(),
                 tokens[index],
@@ -110,11 +133,17 @@ class Sampler:
             )
             tokens[index] = chosen
         logprobs = self._logprobs(logits, tokens, sequences)
+        return Choice(sequences, to_host(tokens), logprobs)
+
+    def accept(self, choice: Choice) -> list[Sampled]:
+        """Advance each sequence by its token; the device must have finished the choice."""
         return [
-            sequence.accept(token, logprobs.get(row))
+            sequence.accept(token, choice.logprobs.get(row))
             if token >= 0
             else self._failed(token, sequence)
-            for row, (token, sequence) in enumerate(zip(tokens.tolist(), sequences, strict=True))
+            for row, (token, sequence) in enumerate(
+                zip(choice.tokens.tolist(), choice.sequences, strict=True)
+            )
         ]
 
     def _choose(
@@ -129,7 +158,7 @@ class Sampler:
         usable = peak.isfinite()
         random = [row for row, sequence in enumerate(sequences) if not sequence.greedy]
         if random:
-            index = torch.tensor(random, device=logits.device)
+            index = to_device(random, logits.device)
             chosen[index] = draw(
                 logits.index_select(0, index),
                 peak[index],
@@ -143,7 +172,7 @@ class Sampler:
         rows = [(row, s.grammar) for row, s in enumerate(sequences) if s.grammar is not None]
         if rows and self._grammars is not None:
             masks = self._grammars.masks([matcher for _, matcher in rows])
-            index = torch.tensor([row for row, _ in rows], device=logits.device)
+            index = to_device([row for row, _ in rows], logits.device)
             forbid(logits, index, masks)
 
     def _apply_adjustments(
@@ -167,7 +196,7 @@ class Sampler:
         rows = [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
         if not rows:
             return {}
-        index = torch.tensor(rows, device=self._device)
+        index = to_device(rows, self._device)
         tops = [sequences[row].params.logprobs or 0 for row in rows]
         found = token_logprobs(
             logits.index_select(0, index).float(), tokens[index].clamp(min=0), tops

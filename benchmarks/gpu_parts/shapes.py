@@ -1,0 +1,69 @@
+"""Captured short batches against reading the weights, and long prefills against products."""
+
+from __future__ import annotations
+
+from gpu_parts.bed import Bed
+from gpu_parts.report import Report
+
+
+def grid(report: Report, bed: Bed, tiny: bool) -> None:
+    """What it takes to capture all shapes."""
+    seconds = bed.capture("1x1,8x8,64x4" if tiny else "auto", 64 if tiny else 512, 64)
+    assert bed.grid is not None
+    gib = bed.grid.bytes_held() / 2**30
+    count = len(bed.grid.shapes)
+    report.save("capture", {"shapes": count, "seconds": seconds, "gib": gib})
+    report.save("failed", dict(bed.grid.counts.fallbacks))
+    report.row(
+        f"{bed.name}: {count} shapes captured",
+        f"{seconds:.1f} s, {gib:.2f} GiB",
+        "<= 15 s and <= 1.5 GiB",
+        seconds <= 15 and gib <= 1.5 and count > 0,
+    )
+
+
+def shorts(report: Report, bed: Bed, bandwidth: float, sizes: list[tuple[int, int, float]]) -> None:
+    """``sizes`` are (requests, tokens each, target); a graph against eager kernels."""
+    assert bed.grid is not None
+    floor = bed.weight_bytes / bandwidth
+    report.save("weight_seconds", floor)
+    for batch, tokens, target in sizes:
+        report.check()
+        blocks = -(-tokens // 16)
+        requests = [bed.request(tokens, 0, i * blocks, seed=i) for i in range(batch)]
+        if bed.grid.forward(requests) is None:
+            report.row(f"{bed.name}: {batch} x {tokens}", f"no shape: {bed.grid.counts.fallbacks}")
+            continue
+        played = bed.seconds(lambda requests=requests: bed.grid.forward(requests), repeats=15)  # type: ignore[misc, union-attr]
+        eager = bed.seconds(lambda requests=requests: bed.eager(requests))  # type: ignore[misc]
+        ratio = played / floor
+        report.save(f"{batch}x{tokens}", {"graph": played, "eager": eager, "ratio": ratio})
+        report.row(
+            f"{bed.name}: captured {batch} x {tokens}",
+            f"{played * 1e3:.2f} ms = {ratio:.2f} x weights; eager {eager * 1e3:.2f} ms",
+            f"<= {target} x weights",
+            ratio <= target,
+        )
+
+
+def longs(report: Report, bed: Bed, flops: float, cases: list[tuple[int, int, float]]) -> None:
+    """``cases`` are (new tokens, history, target); eager layers, the host bounded as in serving."""
+    for tokens, history, target in cases:
+        report.check()
+        request = bed.request(tokens, history, 0)
+        # History is random bits of earlier passes or nothing; no arithmetic depends on its values.
+        for memory in (*bed.cache.keys, *bed.cache.values):
+            memory[: history + tokens].normal_()
+        seconds = bed.seconds(
+            lambda request=request: bed.eager([request], lambda: None),  # type: ignore[misc]
+            repeats=3,
+            warm=1,
+        )
+        share = bed.flops(tokens, history) / seconds / flops
+        report.save(f"{tokens}+{history}", {"seconds": seconds, "share": share})
+        report.row(
+            f"{bed.name}: prefill {tokens} on {history}",
+            f"{seconds * 1e3:.1f} ms, {share:.2f} of the product ceiling",
+            f">= {target}",
+            share >= target,
+        )

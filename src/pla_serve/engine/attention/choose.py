@@ -1,0 +1,144 @@
+"""Which attention runs: told by trial on the device, against the reference, before anyone waits."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from pla_serve.engine.attention.cache import KVCache, KVShape
+from pla_serve.engine.attention.interface import AttentionBackend
+from pla_serve.engine.attention.padded import PaddedAttention
+from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
+from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
+from pla_serve.engine.forward import FlatBatch, SpanRequest
+from pla_serve.engine.staging import Capacity, Scratch, capacity_of, pack, unpack
+
+log = logging.getLogger(__name__)
+
+BackendName = Literal["auto", "sdpa", "varlen", "triton"]
+ON_CUDA: tuple[BackendName, ...] = ("varlen", "triton", "sdpa")
+"""In order of preference."""
+CAPTURABLE = frozenset({"varlen", "triton"})
+"""Those that read all lengths on the device."""
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
+"""Of the norm of the reference's result. Float32 products may go through tf32."""
+PROBE = ((1, 0), (1, 700), (70, 0), (37, 300), (130, 5))
+"""(new tokens, history): decode steps, short prefills and re-prefills, more than one tile."""
+
+
+def choose_backend(
+    name: BackendName, shape: KVShape, query_heads: int, block_tokens: int, device: torch.device
+) -> tuple[str, AttentionBackend]:
+    """The backend by name, or for ``auto`` the first that works, and what it is called.
+
+    Raises:
+        ValueError: the backend that was asked for does not work here; says why.
+    """
+    if device.type == "cpu":
+        if name not in ("auto", "sdpa"):
+            raise ValueError(
+                f"the attention backend {name} needs a CUDA device, and this engine runs on the "
+                "CPU; leave out --attention-backend"
+            )
+        return "sdpa", SdpaCpu()
+    reasons: list[str] = []
+    for candidate in ON_CUDA if name == "auto" else (name,):
+        made = _make(candidate, device)
+        if not isinstance(made, str):
+            reason = probe(made, shape, query_heads, block_tokens, device)
+            if reason is None:
+                if candidate == "triton":
+                    made = _tuned(shape, query_heads, block_tokens, device)
+                log.info("attention: %s%s", candidate, "".join(f"; {r}" for r in reasons))
+                return candidate, made
+            made = reason
+        reasons.append(f"not {candidate}: {made}")
+    raise ValueError(
+        f"no attention backend works on this device ({'; '.join(reasons)})"
+        + ("" if name == "auto" else "; leave out --attention-backend to have one chosen")
+    )
+
+
+def _make(name: BackendName, device: torch.device) -> AttentionBackend | str:
+    """The backend, or why there is none."""
+    if name == "varlen":
+        return varlen_missing() or VarlenAttention()
+    if name == "triton":
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        from pla_serve.engine.attention.paged import PagedAttention
+
+        return PagedAttention(torch.cuda.get_device_properties(device).multi_processor_count)
+    return PaddedAttention(SdpaReference())
+
+
+def _tuned(
+    shape: KVShape, query_heads: int, block_tokens: int, device: torch.device
+) -> AttentionBackend:
+    from pla_serve.engine.attention.tuning import tuned
+
+    return tuned(shape, query_heads, block_tokens, device)
+
+
+def probe(
+    backend: AttentionBackend,
+    shape: KVShape,
+    query_heads: int,
+    block_tokens: int,
+    device: torch.device,
+) -> str | None:
+    """Why the backend's results on random inputs are not to be trusted; None if they are.
+
+    All KV that belongs to no sequence is NaN, so a read beyond a context shows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    cache, batch = _problem(shape, block_tokens, device)
+    for span in batch.spans:
+        for start, end in span.runs:
+            size = (end - start, shape.heads, shape.head_dim)
+            for memory in (cache.keys[0], cache.values[0]):
+                memory[start:end] = torch.randn(size, generator=generator).to(memory)
+    tokens = len(batch.tokens)
+    query = torch.randn(query_heads, tokens, shape.head_dim, generator=generator)
+    query = query.to(device=device, dtype=shape.dtype)
+    scaling = shape.head_dim**-0.5
+    real = sum(span.length for span in batch.spans)
+    wide = KVCache(KVShape(1, shape.heads, shape.head_dim, torch.float32), cache.slots, device)
+    wide.keys[0], wide.values[0] = cache.keys[0].float(), cache.values[0].float()
+    expected = PaddedAttention(SdpaReference()).attend(0, query.float(), wide, batch, scaling)
+    try:
+        got = backend.attend(0, query, cache, batch, scaling)
+    except Exception as error:  # whatever a library says about a device it does not know
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    difference = (got[:real].float() - expected[:real]).norm() / expected[:real].norm()
+    if not difference <= TOLERANCE[shape.dtype]:
+        return f"its results differ from the reference by {float(difference):.2g} of their norm"
+    return None
+
+
+def _problem(shape: KVShape, block_tokens: int, device: torch.device) -> tuple[KVCache, FlatBatch]:
+    """A padded batch of `PROBE` in poisoned memory, every second block left out."""
+    requests: list[SpanRequest] = []
+    block = 1
+    for new, history in PROBE:
+        count = -(-(new + history) // block_tokens)
+        runs = [(block + 2 * i, block + 2 * i + 1) for i in range(count)]
+        block += 2 * count
+        requests.append(SpanRequest([0] * new, history, runs, True))
+    one_layer = KVShape(1, shape.heads, shape.head_dim, shape.dtype)
+    cache = KVCache(one_layer, (block + 1) * block_tokens, device)
+    for memory in (cache.keys[0], cache.values[0]):
+        memory.fill_(torch.nan)
+    need = capacity_of(requests, block_tokens)
+    capacity = Capacity(need.tokens + 5, need.sequences + 2, need.outputs + 2, need.entries + 8)
+    numbers, spans = pack(requests, capacity, block_tokens, Scratch(0, block_tokens))
+    buffer = torch.zeros(capacity.size, dtype=torch.int32)
+    buffer[: len(numbers)] = torch.from_numpy(numbers)
+    most = max(new + history for new, history in PROBE)
+    batch = unpack(
+        buffer.to(device), capacity, spans, block_tokens, most_query=130, most_context=most
+    )
+    return cache, batch

@@ -1,0 +1,29 @@
+"""Lets a backend that knows only real tokens take part in a padded batch."""
+
+from __future__ import annotations
+
+import torch
+
+from pla_serve.engine.attention.cache import KVCache
+from pla_serve.engine.attention.interface import AttentionBackend
+from pla_serve.engine.forward import FlatBatch
+
+
+class PaddedAttention:
+    """Attends the real tokens, which come first, and gives zeros for the padding behind them."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self._backend = backend
+
+    def attend(
+        self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
+    ) -> torch.Tensor:
+        """See AttentionBackend."""
+        heads, tokens, dim = query.shape
+        real = sum(span.length for span in batch.spans)
+        if real == tokens:
+            return self._backend.attend(layer, query, cache, batch, scaling)
+        output = query.new_zeros(tokens, heads, dim)
+        if real:
+            output[:real] = self._backend.attend(layer, query[:, :real], cache, batch, scaling)
+        return output

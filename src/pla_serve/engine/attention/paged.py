@@ -1,0 +1,106 @@
+"""The project's own kernels as an attention backend: any head count, usable in captured graphs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pla_serve.engine.attention.cache import KVCache
+from pla_serve.engine.attention.kernels import attend_kernel, merge_kernel
+from pla_serve.engine.forward import FlatBatch, Paged
+
+SPLITS = (16, 4)
+"""How often a context may be split; few numbers, because each is a kernel to compile."""
+LEAST_SPLIT = 128
+"""Keys. Shorter splits cost more to merge than they save."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a kernel is cut; ``rows`` are tokens times the query heads of one KV head."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+FEW_ROWS = Tile(rows=16, keys=64, warps=4, stages=3)
+SOME_ROWS = Tile(rows=64, keys=64, warps=4, stages=3)
+MANY_ROWS = Tile(rows=128, keys=64, warps=8, stages=3)
+MANY_ROWS_CHOICES = (
+    MANY_ROWS,
+    Tile(rows=128, keys=128, warps=8, stages=2),
+    Tile(rows=128, keys=64, warps=8, stages=4),
+    Tile(rows=64, keys=64, warps=4, stages=3),
+)
+"""Worth a trial on a new device."""
+
+
+class PagedAttention:
+    """Attention by the Triton kernels.
+
+    Args:
+        processors: multiprocessors of the device: contexts are split until they have work.
+        many_rows: the cut for long prefills.
+    """
+
+    def __init__(self, processors: int, many_rows: Tile = MANY_ROWS) -> None:
+        self._processors = processors
+        self._many_rows = many_rows
+
+    def attend(
+        self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
+    ) -> torch.Tensor:
+        """See AttentionBackend. Rows of padding are left as they are."""
+        paged = batch.paged
+        if paged is None:
+            raise RuntimeError("this backend needs a batch that was staged for the device")
+        keys, values = cache.keys[layer], cache.values[layer]
+        heads, tokens, dim = query.shape
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        kv_heads = cache.shape.heads
+        group = heads // kv_heads
+        sequences = len(paged.contexts)
+        output = query.new_empty(tokens, heads, dim)
+        tile = self._tile(paged, tokens, group)
+        tiles = tokens // (tile.rows // group) + sequences
+        splits = self._splits(tiles * kv_heads, paged.most_context)
+        parts, lse = output, output
+        if splits > 1:
+            parts = query.new_empty(splits, tokens, heads, dim, dtype=torch.float32)
+            lse = query.new_empty(splits, tokens, heads, dtype=torch.float32)
+        padded = max(16, 1 << (dim - 1).bit_length())
+        attend_kernel[(tiles, kv_heads, splits)](
+            query, keys, values, output, parts, lse,
+            paged.query_starts, paged.contexts, paged.table_starts, paged.table,
+            sequences, tokens, scaling / math.log(2),
+            query.stride(1), query.stride(0), keys.stride(0), keys.stride(1),
+            GROUP=group, HEAD=dim, HEAD_PAD=padded, BLOCK_TOKENS=paged.block_tokens,
+            TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, SPLITS=splits,
+            WIDE=query.device.type == "cpu",
+            num_warps=tile.warps, num_stages=tile.stages if query.dtype.itemsize < 4 else 1,
+        )  # fmt: skip
+        if splits > 1:
+            merge_kernel[(tokens, heads)](
+                parts, lse, output, paged.query_starts, sequences, tokens,
+                HEAD=dim, HEAD_PAD=padded, SPLITS=splits, num_warps=2,
+            )  # fmt: skip
+        return output
+
+    def _tile(self, paged: Paged, tokens: int, group: int) -> Tile:
+        """By the most new tokens of one sequence, or the mean where a shape allows for more."""
+        few, some, many = FEW_ROWS, SOME_ROWS, self._many_rows
+        rows = min(paged.most_query, -(-tokens // len(paged.contexts))) * group
+        chosen = few if rows <= few.rows else some if rows <= 8 * some.rows else many
+        if chosen.rows >= group:
+            return chosen
+        return Tile(1 << (group - 1).bit_length(), chosen.keys, chosen.warps, chosen.stages)
+
+    def _splits(self, programs: int, most_context: int) -> int:
+        """So that one or two programs run on each multiprocessor, if the contexts allow it."""
+        wanted = min(2 * self._processors // programs, most_context // LEAST_SPLIT)
+        return next((splits for splits in SPLITS if splits <= wanted), 1)

@@ -1,0 +1,75 @@
+"""Picks the cut of the long-prefill kernel that is fastest on this device, by trial."""
+
+from __future__ import annotations
+
+import logging
+from statistics import median
+
+import torch
+
+from pla_serve.engine.attention.cache import KVCache, KVShape
+from pla_serve.engine.attention.paged import MANY_ROWS, MANY_ROWS_CHOICES, PagedAttention, Tile
+from pla_serve.engine.device import CudaDevice
+from pla_serve.engine.executor import stage
+from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.staging import DirectUploader, PinnedUploader
+
+log = logging.getLogger(__name__)
+
+TOKENS = 4096
+REPEATS = 5
+
+
+def tuned(
+    shape: KVShape, query_heads: int, block_tokens: int, device: torch.device
+) -> PagedAttention:
+    """The backend with the fastest of `MANY_ROWS_CHOICES`; those that do not fit are left out."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    found: dict[Tile, float] = {}
+    for tile in MANY_ROWS_CHOICES:
+        try:
+            found[tile] = prefill_seconds(
+                PagedAttention(processors, tile), shape, query_heads, block_tokens, device
+            )
+        except Exception as error:  # more shared memory or registers than there are
+            log.info("attention cut %s does not run: %s", tile, type(error).__name__)
+    best = min(found, key=lambda tile: found[tile], default=MANY_ROWS)
+    log.info(
+        "attention cut %s; %d tokens in %s ms",
+        best,
+        TOKENS,
+        ", ".join(f"{seconds * 1e3:.2f}" for seconds in found.values()),
+    )
+    return PagedAttention(processors, best)
+
+
+@torch.inference_mode()
+def prefill_seconds(
+    backend: PagedAttention,
+    shape: KVShape,
+    query_heads: int,
+    block_tokens: int,
+    device: torch.device,
+    *,
+    tokens: int = TOKENS,
+    history: int = 0,
+) -> float:
+    """Median device seconds of one layer's attention in a prefill."""
+    tracker = CudaDevice(device)
+    blocks = -(-(tokens + history) // block_tokens)
+    cache = KVCache(
+        KVShape(1, shape.heads, shape.head_dim, shape.dtype), blocks * block_tokens, device
+    )
+    for memory in (*cache.keys, *cache.values):
+        memory.normal_()
+    query = torch.randn(tokens, query_heads, shape.head_dim, dtype=shape.dtype, device=device)
+    uploader = PinnedUploader(tracker) if device.type == "cuda" else DirectUploader()
+    batch = stage([SpanRequest([0] * tokens, history, [(0, blocks)], True)], block_tokens, uploader)
+    times = []
+    for _ in range(REPEATS + 1):
+        began = tracker.record()
+        backend.attend(0, query.transpose(0, 1), cache, batch, shape.head_dim**-0.5)
+        ended = tracker.record()
+        ended.wait()
+        times.append(ended.seconds_since(began) or 0.0)
+    return median(times[1:])

@@ -1,0 +1,69 @@
+"""Torch's own variable-length attention over paged KV (torch 2.13 and later, CUDA)."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from pla_serve.engine.attention.cache import KVCache
+from pla_serve.engine.forward import FlatBatch
+
+
+def varlen_missing() -> str | None:
+    """Why this torch has no such attention, or None if it has."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    known = inspect.signature(varlen_attn).parameters
+    if not {"block_table", "seqused_k"} <= set(known):
+        return f"varlen_attn of torch {torch.__version__} takes no block_table"
+    return None
+
+
+class VarlenAttention:
+    """``varlen_attn`` with block tables; its causal mask is aligned to the end of the context."""
+
+    def __init__(self) -> None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        self._attend = varlen_attn
+
+    def attend(
+        self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
+    ) -> torch.Tensor:
+        """See AttentionBackend. Rows of padding are undefined."""
+        paged = batch.paged
+        if paged is None:
+            raise RuntimeError("this backend needs a batch that was staged for the device")
+        pages = (-1, paged.block_tokens, *cache.keys[layer].shape[1:])
+        output = self._attend(
+            query.transpose(0, 1),
+            cache.keys[layer].view(pages),
+            cache.values[layer].view(pages),
+            paged.query_starts,
+            None,
+            paged.most_query,
+            paged.most_context,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=True,
+            seqused_k=paged.contexts,
+            block_table=rectangle(batch),
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+
+def rectangle(batch: FlatBatch) -> torch.Tensor:
+    """The block tables as (sequences, most blocks) int32; made on the device, also in a graph.
+
+    Entries behind a sequence's own are those of others, or the last one: they are not read.
+    """
+    paged = batch.paged
+    assert paged is not None
+    width = -(-paged.most_context // paged.block_tokens)
+    places = torch.arange(width, dtype=torch.int32, device=paged.table.device)
+    index = paged.table_starts.unsqueeze(1) + places
+    return paged.table[index.clamp_(max=len(paged.table) - 1).long()]

@@ -1,0 +1,119 @@
+"""Where a batch runs: as a whole on a captured shape, or layer by layer on the ordinary kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pla_serve.engine.device import Device, HostDevice
+from pla_serve.engine.forward import FlatBatch, SpanRequest, build
+from pla_serve.engine.graphs.counts import GridCounts
+from pla_serve.engine.graphs.grid import ShapeGrid
+from pla_serve.engine.runner import AtBoundary, ModelRunner
+from pla_serve.engine.staging import Scratch, Uploader, capacity_of, pack, unpack
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """A batch whose work has been enqueued."""
+
+    logits: torch.Tensor
+    whole: bool
+    """It had no layer boundaries, so the host may turn to other things before it is done."""
+
+
+class Executor(Protocol):
+    """Runs batches."""
+
+    device: Device
+
+    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
+        """Enqueue the pass. See `ModelRunner.forward`; what ``at_boundary`` raises comes out."""
+        ...
+
+    def use_idle_time(self) -> bool:
+        """Do a piece of work that waits for a quiet moment; False if there is none."""
+        ...
+
+    def counts(self) -> GridCounts | None:
+        """What captured shapes did so far; None where there are none."""
+        ...
+
+
+class PlainExecutor:
+    """Every batch layer by layer, laid out for backends that go by spans."""
+
+    def __init__(self, runner: ModelRunner, block_tokens: int, device: torch.device) -> None:
+        self.device: Device = HostDevice()
+        self._runner = runner
+        self._block_tokens = block_tokens
+        self._torch_device = device
+
+    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
+        """See `Executor`."""
+        flat = build(requests, self._block_tokens, self._torch_device)
+        return Executed(self._runner.forward(flat, at_boundary), False)
+
+    def use_idle_time(self) -> bool:
+        """See `Executor`."""
+        return False
+
+    def counts(self) -> GridCounts | None:
+        """See `Executor`."""
+        return None
+
+
+class StagedExecutor:
+    """Batches reach the device in one copy; small ones run on captured shapes.
+
+    Args:
+        grid: None captures nothing.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        grid: ShapeGrid | None,
+        uploader: Uploader,
+        device: Device,
+        block_tokens: int,
+    ) -> None:
+        self.device = device
+        self._runner = runner
+        self._grid = grid
+        self._uploader = uploader
+        self._block_tokens = block_tokens
+
+    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
+        """See `Executor`."""
+        if self._grid is not None:
+            logits = self._grid.forward(requests)
+            if logits is not None:
+                return Executed(logits, True)
+        flat = stage(requests, self._block_tokens, self._uploader)
+        return Executed(self._runner.forward(flat, at_boundary), False)
+
+    def use_idle_time(self) -> bool:
+        """See `Executor`: captures a shape that was often missed."""
+        return self._grid is not None and self._grid.capture_hot()
+
+    def counts(self) -> GridCounts | None:
+        """See `Executor`."""
+        return None if self._grid is None else self._grid.counts
+
+
+def stage(requests: Sequence[SpanRequest], block_tokens: int, uploader: Uploader) -> FlatBatch:
+    """A batch without padding, on the device."""
+    capacity = capacity_of(requests, block_tokens)
+    numbers, spans = pack(requests, capacity, block_tokens, Scratch(0, 1))
+    return unpack(
+        uploader.upload(numbers, None),
+        capacity,
+        spans,
+        block_tokens,
+        most_query=max(span.length for span in spans),
+        most_context=max(span.history + span.length for span in spans),
+    )

@@ -1,0 +1,45 @@
+"""The GPU benchmark runs to its end on a CPU, so that nothing but the kernels is new on a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+def test_it_runs_to_its_end(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "-o", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    parts = json.loads(result.read_text())["parts"]
+    assert not [part for part in parts.values() if part["status"].startswith("failed")]
+    assert parts["correctness"]["failed"] == []
+    assert parts["correctness"]["cases"] > 10
+    assert parts["shapes 7B"]["capture"]["shapes"] == 3
+    for name in ("preemption", "decode", "axes", "leak"):
+        assert parts[name]["status"] == "complete" or parts[name]["status"].startswith("cut")
+
+
+def test_a_part_that_fails_or_overruns_does_not_take_the_others_along(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from gpu_parts.report import Report
+from pathlib import Path
+report = Report(Path({str(tmp_path / "r.json")!r}), time.monotonic() + 1000, {{"parts": {{}}}})
+report.run("bad", 5, lambda: 1 / 0)
+report.run("slow", -1, report.check)
+report.run("good", 5, lambda: report.save("x", 1))
+report.deadline = 0
+report.run("late", 5, lambda: report.save("x", 1))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    parts = json.loads((tmp_path / "r.json").read_text())["parts"]
+    assert parts["bad"]["status"].startswith("failed: ZeroDivisionError")
+    assert parts["slow"]["status"].startswith("cut after")
+    assert (parts["good"]["status"], parts["good"]["x"]) == ("complete", 1)
+    assert parts["late"]["status"].startswith("not run")
