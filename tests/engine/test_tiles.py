@@ -1,4 +1,4 @@
-"""The matrix unit's float32 linears: as exact as float32, and out of the way where it is missing."""
+"""The matrix unit's float32 linears: as exact as float32, and absent where it is."""
 
 from __future__ import annotations
 

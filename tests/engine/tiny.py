@@ -82,18 +82,20 @@ def reference_model(name: str) -> torch.nn.Module:
     return model.eval()
 
 
+@cache
 def runner(name: str) -> ModelRunner:
     """The same weights under the engine's attention and optimised modules."""
-    return _runner(name, False)
-
-
-def padded_runner(name: str) -> ModelRunner:
-    """One that takes batches with padding; its KV has a block that belongs to nobody."""
-    return _runner(name, True)
+    return new_runner(name)
 
 
 @cache
-def _runner(name: str, padded: bool) -> ModelRunner:
+def padded_runner(name: str) -> ModelRunner:
+    """One that takes batches with padding; its KV has a block that belongs to nobody."""
+    return new_runner(name, padded=True)
+
+
+def new_runner(name: str, padded: bool = False) -> ModelRunner:
+    """One with KV memory of its own."""
     config = CONFIGS[name]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()
     model.load_state_dict(reference_model(name).state_dict())

@@ -90,9 +90,7 @@ def build_parts(
     dtype = resolve_dtype(config.dtype, device)
     if config.kv_transfer and device.type != "cpu":
         # Layers are announced when they are enqueued, which on a GPU is before they are computed.
-        raise ValueError(
-            f"--kv-transfer moves the KV of CPU instances only, not of {device}; drop it"
-        )
+        raise ValueError(f"--kv-transfer is for CPU instances only, not for {device}; drop it")
     model_config = load_config(source)
     attention = check_supported(model_config)
     shape = KVShape(attention.layers, attention.kv_heads, attention.head_dim, dtype)

@@ -36,7 +36,7 @@ LEASE = 5.0
 @cache
 def own_runner(name: str, number: int) -> ModelRunner:
     """One runner, with its own KV memory, for each number."""
-    return tiny.runner.__wrapped__(name)
+    return tiny.new_runner(name)
 
 
 @dataclass
