@@ -105,7 +105,7 @@ def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None
 
 async def answers(url: str, wanted: list[Body], aborted: list[Body]) -> list[str]:
     """All at once, a little apart, while the ``aborted`` are begun and given up."""
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=900, trust_env=False) as client:
 
         async def ask(number: int, body: Body) -> str:
             await asyncio.sleep(0.05 * number)
