@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import os
 import secrets
@@ -14,6 +13,7 @@ from contextlib import ExitStack
 
 import psutil
 
+from pla_serve.engine.transfer.installed import CURE, installed_module
 from pla_serve.fleet.supervisor.commands import (
     LOOPBACK,
     instance_command,
@@ -135,10 +135,9 @@ def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
     """With decode instances KV is exchanged, where the library for it is installed."""
     if not spec.instances.decode or _said("kv-transfer", spec.serve, serve_words):
         return []
-    if importlib.util.find_spec("nixl") is None:
+    if installed_module() is None:
         log.warning(
-            "NIXL is not installed, so decode instances will compute prompts again; "
-            "pip install 'pla-serve[transfer]'"
+            "NIXL is not installed, so decode instances will compute prompts again; %s", CURE
         )
         return []
     return ["--kv-transfer"]

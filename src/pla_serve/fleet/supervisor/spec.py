@@ -100,14 +100,13 @@ def _loader() -> Any:
     """Safe, and ``off`` is a word, as in YAML 1.2: ``controller: off`` names what it says."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {  # noqa: RUF012  (the library's own form)
-            first: [pair for pair in pairs if pair[0] != BOOL]
-            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    Loader.add_implicit_resolver(BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
-    return Loader
+    others = {
+        first: [pair for pair in pairs if pair[0] != BOOL]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    kind: Any = type("Loader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": others})
+    kind.add_implicit_resolver(BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+    return kind
 
 
 def check(spec: FleetSpec) -> FleetSpec:
