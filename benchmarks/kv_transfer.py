@@ -197,7 +197,7 @@ class Bench:
         running: AddRequest | None = None
         handed = 0
         while len(times) < tokens:
-            if running is None and kind != "alone":
+            if running is None and not kind.startswith("alone"):
                 running = self.request(length, 3)
                 lease = HandOver(lease_seconds=LEASE)
                 self.prefill.send(msgspec.structs.replace(running, hand_over=lease))
@@ -267,12 +267,20 @@ def _median(values: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=EngineConfig().model)
+    parser.add_argument("--load-format", default="auto")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stream-tokens", type=int, default=300)
+    parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="of each engine")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    config = EngineConfig(model=args.model, threads=1, kv_cache_gib=1.5, kv_transfer=True)
+    config = EngineConfig(
+        model=args.model,
+        load_format=args.load_format,
+        threads=1,
+        kv_cache_gib=args.kv_cache_gib,
+        kv_transfer=True,
+    )
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         context = stack.enter_context(zmq.Context())

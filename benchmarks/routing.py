@@ -48,9 +48,9 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": CONTEXT,
@@ -212,10 +212,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     names = options.routers.split(",")
     config = WorkloadConfig(
-        requests=options.requests,
+        requests=200,
         document_share=options.document_share,
-        document_tokens=(2048, 6144),
-        think_seconds=2.0,
+        document_tokens=(1024, 4096),
+        think_seconds=1.0,
         output_tokens=(4, 16),
     )
     filler = WordFiller(secrets.token_hex(4), [str(n) for n in range(1, VOCABULARY)], None)
@@ -230,7 +230,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{rate:.2f} requests/s, objectives {objectives}", flush=True)
         candidates = routers(folder, urls, options.venvs, names)
         for lap in range(options.laps):
-            workload = generate(replace(config, rate=rate, seed=lap))
+            count = max(20, round(rate * options.seconds))
+            workload = generate(replace(config, rate=rate, seed=lap, requests=count))
             span = workload.sessions[-1].start
             for router in candidates if lap % 2 == 0 else reversed(candidates):
                 own = replace(filler, salt=f"{filler.salt}/{router.name}/{lap}")
@@ -267,8 +268,8 @@ def main() -> None:
         "sglang-router cache_aware,vllm-router cache_aware",
     )
     parser.add_argument("--laps", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals in one run")
+    parser.add_argument("--load", type=float, default=0.5, help="share of what the cores can do")
     parser.add_argument("--document-share", type=float, default=0.15)
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache/pla-serve-routers")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="instances' flags")

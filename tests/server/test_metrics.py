@@ -7,7 +7,7 @@ import msgspec
 from fake_core import VOCAB
 from server_harness import MODEL, Live, until
 
-from pla_serve.engine.messages import EngineReady, EngineStats, LatencySample
+from pla_serve.engine.messages import EngineReady, EngineStats, LatencySample, TransferStats
 from pla_serve.server.metrics import Metrics
 
 READY = EngineReady(
@@ -101,3 +101,31 @@ def test_served_requests_show_up(live: Live) -> None:
     text = httpx.get(f"{live.url}/metrics").text
     assert f'vllm:time_to_first_token_seconds_count{{model_name="{MODEL}"}}' in text
     assert "python_gc" not in text  # no global registry
+
+
+def test_kv_transfer_counts_early_and_late() -> None:
+    metrics = Metrics("m")
+    metrics.ready(READY)
+    moved = TransferStats(
+        offers=1, reserved=2, taken_over=3, recomputed=1, expired=0,
+        bytes_read=100, bytes_early=60, read_seconds=0.5,
+    )  # fmt: skip
+    metrics.stats(msgspec.structs.replace(STATS, transfer=moved))
+    metrics.stats(
+        msgspec.structs.replace(
+            STATS, transfer=msgspec.structs.replace(moved, bytes_read=150, taken_over=4)
+        )
+    )
+    text = metrics.render().decode()
+    assert 'pla_serve:kv_read_bytes_total{model_name="m",when="early"} 60.0' in text
+    assert 'pla_serve:kv_read_bytes_total{model_name="m",when="late"} 90.0' in text
+    assert 'pla_serve:kv_transfers_total{model_name="m",outcome="taken_over"} 4.0' in text
+    # A new engine process counts from zero.
+    metrics.ready(READY)
+    metrics.stats(
+        msgspec.structs.replace(
+            STATS, transfer=msgspec.structs.replace(moved, bytes_read=10, bytes_early=10)
+        )
+    )
+    text = metrics.render().decode()
+    assert 'pla_serve:kv_read_bytes_total{model_name="m",when="early"} 70.0' in text

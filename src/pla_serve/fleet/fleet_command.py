@@ -139,8 +139,12 @@ def _plan(spec: Any, forwarded: Forwarded, log_level: str, log_format: Any) -> A
 
     logs = ["--log-level", log_level, "--log-format", log_format]
     plan = Plan(spec, (*forwarded.serve, *logs), (*forwarded.route, *logs), log_level, log_format)
-    for name, command in plan.commands():
-        check_words(name, command)
+    try:
+        for name, command in plan.commands():
+            check_words(name, command)
+    except ValueError:
+        plan.close()
+        raise
     return plan
 
 

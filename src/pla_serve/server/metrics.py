@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from pla_serve.engine.messages import EngineReady, EngineStats, FinishReason, Rejected
+from pla_serve.server.transfer_metrics import TransferMetrics
 
 SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8),
@@ -116,6 +117,7 @@ class Metrics:
         self._restarts = self._make(
             Counter, "pla_serve:engine_restarts", "Engine processes started again."
         )
+        self._transfer = TransferMetrics(self.registry, self._label)
         self._make_histograms()
         self._seen: EngineStats | None = None
 
@@ -152,6 +154,7 @@ class Metrics:
 
     def ready(self, info: EngineReady) -> None:
         self._seen = None  # a new process counts from zero
+        self._transfer.restarted()
         self.set("pla_serve:engine_up", 1)
         self.set("pla_serve:layers", info.layers)
         self.set("pla_serve:kv_tokens", info.kv_tokens)
@@ -190,6 +193,7 @@ class Metrics:
             self._by(self._wait_error, kind).set(error)
         for kind, share in stats.wait_coverage.items():
             self._by(self._wait_coverage, kind).set(share)
+        self._transfer.stats(stats.transfer)
         self._count(stats)
         for sample in stats.firsts:
             self._class_ttft[sample.short].observe(sample.ttft)

@@ -225,12 +225,12 @@ def test_a_hang_is_silence_and_what_wakes_up_is_the_same_life(
     server = process()
 
     async def main() -> None:
-        async with linked(server.url, liveness_seconds=0.8) as (link, events):
+        async with linked(server.url, liveness_seconds=1.5) as (link, events):
             link.send(add("a", sampling=SILENT))
             await events.until(lambda: events.accepted("a"))
             os.kill(getattr(server, who), signal.SIGSTOP)
             await events.until(lambda: events.losses)
-            assert events.losses == ["nothing was heard for 0.8 s"]
+            assert events.losses == ["nothing was heard for 1.5 s"]
             os.kill(getattr(server, who), signal.SIGCONT)
             await events.until(lambda: len(events.boots) == 2)
             assert events.boots[0] == events.boots[1]

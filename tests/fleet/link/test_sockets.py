@@ -107,19 +107,19 @@ async def proxied(port: int) -> AsyncIterator[tuple[str, Proxy]]:
 def test_a_wire_that_is_cut_in_silence_is_noticed_on_both_sides(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_link, "ROUTER_SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr(server_link, "ROUTER_SILENCE_SECONDS", 3.0)
     server = serve()
 
     async def main() -> None:
         async with (
             proxied(server.port) as (url, proxy),
-            linked(url, liveness_seconds=0.6) as (link, events),
+            linked(url, liveness_seconds=1.5) as (link, events),
         ):
             link.send(add("a", sampling={"seed": SILENT_SEED}))
             await events.until(lambda: events.accepted("a"))
             proxy.cut()
             await events.until(lambda: events.losses)
-            assert events.losses == ["nothing was heard for 0.6 s"]
+            assert events.losses == ["nothing was heard for 1.5 s"]
             await asyncio.to_thread(until, lambda: server.instance.traffic.in_flight == 0)
 
     asyncio.run(main())
@@ -177,7 +177,7 @@ def test_another_version_is_told_what_this_one_speaks(serve: Callable[..., Live]
 def test_a_router_that_says_nothing_but_alive_is_kept(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_link, "ROUTER_SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(server_link, "ROUTER_SILENCE_SECONDS", 1.0)
     server = serve()
 
     async def main() -> None:

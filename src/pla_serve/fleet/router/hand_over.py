@@ -264,6 +264,8 @@ class HandOvers:
         assert target is not None
         hand.begun = True
         flight.leg = target
+        if not hand.lent:
+            target.expected, target.alone = 0.0, None  # no first token of a prompt to learn from
         # What the source made since the target was told of the request: the first token, or none.
         tokens = flight.tokens[hand.carried :]
         if self._carrier.send(target.instance, Begin(id=target.id, tokens=tokens)):

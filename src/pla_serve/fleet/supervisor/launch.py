@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import os
 import secrets
@@ -14,6 +13,7 @@ from contextlib import ExitStack
 
 import psutil
 
+from pla_serve.engine.transfer.installed import CURE, installed_module
 from pla_serve.fleet.supervisor.commands import (
     LOOPBACK,
     instance_command,
@@ -59,15 +59,17 @@ class Plan:
         self._spec = spec
         self._log_level = log_level
         self._log_format = log_format
-        self._stack = ExitStack()
-        # Held here, so that connections wait while the router is restarted.
-        self._listener = self._stack.enter_context(listen(spec.host, spec.port))
+        with ExitStack() as stack:
+            # Held here, so that connections wait while the router is restarted.
+            self._listener = stack.enter_context(listen(spec.host, spec.port))
+            self._ports = [stack.enter_context(ReservedPort(LOOPBACK)).number for _ in spec.names]
+            self._stack = stack.pop_all()
         threads = spec.threads or threads_each(cores(), len(spec.names))
         serve_words = [*_transfer_words(spec, serve_words), *serve_words]
         memory = _memory_words(spec, serve_words)
         self._instances: list[tuple[str, int, list[str]]] = []
         for number, (name, role) in enumerate(spec.names):
-            port = self._stack.enter_context(ReservedPort(LOOPBACK)).number
+            port = self._ports[number]
             words = instance_command(spec, number, role, port, threads)
             self._instances.append((name, port, [*words, *memory, *serve_words]))
         urls = [f"http://{LOOPBACK}:{port}" for _, port, _ in self._instances]
@@ -80,6 +82,10 @@ class Plan:
         for _, _, words in self._instances:
             yield "serve", words[words.index("serve") + 1 :]
         yield "route", self._router[self._router.index("route") + 1 :]
+
+    def close(self) -> None:
+        """Give the ports back, of a plan that is not run."""
+        self._stack.close()
 
     def run(self) -> int:
         """Until SIGTERM or Ctrl-C; returns the exit status."""
@@ -129,10 +135,9 @@ def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
     """With decode instances KV is exchanged, where the library for it is installed."""
     if not spec.instances.decode or _said("kv-transfer", spec.serve, serve_words):
         return []
-    if importlib.util.find_spec("nixl") is None:
+    if installed_module() is None:
         log.warning(
-            "NIXL is not installed, so decode instances will compute prompts again; "
-            "pip install 'pla-serve[transfer]'"
+            "NIXL is not installed, so decode instances will compute prompts again; %s", CURE
         )
         return []
     return ["--kv-transfer"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 Role = Literal["mixed", "short", "long", "decode"]
+BOOL = "tag:yaml.org,2002:bool"
 ROLES: tuple[Role, ...] = ("mixed", "short", "long", "decode")
 
 Option = bool | int | float | str | list[str]
@@ -86,12 +88,25 @@ def read_spec(path: Path) -> FleetSpec:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = yaml.load(path.read_bytes(), _loader())
         return msgspec.convert(content or {}, FleetSpec)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except msgspec.ValidationError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _loader() -> Any:
+    """Safe, and ``off`` is a word, as in YAML 1.2: ``controller: off`` names what it says."""
+    import yaml
+
+    others = {
+        first: [pair for pair in pairs if pair[0] != BOOL]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    kind: Any = type("Loader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": others})
+    kind.add_implicit_resolver(BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+    return kind
 
 
 def check(spec: FleetSpec) -> FleetSpec:

@@ -1,0 +1,179 @@
+"""The router as clients see it: OpenAI's client, the real API server, real links, fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "server"))
+
+from fake_core import GATED_SEED, REJECT_SEED
+from server_harness import DEADLINE, MODEL, Live, check_grammar, make_tokenizer, until
+
+from pla_serve.cli import app
+from pla_serve.fleet.route_command import RouteSettings, build
+from pla_serve.fleet.router.contract import FleetOptions
+from pla_serve.server.run import listen
+from pla_serve.server.settings import ServerSettings
+
+KEY = "between us"
+
+
+class Routed:
+    """A live router in a thread of the test process."""
+
+    def __init__(self, instances: list[Live], **options: Any) -> None:
+        settings = ServerSettings(
+            model_names=(MODEL,), model_root="", restart_wait=5.0, **options.pop("server", {})
+        )
+        router = RouteSettings(
+            instances=tuple(instance.url for instance in instances),
+            instance_key=KEY,
+            liveness_seconds=2.0,
+            routing="auto",
+            fleet=FleetOptions(patience_seconds=5.0, **options),
+            controller="off",
+            control_seconds=1.0,
+        )
+        self._listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._ended: Future[int] = Future()
+        self._loop: Future[asyncio.AbstractEventLoop] = Future()
+        self._thread = threading.Thread(target=self._run, args=(settings, router))
+        self._thread.start()
+        until(lambda: self.metric("instance_up") == len(instances), "all links")
+
+    def metric(self, name: str) -> float:
+        """The sum over all labels."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        found = [line for line in lines if line.startswith(f"pla_serve_router:{name}{{")]
+        return sum(float(line.rpartition(" ")[2]) for line in found)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=DEADLINE
+        )
+
+    def close(self) -> None:
+        loop = self._loop.result(DEADLINE)
+        loop.call_soon_threadsafe(self._server.stop)
+        assert self._ended.result(DEADLINE) == 0
+        self._thread.join(DEADLINE)
+
+    def _run(self, settings: ServerSettings, router: RouteSettings) -> None:
+        async def main() -> int:
+            self._server = build(settings, router, make_tokenizer(), check_grammar, None, "here")
+            self._loop.set_result(asyncio.get_running_loop())
+            return await self._server.run(self._listener)
+
+        self._ended.set_result(asyncio.run(main()))
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Callable[..., tuple[Routed, list[Live], Path]]]:
+    """Starts instances and a router before them."""
+    started: list[Any] = []
+
+    def start(count: int = 2, **options: Any) -> tuple[Routed, list[Live], Path]:
+        gate = tmp_path / "gate"
+        env = {"FAKE_GATE": str(gate)}
+        lives = [Live(env=env, api_keys=(KEY,)) for _ in range(count)]
+        started.extend(lives)
+        for live in lives:
+            live.wait_ready()
+        routed = Routed(lives, **options)
+        started.insert(0, routed)
+        return routed, lives, gate
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def holder(lives: list[Live]) -> Live:
+    """The instance on which the only request runs."""
+
+    def find() -> list[Live]:
+        return [
+            live
+            for live in lives
+            if live.instance.metrics.registry.get_sample_value(
+                "vllm:num_requests_running", {"model_name": MODEL}
+            )
+        ]
+
+    found: list[Live] = until(find, "a running request")
+    return found[0]
+
+
+def test_a_stream_survives_its_engine_token_for_token(
+    fleet: Callable[..., tuple[Routed, list[Live], Path]],
+) -> None:
+    routed, lives, gate = fleet()
+    text = "the quick brown fox"
+    with routed.client() as client:
+        stream = client.completions.create(
+            model=MODEL, prompt=text, max_tokens=60, seed=GATED_SEED, stream=True
+        )
+        events = iter(stream)
+        said = next(events).choices[0].text
+        victim = holder(lives)
+        pid = victim.instance.engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: routed.metric("moved_total") == 1, "the failover")
+        gate.touch()
+        said += "".join(event.choices[0].text for event in events)
+    assert said == text
+    assert routed.metric("requests_in_flight") == 0
+    until(lambda: routed.metric("instance_up") == 2, "its return")
+
+
+def test_a_full_fleet_is_429_with_retry_after(
+    fleet: Callable[..., tuple[Routed, list[Live], Path]],
+) -> None:
+    routed, _, _ = fleet()
+    with routed.client() as client, pytest.raises(openai.RateLimitError) as refusal:
+        client.completions.create(model=MODEL, prompt="abc", seed=REJECT_SEED)
+    assert refusal.value.response.headers["retry-after"] == "2"
+    assert routed.metric("refused_total") == 1
+
+
+def test_without_instances_requests_wait_and_then_fail(
+    fleet: Callable[..., tuple[Routed, list[Live], Path]],
+) -> None:
+    routed, lives, _ = fleet(1)
+    lives[0].stop()
+    until(lambda: httpx.get(f"{routed.url}/ready").status_code == 503, "unreadiness")
+    with routed.client() as client, pytest.raises(openai.InternalServerError) as failure:
+        client.completions.create(model=MODEL, prompt="abc")
+    assert failure.value.status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--instance", "somewhere"], "http://HOST:PORT"),
+        (["--instance", "http://a:1", "--instance", "vllm+http://a:1/"], "named twice"),
+        (["--instance", "http://a:1", "--circuit-failures", "0"], "at least 1 failure"),
+        (["--instance", "http://a:1", "--routing", "nowhere"], "unknown routing"),
+        (["--instance", "http://a:1", "--liveness-seconds", "0"], "must be positive"),
+        ([], "--instance"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(words: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["route", "m", *words])
+    assert result.exit_code != 0
+    assert says in " ".join(result.output.split())
