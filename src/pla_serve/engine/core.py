@@ -37,6 +37,7 @@ from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import EngineReady, Inbound, Outbound
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
+from pla_serve.engine.tiles import Tiles
 from pla_serve.engine.warmup import warm_up
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
@@ -97,12 +98,13 @@ def build_parts(
         attention_width=attention.query_heads * attention.head_dim,
         kv_bytes_per_token=shape.bytes_per_token,
     )
+    tiles = Tiles.open() if device.type == "cpu" and dtype == torch.float32 else None
     if device.type == "cpu":
-        cpu.optimise(model)
+        cpu.optimise(model, tiles)
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
     kv_tokens = kv_plan.blocks * config.block_tokens
     cache = KVCache(shape, kv_tokens, device)
-    runner = ModelRunner(model, layers, cache, _attention_backend(device))
+    runner = ModelRunner(model, layers, cache, _attention_backend(device, tiles))
     cost = CostModel(starting_profile(size, measure(device, dtype, clock)))
     warm_up(
         runner,
@@ -176,8 +178,8 @@ def _grammars(source: ModelSource, limits: Limits) -> GrammarCompiler | None:
         return None
 
 
-def _attention_backend(device: torch.device) -> AttentionBackend:
-    return SdpaCpu() if device.type == "cpu" else SdpaReference()
+def _attention_backend(device: torch.device, tiles: Tiles | None) -> AttentionBackend:
+    return SdpaCpu(tiles) if device.type == "cpu" else SdpaReference()
 
 
 def _usable_cores() -> int:
