@@ -217,8 +217,8 @@ def _is_right(tiles: Tiles) -> bool:
     inputs, weight = (torch.randn(rows, 96, generator=generator) for rows in (40, 64))
     linear = tiles.linear(inputs, TileWeight(weight), None)
     query, keys, values = (torch.randn(40, 1, 32, generator=generator) for _ in range(3))
-    wide = [part.transpose(0, 1).double() for part in (query, keys, values)]
-    truth = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, scale=0.5)
+    q, k, v = (part.transpose(0, 1).double() for part in (query, keys, values))
+    truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
     attended = tiles.attention(query.transpose(0, 1), keys, values, 0, 0.5).transpose(0, 1)
     pairs = ((linear, inputs.double() @ weight.double().t()), (attended, truth))
     return all(torch.allclose(got, exact.float(), 1e-4, 1e-4) for got, exact in pairs)
