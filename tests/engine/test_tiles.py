@@ -1,4 +1,4 @@
-"""The matrix unit's float32 linears: as exact as float32, and absent where it is."""
+"""The matrix unit's float32 kernels: as exact as float32, never in the way where it lacks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pla_serve.engine.cpu import PackedLinear, Tiles
-from pla_serve.engine.cpu import tiles as module
+from pla_serve.engine import tiles as module
+from pla_serve.engine.cpu import PackedLinear
 from pla_serve.engine.cpu.linear import FEW_TOKENS
-from pla_serve.engine.cpu.tiles import NEEDED, TileWeight
+from pla_serve.engine.tiles import NEEDED, Tiles, TileWeight
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +102,44 @@ def test_without_a_compiler_or_a_processor(
     assert "compiler" in caplog.text
     monkeypatch.setenv("CXX", "/bin/false")
     assert Tiles.open() is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("sizes", [(1, 0), (33, 0), (64, 31), (100, 156), (300, 500)])
+@pytest.mark.parametrize("heads", [(4, 4, 32), (6, 2, 64)])
+def test_attention_as_exact_as_float32(
+    tiles: Tiles, heads: tuple[int, int, int], sizes: tuple[int, int], threads: int
+) -> None:
+    (queries, kv_heads, dim), (tokens, history) = heads, sizes
+    generator = torch.Generator().manual_seed(tokens)
+    joined = torch.randn(tokens, queries + 3, dim, generator=generator) * 3
+    query = joined[:, :queries].transpose(0, 1)
+    memory = torch.randn(2, history + tokens + 7, kv_heads, dim, generator=generator)
+    keys, values = memory[:, 7:]
+    mask = torch.ones(tokens, history + tokens, dtype=torch.bool).tril(history)
+
+    def stock(dtype: torch.dtype) -> torch.Tensor:
+        parts = (query, keys.transpose(0, 1), values.transpose(0, 1))
+        q, k, v = (part.to(dtype).unsqueeze(0) for part in parts)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=0.2, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = tiles.attention(query, keys, values, history, 0.2)
+    finally:
+        torch.set_num_threads(before)
+    truth = stock(torch.float64)
+    error, usual = ((y - truth).abs().max().item() for y in (got, stock(torch.float32)))
+    assert error <= 2 * usual + 1e-6
+
+
+def test_attention_takes_only_heads_that_fit() -> None:
+    wide = torch.float32
+    assert Tiles.attends(9, 3, 64, wide)
+    assert not Tiles.attends(9, 3, 48, wide)
+    assert not Tiles.attends(64, 1, 64, wide)
+    assert not Tiles.attends(9, 3, 64, torch.bfloat16)

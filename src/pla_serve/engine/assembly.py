@@ -29,6 +29,7 @@ from pla_serve.engine.kv.sizing import GIB, KVPlan
 from pla_serve.engine.loading.support import AttentionShape
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.staging import DirectUploader, PinnedUploader, Scratch, Uploader
+from pla_serve.engine.tiles import Tiles
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.shapes.ladder import Shape
 
@@ -57,8 +58,12 @@ def make_execution(
     plan: KVPlan,
     cost: CostModel,
     device: torch.device,
+    tiles: Tiles | None,
 ) -> Execution:
     """Allocates the KV, chooses the attention and captures shapes.
+
+    Args:
+        tiles: a CPU's matrix unit, for attention in float32; None if it has none.
 
     Raises:
         ValueError: what was asked for does not work on this device; says what to change.
@@ -66,7 +71,7 @@ def make_execution(
     block = config.block_tokens
     cuda = device.type == "cuda"
     name, backend = choose_backend(
-        config.attention_backend, shape, attention.query_heads, block, device
+        config.attention_backend, shape, attention.query_heads, block, device, tiles
     )
     if not cuda and config.capture_shapes in (None, NO_SHAPES):
         cache = KVCache(shape, plan.blocks * block, device)

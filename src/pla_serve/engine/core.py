@@ -38,6 +38,7 @@ from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import EngineReady, Inbound, Outbound
 from pla_serve.engine.parts import Parts
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
+from pla_serve.engine.tiles import Tiles
 from pla_serve.engine.transfer.exchange import assemble
 from pla_serve.engine.transfer.layout import KVLayout, fingerprint
 from pla_serve.engine.transfer.nixl import NixlTransport
@@ -105,15 +106,18 @@ def build_parts(
         kv_bytes_per_token=shape.bytes_per_token,
     )
     weights = fingerprint(model) if config.kv_transfer else ""
+    tiles = Tiles.open() if device.type == "cpu" and dtype == torch.float32 else None
     if device.type == "cpu":
-        cpu.optimise(model)
+        cpu.optimise(model, tiles)
     else:
         fused = gpu.optimise(model, gpu.best_operations())
         log.info("fused %d of %d decoder layers", fused, len(layers))
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
     kv_tokens = kv_plan.blocks * config.block_tokens
     cost = CostModel(starting_profile(size, measure(device, dtype, clock)))
-    execution = make_execution(config, model, layers, shape, attention, kv_plan, cost, device)
+    execution = make_execution(
+        config, model, layers, shape, attention, kv_plan, cost, device, tiles
+    )
     warm_up(
         execution.run,
         cost,

@@ -15,6 +15,7 @@ from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
 from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
 from pla_serve.engine.forward import FlatBatch, SpanRequest
 from pla_serve.engine.staging import Capacity, Scratch, capacity_of, pack, unpack
+from pla_serve.engine.tiles import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,12 @@ PROBE = ((1, 0), (1, 700), (70, 0), (37, 300), (130, 5))
 
 
 def choose_backend(
-    name: BackendName, shape: KVShape, query_heads: int, block_tokens: int, device: torch.device
+    name: BackendName,
+    shape: KVShape,
+    query_heads: int,
+    block_tokens: int,
+    device: torch.device,
+    tiles: Tiles | None = None,
 ) -> tuple[str, AttentionBackend]:
     """The backend by name, or for ``auto`` the first that works, and what it is called.
 
@@ -43,7 +49,7 @@ def choose_backend(
                 f"the attention backend {name} needs a CUDA device, and this engine runs on the "
                 "CPU; leave out --attention-backend"
             )
-        return "sdpa", SdpaCpu()
+        return "sdpa", SdpaCpu(tiles)
     reasons: list[str] = []
     for candidate in ON_CUDA if name == "auto" else (name,):
         made = _make(candidate, device)

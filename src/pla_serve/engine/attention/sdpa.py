@@ -10,6 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.forward import FlatBatch, Span
 from pla_serve.engine.kv.blocks import Run
+from pla_serve.engine.tiles import Tiles
+
+TILED_TOKENS = 64
+"""New tokens of a sequence from which rearranging its context for the matrix unit pays."""
 
 
 class SdpaReference:
@@ -46,20 +50,38 @@ class SdpaCpu:
     chunk itself with the causal one, merged by their log-sum-exp. Without a mask, the queries that
     share a KV head are rows of one product, which reads that head once; with one, they read it
     through a stride of zero rather than a copy for each.
+
+    Args:
+        tiles: attends many float32 tokens in less time, where it takes heads of this shape.
     """
+
+    def __init__(self, tiles: Tiles | None = None) -> None:
+        self._tiles = tiles
 
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> torch.Tensor:
         """See AttentionBackend."""
         keys, values = cache.keys[layer], cache.values[layer]
-        _, tokens, head_dim = query.shape
-        grouped = query.view(cache.shape.heads, -1, tokens, head_dim)
+        heads, tokens, head_dim = query.shape
+        kv_heads = cache.shape.heads
+        tiles = self._tiles
+        if tiles is not None and not tiles.attends(heads, kv_heads, head_dim, query.dtype):
+            tiles = None
+        grouped = query.view(kv_heads, -1, tokens, head_dim)
         attended = [
             _attend_one(grouped[:, :, span.start], keys, values, span, scaling)
             if span.length == 1
             else _attend_many(
                 grouped[:, :, span.start : span.start + span.length], keys, values, span, scaling
+            )
+            if tiles is None or span.length < TILED_TOKENS
+            else tiles.attention(
+                query[:, span.start : span.start + span.length],
+                context(keys, span.runs),
+                context(values, span.runs),
+                span.history,
+                scaling,
             )
             for span in batch.spans
         ]

@@ -12,16 +12,17 @@ from pla_serve.engine.cpu.layer import FusedLayer, TurningRotary
 from pla_serve.engine.cpu.linear import PackedLinear, packs
 from pla_serve.engine.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.cpu.probe import same_results
-from pla_serve.engine.cpu.tiles import Tiles
+from pla_serve.engine.tiles import Tiles
 
-__all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "Tiles", "optimise"]
+__all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
 
 
-def optimise(model: nn.Module) -> None:
-    """Replace the modules of ``model``, on the CPU, that have a faster equal."""
-    wide = next(model.parameters()).dtype == torch.float32
+def optimise(model: nn.Module, tiles: Tiles | None = None) -> None:
+    """Replace the modules of ``model``, on the CPU, that have a faster equal.
+
+    ``tiles`` is what linears of many float32 tokens are computed with, where they fit it.
+    """
     with torch.inference_mode(False), torch.no_grad():
-        tiles = Tiles.open() if wide else None
         _fuse_layers(model, tiles)
         _replace(model, tiles)
 

@@ -15,7 +15,7 @@ from torch import nn
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.cpu.linear import PackedLinear
 from pla_serve.engine.cpu.norm import FusedRMSNorm, rms_epsilon
-from pla_serve.engine.cpu.tiles import Tiles
+from pla_serve.engine.tiles import Tiles
 
 
 class Angles(tuple[torch.Tensor, torch.Tensor]):

@@ -6,7 +6,7 @@ from typing import Literal, cast
 
 import torch
 
-from pla_serve.engine.cpu.tiles import Tiles, TileWeight
+from pla_serve.engine.tiles import Tiles, TileWeight
 
 PACKING_TOKENS = 256
 """Batch size that oneDNN packs weights for; layouts for larger ones serve small ones as well."""

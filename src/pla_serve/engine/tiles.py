@@ -1,4 +1,4 @@
-"""Builds and calls `tiles.cpp`: float32 linears on processors whose matrix unit takes bfloat16."""
+"""Builds and calls `kernels/`: float32 products on processors whose matrix unit takes bfloat16."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,10 @@ MULTIPLE = 32
 """Inputs and outputs of a linear come in multiples of it."""
 PARTS = 3
 """Bfloat16 numbers whose sum is a float32 number; weights from smaller types need fewer."""
+KEYS = 256
+"""Keys in a block of attention's scratch memory; as in ``attention.cpp``."""
+MOST_GROUPS = 32
+"""Query heads to a KV head."""
 _AFTER: dict[After, int] = {"none": 0, "swish": 1, "add": 2, "mul": 3}
 
 
@@ -60,7 +65,7 @@ class TileWeight:
 
 
 class Tiles:
-    """The compiled kernel. `open` gives one where the machine has what it needs."""
+    """The compiled kernels. `open` gives them where the machine has what they need."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, count = ctypes.c_void_p, ctypes.c_long
@@ -68,6 +73,10 @@ class Tiles:
         self._linear.restype = None
         self._linear.argtypes = [pointer, count, count, count, pointer, ctypes.c_int, pointer]
         self._linear.argtypes += [ctypes.c_int, pointer, pointer]
+        self._attention = library.tiles_attention
+        self._attention.restype = None
+        self._attention.argtypes = [pointer, count, count, pointer, pointer, *[count] * 7]
+        self._attention.argtypes += [ctypes.c_float, pointer, pointer]
 
     @classmethod
     def open(cls) -> Tiles | None:
@@ -113,6 +122,49 @@ class Tiles:
         )
         return outputs
 
+    def attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        history: int,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Causal, of new tokens on top of ``history``; the result is (tokens, heads, head dim).
+
+        ``query`` is (heads, tokens, head dim), keys and values (history + tokens, kv heads, head
+        dim) of equal strides; the last dimension is dense.
+        """
+        heads, tokens, dim = query.shape
+        context, kv_heads, _ = keys.shape
+        blocks = -(-context // KEYS)
+        scratch = query.new_empty(2 * kv_heads * blocks * KEYS * dim * PARTS, dtype=torch.bfloat16)
+        outputs = query.new_empty(tokens, heads, dim)
+        self._attention(
+            query.data_ptr(),
+            query.stride(1),
+            query.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.stride(0),
+            keys.stride(1),
+            tokens,
+            history,
+            kv_heads,
+            heads // kv_heads,
+            dim,
+            scaling,
+            scratch.data_ptr(),
+            outputs.data_ptr(),
+        )
+        return outputs
+
+    @staticmethod
+    def attends(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether the kernel takes attention of this shape."""
+        fits = head_dim % MULTIPLE == 0 and heads // kv_heads <= MOST_GROUPS
+        return dtype == torch.float32 and fits
+
 
 def _processor_flags() -> frozenset[str]:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
@@ -135,26 +187,38 @@ def _build(folder: Path) -> Path:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
         raise OSError(f"no C++ compiler; install one of {', '.join(COMPILERS)}, or set CXX")
-    source = files(__package__).joinpath("tiles.cpp").read_bytes()
+    sources = {entry.name: entry.read_bytes() for entry in _sources()}
     # With torch's own OpenMP, so that both use the same threads.
     libraries = sorted(Path(torch.__file__).parent.rglob("libgomp*.so*"))[:1]
     command = [compiler, *FLAGS]
-    identity = repr((source, command, libraries, torch.__version__)).encode()
+    identity = repr((sorted(sources.items()), command, libraries, torch.__version__)).encode()
     target = folder / f"tiles-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made, code = Path(scratch) / "tiles.so", Path(scratch) / "tiles.cpp"
-            code.write_bytes(source)
-            words = [*command, "-o", str(made), str(code), *map(str, libraries)]
+            for name, content in sources.items():
+                Path(scratch, name).write_bytes(content)
+            made = Path(scratch, "tiles.so")
+            units = [str(Path(scratch, name)) for name in sources if name.endswith(".cpp")]
+            words = [*command, "-o", str(made), *units, *map(str, libraries)]
             subprocess.run(words, check=True, capture_output=True, timeout=BUILD_SECONDS)
             made.replace(target)
     return target
 
 
+def _sources() -> list[Traversable]:
+    folder = files(__package__).joinpath("kernels")
+    return [entry for entry in folder.iterdir() if entry.name.endswith((".cpp", ".h"))]
+
+
 def _is_right(tiles: Tiles) -> bool:
-    """On a small product, against float64."""
+    """On a small product and a small attention, against float64."""
     generator = torch.Generator().manual_seed(0)
     inputs, weight = (torch.randn(rows, 96, generator=generator) for rows in (40, 64))
-    exact = (inputs.double() @ weight.double().t()).float()
-    return torch.allclose(tiles.linear(inputs, TileWeight(weight), None), exact, 1e-4, 1e-4)
+    linear = tiles.linear(inputs, TileWeight(weight), None)
+    query, keys, values = (torch.randn(40, 1, 32, generator=generator) for _ in range(3))
+    q, k, v = (part.transpose(0, 1).double() for part in (query, keys, values))
+    truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
+    attended = tiles.attention(query.transpose(0, 1), keys, values, 0, 0.5).transpose(0, 1)
+    pairs = ((linear, inputs.double() @ weight.double().t()), (attended, truth))
+    return all(torch.allclose(got, exact.float(), 1e-4, 1e-4) for got, exact in pairs)

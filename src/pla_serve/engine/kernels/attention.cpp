@@ -1,0 +1,195 @@
+// Causal attention, block by block with a running maximum and sum (flash attention).
+
+#include "tiles.h"
+
+namespace {
+
+constexpr long KEYS = 256;   // that one pass of the softmax takes
+constexpr long QUERIES = 64;  // tokens that pass over the keys together, with all heads of a group
+
+struct Attention {
+  const float *q, *k, *v;
+  long q_token, q_head, kv_token, kv_head;  // strides
+  long tokens, history, heads, groups, dim;
+  float scale;
+  Half *keys, *values;  // [head][KEYS] blocks
+  float* out;           // [token][head][dim]
+
+  long context() const { return history + tokens; }
+  long blocks() const { return (context() + KEYS - 1) / KEYS; }
+  long block_size() const { return KEYS * dim * PARTS; }
+};
+
+// Keys of one block to [16 keys][step][part][pair of inputs][key][2], and values to
+// [16 inputs][32 keys][part][pair of keys][input][2]; keys that are missing become zeros.
+void split_context(const Attention& job, long head, long number) {
+  const long steps = job.dim / STEP, first = number * KEYS;
+  Half* keys = job.keys + (head * job.blocks() + number) * job.block_size();
+  Half* values = job.values + (head * job.blocks() + number) * job.block_size();
+  const __m512i column = _mm512_mullo_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
+  alignas(64) Half parts[2][PARTS * TILE];
+  for (long key = 0; key < KEYS; ++key) {
+    const bool there = first + key < job.context();
+    const long from = (first + key) * job.kv_token + head * job.kv_head;
+    for (long step = 0; step < steps; ++step) {
+      Half* tile = keys + (key / 16 * steps + step) * PARTS * TILE + key % 16 * 2;
+      for (long at = 0; at < STEP; at += 16)
+        split(there ? _mm512_loadu_ps(job.k + from + step * STEP + at) : _mm512_setzero_ps(),
+              parts[0] + at);
+      for (long part = 0; part < PARTS; ++part)
+        _mm512_i32scatter_epi32(tile + part * TILE, column,
+                                _mm512_load_si512(parts[0] + part * TILE), 4);
+    }
+    if (key % 2) continue;
+    const bool next = first + key + 1 < job.context();
+    for (long at = 0; at < job.dim; at += 16) {
+      const float* value = job.v + from + at;
+      split(there ? _mm512_loadu_ps(value) : _mm512_setzero_ps(), parts[0]);
+      split(next ? _mm512_loadu_ps(value + job.kv_token) : _mm512_setzero_ps(), parts[1]);
+      Half* tile = values + (at / 16 * (KEYS / 32) + key / 32) * PARTS * TILE + key % 32 / 2 * 32;
+      for (long part = 0; part < PARTS; ++part) {
+        const __m512i even = _mm512_cvtepu16_epi32(
+            _mm256_loadu_si256((const __m256i*)(parts[0] + part * TILE)));
+        const __m512i odd = _mm512_cvtepu16_epi32(
+            _mm256_loadu_si256((const __m256i*)(parts[1] + part * TILE)));
+        _mm512_storeu_si512(tile + part * TILE, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+    }
+  }
+}
+
+// One panel of queries against one block of keys.
+struct Panel {
+  float *scores, *added, *sums;  // PANEL x KEYS; PANEL x dim, twice
+  Half *queries, *weights;
+  float most[PANEL], total[PANEL];
+};
+
+void attend(const Attention& job, Panel& p, const Half* keys, const Half* values, long first,
+            long position, long rows) {
+  const long steps = job.dim / STEP, tile_row = steps * PARTS * TILE;
+  const long last = position + rows - 1;  // the last key that any row of the panel may see
+  const long used = last - first + 1 < KEYS ? last - first + 1 : KEYS;
+  const long wide = (used + PANEL - 1) / PANEL * PANEL, key_steps = wide / STEP;
+  for (long key = 0; key < wide; key += PANEL)
+    block(p.queries, tile_row, keys + key / 16 * tile_row, tile_row, steps, PARTS, p.scores + key,
+          KEYS);
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512 never = _mm512_set1_ps(-1e30f), scale = _mm512_set1_ps(job.scale);
+  for (long row = 0; row < PANEL; ++row) {
+    float* scores = p.scores + row * KEYS;
+    const long seen = (row < rows ? position + row : last) - first + 1;  // may be none
+    __m512 top = never;
+    for (long key = 0; key < wide; key += 16) {
+      const __mmask16 sees =
+          _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32((int)(seen - key)));
+      const __m512 s =
+          _mm512_mask_mul_ps(never, sees, _mm512_load_ps(scores + key), scale);
+      _mm512_store_ps(scores + key, s);
+      top = _mm512_max_ps(top, s);
+    }
+    const float before = p.most[row], highest = _mm512_reduce_max_ps(top);
+    const float most = before > highest ? before : highest;
+    const __m512 base = _mm512_set1_ps(most);
+    __m512 sum = _mm512_setzero_ps();
+    Half* tiles = p.weights + row / 16 * key_steps * PARTS * TILE + row % 16 * STEP;
+    for (long key = 0; key < wide; key += 16) {
+      const __m512 s = _mm512_load_ps(scores + key);
+      const __mmask16 sees = _mm512_cmp_ps_mask(s, never, _CMP_GT_OQ);
+      const __m512 weight = _mm512_maskz_mov_ps(sees, exponential(_mm512_sub_ps(s, base)));
+      sum = _mm512_add_ps(sum, weight);
+      split(weight, tiles + key / STEP * PARTS * TILE + key % STEP);
+    }
+    const __m512 kept = exponential(_mm512_set1_ps(before - most));
+    const float left = _mm512_cvtss_f32(kept);
+    p.total[row] = p.total[row] * left + _mm512_reduce_add_ps(sum);
+    p.most[row] = most;
+    for (long at = 0; at < job.dim; at += 16) {
+      float* sums = p.sums + row * job.dim + at;
+      _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), kept));
+    }
+  }
+  const long value_row = KEYS / STEP * PARTS * TILE;
+  for (long at = 0; at < job.dim; at += PANEL)
+    block(p.weights, key_steps * PARTS * TILE, values + at / 16 * value_row, value_row, key_steps,
+          PARTS, p.added + at, job.dim);
+  for (long at = 0; at < PANEL * job.dim; at += 16)
+    _mm512_store_ps(p.sums + at,
+                    _mm512_add_ps(_mm512_load_ps(p.sums + at), _mm512_load_ps(p.added + at)));
+}
+
+// Queries [first, first + QUERIES) of all heads that share this one of keys and values.
+void attend_group(const Attention& job, long head, long first) {
+  const long panels = job.groups * (QUERIES / PANEL), steps = job.dim / STEP;
+  const long floats = PANEL * (KEYS + job.dim) + panels * PANEL * job.dim;
+  const long halves = 2 * KEYS / STEP * PARTS * TILE + panels * 2 * steps * PARTS * TILE;
+  Half* memory = buffer(2 * floats + halves);
+  float* scores = (float*)memory;
+  float* sums = scores + PANEL * (KEYS + job.dim);
+  Half* weights = memory + 2 * floats;
+  Half* queries = weights + 2 * KEYS / STEP * PARTS * TILE;
+  const long end = first + QUERIES < job.tokens ? first + QUERIES : job.tokens;
+  Panel state[64];
+  for (long panel = 0; panel < panels; ++panel) {
+    Panel& p = state[panel];
+    p = {scores, scores + PANEL * KEYS, sums + panel * PANEL * job.dim,
+         queries + panel * 2 * steps * PARTS * TILE, weights, {}, {}};
+    std::fill_n(p.most, PANEL, -1e30f);
+    std::fill_n(p.sums, PANEL * job.dim, 0.f);
+    const long at = first + panel % (QUERIES / PANEL) * PANEL;
+    const long query_head = head * job.groups + panel / (QUERIES / PANEL);
+    split_rows(job.q + at * job.q_token + query_head * job.q_head, job.q_token, end - at, job.dim,
+               1, p.queries);
+  }
+  for (long number = 0; number * KEYS < job.history + end; ++number) {
+    const long offset = (head * job.blocks() + number) * job.block_size();
+    for (long panel = 0; panel < panels; ++panel) {
+      const long at = first + panel % (QUERIES / PANEL) * PANEL;
+      const long rows = end - at < PANEL ? end - at : PANEL;
+      if (rows > 0 && number * KEYS < job.history + at + rows)
+        attend(job, state[panel], job.keys + offset, job.values + offset, number * KEYS,
+               job.history + at, rows);
+    }
+  }
+  for (long panel = 0; panel < panels; ++panel) {
+    const Panel& p = state[panel];
+    const long at = first + panel % (QUERIES / PANEL) * PANEL;
+    const long query_head = head * job.groups + panel / (QUERIES / PANEL);
+    for (long row = 0; row < PANEL && at + row < end; ++row) {
+      float* out = job.out + ((at + row) * job.heads * job.groups + query_head) * job.dim;
+      const __m512 share = _mm512_set1_ps(1.f / p.total[row]);
+      for (long to = 0; to < job.dim; to += 16)
+        _mm512_storeu_ps(out + to,
+                         _mm512_mul_ps(_mm512_load_ps(p.sums + row * job.dim + to), share));
+    }
+  }
+}
+
+}  // namespace
+
+// out (tokens, heads * groups, dim): query t sees the first history + t + 1 keys. q, k and v have
+// these strides for a token and a head; dim is a multiple of 32, groups at most 32. `scratch` holds
+// 2 * heads * (context rounded up to 256) * dim * 3 halves.
+extern "C" void tiles_attention(const float* q, long q_token, long q_head, const float* k,
+                                const float* v, long kv_token, long kv_head, long tokens,
+                                long history, long heads, long groups, long dim, float scale,
+                                Half* scratch, float* out) {
+  Attention job{q,       k,     v,      q_token, q_head, kv_token, kv_head, tokens,
+                history, heads, groups, dim,     scale,  scratch,  nullptr, out};
+  job.values = scratch + heads * job.blocks() * job.block_size();
+  const long rounds = (tokens + QUERIES - 1) / QUERIES;
+#pragma omp parallel
+  {
+    const Config config;
+    _tile_loadconfig(&config);
+#pragma omp for schedule(static)
+    for (long item = 0; item < heads * job.blocks(); ++item)
+      split_context(job, item / job.blocks(), item % job.blocks());
+    // The last queries see most, so they go first.
+#pragma omp for schedule(dynamic, 1)
+    for (long item = 0; item < heads * rounds; ++item)
+      attend_group(job, item % heads, (rounds - 1 - item / heads) * QUERIES);
+    _tile_release();
+  }
+}
