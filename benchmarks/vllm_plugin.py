@@ -1,11 +1,12 @@
 """The policy inside vLLM against vLLM alone, default and tuned: same machine, same arrivals.
 
     python benchmarks/vllm_plugin.py run --entries default,plugin,threshold=128,threshold=256
-    python benchmarks/vllm_plugin.py run --entries default,plugin --mix chat --rate 4
+    python benchmarks/vllm_plugin.py run --entries default,plugin --loads chat:4:40,documents:0.2:60
     python benchmarks/vllm_plugin.py report
 
-Open loop over HTTP. One server at a time, started for its runs and warmed up, at the end of which
-what was measured is appended to the output; so a sweep can be made in pieces. Prompts are unique.
+Open loop over HTTP. One server at a time, started for its loads and warmed up; what was measured is
+appended to the output after each load, so a sweep can be made in pieces. Prompts are unique. A load
+is a mix, requests a second, and seconds of arrivals.
 An entry is ``default``, ``plugin``, or flags of vLLM by short names (`SHORT_NAMES`), joined with +,
 as in ``threshold=128+budget=512``; ``plugin`` takes them too, and options of its own.
 """
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import vllm_venv
 from rich import box
@@ -99,13 +101,27 @@ def served(python: Path, folder: Path, entry: str, common: list[str]) -> Iterato
         yield server
 
 
-def make_workload(options: argparse.Namespace) -> Workload:
-    """``chat+documents``, ``chat`` or ``documents``, one turn each, nobody in between."""
+class Load(NamedTuple):
+    """``chat+documents``, ``chat`` or ``documents``; requests a second; seconds of arrivals."""
+
+    mix: str
+    rate: float
+    seconds: float
+
+
+def loads_of(text: str) -> list[Load]:
+    """Comma-separated ``mix:rate:seconds``."""
+    parts = [part.split(":") for part in text.split(",")]
+    return [Load(mix, float(rate), float(seconds)) for mix, rate, seconds in parts]
+
+
+def make_workload(load: Load, options: argparse.Namespace) -> Workload:
+    """One turn each, so that nobody waits for an answer."""
     return generate(
         WorkloadConfig(
-            mix=options.mix,
-            requests=max(1, round(options.rate * options.seconds)),
-            rate=options.rate,
+            mix=load.mix,
+            requests=max(1, round(load.rate * load.seconds)),
+            rate=load.rate,
             seed=options.seed,
             document_share=options.document_share,
             mean_turns=1,
@@ -116,22 +132,23 @@ def make_workload(options: argparse.Namespace) -> Workload:
     )
 
 
-async def measure(
-    url: str, filler: WordFiller, workload: Workload, seconds: float
-) -> tuple[RunResult, float]:
-    """Also the server's first answers, in which it warms up."""
+async def measure(url: str, filler: WordFiller, workload: Workload, seconds: float) -> RunResult:
     transport = HttpTransport(url)
-    target = Target(MODEL, "chat")
     clock = asyncio.get_running_loop().time
-    start = clock()
     try:
-        warm = Target(MODEL, "completions")
+        generator = LoadGenerator(transport, Target(MODEL, "chat"), filler, clock=clock)
+        return await generator.run(workload, seconds + DRAIN_SECONDS)
+    finally:
+        await transport.close()
+
+
+async def warm_up(url: str, filler: WordFiller) -> None:
+    """First answers compile things, and are slow."""
+    transport = HttpTransport(url)
+    try:
         for tokens in (16, 64, 200, 1024, 3000):
             ids = filler.ids([Piece(f"warm{tokens}", tokens)])
-            await one(transport, warm, ids, 4)
-        generator = LoadGenerator(transport, target, filler, clock=clock)
-        warmed = clock() - start
-        return await generator.run(workload, seconds + DRAIN_SECONDS), warmed
+            await one(transport, Target(MODEL, "completions"), ids, 4)
     finally:
         await transport.close()
 
@@ -141,18 +158,20 @@ def run(options: argparse.Namespace) -> None:
 
     folder = resolve(options.model, progress=ConsoleProgress()).folder
     python = options.python or vllm_venv.prepare(options.venv, options.torch_index)
-    workload = make_workload(options)
     tokenizer = load_tokenizer(folder)
     for entry in options.entries.split(","):
         began = time.monotonic()
         filler = make_filler(f"{options.seed}/{entry}/{time.time_ns()}", tokenizer)
         with served(python, folder, entry, options.common) as server:
-            up = time.monotonic() - began
-            result, warmed = asyncio.run(measure(server.url, filler, workload, options.seconds))
-        report = summarise(result, Objectives(SHORT_TOKENS))
-        line = f"{entry}: up {up:.0f} s, warm {warmed:.0f} s; {headline(report)}"
-        console.print(line, highlight=False)
-        append(options, entry, workload, report, result, python)
+            asyncio.run(warm_up(server.url, filler))
+            console.print(f"{entry} is up after {time.monotonic() - began:.0f} s", style="dim")
+            for load in loads_of(options.loads):
+                workload = make_workload(load, options)
+                filler = make_filler(f"{options.seed}/{entry}/{time.time_ns()}", tokenizer)
+                result = asyncio.run(measure(server.url, filler, workload, load.seconds))
+                report = summarise(result, Objectives(SHORT_TOKENS))
+                console.print(f"{entry}, {load.mix}: {headline(report)}", highlight=False)
+                append(options, entry, workload, report, result, python)
 
 
 def append(
@@ -275,10 +294,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--entries", default="default,plugin")
-    parser.add_argument("--mix", default="chat+documents")
-    parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
-    parser.add_argument("--seconds", type=float, default=75.0, help="of arrivals")
-    parser.add_argument("--document-share", type=float, default=0.1)
+    parser.add_argument("--loads", default="chat+documents:1.1:75")
+    parser.add_argument("--document-share", type=float, default=0.15)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--venv", type=Path, default=Path(".venv-vllm"), help="made if missing")
