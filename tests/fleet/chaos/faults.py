@@ -189,7 +189,7 @@ class Injector:
             base_url=self._fleet.url, timeout=120, trust_env=False
         ) as client:
             await asyncio.gather(
-                *(ask(client, q, self._tally, self.excused, self._clock) for q in self._longs)
+                *(ask(client, q, self._tally, self.excused, self._clock) for q in 3 * self._longs)
             )
 
     async def _cut(self, victim: Process, after: float) -> None:
