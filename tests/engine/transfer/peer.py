@@ -39,7 +39,8 @@ from pla_serve.policy.cost import CostModel
 from pla_serve.policy.registry import create_policy
 
 ROOT = Path(__file__).parents[3]
-PATIENCE = 30.0
+PATIENCE = 120.0
+"""Seconds; engines start slowly on a machine with much else to do."""
 
 
 class TinyCore:
