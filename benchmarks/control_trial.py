@@ -12,7 +12,7 @@ import httpx
 from fleet_real import Ask, alone, play, poisson, real_fleet
 
 STRICT = "class-pools:overflow_seconds=inf"
-SHORT, LONG = (64, 192), (1024, 2048)
+SHORT, LONG = (160, 256), (1024, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class Trial:
     step: float = 20.0
     end: float = 50.0
     short_work: tuple[float, float] = (0.2, 1.3)
-    """Seconds of it that arrive a second, before and after."""
+    """Seconds of prefill that arrive a second, before and after, as the engines predict it within a
+    batch: one short instance cannot do what comes after the step, however it batches."""
     long_work: tuple[float, float] = (0.6, 0.05)
 
     async def run(self) -> Outcome:
@@ -51,7 +52,8 @@ class Trial:
         with real_fleet(pools, 4, self.folder, *words) as fleet:
             await play(fleet.url, poisson(9, 0.0, 6.0, [(10, *SHORT), (1, *LONG)]), 9)
             idle = {n: await alone(fleet.url, n) for n in (*SHORT, *LONG)}
-            asks = self._asks(idle)
+            cost = await _cost(fleet.url)
+            asks = self._asks(cost)
             began = time.monotonic()
             firsts = await play(fleet.url, asks, 1)
             moves = await _moves(fleet.url, began)
@@ -71,23 +73,35 @@ class Trial:
                 "short_work": self.short_work,
                 "long_work": self.long_work,
                 "requests": len(asks),
+                "cost_seconds": cost,
                 "idle_ttft_s": {str(n): round(seconds, 4) for n, seconds in idle.items()},
             },
         )
 
-    def _asks(self, idle: dict[int, float]) -> list[Ask]:
+    def _asks(self, cost: dict[str, float]) -> list[Ask]:
         found: list[Ask] = []
         for number, (start, end) in enumerate(((0.0, self.step), (self.step, self.end))):
             rates = [
-                (work[number] / _mean(kind, idle), *kind)
+                (work[number] / _mean(kind, cost), *kind)
                 for work, kind in ((self.short_work, SHORT), (self.long_work, LONG))
             ]
             found += poisson(number, start, end, rates)
         return found
 
 
-def _mean(kind: Sequence[int], idle: dict[int, float]) -> float:
-    return (idle[kind[0]] + idle[kind[1]]) / 2
+def _mean(kind: Sequence[int], cost: dict[str, float]) -> float:
+    """Seconds of a prompt of this kind in a batch with others."""
+    sizes = range(kind[0], kind[1] + 1, 16)
+    each = [cost["token"] * n + cost["attention"] * n * n / 2 + cost["sequence"] for n in sizes]
+    return sum(each) / len(each)
+
+
+async def _cost(url: str) -> dict[str, float]:
+    """Coefficients, means over the instances."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        content = (await client.get(f"{url}/fleet")).json()
+    costs = [i["report"]["cost"] for i in content["instances"] if i["report"]["cost"]]
+    return {name: sum(cost[name] for cost in costs) / len(costs) for name in costs[0]}
 
 
 def _objective(ask: Ask, idle: dict[int, float]) -> float:

@@ -78,7 +78,7 @@ def report(plan: campaign.Plan, result: campaign.Result) -> dict[str, Any]:
         "faults": {
             kind: {
                 "count": len(seconds),
-                "median_seconds_until_whole_again": round(statistics.median(seconds), 1),
+                "median_seconds_until_next": round(statistics.median(seconds), 1),
             }
             for kind, seconds in sorted(by_kind.items())
         },

@@ -232,3 +232,17 @@ def test_any_text_is_a_name(id: str) -> None:
         assert (await harness.said())[0].id == id
 
     asyncio.run(main())
+
+
+def test_log_names_the_request_of_the_client(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    harness = Harness()
+    for id in ("a", "b", "c"):
+        harness.link.handle(add(id, request_id=f"mine-{id}"))
+    harness.link.handle(add("d"))
+    a, b, *_ = harness.engine.routes
+    harness.link.take(Output(id=a, tokens=[1], finish_reason="length"))
+    harness.link.take(Rejected(id=b, reason="full", retry_after=1.0))
+    harness.link.close()
+    told = {record.request_id: record.outcome for record in caplog.records}  # type: ignore[attr-defined]
+    assert told == {"mine-a": "length", "mine-b": "refused", "mine-c": "aborted"}

@@ -248,3 +248,32 @@ def test_any_value_of_any_field_is_taken_or_refused(model: Any, base: Any, data:
 def test_any_bytes_decode_or_are_refused(body: bytes) -> None:
     refused, _ = attempt(lambda: decode(body))
     assert refused is None or refused.status == 400
+
+
+ROUTERS_ADD = {
+    "logprobs": False,
+    "no_stop_trim": False,
+    "ignore_eos": False,
+    "continue_final_message": False,
+    "skip_special_tokens": True,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+    "return_hidden_states": False,
+    "include_reasoning": True,
+}
+"""What sglang-router 0.3.2 and vllm-router 0.1.17 add to every request."""
+
+
+def test_requests_may_come_through_the_routers_of_others(live: Live) -> None:
+    messages = [{"role": "user", "content": "abc"}]
+    response = post(live, "chat/completions", {"messages": messages, **ROUTERS_ADD})
+    assert response.status_code == 200, response.text
+    own = {"logprobs", "continue_final_message"}
+    body = {"prompt": "abc", "echo": False}
+    body |= {name: value for name, value in ROUTERS_ADD.items() if name not in own}
+    assert post(live, "completions", body).status_code == 200
+
+
+def test_hidden_states_are_not_promised(live: Live) -> None:
+    response = post(live, "completions", {"prompt": "abc", "return_hidden_states": True})
+    assert response.status_code == 400

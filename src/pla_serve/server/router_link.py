@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -19,10 +20,13 @@ from pla_serve.engine.messages import (
     Release,
     Reserve,
 )
+from pla_serve.logs import REQUESTS
 from pla_serve.server.frames import Outbox, Overflow
 from pla_serve.server.guard import Traffic
 from pla_serve.server.link_messages import FromInstance, NewsMessage, RequestMessage
 from pla_serve.server.session import EngineDiedError, Router
+
+log = logging.getLogger(REQUESTS)
 
 MOST_UNSENT_BYTES = 8 << 20
 """What may wait for one router; beyond it the connection is cut."""
@@ -62,6 +66,8 @@ class RouterLink:
         self._traffic = traffic
         self._cut = cut
         self._clock = clock
+        self._request_ids: dict[str, str] = {}
+        """Of the HTTP requests that unfinished ones are part of, for the log."""
         self._open: dict[str, str] = {}
         """Unfinished requests: the router's name for them to the engine's."""
         self._offers: dict[str, str] = {}
@@ -78,6 +84,7 @@ class RouterLink:
         """Do what the router asks."""
         if isinstance(message, AddRequest):
             self._begin(message.id, lambda name: self._timed(message, name))
+            self._remember(message)
         elif isinstance(message, AbortRequest):
             name = self._open.get(message.id)
             if name is not None:
@@ -89,6 +96,7 @@ class RouterLink:
                 message.id,
                 lambda name: replace(message, request=self._timed(message.request, name)),
             )
+            self._remember(message.request)
         elif isinstance(message, Lend):
             self._begin(message.id, lambda name: replace(message, id=name), lends=True)
         elif isinstance(message, Begin):
@@ -114,16 +122,17 @@ class RouterLink:
             self._remember_offer(id, message)
             if id in self._lends:
                 self._forget(id)
-        elif isinstance(message, Rejected) or (
-            isinstance(message, Output) and message.finish_reason is not None
-        ):
-            self._forget(id)
+        elif isinstance(message, Rejected):
+            self._forget(id, "refused")
+        elif isinstance(message, Output) and message.finish_reason is not None:
+            self._forget(id, message.finish_reason)
         self.say(replace(message, id=id))
 
     def fail(self, failure: Exception) -> None:
         """The engine is gone; whoever is told of that on all links tells the router."""
         self._traffic.change(-len(self._open))
         self._open.clear()
+        self._request_ids.clear()
         self._lends.clear()
         self._offers.clear()
 
@@ -180,7 +189,15 @@ class RouterLink:
     def _refuse(self, id: str, reason: str, retry_after: float | None) -> None:
         self.say(Rejected(id=id, reason=reason, retry_after=retry_after))
 
-    def _forget(self, id: str) -> None:
+    def _remember(self, request: AddRequest) -> None:
+        if request.request_id and request.id in self._open:
+            self._request_ids[request.id] = request.request_id
+
+    def _forget(self, id: str, outcome: str = "aborted") -> None:
+        request_id = self._request_ids.pop(id, None)
+        if request_id is not None and log.isEnabledFor(logging.INFO):
+            extra = {"request_id": request_id, "outcome": outcome, "leg": id}
+            log.info("request of a router: %s", outcome, extra=extra)
         self._lends.discard(id)
         name = self._open.pop(id, None)
         if name is not None:

@@ -158,7 +158,7 @@ class StructuredOutputs(Strict):
 
 
 class Ignored(Strict):
-    """Fields of OpenAI's that do not change the answer."""
+    """Fields that do not change the answer."""
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -166,6 +166,12 @@ class Ignored(Strict):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    # Added to every request by the routers of SGLang and vLLM.
+    no_stop_trim: Literal[False] | None = None
+    return_hidden_states: Literal[False] | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    include_reasoning: bool | None = None
 
 
 class GenerationRequest(Ignored):

@@ -40,6 +40,7 @@ from pla_serve.policy.registry import create_policy
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 120.0
+"""Seconds; engines start slowly on a machine with much else to do."""
 
 
 class TinyCore:

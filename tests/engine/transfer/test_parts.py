@@ -16,7 +16,7 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.kv.blocks import Run
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.messages import Begin
-from pla_serve.engine.transfer import nixl
+from pla_serve.engine.transfer import installed, nixl
 from pla_serve.engine.transfer.layout import KVLayout, Source, fingerprint
 from pla_serve.engine.transfer.ledger import Progress, Slots
 from pla_serve.engine.transfer.offers import Offers
@@ -216,6 +216,6 @@ def test_a_gpu_is_refused_with_the_reason() -> None:
 
 
 def test_without_nixl_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nixl, "MODULES", ("nixl_of_no_one",))
+    monkeypatch.setattr(installed, "MODULES", ("nixl_of_no_one",))
     with pytest.raises(ValueError, match=r"pip install .pla-serve\[transfer\]"):
         nixl.NixlTransport("x", [])

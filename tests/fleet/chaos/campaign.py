@@ -28,7 +28,7 @@ class Plan:
     clients: int = 4
     pause: float = 0.5
     """Mean seconds between faults, beside what recovery takes."""
-    kv_gib: float = 0.006
+    kv_gib: float = 0.0025
     """Of one instance: little, so that a burst fills it."""
     seconds: float = 3600.0
     """No further fault after so long."""

@@ -112,10 +112,10 @@ def test_decode_instances_exchange_kv_where_it_is_possible(
     plans: list[Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("m", "--mixed", "1", "--decode", "1", "--port")
-    for there in (object(), None):
-        monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name, there=there: there)
+    for there in ("nixl_cu13", None):
+        monkeypatch.setattr(launch, "installed_module", lambda there=there: there)
         assert fleet(*args, free_port()).exit_code == 0
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch, "installed_module", lambda: "nixl_cu13")
     assert fleet(*args, free_port(), "--no-kv-transfer").exit_code == 0
     found = [["--kv-transfer" in words for words in words_of(plan)[0]] for plan in plans]
     assert found == [[True, True], [False, False], [False, False]]

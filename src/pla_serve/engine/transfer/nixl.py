@@ -14,12 +14,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from pla_serve.engine.transfer.installed import CURE, installed_module
 from pla_serve.engine.transfer.layout import Copy
 from pla_serve.engine.transfer.transport import TransportError
-
-MODULES = ("nixl_cu13", "nixl_cu12")
-"""One build for each CUDA version; either moves the processor's memory."""
-CURE = 'install it with: pip install "pla-serve[transfer]"'
 
 
 class _Peer:
@@ -145,13 +142,9 @@ class NixlTransport:
 def _load() -> ModuleType:
     # It logs to standard output as it is imported, where programs expect the program's own lines.
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
-    for name in MODULES:
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-            continue
-        logging.getLogger("nixl").setLevel(logging.WARNING)
-        return module
-    raise ValueError(f"KV transfer needs NIXL, which is not installed; {CURE}")
+    name = installed_module()
+    if name is None:
+        raise ValueError(f"KV transfer needs NIXL, which is not installed; {CURE}")
+    module = importlib.import_module(name)
+    logging.getLogger("nixl").setLevel(logging.WARNING)
+    return module

@@ -67,8 +67,8 @@ class Fleet:
             on_change: called when an instance came, went, opened or closed.
             timer: measures decisions; ``clock`` if None.
         """
-        self._clock = clock
-        self._observer = observer
+        self.clock = clock
+        self.observer = observer
         self._options = options = options or FleetOptions()
         self._on_change = on_change
         self._timer = timer or clock
@@ -141,7 +141,7 @@ class Fleet:
     # LinkEvents
 
     def connected(self, link: Link, facts: InstanceFacts) -> None:
-        instance, now = self._roster.of(link), self._clock()
+        instance, now = self._roster.of(link), self.clock()
         if self._roster.connected(instance, facts):
             self.dispatcher.prefixes.clear(instance.name)
         if instance.unfit:
@@ -157,27 +157,27 @@ class Fleet:
         instance.report = report
         if instance.unfit:
             return
-        self._observer.reported(link, report)
-        self.dispatcher.reported(instance, report, self._clock())
+        self.observer.reported(link, report)
+        self.dispatcher.reported(instance, report, self.clock())
         if (instance.open, instance.role) != was:
             self._changed()
 
     def lost(self, link: Link, reason: str) -> None:
-        instance, now = self._roster.of(link), self._clock()
+        instance, now = self._roster.of(link), self.clock()
         instance.lost(reason)
         log.warning("lost %s with %d requests: %s", instance.name, len(instance.flights), reason)
         flights, instance.flights = dict(instance.flights), {}
         if flights:
             instance.circuit.failed(now)
         self.dispatcher.leave(instance)
-        self._observer.gone(link)
+        self.observer.gone(link)
         self._on_change()
         for leg_id, flight in flights.items():
             if flight.request.id not in self._flights:
                 continue  # ended while another one was told
             if self._hands.lost(flight, instance, leg_id):
                 continue
-            self._observer.moved(instance.name, "lost", bool(flight.tokens))
+            self.observer.moved(instance.name, "lost", bool(flight.tokens))
             self.move(flight, f"{instance.name} was lost: {reason}")
 
     def message(self, link: Link, message: NewsMessage) -> None:
@@ -198,12 +198,6 @@ class Fleet:
 
     # For `HandOvers`
 
-    def now(self) -> float:
-        return self._clock()
-
-    def handed_over(self, outcome: str) -> None:
-        self._observer.handed_over(outcome)
-
     def send(self, instance: Instance, message: AddRequest | AbortRequest | msgspec.Struct) -> bool:
         """False: it is not connected, and `lost` has been told or will be."""
         if not instance.connected:
@@ -223,12 +217,12 @@ class Fleet:
     def settle(self, flight: Flight, leg: Leg) -> None:
         """Its stay there is over."""
         leg.instance.flights.pop(leg.id, None)
-        self.dispatcher.finished(leg, self._clock())
+        self.dispatcher.finished(leg, self.clock())
         flight.leg = None
 
     def move(self, flight: Flight, reason: str) -> None:
         """An instance failed it: elsewhere, or the end if that happened too often."""
-        leg, now = flight.leg, self._clock()
+        leg, now = flight.leg, self.clock()
         if leg is not None:
             flight.avoid[leg.instance.name] = Blame(leg.instance.boot, leg.epoch, now)
             self.settle(flight, leg)
@@ -237,7 +231,7 @@ class Fleet:
         flight.stalled = now
         most = self._options.most_failures
         if flight.fruitless >= most or len(flight.failures) >= MOST_ROUNDS * most:
-            self._observer.refused("failures")
+            self.observer.refused("failures")
             self._fail(flight, f"given up after {len(flight.failures)} failures: {reason}")
             return
         flight.refused.clear()
@@ -266,10 +260,10 @@ class Fleet:
         """Send it somewhere, park it, or refuse it."""
         self._parking.leave(flight)
         while True:
-            now, began = self._clock(), self._timer()
+            now, began = self.clock(), self._timer()
             id = flight.next_id()
             plan = self.dispatcher.plan(flight, id, now)
-            self._observer.decided(self._timer() - began)
+            self.observer.decided(self._timer() - began)
             if plan is None:
                 self._nowhere(flight, now)
                 return
@@ -289,7 +283,7 @@ class Fleet:
             flight.avoid[instance.name] = Blame(instance.boot, instance.epoch, now)
             return False
         self.shares.charge(flight.tenant, flight.request.id, plan.place.seconds, now)
-        self._observer.dispatched(instance.name, plan.short, plan.place.seconds, now)
+        self.observer.dispatched(instance.name, plan.short, plan.place.seconds, now)
         return True
 
     def _beyond_share(self, flight: Flight, plan: Plan, now: float) -> bool:
@@ -300,7 +294,7 @@ class Fleet:
         limit = most * self.dispatcher.count()
         if self.shares.entitled(flight.tenant, plan.place.seconds, limit, now):
             return False
-        self._observer.refused("share" if flight.tenant else "capacity")
+        self.observer.refused("share" if flight.tenant else "capacity")
         reason = f"the fleet has more work than it does in {most:g} s"
         self._refuse(flight, reason, plan.wait - most)
         return True
@@ -312,10 +306,10 @@ class Fleet:
         left = flight.stalled + self._options.patience_seconds - now
         retry = min(flight.refused.values(), default=inf)
         if not flight.told and flight.refused:
-            self._observer.refused("capacity")
+            self.observer.refused("capacity")
             self._refuse(flight, "no instance has room for it", retry)
         elif left <= 0:
-            self._observer.refused("failures")
+            self.observer.refused("failures")
             why = f" ({flight.failures[-1]})" if flight.failures else ""
             self._fail(flight, f"no instance is ready{why}")
         else:
@@ -338,17 +332,17 @@ class Fleet:
         if flight.leg is not leg:
             return  # its client closed it on the way
         reason = output.error or "it ended the request without a reason"
-        leg.instance.circuit.failed(self._clock())
+        leg.instance.circuit.failed(self.clock())
         self.dispatcher.note(leg.instance)
-        self._observer.moved(leg.instance.name, "error", bool(flight.tokens))
+        self.observer.moved(leg.instance.name, "error", bool(flight.tokens))
         self.move(flight, f"{leg.instance.name} failed it: {reason}")
 
     def _first(self, flight: Flight, leg: Leg, output: Output) -> None:
-        now = self._clock()
+        now = self.clock()
         flight.stalled, flight.fruitless = None, 0
         due = flight.request.deadline
         late = None if due is None or flight.tokens else now - due
-        self._observer.began(leg, output.cached_tokens, late, now)
+        self.observer.began(leg, output.cached_tokens, late, now)
         self.dispatcher.prefilled(leg, output.cached_tokens, now)
         self.shares.discharge(flight.tenant, flight.request.id, now)
         circuit = leg.instance.circuit
@@ -363,7 +357,7 @@ class Fleet:
         instance = leg.instance
         instance.circuit.withdrawn(leg.id)
         self.settle(flight, leg)
-        self._observer.moved(instance.name, "refused", bool(flight.tokens))
+        self.observer.moved(instance.name, "refused", bool(flight.tokens))
         if rejected.retry_after is None:
             kind = instance.facts.kind if instance.facts else None
             alike = [i.name for i in self.instances if i.facts and i.facts.kind == kind]
@@ -400,6 +394,6 @@ class Fleet:
         """Forget it, with all that is charged for it."""
         self._flights.pop(flight.request.id, None)
         self._parking.leave(flight)
-        self.shares.discharge(flight.tenant, flight.request.id, self._clock())
+        self.shares.discharge(flight.tenant, flight.request.id, self.clock())
         if flight.leg is not None:
             self.settle(flight, flight.leg)

@@ -12,6 +12,7 @@ its prompt and tokens are prefilled again, from what is cached there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -29,6 +30,7 @@ from pla_serve.engine.messages import (
     Reserve,
 )
 from pla_serve.fleet.link.protocol import NewsMessage
+from pla_serve.fleet.router.contract import Observer
 from pla_serve.fleet.router.dispatch import Dispatcher
 from pla_serve.fleet.router.flight import Flight, Hand, Leg
 from pla_serve.fleet.router.instances import Instance
@@ -41,9 +43,9 @@ class Carrier(Protocol):
     """The part of `Fleet` that hand-overs need."""
 
     dispatcher: Dispatcher
+    clock: Callable[[], float]
+    observer: Observer
 
-    def now(self) -> float: ...
-    def handed_over(self, outcome: str) -> None: ...
     def send(self, instance: Instance, message: msgspec.Struct) -> bool: ...
     def accepted(self, flight: Flight, cached_tokens: int | None) -> None: ...
     def settle(self, flight: Flight, leg: Leg) -> None: ...
@@ -148,7 +150,7 @@ class HandOvers:
             return False
         if flight.request.sampling.max_tokens <= flight.request.generated + len(flight.tokens) + 1:
             return False
-        now = self._carrier.now()
+        now = self._carrier.clock()
         plan = self._carrier.dispatcher.plan_decode(flight, flight.request.id, set(), now)
         return plan is not None and _alike(source, plan.instance)
 
@@ -169,7 +171,7 @@ class HandOvers:
     def _next_target(self, flight: Flight, hand: Hand) -> None:
         """Another instance to decode it; without one, wherever it is soonest continued."""
         carrier = self._carrier
-        now = carrier.now()
+        now = carrier.clock()
         while hand.offer:
             id = flight.next_id()
             others = hand.tried | {hand.source.name}
@@ -188,7 +190,7 @@ class HandOvers:
         hand.target = None
         flight.whole = True
         if hand.done:
-            carrier.handed_over("no target")
+            carrier.observer.handed_over("no target")
             self._close(flight, hand)
             carrier.place(flight)
 
@@ -245,7 +247,7 @@ class HandOvers:
             self._close(flight, hand)
             return False  # an error like any other
         if hand.begun:
-            self._carrier.handed_over("late")
+            self._carrier.observer.handed_over("late")
             flight.whole = True
             self._close(flight, hand)
             self._carrier.settle(flight, target)
@@ -254,7 +256,7 @@ class HandOvers:
             self._close(flight, hand)
             self._plainly(flight, target, "target refused")
         else:
-            self._carrier.handed_over("target refused")
+            self._carrier.observer.handed_over("target refused")
             self._drop_target(hand)
             self._next_target(flight, hand)
         return True
@@ -269,11 +271,11 @@ class HandOvers:
         # What the source made since the target was told of the request: the first token, or none.
         tokens = flight.tokens[hand.carried :]
         if self._carrier.send(target.instance, Begin(id=target.id, tokens=tokens)):
-            self._carrier.handed_over("begun")
+            self._carrier.observer.handed_over("begun")
 
     def _plainly(self, flight: Flight, target: Leg, why: str) -> bool:
         """No KV comes: the target computes all of it."""
-        self._carrier.handed_over(why)
+        self._carrier.observer.handed_over(why)
         flight.hand = None
         flight.leg = target
         target.fetched, target.alone = 0, None
@@ -290,7 +292,7 @@ class HandOvers:
         target, hand.target, hand.reserved = hand.target, None, False
         if target is not None:
             target.instance.flights.pop(target.id, None)
-            self._carrier.dispatcher.finished(target, self._carrier.now())
+            self._carrier.dispatcher.finished(target, self._carrier.clock())
 
     def _close(self, flight: Flight, hand: Hand) -> None:
         """Let the source free its KV."""

@@ -167,7 +167,7 @@ class FleetMetrics(Metrics):
         values = {
             "instance_up": float(instance.connected),
             "instance_open": float(instance.open),
-            "instance_circuit": _CIRCUIT[instance.circuit.state(fleet.now())],
+            "instance_circuit": _CIRCUIT[instance.circuit.state(fleet.clock())],
             "instance_requests": len(instance.flights),
             "instance_charged_seconds": fleet.dispatcher.outstanding(instance.name)[1],
             "instance_queued_short_seconds": report.queued_short_seconds if report else 0.0,
