@@ -15,6 +15,10 @@ from pla_serve.engine.graphs.capture import NoCapture
 from pla_serve.engine.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.staging import DirectUploader, Scratch
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.registry import create_policy
 from pla_serve.policy.shapes.ladder import Shape
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.fake_device import FakeDevice
@@ -78,7 +82,7 @@ def test_depth_is_checked() -> None:
         RunAhead(FakeDevice(), 0)
 
 
-def engine_on(device: FakeDevice, seed: int) -> Engine:
+def engine_on(device: FakeDevice, policy: PrefillPolicy) -> Engine:
     """A loop on a device that is never faster than it must be; small batches run as a whole."""
     runner = padded_runner("llama")
     limits = GridLimits(BLOCK, Scratch(256 * BLOCK, BLOCK), 512, 64, 1.0)
@@ -89,7 +93,7 @@ def engine_on(device: FakeDevice, seed: int) -> Engine:
     grid.capture_all()
     counted = CountingRunner(runner, device)
     executor = StagedExecutor(counted, grid, DirectUploader(), device, BLOCK)
-    return make_engine("llama", ChaosPolicy(seed, express=0.5), executor=executor)
+    return make_engine("llama", policy, executor=executor)
 
 
 class CountingRunner(ModelRunner):
@@ -108,6 +112,22 @@ class CountingRunner(ModelRunner):
 @given(seed=st.integers(0, 2**32), aborts=st.booleans())
 def test_tokens_that_come_late_are_the_right_ones(seed: int, aborts: bool) -> None:
     """Express batches are booked long after they were enqueued, in the middle of others."""
-    engine = engine_on(FakeDevice(), seed)
+    engine = engine_on(FakeDevice(), ChaosPolicy(seed, express=0.5))
     serve_at_random(engine, "llama", Random(seed), count=8, aborts=aborts)
+    assert not engine.loop._flights
+
+
+# Those that interrupt a prefill.
+@pytest.mark.parametrize("name", ["length-aware", "flowprefill"])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_policies_bear_to_hear_late(name: str, seed: int) -> None:
+    rng = Random(seed)
+    config = PolicyConfig(
+        boundary_tokens=rng.choice((4, 16)),
+        max_batch_tokens=rng.choice((16, 64, 256)),
+        max_batch_requests=rng.choice((1, 3, 8)),
+    )
+    engine = engine_on(FakeDevice(), create_policy(name, config, CostModel()))
+    serve_at_random(engine, "llama", rng, count=8, aborts=True)
     assert not engine.loop._flights

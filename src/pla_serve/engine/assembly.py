@@ -96,7 +96,10 @@ def make_execution(
     elif not cuda or name in CAPTURABLE:
         grid = make_grid(config, runner, cost, limits, uploader, tracker)
     else:
-        log.warning("no shapes are captured: the attention backend %s cannot be", name)
+        reason = f"the attention backend {name} reads lengths on the host, and graphs cannot"
+        if config.capture_shapes is not None:
+            raise ValueError(f"no shapes can be captured: {reason}; drop --capture-shapes")
+        log.warning("no shapes are captured: %s", reason)
     return Execution(runner, StagedExecutor(runner, grid, uploader, tracker, block), cache)
 
 

@@ -80,9 +80,3 @@ class EngineConfig:
         for name in ("capture_tokens", "run_ahead_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        shapes = self.capture_shapes not in (None, NO_SHAPES)
-        if self.attention_backend == "sdpa" and shapes and self.device != "cpu":
-            raise ValueError(
-                "the sdpa backend reads lengths on the host, which a captured graph cannot follow; "
-                "drop capture_shapes or choose another attention_backend"
-            )

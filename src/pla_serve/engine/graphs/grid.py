@@ -194,6 +194,7 @@ class ShapeGrid:
         numbers, self._spans = pack([], capacity, self._limits.block_tokens, self._limits.scratch)
         self._uploader.upload(numbers, self._buffer)
 
+    @torch.inference_mode()
     def _run(self, shape: Shape, capacity: Capacity) -> torch.Tensor:
         """All shapes leave their logits in one place, so that no graph keeps memory for its own."""
         logits = self._runner.forward(self._batch(shape, capacity))
