@@ -45,6 +45,8 @@ LOAD_MEMORY = 1800.0
 RIDER_SHARE = 0.05
 """Of a short prefill's time, for decode steps in its batch while longs wait: their contexts may be
 documents, and without a bound the short would wait for more reading than its own work is."""
+IDLE_RIDER_SHARE = 0.5
+"""The same while no long waits."""
 MOST_MATES = 16
 """Longs that share a launch: one more would save less than a sixteenth of it."""
 MOST_FLIGHTS = 2
@@ -68,7 +70,8 @@ class LengthAware:
     gap between due steps, and for the longs' turn. A long is passed by others only for
     `fairness.passing_window`. A more urgent priority goes first within its class, without bound.
 
-    Without longs the batches are those of `fcfs`, one for one, as long as no deadline is set.
+    Without longs the batches are those of `fcfs`, one for one, as long as no deadline is set and
+    the decode steps beside a short prefill take at most half of its time.
     Longs alone run without a gap; those of equal size in order of arrival.
 
     Every field of `PolicyConfig` is used.
@@ -200,7 +203,7 @@ class LengthAware:
         return now >= self._decoded_at + gap
 
     def _express(self, now: float) -> Batch | None:
-        share = RIDER_SHARE if self._contested() else None
+        share = RIDER_SHARE if self._contested() else IDLE_RIDER_SHARE
         batch = self._assembler.batch(self._shorts, now, rider_share=share)
         if batch is not None:
             self._express_started = now
