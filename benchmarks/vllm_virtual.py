@@ -42,12 +42,16 @@ class Entry(NamedTuple):
     budget: int = 2048
 
 
-ENTRIES = (
-    Entry("default"),
-    Entry("plugin", plugin=True),
+ALONE = (Entry("default"), Entry("plugin", plugin=True))
+TUNED = (
     *(Entry(f"threshold={n}", threshold=n) for n in (64, 128, 256, 512)),
     *(Entry(f"budget={n}", budget=n) for n in (256, 512, 1024)),
-    Entry("threshold=128+budget=512", threshold=128, budget=512),
+    *(
+        Entry(f"threshold={n}+budget={m}", threshold=n, budget=m)
+        for m in (256, 512, 1024)
+        for n in (64, 128, 256)
+        if n < m
+    ),
 )
 
 
@@ -106,12 +110,14 @@ def serve(entry: Entry, jobs: list[Job]) -> dict[str, float]:
     return found
 
 
-def compare(rates: list[float], share: float, count: int, seeds: int) -> dict[str, object]:
-    rows: dict[str, list[dict[str, float]]] = {entry.name: [] for entry in ENTRIES}
+def compare(
+    entries: tuple[Entry, ...], rates: list[float], share: float, count: int, seeds: int
+) -> dict[str, object]:
+    rows: dict[str, list[dict[str, float]]] = {entry.name: [] for entry in entries}
     for rate in rates:
         for seed in range(1, seeds + 1):
             jobs = make_jobs(rate, share, count, seed)
-            for entry in ENTRIES:
+            for entry in entries:
                 rows[entry.name].append(serve(entry, jobs))
     ratios = {}
     for name, found in rows.items():
@@ -132,14 +138,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     parts = {
-        "both classes": ([0.9, 1.1, 1.3], 0.1, options.requests),
-        "short only": ([4.0, 6.0], 0.0, options.requests),
-        "long only": ([0.15, 0.2], 1.0, options.requests // 3),
+        "both classes": ((*ALONE, *TUNED), [0.9, 1.1, 1.3], 0.1, options.requests),
+        "short only": (ALONE, [4.0, 6.0], 0.0, options.requests),
+        "long only": (ALONE, [0.15, 0.2], 1.0, options.requests // 3),
     }
     found = {}
-    for name, (rates, share, count) in parts.items():
+    for name, (entries, rates, share, count) in parts.items():
         print(name)
-        found[name] = compare(rates, share, count, options.seeds)
+        found[name] = compare(entries, rates, share, count, options.seeds)
     if options.output:
         about = {"environment": describe(), "machine": MACHINE.__repr__()}
         options.output.write_text(json.dumps(about | found, indent=1) + "\n")

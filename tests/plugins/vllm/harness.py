@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def make_request(
     grammar: bool = False,
 ) -> Request:
     """``tokens`` tokens that no other request has, or these very tokens."""
-    ids = tokens if isinstance(tokens, list) else [hash((name, i)) % 1000 for i in range(tokens)]
+    ids = tokens if isinstance(tokens, list) else Random(name).choices(range(1000), k=tokens)
     sampling = SamplingParams(
         max_tokens=answer,
         ignore_eos=True,
