@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -193,3 +194,30 @@ def test_lines_say_whose_they_are() -> None:
     assert out[1] == '{"message":"hello","request_id":"r","process":"short-0"}\n'
     assert '"message":"plain"' in out[2]
     assert '"process":"short-0"' in out[2]
+
+
+PARENT = """
+import asyncio, sys
+from pla_serve.fleet.supervisor.process import Child
+
+async def main():
+    child = await Child.start([sys.executable, *sys.argv[1:]], {}, lambda line: None)
+    print(child.pid, flush=True)
+    await child.wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell children")
+def test_processes_leave_when_the_supervisor_is_killed() -> None:
+    with (
+        ReservedPort() as port,
+        subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(SERVER), str(port.number)], stdout=subprocess.PIPE
+        ) as parent,
+    ):
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        child.wait(DEADLINE)
