@@ -38,7 +38,9 @@ class Fleet:
         port = ReservedPort()
         self.ports.append(port)
         command = [sys.executable, str(SERVER), str(port.number), *words]
-        recipe = Recipe(name, command, f"http://127.0.0.1:{port.number}")
+        recipe = Recipe(
+            name, command, f"http://127.0.0.1:{port.number}", has_engine="mute" in words
+        )
         return Member(recipe, health, lambda who, line: self.lines.append((who, line)))
 
     def lives(self, name: str) -> int:
@@ -103,6 +105,24 @@ def test_hung_process_is_killed_and_comes_back() -> None:
             os.kill(first, signal.SIGSTOP)
             await until(lambda: one.pid not in (first, None))
             await one.ready.wait()
+
+    run(test)
+
+
+def test_process_whose_engine_hangs_is_killed_and_comes_back(tmp_path: Path) -> None:
+    """Its server answers all the time."""
+
+    async def test(fleet: Fleet) -> None:
+        mark = tmp_path / "mark"
+        one, router = fleet.member("one", "mute", str(mark)), fleet.member("router")
+        async with running(one, router):
+            await one.ready.wait()
+            first = one.pid
+            mark.touch()
+            await until(lambda: one.pid not in (first, None))
+            mark.unlink()
+            await one.ready.wait()
+            assert router.restarts == 0
 
     run(test)
 

@@ -103,7 +103,13 @@ class Plan:
         key = secrets.token_hex(16)
         instances = [
             Member(
-                Recipe(name, words, f"http://{LOOPBACK}:{port}", {"PLA_SERVE_API_KEY": key}),
+                Recipe(
+                    name,
+                    words,
+                    f"http://{LOOPBACK}:{port}",
+                    has_engine=True,
+                    env={"PLA_SERVE_API_KEY": key},
+                ),
                 spec.health,
                 on_line,
             )
@@ -111,7 +117,7 @@ class Plan:
         ]
         front = f"http://{_reachable(spec.host)}:{spec.port}"
         fds = (self._listener.fileno(),)
-        recipe = Recipe("router", self._router, front, {KEY_VARIABLE: key}, fds)
+        recipe = Recipe("router", self._router, front, env={KEY_VARIABLE: key}, fds=fds)
         router = Member(recipe, spec.health, on_line)
         supervisor = Supervisor(instances, router, drain_seconds=spec.drain_seconds)
         loop = asyncio.get_running_loop()
