@@ -108,7 +108,7 @@ class Plan:
                     words,
                     f"http://{LOOPBACK}:{port}",
                     has_engine=True,
-                    env={"PLA_SERVE_API_KEY": key},
+                    env={"PLA_SERVE_API_KEY": key, **_ucx_env()},
                 ),
                 spec.health,
                 on_line,
@@ -147,6 +147,11 @@ def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
         )
         return []
     return ["--kv-transfer"]
+
+
+def _ucx_env() -> dict[str, str]:
+    """UCX has no passwords: the instances of one machine meet where no other one can reach."""
+    return {} if "UCX_NET_DEVICES" in os.environ else {"UCX_NET_DEVICES": "lo"}
 
 
 def _control_words(spec: FleetSpec, route_words: Sequence[str]) -> list[str]:
