@@ -20,6 +20,7 @@ from tiny_fleet import VOCABULARY, TinyFleet, start_fleet, write_model
 
 BOUNDARY = 256
 SIZE = {
+    "vocab_size": 30_000,  # `pla-serve calibrate` draws its prompts from so many
     "hidden_size": 256,
     "intermediate_size": 768,
     "num_hidden_layers": 8,
@@ -46,7 +47,7 @@ class Ask:
 def real_fleet(pools: Sequence[str], count: int, folder: Path, *words: str) -> Iterator[TinyFleet]:
     """Instances with one thread each and a fixed boundary."""
     model = write_model(folder / "model", **SIZE)
-    flags = ("--kv-cache-gib", "0.3", "--boundary-tokens", str(BOUNDARY), "--no-prefix-cache")
+    flags = ("--kv-cache-gib", "0.3", "--boundary-tokens", str(BOUNDARY))
     with start_fleet(model, pools, folder / "fleet.log", *flags, *words, count=count) as fleet:
         yield fleet
 
@@ -67,8 +68,9 @@ def poisson(
     return sorted(found, key=lambda ask: ask.due)
 
 
-async def play(url: str, asks: Sequence[Ask], seed: int) -> list[float]:
-    """Seconds from when each was due to its first token, in order.
+async def play(url: str, asks: Sequence[Ask], seed: object) -> list[float]:
+    """Seconds from when each was due to its first token, in order. Prompts follow from ``seed``:
+    the same one twice would find them cached.
 
     Raises:
         RuntimeError: one was not answered.
@@ -105,4 +107,6 @@ def _body(ask: Ask, random: Random) -> bytes:
 async def alone(url: str, tokens: int, count: int = 7) -> float:
     """Median seconds to the first token of such a prompt on the idle fleet."""
     asks = [Ask(0.0, tokens)]
-    return sorted([(await play(url, asks, 10_000 + i))[0] for i in range(count)])[count // 2]
+    return sorted([(await play(url, asks, f"alone/{tokens}/{i}"))[0] for i in range(count)])[
+        count // 2
+    ]

@@ -82,7 +82,8 @@ class EngineLoop:
         """Express batches that the device may not have finished, oldest first."""
         self._preempted: set[str] = set()
         """Who lost its memory while the batch at hand was prepared."""
-        self._reported_idle = False
+        self._idle_blocks: int | None = None
+        """Free KV blocks, as reported since there is nothing to do; None while there is."""
 
     def step(self) -> float | None:
         """Run at most one batch, and what goes before it at its layer boundaries.
@@ -95,11 +96,12 @@ class EngineLoop:
         self._refresh_unstarted()
         decision = self._policy.next(self._clock())
         if isinstance(decision, Idle):
-            if not self._reported_idle:
+            # What is kept for other instances comes free after the last request has ended.
+            if self._idle_blocks != self._kv.available:
                 self._report()
-                self._reported_idle = True
+                self._idle_blocks = self._kv.available
             return 0.0 if self._executor.use_idle_time() else self._exchange.pause(self._clock())
-        self._reported_idle = False
+        self._idle_blocks = None
         if isinstance(decision, Wait):
             now = self._clock()
             pause = self._exchange.pause(now)

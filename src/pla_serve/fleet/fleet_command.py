@@ -20,7 +20,6 @@ from pla_serve.server.flags import LogFormat, LogLevel
 fleet = typer.Typer(cls=FleetGroup, no_args_is_help=True)
 
 POOLS = "Instances"
-Count = Annotated[int | None, typer.Option(min=0, rich_help_panel=POOLS)]
 
 
 @fleet.callback()

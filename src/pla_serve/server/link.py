@@ -84,6 +84,7 @@ class LinkHub:
         self._beat: asyncio.TimerHandle | None = None
         self._pinged = False
         """The engine has yet to answer."""
+        self._pinged_at = 0.0
         engine.watch(self)
 
     def add_routes(self, app: FastAPI) -> None:
@@ -99,6 +100,7 @@ class LinkHub:
             "facts": None if self._facts is None else msgspec.to_builtins(self._facts),
             "report": msgspec.to_builtins(self._report()),
             "routers": len(self._links),
+            "engine_silent_seconds": self._clock() - self._pinged_at if self._pinged else 0.0,
         }
 
     # What the engine client tells
@@ -210,6 +212,7 @@ class LinkHub:
             self._inform()
         elif not self._pinged:
             self._pinged = True
+            self._pinged_at = self._clock()
             self._engine.ping()
 
     async def _read(

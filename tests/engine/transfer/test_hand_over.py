@@ -22,6 +22,7 @@ from pla_serve.engine.messages import (
     AbortRequest,
     Accepted,
     Begin,
+    EngineStats,
     Output,
     Rejected,
     Release,
@@ -187,6 +188,8 @@ def test_an_offer_ends_with_its_lease(world: World) -> None:
     p.step()
     at_rest(p)
     assert p.exchange.stats().expired == 1
+    told = [message.kv_usage for message in p.engine.emitted if isinstance(message, EngineStats)]
+    assert told[-1] == 0  # an engine that is idle says so all the same
 
 
 def test_a_reservation_ends_with_its_lease(world: World) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.chaos import ChaosPolicy
-from tests.engine.tiny import BLOCK, expected, make_engine, reference_model
+from tests.engine.tiny import BLOCK, expected, make_engine
 from tests.engine.transfer.world import LEASE, World, at_rest, offer_of, request, reserve, watch
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
@@ -196,17 +196,13 @@ def test_without_kv_transfer_everything_of_it_is_refused() -> None:
 
 
 def test_fingerprints_tell_weights_apart() -> None:
-    same, other = reference_model("llama"), reference_model("qwen3")
-    assert fingerprint(same) == fingerprint(same)
-    assert fingerprint(same) != fingerprint(other)
-    weight = next(same.parameters())
-    before, kept = fingerprint(same), weight.detach().clone()
+    model = torch.nn.Linear(100, 100)
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    assert fingerprint(torch.nn.Linear(100, 50)) != before
     with torch.no_grad():
-        weight.add_(1.0)
-        try:
-            assert fingerprint(same) != before
-        finally:
-            weight.copy_(kept)
+        model.weight.add_(1.0)
+    assert fingerprint(model) != before
 
 
 def test_a_gpu_is_refused_with_the_reason() -> None:

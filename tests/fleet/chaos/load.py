@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -40,7 +39,6 @@ class Tally:
     problems: list[str] = field(default_factory=list)
     """Failed, cut short, or wrong: each is a fault of the fleet."""
     first_seconds: list[float] = field(default_factory=list)
-    gaps: Counter[str] = field(default_factory=Counter)
 
 
 def make_questions(seed: int, count: int, longest: int = 1500) -> list[Question]:

@@ -317,5 +317,6 @@ def test_what_people_see(live: Live) -> None:
             assert told["routers"] == 1
             assert told["facts"]["kind"] == "pla"
             assert told["report"]["role"] == "mixed"
+            assert 0 <= told["engine_silent_seconds"] < 10
 
     run(main())

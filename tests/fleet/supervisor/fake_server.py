@@ -1,8 +1,9 @@
 """A process that answers /ready, writes a log, and misbehaves on demand.
 
-    python fake_server.py PORT [fail-first FILE] [stubborn]
+    python fake_server.py PORT [fail-first FILE] [stubborn] [mute FILE]
 
-``fail-first`` ends the first life with status 3, ``stubborn`` ignores SIGTERM.
+``fail-first`` ends the first life with status 3, ``stubborn`` ignores SIGTERM,
+``mute`` says that its engine is silent while there is such a file.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from pathlib import Path
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        mute = "mute" in sys.argv and Path(sys.argv[sys.argv.index("mute") + 1]).exists()
         self.send_response(200)
         self.end_headers()
+        if self.path == "/fleet/instance":
+            self.wfile.write(b'{"engine_silent_seconds": %d}' % (3600 * mute))
 
     def log_message(self, *_: object) -> None:
         pass

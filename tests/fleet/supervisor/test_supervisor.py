@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -37,7 +38,9 @@ class Fleet:
         port = ReservedPort()
         self.ports.append(port)
         command = [sys.executable, str(SERVER), str(port.number), *words]
-        recipe = Recipe(name, command, f"http://127.0.0.1:{port.number}")
+        recipe = Recipe(
+            name, command, f"http://127.0.0.1:{port.number}", has_engine="mute" in words
+        )
         return Member(recipe, health, lambda who, line: self.lines.append((who, line)))
 
     def lives(self, name: str) -> int:
@@ -102,6 +105,24 @@ def test_hung_process_is_killed_and_comes_back() -> None:
             os.kill(first, signal.SIGSTOP)
             await until(lambda: one.pid not in (first, None))
             await one.ready.wait()
+
+    run(test)
+
+
+def test_process_whose_engine_hangs_is_killed_and_comes_back(tmp_path: Path) -> None:
+    """Its server answers all the time."""
+
+    async def test(fleet: Fleet) -> None:
+        mark = tmp_path / "mark"
+        one, router = fleet.member("one", "mute", str(mark)), fleet.member("router")
+        async with running(one, router):
+            await one.ready.wait()
+            first = one.pid
+            mark.touch()
+            await until(lambda: one.pid not in (first, None))
+            mark.unlink()
+            await one.ready.wait()
+            assert router.restarts == 0
 
     run(test)
 
@@ -193,3 +214,30 @@ def test_lines_say_whose_they_are() -> None:
     assert out[1] == '{"message":"hello","request_id":"r","process":"short-0"}\n'
     assert '"message":"plain"' in out[2]
     assert '"process":"short-0"' in out[2]
+
+
+PARENT = """
+import asyncio, sys
+from pla_serve.fleet.supervisor.process import Child
+
+async def main():
+    child = await Child.start([sys.executable, *sys.argv[1:]], {}, lambda line: None)
+    print(child.pid, flush=True)
+    await child.wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell children")
+def test_processes_leave_when_the_supervisor_is_killed() -> None:
+    with (
+        ReservedPort() as port,
+        subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(SERVER), str(port.number)], stdout=subprocess.PIPE
+        ) as parent,
+    ):
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        child.wait(DEADLINE)

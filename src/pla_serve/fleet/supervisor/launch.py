@@ -103,7 +103,13 @@ class Plan:
         key = secrets.token_hex(16)
         instances = [
             Member(
-                Recipe(name, words, f"http://{LOOPBACK}:{port}", {"PLA_SERVE_API_KEY": key}),
+                Recipe(
+                    name,
+                    words,
+                    f"http://{LOOPBACK}:{port}",
+                    has_engine=True,
+                    env={"PLA_SERVE_API_KEY": key, **_ucx_env()},
+                ),
                 spec.health,
                 on_line,
             )
@@ -111,7 +117,7 @@ class Plan:
         ]
         front = f"http://{_reachable(spec.host)}:{spec.port}"
         fds = (self._listener.fileno(),)
-        recipe = Recipe("router", self._router, front, {KEY_VARIABLE: key}, fds)
+        recipe = Recipe("router", self._router, front, env={KEY_VARIABLE: key}, fds=fds)
         router = Member(recipe, spec.health, on_line)
         supervisor = Supervisor(instances, router, drain_seconds=spec.drain_seconds)
         loop = asyncio.get_running_loop()
@@ -141,6 +147,11 @@ def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
         )
         return []
     return ["--kv-transfer"]
+
+
+def _ucx_env() -> dict[str, str]:
+    """UCX has no passwords: the instances of one machine meet where no other one can reach."""
+    return {} if "UCX_NET_DEVICES" in os.environ else {"UCX_NET_DEVICES": "lo"}
 
 
 def _control_words(spec: FleetSpec, route_words: Sequence[str]) -> list[str]:

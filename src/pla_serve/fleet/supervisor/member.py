@@ -43,6 +43,8 @@ class Recipe:
     command: Sequence[str]
     url: str
     """Where it answers ``/ready``."""
+    has_engine: bool = False
+    """It says under ``/fleet/instance`` for how long its engine has been silent."""
     env: dict[str, str] = field(default_factory=dict)
     fds: tuple[int, ...] = ()
     """File descriptors that each life gets."""
@@ -199,17 +201,29 @@ class Member:
                 await self._sleep(self._health.check_seconds)
                 try:
                     answer = await client.get(self.recipe.url + "/ready")
+                    silence.answered(self._clock() - await self._engine_silence(client))
                 except httpx.HTTPError:
-                    if silence.hangs(self._clock()):
-                        log.error("%s does not answer any more and is killed", self.recipe.name)
-                        child.kill()
-                        return
-                    continue
-                silence.answered(self._clock())
-                if answer.status_code == 200 and not self._stopped():
+                    answer = None
+                if silence.hangs(self._clock()):
+                    log.error("%s does not answer any more and is killed", self.recipe.name)
+                    child.kill()
+                    return
+                if answer is not None and answer.status_code == 200 and not self._stopped():
                     self._is_ready()
-                else:
+                elif answer is not None:
                     self.ready.clear()
+
+    async def _engine_silence(self, client: httpx.AsyncClient) -> float:
+        """Seconds since its engine should have answered, while a router asks.
+
+        Raises:
+            httpx.HTTPError: the process does not answer.
+        """
+        if not self.recipe.has_engine:
+            return 0.0
+        answer = await client.get(self.recipe.url + "/fleet/instance")
+        content = answer.json() if answer.status_code == 200 else {}
+        return float(content.get("engine_silent_seconds", 0.0))
 
     def _is_ready(self) -> None:
         if not self.ready.is_set():
