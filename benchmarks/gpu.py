@@ -94,6 +94,7 @@ class Runner:
         )
         self.part("decode", 45, lambda: serving.decode(self.report, self.need(), self.scale))
         self.part("axes", 75, lambda: serving.axes(self.report, self.need(), self.scale))
+        self.part("piecewise", 30, self.piecewise)
         self.part(
             "leak",
             25,
@@ -144,6 +145,10 @@ class Runner:
     def shorts(self) -> None:
         sizes = [(1, 4, 99.0), (2, 8, 99.0)] if self.tiny else RIDGE_SIZES
         shapes.shorts(self.report, self.need(), self.ceilings["bytes_per_second"], sizes)
+
+    def piecewise(self) -> None:
+        tokens = 4 if self.tiny else 64
+        shapes.piecewise(self.report, self.need(), self.ceilings["bytes_per_second"], tokens)
 
     def longs(self) -> None:
         cases = [(256, 0, 0.0), (128, 512, 0.0)] if self.tiny else LONGS

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pla_serve.engine import cpu, gpu
+from pla_serve.engine import gpu
 from pla_serve.engine.assembly import make_grid
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.choose import choose_backend
@@ -26,6 +26,7 @@ from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.device import Device, RunAhead, device_of
 from pla_serve.engine.executor import StagedExecutor, stage
 from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.gpu.operations import TorchOperations
 from pla_serve.engine.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.loading import check_supported, decoder_layers, load_config, load_model
 from pla_serve.engine.loading.source import ModelSource
@@ -210,7 +211,8 @@ def make_bed(
     )
     fused = 0
     if device.type == "cpu":
-        cpu.optimise(model)
+        # The GPU's layers with torch's operations: what differs there is the kernels alone.
+        fused = gpu.optimise(model, TorchOperations())
     elif fuse:
         fused = gpu.optimise(model, gpu.best_operations())
     chosen, backend = choose_backend("auto", shape, attention.query_heads, BLOCK, device)

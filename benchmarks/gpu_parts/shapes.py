@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from gpu_parts.bed import Bed
 from gpu_parts.report import Report
+from pla_serve.engine.attention.interface import ForwardContext
+from pla_serve.engine.executor import stage
 from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.gpu import GpuLayer
+from pla_serve.engine.graphs.capture import CudaCapture, NoCapture
+from pla_serve.engine.loading import decoder_layers
 
 MANY = 10
 
@@ -59,6 +68,59 @@ def _many(bed: Bed, requests: list[SpanRequest]) -> None:
     assert bed.grid is not None
     for _ in range(MANY):
         bed.grid.forward(requests)
+
+
+@torch.inference_mode()
+def piecewise(report: Report, bed: Bed, bandwidth: float, tokens: int) -> None:
+    """One prompt by graphs that leave attention outside, as engines do whose attention cannot be
+    captured; against one graph with attention inside."""
+    stack = decoder_layers(bed.model, bed.size.layers)
+    layers = [layer for layer in stack if isinstance(layer, GpuLayer)]
+    if len(layers) < len(stack):
+        report.row(f"{bed.name}: piecewise capture", "not measured: layers are not fused")
+        return
+    request = bed.request(tokens, 0, 0)
+    whole_model: Any = bed.model
+    core = whole_model.model
+    batch = stage([request], 16, bed.uploader)
+    context = ForwardContext(batch, bed.cache, bed.backend)
+    hidden = core.embed_tokens(batch.tokens).unsqueeze(0).clone()
+    angles = core.rotary_emb(hidden, batch.positions.unsqueeze(0))
+    heads = layers[0].heads
+    attended = hidden.new_zeros(tokens, heads.query, heads.dim)
+
+    def piece(index: int) -> torch.Tensor:
+        if index == 0:
+            hidden[0].copy_(core.embed_tokens(batch.tokens))
+        else:
+            layers[index - 1].finish(hidden[0], attended)
+        if index < len(layers):
+            return layers[index].queries(hidden[0], angles, context)
+        logits: torch.Tensor = whole_model.lm_head(core.norm(hidden[:, -1:]))[0]
+        return logits
+
+    capturer = CudaCapture(hidden.device) if hidden.is_cuda else NoCapture()
+    plays = []
+    for index in range(len(layers) + 1):
+        report.check()
+        plays.append(capturer.capture(lambda index=index: piece(index)))  # type: ignore[misc]
+
+    def play() -> torch.Tensor:
+        for index, layer in enumerate(layers):
+            queries = plays[index]()
+            attended.copy_(bed.backend.attend(index, queries, bed.cache, batch, layer.scaling))
+        return plays[-1]()
+
+    expected = bed.eager([request])
+    error = float((play() - expected).float().norm() / expected.float().norm())
+    seconds = bed.seconds(play, repeats=15)
+    report.save("piecewise", {"tokens": tokens, "seconds": seconds, "error": error})
+    report.row(
+        f"{bed.name}: piecewise capture, 1 x {tokens}",
+        f"{seconds * 1e3:.2f} ms = {seconds / (bed.weight_bytes / bandwidth):.2f} x weights",
+        "the same logits as eager",
+        error <= 2e-2,
+    )
 
 
 def longs(report: Report, bed: Bed, flops: float, cases: list[tuple[int, int, float]]) -> None:

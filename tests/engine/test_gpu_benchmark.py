@@ -19,8 +19,9 @@ def test_it_runs_to_its_end(tmp_path: Path) -> None:
     assert not [part for part in parts.values() if part["status"].startswith("failed")]
     assert parts["correctness"]["failed"] == []
     assert parts["correctness"]["cases"] > 10
+    assert parts["model 7B"]["fused"] == 3
     assert parts["shapes 7B"]["capture"]["shapes"] == 3
-    for name in ("preemption", "decode", "axes", "leak"):
+    for name in ("preemption", "decode", "axes", "leak", "piecewise"):
         assert parts[name]["status"] == "complete" or parts[name]["status"].startswith("cut")
 
 

@@ -279,6 +279,10 @@ class EngineLoop:
 
     def _land(self, flight: Flight) -> None:
         """Wait for a batch and book what came of it."""
+        if not (flight.nested or flight.ended.done()):
+            # The device computes: a good time for what has to be done before the next batch.
+            self._take_inbox()
+            self._refresh_unstarted()
         flight.ended.wait()
         members, batch = flight.members, flight.batch
         for member in members:

@@ -67,23 +67,35 @@ class GpuLayer(nn.Module):
         **_: Any,
     ) -> torch.Tensor:
         """(1, tokens, hidden) to the same, in place; writes the KV of its tokens."""
-        operations, context = self._operations, forward_context
-        hidden = hidden_states[0]
-        cos, sin = position_embeddings
-        normed = operations.rms_norm(hidden, self.before_attention, self.epsilon)
-        joint = linear(normed, self.qkv, self.qkv_bias)
-        keys, values = context.cache.keys[self.layer_idx], context.cache.values[self.layer_idx]
-        queries = operations.rotate_and_store(
-            joint, self.heads, (cos[0], sin[0]), context.batch.slots, keys, values
-        )
+        hidden, context = hidden_states[0], forward_context
+        queries = self.queries(hidden, position_embeddings, context)
         attended = context.backend.attend(
             self.layer_idx, queries, context.cache, context.batch, self.scaling
         )
-        hidden.addmm_(attended.reshape(len(hidden), -1), self.out.t())
-        normed = operations.rms_norm(hidden, self.before_mlp, self.epsilon)
-        gated = operations.gate(linear(normed, self.gate_up))
-        hidden.addmm_(gated, self.down.t())
+        self.finish(hidden, attended)
         return hidden_states
+
+    def queries(
+        self,
+        hidden: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        context: ForwardContext,
+    ) -> torch.Tensor:
+        """Before attention: (tokens, hidden) to (heads, tokens, dim); writes the KV."""
+        cos, sin = angles
+        normed = self._operations.rms_norm(hidden, self.before_attention, self.epsilon)
+        joint = linear(normed, self.qkv, self.qkv_bias)
+        keys, values = context.cache.keys[self.layer_idx], context.cache.values[self.layer_idx]
+        return self._operations.rotate_and_store(
+            joint, self.heads, (cos[0], sin[0]), context.batch.slots, keys, values
+        )
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> None:
+        """After attention, (tokens, heads, dim): the rest of the layer, into ``hidden``."""
+        hidden.addmm_(attended.reshape(len(hidden), -1), self.out.t())
+        normed = self._operations.rms_norm(hidden, self.before_mlp, self.epsilon)
+        gated = self._operations.gate(linear(normed, self.gate_up))
+        hidden.addmm_(gated, self.down.t())
 
 
 def _require_only(module: nn.Module, needed: Set[str], allowed: Set[str] = frozenset()) -> None:
