@@ -247,7 +247,7 @@ def ceiling(folder: Path, dtype: str) -> dict[str, object]:
 
     Two operations a parameter of the layers and token; four a layer, unit of attention width and
     pair of tokens, of which a causal mask needs half. The speed is that of torch's product of two
-    square matrices, the best of ten; normal servers stay below it.
+    square matrices, the best of ten. Only what multiplies otherwise than torch can be faster.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
