@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=200, help="in a prompt")
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache/pla-serve-routers")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
     python = prepare(options.venvs, SGLANG_ROUTER)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:

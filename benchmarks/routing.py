@@ -20,6 +20,7 @@ import asyncio
 import json
 import os
 import secrets
+import signal
 import statistics
 import sys
 import tempfile
@@ -274,6 +275,7 @@ def main() -> None:
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache/pla-serve-routers")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="instances' flags")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
     result = measure(options)
     print(json.dumps(result["summary"], indent=1))
     if options.output:
