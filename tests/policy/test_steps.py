@@ -225,3 +225,8 @@ def test_small_steps_take_only_of_what_the_machine_has_to_spare() -> None:
     for number in range(600, 1200):
         length.ran(number * 0.5, 0.2, long=False)
     assert length.overhead(600.0) == pytest.approx(0.12, rel=0.05)
+
+
+def test_longs_keep_all_of_the_spare_time_if_they_are_given_it() -> None:
+    length = StepLength(CostModel(PROFILE), spare_share=0.0)
+    assert length.overhead(0.0) == LEAST_OVERHEAD

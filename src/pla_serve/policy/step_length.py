@@ -17,8 +17,9 @@ from math import inf, sqrt
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.waiting import ArrivalRate
 
-OF_SPARE = 0.2
-"""Share of the spare time that may go to launches that small steps add."""
+SPARE_SHARE = 0.2
+"""Share of the spare time that may go to launches that small steps add. More of it is better for
+shorts, and worse for longs."""
 LEAST_OVERHEAD = 0.02
 """Of a step, on a machine that has no time to spare."""
 MOST_OVERHEAD = 0.15
@@ -34,10 +35,17 @@ class StepLength:
 
     Args:
         most_seconds: a further limit on a step while shorts come; None sets none.
+        spare_share: of the spare time, for launches that small steps add; 0 to 1.
     """
 
-    def __init__(self, cost: CostModel, most_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        most_seconds: float | None = None,
+        spare_share: float = SPARE_SHARE,
+    ) -> None:
         self._cost = cost
+        self._spare_share = spare_share
         self._most = inf if most_seconds is None else most_seconds
         self._shorts = ArrivalRate(MEMORY, LEAST_SHORTS)
         self._busy = ArrivalRate(MEMORY)
@@ -68,7 +76,7 @@ class StepLength:
     def overhead(self, now: float) -> float:
         """Share of a step that launches may take."""
         spare = 1 - self._busy.rate(now) + self._launches.rate(now)
-        return min(MOST_OVERHEAD, max(LEAST_OVERHEAD, OF_SPARE * spare))
+        return min(MOST_OVERHEAD, max(LEAST_OVERHEAD, self._spare_share * spare))
 
     def tokens(self, seconds: float, history: int) -> int | None:
         """Tokens on top of ``history`` that take ``seconds`` in one step; None if any number."""

@@ -29,7 +29,7 @@ from pla_serve.policy.protocol import (
     Run,
     Wait,
 )
-from pla_serve.policy.step_length import StepLength
+from pla_serve.policy.step_length import SPARE_SHARE, StepLength
 
 MOST_PRIORITIES = 16
 """Kept although they have no prefills, for what they know of the traffic."""
@@ -67,7 +67,7 @@ class StepPlanner:
     Args:
         config: ``interruptible`` and ``long_chunk_tokens`` are set here: chunks are cut to
             `StepLength`, not by the policy.
-        most_seconds: of a step of long work while shorts come; None leaves it to `StepLength`.
+        most_seconds, spare_share: see `StepLength`.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class StepPlanner:
         cost: CostModel,
         *,
         most_seconds: float | None = None,
+        spare_share: float = SPARE_SHARE,
         make: MakePolicy = LengthAware,
     ) -> None:
         self._config = replace(
@@ -83,7 +84,7 @@ class StepPlanner:
         )
         self._cost = cost
         self._make = make
-        self._length = StepLength(cost, most_seconds)
+        self._length = StepLength(cost, most_seconds, spare_share)
         self._policies: dict[int, PrefillPolicy] = {}
         self._known: dict[str, _Known] = {}
         self._shorts = 0

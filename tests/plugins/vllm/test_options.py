@@ -39,6 +39,7 @@ def test_values_arrive() -> None:
         ({"pla_serve": {"boundary_tokens": -1}}, "boundary_tokens must be at least 0"),
         ({"pla_serve": {"step_seconds": 0}}, "step_seconds must be positive"),
         ({"pla_serve": {"step_seconds": float("nan")}}, "step_seconds must be positive"),
+        ({"pla_serve": {"spare_share": 1.1}}, "spare_share must lie between 0 and 1"),
         ({"pla_serve": {"patience": float("inf")}}, "patience must be finite"),
     ],
 )

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.step_length import SPARE_SHARE
 
 SECTION = "pla_serve"
 VLLM_KEYS = frozenset(
@@ -41,6 +42,9 @@ class Options:
     step_seconds: float | None = None
     """Most seconds of a step of long work while shorts come. Null: chosen from their rate, the
     cost of a launch and the time that the machine has to spare."""
+    spare_share: float = SPARE_SHARE
+    """Share of that spare time for what small steps add, 0 to 1. Less of it gives longs a better
+    tail, and shorts a worse one."""
 
     def __post_init__(self) -> None:
         for name, whole in _NUMBERS.items():
@@ -54,6 +58,10 @@ class Options:
         step = self.step_seconds
         if step is not None and not (step > 0 and isfinite(step)):
             raise ValueError(f"{SECTION}.step_seconds must be positive and finite, not {step}")
+        if not 0 <= self.spare_share <= 1:
+            raise ValueError(
+                f"{SECTION}.spare_share must lie between 0 and 1, not {self.spare_share}"
+            )
         try:
             self.policy(1, 1)
         except ValueError as error:
@@ -78,9 +86,10 @@ _NUMBERS = {
     "express_burst_seconds": False,
     "patience": False,
     "step_seconds": False,
+    "spare_share": False,
 }
 """Every option, and whether it is a whole number."""
-_REQUIRED = ("long_share", "patience")
+_REQUIRED = ("long_share", "patience", "spare_share")
 
 
 def read_options(additional: object, *, foreign_keys: bool = False) -> Options:

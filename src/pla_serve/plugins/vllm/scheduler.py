@@ -77,7 +77,12 @@ class LengthAwareScheduler(AsyncScheduler):
         )
         requests = min(self.max_num_running_reqs, self.max_num_active_reqs)
         config = options.policy(self.max_num_scheduled_tokens, requests)
-        self.planner = StepPlanner(config, CostModel(), most_seconds=options.step_seconds)
+        self.planner = StepPlanner(
+            config,
+            CostModel(),
+            most_seconds=options.step_seconds,
+            spare_share=options.spare_share,
+        )
         self.clock: Callable[[], float] = time.monotonic
         self.waiting: HeldQueue = HeldQueue()
         self._by_priority = self.policy == SchedulingPolicy.PRIORITY
