@@ -19,14 +19,13 @@ from pla_serve.engine.messages import (
     AbortRequest,
     Accepted,
     AddRequest,
-    FinishReason,
     Inbound,
     Lend,
     Outbound,
-    Output,
     Rejected,
     Reserve,
 )
+from pla_serve.engine.output import take_token
 from pla_serve.engine.parts import Parts
 from pla_serve.engine.sampling import Choice, Sampled
 from pla_serve.engine.sequence import Sequence
@@ -413,51 +412,21 @@ class EngineLoop:
         if sampled is None:
             return
         first = sequence.made == 0
-        reason = self._take_token(sequence, sampled)
-        if first and sampled.error is None:
-            self._telemetry.count_first(sequence, now)
-            self._parts.intake.settle(sequence, now, served=True)
-        if reason is not None:
+        output = take_token(sequence, sampled, self._parts.intake.limits.max_model_len)
+        self._emit(output)
+        if sampled.error is None:
+            self._telemetry.generation_tokens += 1
+            if first:
+                self._telemetry.count_first(sequence, now)
+                self._parts.intake.settle(sequence, now, served=True)
+        if output.finish_reason is not None:
             self._policy.remove(sequence.id)
-            if reason == "handed_over":
+            if output.finish_reason == "handed_over":
                 self._exchange.hand_over(sequence, now)
             self._discard(sequence)
         elif not member.decodes:
             arrival = sequence.request.arrival
             self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
-
-    def _take_token(self, sequence: Sequence, sampled: Sampled) -> FinishReason | None:
-        """Append and emit the token; why the sequence ends, if it does."""
-        if sampled.error is not None:
-            self._emit(
-                Output(id=sequence.id, tokens=[], finish_reason="error", error=sampled.error)
-            )
-            return "error"
-        first = sequence.made == 0
-        sequence.tokens.append(sampled.token)
-        self._telemetry.generation_tokens += 1
-        reason: FinishReason | None = None
-        if sampled.stopped or sampled.grammar_finished:
-            reason = "stop"
-        elif (
-            sequence.generated >= sequence.request.sampling.max_tokens
-            or len(sequence.tokens) >= self._parts.intake.limits.max_model_len
-        ):
-            reason = "length"
-        elif sequence.request.hand_over is not None:
-            reason = "handed_over"
-        self._emit(
-            Output(
-                id=sequence.id,
-                tokens=[sampled.token],
-                logprobs=None if sampled.logprob is None else [sampled.logprob],
-                finish_reason=reason,
-                stop_token=sampled.token if sampled.stopped else None,
-                cached_tokens=sequence.cached_tokens if first else None,
-                queued=sequence.queued_seconds if first else None,
-            )
-        )
-        return reason
 
     # Reports
 
