@@ -50,7 +50,7 @@ serve: $(INSTALLED)
 	$(BIN)/pla-serve serve "$(MODEL)" --host "$(HOST)" --port "$(PORT)" $(ARGS)
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 test-vllm: $(DEVELOPED)
 	$(BIN)/python benchmarks/vllm_venv.py "$(VLLM_VENV)" $(if $(TORCH_INDEX),"$(TORCH_INDEX)")
