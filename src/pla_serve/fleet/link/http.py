@@ -22,7 +22,7 @@ from pla_serve.engine.messages import (
     Release,
     Reserve,
 )
-from pla_serve.fleet.link.liveness import Backoff
+from pla_serve.fleet.link.liveness import Backoff, Retries
 from pla_serve.fleet.link.mapping import Unmappable, refusal, samples
 from pla_serve.fleet.link.protocol import (
     InstanceFacts,
@@ -124,7 +124,6 @@ class HttpLink:
         self._liveness = liveness_seconds
         self._stall = stall_seconds
         self._poll = poll_seconds
-        self._backoff = backoff or Backoff()
         self._clock = clock
         self._closing = asyncio.Event()
         self._client: httpx.AsyncClient | None = None
@@ -133,7 +132,7 @@ class HttpLink:
         self._role: Role = "mixed"
         self._draining = False
         self._heard = 0.0
-        self._failures = 0
+        self._retries = Retries(self._url, backoff or Backoff(), self._closing)
         self._facts: InstanceFacts | None = None
         self._report: InstanceReport | None = None
         self._connected = False
@@ -187,18 +186,8 @@ class HttpLink:
     async def run(self) -> None:
         while not self._closing.is_set():
             reason = await self._live()
-            if self._closing.is_set():
-                return
-            self._failures += 1
-            delay = self._backoff.delay(self._failures)
-            log.log(
-                logging.WARNING if self._failures == 1 else logging.DEBUG,
-                "%s: %s; trying again in %.1f s",
-                self._url,
-                reason,
-                delay,
-            )
-            await self._pause(delay)
+            if not self._closing.is_set():
+                await self._retries.pause(reason)
 
     async def close(self) -> None:
         self._closing.set()
@@ -223,7 +212,7 @@ class HttpLink:
             self._facts = facts
             ended = self._ended = asyncio.get_running_loop().create_future()
             self._connected = True
-            self._failures = 0
+            self._retries.connected()
             log.info("linked to %s", self._url)
             self._events.connected(self, facts)
             self._tell(metrics)
@@ -376,11 +365,6 @@ class HttpLink:
             reason,
         )
         self._events.lost(self, reason)
-
-    async def _pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._closing.wait()
 
 
 def _id(message: NewsMessage) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from contextlib import suppress
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,34 @@ class Backoff:
     def delay(self, failures: int) -> float:
         """After so many failures in a row, at least 1."""
         return float(min(self.base * 2.0 ** min(failures - 1, 30), self.most))
+
+
+class Retries:
+    """Failures in a row of the connection to one instance, and the pauses after them.
+
+    Args:
+        closing: ends a pause when it is set.
+    """
+
+    def __init__(self, url: str, backoff: Backoff, closing: asyncio.Event) -> None:
+        self._url = url
+        self._backoff = backoff
+        self._closing = closing
+        self._failures = 0
+
+    def connected(self) -> None:
+        """The row has ended."""
+        self._failures = 0
+
+    async def pause(self, reason: str) -> None:
+        """Wait after a failure. Only the first of a row is worth a warning."""
+        self._failures += 1
+        delay = self._backoff.delay(self._failures)
+        level = logging.WARNING if self._failures == 1 else logging.DEBUG
+        log.log(level, "%s: %s; trying again in %.1f s", self._url, reason, delay)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._closing.wait()
 
 
 class Silence:

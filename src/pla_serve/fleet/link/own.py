@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.typing import Subprotocol
 
 from pla_serve.engine.messages import AddRequest, Reserve
-from pla_serve.fleet.link.liveness import Backoff, Silence
+from pla_serve.fleet.link.liveness import Backoff, Retries, Silence
 from pla_serve.fleet.link.protocol import (
     LIVENESS_SECONDS,
     InstanceFacts,
@@ -81,7 +81,6 @@ class InstanceLink:
         self._events = events
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._liveness = liveness_seconds
-        self._backoff = backoff or Backoff()
         self._clock = clock
         self._decode = msgspec.msgpack.Decoder(list[FromInstance]).decode
         self._outbox: Outbox | None = None
@@ -91,7 +90,7 @@ class InstanceLink:
         self._role: Role | None = None
         self._drain: bool | None = None
         """What was asked for and no report has confirmed."""
-        self._failures = 0
+        self._retries = Retries(self._url, backoff or Backoff(), self._closing)
         self._facts: InstanceFacts | None = None
         self._report: InstanceReport | None = None
         self._connected = False
@@ -137,15 +136,8 @@ class InstanceLink:
     async def run(self) -> None:
         while not self._closing.is_set():
             reason = await self._live()
-            self._failures += 1
-            if self._closing.is_set():
-                return
-            delay = self._backoff.delay(self._failures)
-            level = logging.WARNING if self._failures == 1 else logging.DEBUG
-            log.log(level, "%s: %s; trying again in %.1f s", self._url, reason, delay)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await self._closing.wait()
+            if not self._closing.is_set():
+                await self._retries.pause(reason)
 
     async def close(self) -> None:
         self._closing.set()
@@ -244,7 +236,7 @@ class InstanceLink:
             self._lose("the engine was replaced")
             self._facts = message
             self._connected = True
-            self._failures = 0
+            self._retries.connected()
             log.info("linked to %s", self._url)
             self._events.connected(self, message)
         elif isinstance(message, EngineLost):
