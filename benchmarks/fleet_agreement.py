@@ -95,12 +95,14 @@ def _calibrate(fleet: Any, folder: Path) -> Machine:
     path = folder / "machine.json"
     command = [sys.executable, "-m", "pla_serve", "calibrate", "-o", str(path)]
     key = fleet.instance_key()
-    subprocess.run(
+    done = subprocess.run(
         [*command, "--base-url", fleet.instances()[0].url, *(["--api-key", key] if key else [])],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        check=False,
+        capture_output=True,
+        text=True,
     )
+    if done.returncode:
+        raise SystemExit(f"calibrate failed\n{done.stderr}")
     return load_machine(str(path))
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +44,17 @@ class Ask:
 
 
 @contextmanager
-def real_fleet(pools: Sequence[str], count: int, folder: Path, *words: str) -> Iterator[TinyFleet]:
-    """Instances with one thread each and a fixed boundary."""
-    model = write_model(folder / "model", **SIZE)
+def real_fleet(
+    pools: Sequence[str],
+    count: int,
+    folder: Path,
+    *words: str,
+    model: Mapping[str, int] | None = None,
+) -> Iterator[TinyFleet]:
+    """Instances with one thread each and a fixed boundary; ``model`` changes its `SIZE`."""
+    weights = write_model(folder / "model", **{**SIZE, **(model or {})})
     flags = ("--kv-cache-gib", "0.3", "--boundary-tokens", str(BOUNDARY))
-    with start_fleet(model, pools, folder / "fleet.log", *flags, *words, count=count) as fleet:
+    with start_fleet(weights, pools, folder / "fleet.log", *flags, *words, count=count) as fleet:
         yield fleet
 
 

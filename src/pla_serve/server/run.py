@@ -139,10 +139,8 @@ class ApiServer:
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )
-        app = build_app(service, self.traffic)
-        extend(app)
         config = uvicorn.Config(
-            app,
+            build_app(service, self.traffic, extend),
             access_log=False,
             log_config=None,
             lifespan="off",
