@@ -196,9 +196,10 @@ def judge(
         "moves_before_step": sum(t < step for t, _ in moves),
         "moves_of_answer": sum(step <= t <= settled for t, _ in moves),
         "moves_afterwards": sum(t > settled for t, _ in moves),
-        "reversals_afterwards": sum(
-            later > settled and to != before
-            for (_, before), (later, to) in itertools.pairwise(m for m in moves if m[0] >= step)
+        # Two in a row, both ways.
+        "swings_afterwards": sum(
+            to != before
+            for (_, before), (_, to) in itertools.pairwise(m for m in moves if m[0] > settled)
         ),
     }
 
@@ -207,7 +208,7 @@ def _brief(runs: Sequence[dict[str, Any]]) -> str:
     names = (
         *("instances", "routing", "controller", "seed"),
         *("within_slo_before_step", "periods_until_within_slo"),
-        *("moves_before_step", "moves_of_answer", "moves_afterwards", "reversals_afterwards"),
+        *("moves_before_step", "moves_of_answer", "moves_afterwards", "swings_afterwards"),
     )
     rows = ["  ".join(str(run[name]) for name in names) for run in runs]
     return "\n".join(["  ".join(names), *rows])
