@@ -11,14 +11,12 @@ from random import Random
 from typing import Any
 
 import httpx
-from fleet_real import Ask, alone, play, poisson, real_fleet
+from fleet_real import LARGER, Ask, alone, play, poisson, real_fleet
 
 STRICT = "class-pools:overflow_seconds=inf"
 SHORT, LONG = (160, 256), (1024, 2048)
 BURST = 64
 """Short prompts at once, by which the capacity of one instance is measured."""
-LARGER = {"hidden_size": 512, "intermediate_size": 1536}
-"""Of the model: a short prompt has to cost several times what router and client add to it."""
 
 
 @dataclass(frozen=True, slots=True)

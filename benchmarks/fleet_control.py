@@ -89,7 +89,7 @@ def simulate(instances: int, controller: str, routing: str, seed: int) -> dict[s
     for index, turn in enumerate(turns):
         turn.index = index
     spec = parse_policy("length-aware")
-    config = PolicyConfig(max_batch_tokens=machine.max_batch_tokens)
+    config = PolicyConfig(max_batch_tokens=machine.max_batch_tokens, layers=machine.layers)
     options = ClusterOptions(
         instances=instances,
         short_instances=max(1, round(before * instances)),
