@@ -150,6 +150,7 @@ class ApiServer:
             ws_per_message_deflate=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             server_header=False,
+            proxy_headers=False,  # nothing here asks where a request comes from
         )
         self.http = Server(config, self.stop)
         self._drain_task: asyncio.Task[None] | None = None
