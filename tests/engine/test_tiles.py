@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pla_serve.engine import tiles as module
-from pla_serve.engine.cpu import PackedLinear
+from pla_serve.engine.cpu import FusedRMSNorm, PackedLinear
 from pla_serve.engine.cpu.linear import FEW_TOKENS
 from pla_serve.engine.tiles import NEEDED, Tiles, TileWeight
 
@@ -57,6 +57,56 @@ def test_as_exact_as_float32(
             assert error <= 2 * usual + 1e-6, name
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (13, 64, 96), (300, 576, 160), (600, 1536, 64)])
+def test_norm_before_and_gate_beside(
+    tiles: Tiles, shape: tuple[int, int, int], threads: int
+) -> None:
+    rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(rows)
+    x, up, gate = (
+        torch.randn(size, inputs, generator=generator) * scale
+        for size, scale in ((rows, 3), (outputs, 1), (outputs, 0.1))
+    )
+    norm = FusedRMSNorm(torch.rand(inputs, generator=generator) + 0.5, 1e-5)
+
+    def stock(kind: torch.dtype) -> torch.Tensor:
+        normed = torch.nn.functional.rms_norm(x.to(kind), [inputs], norm.weight.to(kind), 1e-5)
+        return normed @ up.to(kind).t() * torch.nn.functional.silu(normed @ gate.to(kind).t())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = tiles.linear(x, TileWeight(up), None, gate=TileWeight(gate), norm=norm)
+    finally:
+        torch.set_num_threads(before)
+    truth = stock(torch.float64)
+    scale = truth.abs().max().item()
+    error, usual = ((y - truth).abs().max().item() / scale for y in (got, stock(torch.float32)))
+    assert error <= 2 * usual + 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("heads", [(4, 4, 32), (9, 3, 64), (5, 1, 80)])
+def test_rotary_and_cache(tiles: Tiles, heads: tuple[int, int, int], tokens: int) -> None:
+    queries, kv_heads, dim = heads
+    torch.manual_seed(tokens)
+    given = torch.randn(tokens, queries + 2 * kv_heads, dim)
+    turn = torch.polar(torch.ones(tokens, 1, dim // 2), torch.randn(tokens, 1, dim // 2) * 50)
+    slots = torch.randperm(100)[:tokens]
+    keys, values = torch.full((2, 100, kv_heads, dim), torch.nan)
+    turned = torch.view_as_complex(given[:, :-kv_heads].reshape(tokens, -1, dim // 2, 2)) * turn
+    expected = torch.view_as_real(turned).reshape(tokens, -1, dim)
+    original = given.clone()
+    tiles.rotary(given, turn, slots, keys, values)
+    torch.testing.assert_close(given[:, :queries], expected[:, :queries])
+    torch.testing.assert_close(keys[slots], expected[:, queries:])
+    assert torch.equal(values[slots], original[:, -kv_heads:])
+    others = torch.ones(100, dtype=torch.bool).index_fill(0, slots, False)
+    assert keys[others].isnan().all()
+    assert values[others].isnan().all()
 
 
 def test_a_row_does_not_depend_on_the_others(tiles: Tiles) -> None:

@@ -13,7 +13,7 @@ import tempfile
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -64,6 +64,13 @@ class TileWeight:
         return weight.dtype == torch.float32 and sizes
 
 
+class Norm(Protocol):
+    """A root-mean-square norm: weight (in,) in float32, and what is added to the mean square."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+
 class Tiles:
     """The compiled kernels. `open` gives them where the machine has what they need."""
 
@@ -71,12 +78,15 @@ class Tiles:
         pointer, count = ctypes.c_void_p, ctypes.c_long
         self._linear = library.tiles_linear
         self._linear.restype = None
-        self._linear.argtypes = [pointer, count, count, count, pointer, ctypes.c_int, pointer]
-        self._linear.argtypes += [ctypes.c_int, pointer, pointer]
+        self._linear.argtypes = [pointer, count, count, count, pointer, pointer, ctypes.c_int]
+        self._linear.argtypes += [pointer, ctypes.c_int, pointer, pointer, ctypes.c_float, pointer]
         self._attention = library.tiles_attention
         self._attention.restype = None
         self._attention.argtypes = [pointer, count, count, pointer, pointer, *[count] * 7]
         self._attention.argtypes += [ctypes.c_float, pointer, pointer]
+        self._rotary = library.tiles_rotary
+        self._rotary.restype = None
+        self._rotary.argtypes = [pointer, *[count] * 4, *[pointer] * 4]
 
     @classmethod
     def open(cls) -> Tiles | None:
@@ -103,8 +113,15 @@ class Tiles:
         bias: torch.Tensor | None,
         after: After = "none",
         other: torch.Tensor | None = None,
+        *,
+        gate: TileWeight | None = None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
-        """(tokens, in) to (tokens, out), then ``after``, of which add and mul take ``other``."""
+        """(tokens, in) to (tokens, out), then ``after``, of which add and mul take ``other``.
+
+        ``norm`` is applied to the inputs first. The result is multiplied with swish of the inputs
+        times ``gate``, which has as many parts as ``weight``; there is no bias then.
+        """
         inputs = inputs.contiguous()
         outputs = inputs.new_empty(inputs.shape[0], weight.outputs)
         other = None if other is None else other.contiguous()
@@ -114,13 +131,49 @@ class Tiles:
             weight.inputs,
             weight.outputs,
             weight.tiles.data_ptr(),
+            None if gate is None else gate.tiles.data_ptr(),
             weight.parts,
             None if bias is None else bias.data_ptr(),
             _AFTER[after],
             None if other is None else other.data_ptr(),
+            None if norm is None else norm.weight.data_ptr(),
+            0.0 if norm is None else norm.epsilon,
             outputs.data_ptr(),
         )
         return outputs
+
+    def rotary(
+        self,
+        heads: torch.Tensor,
+        turn: torch.Tensor,
+        slots: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Turn queries and keys by their positions; write keys and values to their slots.
+
+        ``heads`` (tokens, queries + 2 kv heads, head dim) holds queries, keys and values; queries
+        are turned in place. ``turn`` (tokens, 1, head dim / 2) is complex, and multiplies pairs of
+        neighbours. ``keys`` and ``values`` are (slots, kv heads, head dim). All are contiguous.
+        """
+        tokens, count, dim = heads.shape
+        kv_heads = keys.shape[1]
+        self._rotary(
+            heads.data_ptr(),
+            tokens,
+            count - 2 * kv_heads,
+            kv_heads,
+            dim,
+            turn.data_ptr(),
+            slots.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+        )
+
+    @staticmethod
+    def turns(head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether `rotary` takes heads of this size."""
+        return dtype == torch.float32 and head_dim % 16 == 0
 
     def attention(
         self,
@@ -212,13 +265,16 @@ def _sources() -> list[Traversable]:
 
 
 def _is_right(tiles: Tiles) -> bool:
-    """On a small product and a small attention, against float64."""
+    """On small products and a small attention, against float64."""
     generator = torch.Generator().manual_seed(0)
-    inputs, weight = (torch.randn(rows, 96, generator=generator) for rows in (40, 64))
+    inputs, weight, gate = (torch.randn(n, 96, generator=generator) for n in (40, 64, 64))
+    product = inputs.double() @ weight.double().t()
     linear = tiles.linear(inputs, TileWeight(weight), None)
+    gated = tiles.linear(inputs, TileWeight(weight), None, gate=TileWeight(gate))
+    swish = torch.nn.functional.silu(inputs.double() @ gate.double().t())
     query, keys, values = (torch.randn(40, 1, 32, generator=generator) for _ in range(3))
     q, k, v = (part.transpose(0, 1).double() for part in (query, keys, values))
     truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
     attended = tiles.attention(query.transpose(0, 1), keys, values, 0, 0.5).transpose(0, 1)
-    pairs = ((linear, inputs.double() @ weight.double().t()), (attended, truth))
-    return all(torch.allclose(got, exact.float(), 1e-4, 1e-4) for got, exact in pairs)
+    pairs = ((linear, product), (gated, product * swish), (attended, truth))
+    return all(torch.allclose(got, exact.float(), 1e-4, 1e-3) for got, exact in pairs)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pla_serve.engine.attention.interface import ForwardContext
-from pla_serve.engine.cpu.linear import PackedLinear
+from pla_serve.engine.cpu.linear import GatedLinear, PackedLinear
 from pla_serve.engine.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.tiles import Tiles
 
@@ -64,6 +64,8 @@ class FusedLayer(nn.Module):
         self.layer_idx: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
+        turns = tiles is not None and tiles.turns(self.head_dim, attention.q_proj.weight.dtype)
+        self._tiles = tiles if turns else None
         self.query_heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         order = _neighbours(self.head_dim)
@@ -78,8 +80,7 @@ class FusedLayer(nn.Module):
             tiles=tiles,
         )
         self.out = PackedLinear.of(attention.o_proj, tiles=tiles)
-        self.gate = PackedLinear.of(mlp.gate_proj, tiles=tiles)
-        self.up = PackedLinear.of(mlp.up_proj, tiles=tiles)
+        self.gated = GatedLinear(mlp.gate_proj, mlp.up_proj, tiles)
         self.down = PackedLinear.of(mlp.down_proj, tiles=tiles)
 
     def forward(
@@ -93,8 +94,7 @@ class FusedLayer(nn.Module):
         """(1, tokens, hidden) to the same; writes the KV of its tokens."""
         inputs = hidden_states[0]
         middle = self._attend(inputs, position_embeddings.turn, forward_context)
-        normed = self.before_mlp(middle)
-        gated = self.up.with_other(normed, self.gate.then(normed, "swish"), "mul")
+        gated = self.gated(middle, self.before_mlp)
         return self.down.with_other(gated, middle, "add").unsqueeze(0)
 
     def _attend(
@@ -102,24 +102,37 @@ class FusedLayer(nn.Module):
     ) -> torch.Tensor:
         """(tokens, hidden): the attention block and its residual."""
         tokens = inputs.shape[0]
-        turned = self.query_heads + self.kv_heads
-        heads = self.qkv(self.before_attention(inputs)).view(tokens, -1, self.head_dim)
-        paired = self._normed(heads[:, :turned]).float().view(tokens, turned, -1, 2)
-        rotated = torch.view_as_real(torch.view_as_complex(paired).mul(turn))
-        rotated = rotated.view(tokens, turned, self.head_dim).to(inputs.dtype)
-        queries, keys = rotated[:, : self.query_heads], rotated[:, self.query_heads :]
-        context.cache.write(self.layer_idx, context.batch.slots, keys, heads[:, turned:])
+        heads = self.qkv.of_normed(inputs, self.before_attention)
+        queries = self._turned(heads.view(tokens, -1, self.head_dim), turn, context)
         attended = context.backend.attend(
             self.layer_idx, queries.transpose(0, 1), context.cache, context.batch, self.scaling
         )
         return self.out.with_other(attended.reshape(tokens, -1), inputs, "add")
 
+    def _turned(
+        self, heads: torch.Tensor, turn: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """(tokens, query heads, dim) turned by their positions; keys and values go to the cache."""
+        cache, slots = context.cache, context.batch.slots
+        heads = self._normed(heads)
+        if self._tiles is not None:
+            keys, values = cache.keys[self.layer_idx], cache.values[self.layer_idx]
+            self._tiles.rotary(heads, turn, slots, keys, values)
+            return heads[:, : self.query_heads]
+        count = self.query_heads + self.kv_heads
+        paired = heads[:, :count].float().view(len(heads), count, -1, 2)
+        rotated = torch.view_as_real(torch.view_as_complex(paired).mul(turn))
+        rotated = rotated.view(len(heads), count, self.head_dim).to(heads.dtype)
+        queries, turned_keys = rotated[:, : self.query_heads], rotated[:, self.query_heads :]
+        cache.write(self.layer_idx, slots, turned_keys, heads[:, count:])
+        return queries
+
     def _normed(self, heads: torch.Tensor) -> torch.Tensor:
-        """Queries and keys (tokens, heads, dim) after their norms, where the model has them."""
+        """(tokens, heads, dim) after the norms of queries and keys, where the model has them."""
         if self.query_norm is None or self.key_norm is None:
             return heads
-        queries = self.query_norm(heads[:, : self.query_heads])
-        return torch.cat((queries, self.key_norm(heads[:, self.query_heads :])), dim=1)
+        queries, keys, values = heads.split([self.query_heads, self.kv_heads, self.kv_heads], 1)
+        return torch.cat((self.query_norm(queries), self.key_norm(keys), values), dim=1)
 
 
 def _require_only(module: nn.Module, needed: Set[str], allowed: Set[str] = frozenset()) -> None:

@@ -6,6 +6,7 @@ from typing import Literal, cast
 
 import torch
 
+from pla_serve.engine.cpu.norm import FusedRMSNorm
 from pla_serve.engine.tiles import Tiles, TileWeight
 
 PACKING_TOKENS = 256
@@ -78,6 +79,12 @@ class PackedLinear(torch.nn.Module):
         outputs = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, after, [], "")
         return cast("torch.Tensor", outputs)
 
+    def of_normed(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
+        """The linear of the norm of ``inputs`` (tokens, in)."""
+        if self._tiles is not None and self.tiled is not None and inputs.shape[0] > FEW_TOKENS:
+            return self._tiles.linear(inputs, self.tiled, self.bias, norm=norm)
+        return self(norm(inputs))
+
     def with_other(
         self, inputs: torch.Tensor, other: torch.Tensor, after: AfterTwo
     ) -> torch.Tensor:
@@ -89,6 +96,29 @@ class PackedLinear(torch.nn.Module):
             return self._tiles.linear(inputs, self.tiled, self.bias, after, other)
         multiply = torch.ops.mkldnn._linear_pointwise.binary
         return cast("torch.Tensor", multiply(inputs, other, self.packed, self.bias, after))
+
+
+class GatedLinear(torch.nn.Module):
+    """Two linears of the norm of the same inputs, the second times SiLU of the first."""
+
+    def __init__(
+        self, gate: torch.nn.Linear, up: torch.nn.Linear, tiles: Tiles | None = None
+    ) -> None:
+        super().__init__()
+        self.gate, self.up = PackedLinear.of(gate, tiles=tiles), PackedLinear.of(up, tiles=tiles)
+        gates, ups = self.gate.tiled, self.up.tiled
+        together = gates is not None and ups is not None and gates.parts == ups.parts
+        biased = gate.bias is not None or up.bias is not None
+        self._tiles = tiles if together and not biased else None
+
+    def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
+        """(tokens, in) to (tokens, out)."""
+        gate, up = self.gate.tiled, self.up.tiled
+        many = inputs.shape[0] > FEW_TOKENS
+        if self._tiles is not None and gate is not None and up is not None and many:
+            return self._tiles.linear(inputs, up, None, gate=gate, norm=norm)
+        normed = norm(inputs)
+        return self.up.with_other(normed, self.gate.then(normed, "swish"), "mul")
 
 
 def packs(dtype: torch.dtype) -> bool:

@@ -15,14 +15,15 @@ class FusedRMSNorm(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-        self._epsilon = torch.tensor(epsilon)
+        self.epsilon = epsilon
+        self._added = torch.tensor(epsilon)
         self._per_element = 1 / weight.shape[-1]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., dim) to the same."""
         wide = inputs.float()
         lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scales = torch.addcmul(self._epsilon, lengths, lengths, value=self._per_element).rsqrt_()
+        scales = torch.addcmul(self._added, lengths, lengths, value=self._per_element).rsqrt_()
         return torch.mul(wide, scales).mul_(self.weight).to(inputs.dtype)
 
 

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr long KEYS = 256;   // that one pass of the softmax takes
+constexpr long KEYS = 256;
 constexpr long QUERIES = 64;  // tokens that pass over the keys together, with all heads of a group
 
 struct Attention {
@@ -28,33 +28,33 @@ void split_context(const Attention& job, long head, long number) {
   Half* values = job.values + (head * job.blocks() + number) * job.block_size();
   const __m512i column = _mm512_mullo_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
-  alignas(64) Half parts[2][PARTS * TILE];
+  // One of the first half, one of the second half, and so on.
+  const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(column, 4),
+                                        _mm512_slli_epi32(_mm512_add_epi32(
+                                            _mm512_srli_epi32(column, 4), _mm512_set1_epi32(16)), 16));
+  alignas(64) Half parts[PARTS * TILE];
   for (long key = 0; key < KEYS; ++key) {
     const bool there = first + key < job.context();
     const long from = (first + key) * job.kv_token + head * job.kv_head;
     for (long step = 0; step < steps; ++step) {
       Half* tile = keys + (key / 16 * steps + step) * PARTS * TILE + key % 16 * 2;
-      for (long at = 0; at < STEP; at += 16)
-        split(there ? _mm512_loadu_ps(job.k + from + step * STEP + at) : _mm512_setzero_ps(),
-              parts[0] + at);
+      const float* k = job.k + from + step * STEP;
+      split(there ? _mm512_loadu_ps(k) : _mm512_setzero_ps(),
+            there ? _mm512_loadu_ps(k + 16) : _mm512_setzero_ps(), parts);
       for (long part = 0; part < PARTS; ++part)
         _mm512_i32scatter_epi32(tile + part * TILE, column,
-                                _mm512_load_si512(parts[0] + part * TILE), 4);
+                                _mm512_load_si512(parts + part * TILE), 4);
     }
     if (key % 2) continue;
     const bool next = first + key + 1 < job.context();
     for (long at = 0; at < job.dim; at += 16) {
       const float* value = job.v + from + at;
-      split(there ? _mm512_loadu_ps(value) : _mm512_setzero_ps(), parts[0]);
-      split(next ? _mm512_loadu_ps(value + job.kv_token) : _mm512_setzero_ps(), parts[1]);
+      split(there ? _mm512_loadu_ps(value) : _mm512_setzero_ps(),
+            next ? _mm512_loadu_ps(value + job.kv_token) : _mm512_setzero_ps(), parts);
       Half* tile = values + (at / 16 * (KEYS / 32) + key / 32) * PARTS * TILE + key % 32 / 2 * 32;
-      for (long part = 0; part < PARTS; ++part) {
-        const __m512i even = _mm512_cvtepu16_epi32(
-            _mm256_loadu_si256((const __m256i*)(parts[0] + part * TILE)));
-        const __m512i odd = _mm512_cvtepu16_epi32(
-            _mm256_loadu_si256((const __m256i*)(parts[1] + part * TILE)));
-        _mm512_storeu_si512(tile + part * TILE, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-      }
+      for (long part = 0; part < PARTS; ++part)
+        _mm512_store_si512(tile + part * TILE, _mm512_permutexvar_epi16(
+                               pairs, _mm512_load_si512(parts + part * TILE)));
     }
   }
 }
@@ -66,6 +66,12 @@ struct Panel {
   float most[PANEL], total[PANEL];
 };
 
+// Of a key with this score; scores of keys that are not seen are far below all others.
+inline __m512 weight_of(__m512 score, __m512 base) {
+  const __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-1e30f), _CMP_GT_OQ);
+  return _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, base)));
+}
+
 void attend(const Attention& job, Panel& p, const Half* keys, const Half* values, long first,
             long position, long rows) {
   const long steps = job.dim / STEP, tile_row = steps * PARTS * TILE;
@@ -74,7 +80,7 @@ void attend(const Attention& job, Panel& p, const Half* keys, const Half* values
   const long wide = (used + PANEL - 1) / PANEL * PANEL, key_steps = wide / STEP;
   for (long key = 0; key < wide; key += PANEL)
     block(p.queries, tile_row, keys + key / 16 * tile_row, tile_row, steps, PARTS, p.scores + key,
-          KEYS);
+          KEYS, [](long) {});
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 never = _mm512_set1_ps(-1e30f), scale = _mm512_set1_ps(job.scale);
   for (long row = 0; row < PANEL; ++row) {
@@ -94,12 +100,11 @@ void attend(const Attention& job, Panel& p, const Half* keys, const Half* values
     const __m512 base = _mm512_set1_ps(most);
     __m512 sum = _mm512_setzero_ps();
     Half* tiles = p.weights + row / 16 * key_steps * PARTS * TILE + row % 16 * STEP;
-    for (long key = 0; key < wide; key += 16) {
-      const __m512 s = _mm512_load_ps(scores + key);
-      const __mmask16 sees = _mm512_cmp_ps_mask(s, never, _CMP_GT_OQ);
-      const __m512 weight = _mm512_maskz_mov_ps(sees, exponential(_mm512_sub_ps(s, base)));
-      sum = _mm512_add_ps(sum, weight);
-      split(weight, tiles + key / STEP * PARTS * TILE + key % STEP);
+    for (long key = 0; key < wide; key += STEP) {
+      const __m512 low = weight_of(_mm512_load_ps(scores + key), base);
+      const __m512 high = weight_of(_mm512_load_ps(scores + key + 16), base);
+      sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+      split(low, high, tiles + key / STEP * PARTS * TILE);
     }
     const __m512 kept = exponential(_mm512_set1_ps(before - most));
     const float left = _mm512_cvtss_f32(kept);
@@ -113,7 +118,7 @@ void attend(const Attention& job, Panel& p, const Half* keys, const Half* values
   const long value_row = KEYS / STEP * PARTS * TILE;
   for (long at = 0; at < job.dim; at += PANEL)
     block(p.weights, key_steps * PARTS * TILE, values + at / 16 * value_row, value_row, key_steps,
-          PARTS, p.added + at, job.dim);
+          PARTS, p.added + at, job.dim, [](long) {});
   for (long at = 0; at < PANEL * job.dim; at += 16)
     _mm512_store_ps(p.sums + at,
                     _mm512_add_ps(_mm512_load_ps(p.sums + at), _mm512_load_ps(p.added + at)));

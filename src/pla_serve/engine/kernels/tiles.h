@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cmath>
 #include <cstdlib>
 #include <algorithm>
 #include <initializer_list>
@@ -29,31 +30,42 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-inline __m512 widen(__m256bh part) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)part), 16));
+inline __m512 widen(__m256i part) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
 }
 
-// 16 numbers to their parts; `out` is a row of the first part's tile, the others follow by TILE.
-inline void split(__m512 x, Half* out) {
+// 32 numbers to their parts; `out` is a row of the first part's tile, the others follow by TILE.
+inline void split(__m512 low, __m512 high, Half* out) {
   for (long part = 0; part < PARTS; ++part) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(x);
-    _mm256_storeu_si256((__m256i*)(out + part * TILE), (__m256i)rounded);
-    x = _mm512_sub_ps(x, widen(rounded));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_store_si512(out + part * TILE, both);
+    low = _mm512_sub_ps(low, widen(_mm512_castsi512_si256(both)));
+    high = _mm512_sub_ps(high, widen(_mm512_extracti64x4_epi64(both, 1)));
   }
 }
 
-// Rows of x to tiles: [16 rows][step][part][row][input]; rows that are missing become zeros.
-inline void split_rows(const float* x, long x_row, long rows, long inputs, long panels, Half* out) {
+// Rows of x to tiles: [16 rows][step][part][row][input]; rows that are missing become zeros. With
+// `scales`, of each row, and `weight`, of each input, x is multiplied by both.
+inline void split_rows(const float* x, long x_row, long rows, long inputs, long panels, Half* out,
+                       const float* scales = nullptr, const float* weight = nullptr) {
   const long steps = inputs / STEP;
-  for (long row = 0; row < panels * PANEL; ++row) {
-    Half* tiles = out + (row / 16) * steps * PARTS * TILE + (row % 16) * STEP;
-    for (long step = 0; step < steps; ++step, tiles += PARTS * TILE)
-      for (long at = 0; at < STEP; at += 16) {
-        const bool there = row < rows;
-        const float* from = x + row * x_row + step * STEP + at;
-        split(there ? _mm512_loadu_ps(from) : _mm512_setzero_ps(), tiles + at);
+  for (long tile = 0; tile < 2 * panels; ++tile)
+    for (long step = 0; step < steps; ++step, out += PARTS * TILE)
+      for (long row = 0; row < 16; ++row) {
+        __m512 low = _mm512_setzero_ps(), high = low;
+        if (tile * 16 + row < rows) {
+          const float* from = x + (tile * 16 + row) * x_row + step * STEP;
+          low = _mm512_loadu_ps(from);
+          high = _mm512_loadu_ps(from + 16);
+          if (weight) {
+            const __m512 scale = _mm512_set1_ps(scales[tile * 16 + row]);
+            low = _mm512_mul_ps(_mm512_mul_ps(low, scale), _mm512_loadu_ps(weight + step * STEP));
+            high = _mm512_mul_ps(_mm512_mul_ps(high, scale),
+                                 _mm512_loadu_ps(weight + step * STEP + 16));
+          }
+        }
+        split(low, high, out + row * STEP);
       }
-  }
 }
 
 template <int WITH>  // that many parts of the activations, the largest ones
@@ -70,9 +82,11 @@ inline void multiply(const Half* a0, const Half* a1, const Half* b0, const Half*
   }
 }
 
-// 32 x 32 results; the strides lead to the second rows and columns of tiles.
+// 32 x 32 results; the strides lead to the second rows and columns of tiles. `meanwhile` is called
+// with each step: other units of the processor have time while this one multiplies.
+template <typename Meanwhile>
 inline void block(const Half* a, long a_stride, const Half* b, long b_stride, long steps,
-           int weight_parts, float* c, long c_row) {
+                  int weight_parts, float* c, long c_row, const Meanwhile& meanwhile) {
   const Half *a0 = a, *a1 = a + a_stride;
   const Half *b0 = b, *b1 = b + b_stride;
   _tile_zero(0);
@@ -83,6 +97,7 @@ inline void block(const Half* a, long a_stride, const Half* b, long b_stride, lo
     multiply<3>(a0, a1, b0, b1);
     multiply<2>(a0, a1, b0 + TILE, b1 + TILE);
     if (weight_parts == 3) multiply<1>(a0, a1, b0 + 2 * TILE, b1 + 2 * TILE);
+    meanwhile(step);
     a0 += PARTS * TILE;
     a1 += PARTS * TILE;
     b0 += weight_parts * TILE;
