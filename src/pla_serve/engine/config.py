@@ -7,7 +7,7 @@ from typing import Literal
 
 from pla_serve.policy.config import PolicyConfig
 
-AttentionBackend = Literal["auto", "sdpa", "varlen", "triton"]
+AttentionBackend = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 NO_SHAPES = "none"
 DType = Literal["auto", "float32", "bfloat16"]

@@ -9,21 +9,27 @@ from typing import Literal
 import torch
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
+from pla_serve.engine.attention.flashinfer import (
+    FlashInferAttention,
+    flashinfer_missing,
+    make_wrappers,
+)
 from pla_serve.engine.attention.interface import AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
 from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
+from pla_serve.engine.device import device_of
 from pla_serve.engine.forward import FlatBatch, SpanRequest
 from pla_serve.engine.staging import Capacity, Scratch, capacity_of, pack, unpack
 from pla_serve.engine.tiles import Tiles
 
 log = logging.getLogger(__name__)
 
-BackendName = Literal["auto", "sdpa", "varlen", "triton"]
-ON_CUDA: tuple[BackendName, ...] = ("varlen", "triton", "sdpa")
-"""In order of preference."""
+BackendName = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
+ON_CUDA: tuple[BackendName, ...] = ("varlen", "triton", "flashinfer", "sdpa")
+"""In order of preference: what can be captured first."""
 CAPTURABLE = frozenset({"varlen", "triton"})
-"""Those that read all lengths on the device."""
+"""Those that read all lengths on the device. The others lay out their work on the host."""
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 """Of the norm of the reference's result. Float32 products may go through tf32."""
 PROBE = ((1, 0), (1, 700), (70, 0), (37, 300), (130, 5))
@@ -78,6 +84,10 @@ def _make(name: BackendName, device: torch.device) -> AttentionBackend | str:
         from pla_serve.engine.attention.paged import PagedAttention
 
         return PagedAttention(torch.cuda.get_device_properties(device).multi_processor_count)
+    if name == "flashinfer":
+        return flashinfer_missing() or PaddedAttention(
+            FlashInferAttention(device_of(device), lambda: make_wrappers(device))
+        )
     return PaddedAttention(SdpaReference())
 
 
