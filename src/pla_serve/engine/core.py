@@ -14,7 +14,7 @@ import torch
 from pla_serve.engine import cpu, gpu
 from pla_serve.engine.assembly import Execution, make_execution
 from pla_serve.engine.attention.cache import KVShape
-from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.attention.interface import APART, IMPLEMENTATION
 from pla_serve.engine.ceilings import ModelSize, measure, starting_profile
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.intake import Intake, Limits
@@ -95,8 +95,9 @@ def build_parts(
     model_config = load_config(source)
     attention = check_supported(model_config)
     shape = KVShape(attention.layers, attention.kv_heads, attention.head_dim, dtype)
+    implementation = APART if config.compile_layers else IMPLEMENTATION
     model = load_model(
-        source, dtype, device, config.seed, attn_implementation=IMPLEMENTATION, checked=True
+        source, dtype, device, config.seed, attn_implementation=implementation, checked=True
     )
     layers = decoder_layers(model, attention.layers)
     size = ModelSize.of(
@@ -108,8 +109,8 @@ def build_parts(
     weights = fingerprint(model) if config.kv_transfer else ""
     tiles = Tiles.open() if device.type == "cpu" and dtype == torch.float32 else None
     if device.type == "cpu":
-        cpu.optimise(model, tiles)
-    else:
+        cpu.optimise(model, tiles, keep=layers if config.compile_layers else None)
+    elif not config.compile_layers:
         fused = gpu.optimise(model, gpu.best_operations())
         log.info("fused %d of %d decoder layers", fused, len(layers))
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
