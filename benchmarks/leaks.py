@@ -162,7 +162,7 @@ def tiny(folder: Path) -> Setup:
 
     spelling = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({character: i for i, character in enumerate(spelling)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -182,10 +182,15 @@ class Client:
     def __init__(self, rng: random.Random, context: int) -> None:
         self._rng = rng
         self._context = context
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        # As many as there are common ones in a language. Tokenizers remember thousands of words:
+        # texts without words would be taken for a leak until that memory is full.
+        self._words = ["".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(2000)]
         self._prefixes = [self._text(300) for _ in range(8)]
 
     def _text(self, length: int) -> str:
-        return "".join(self._rng.choices("abcdefghij klmnopqrstuvwxyz.,\n", k=length))
+        """About so many characters."""
+        return " ".join(self._rng.choices(self._words, k=length // 6 + 1))
 
     def prompt(self) -> str:
         """Short or long, a third of them with a known beginning; beginnings change in time."""
@@ -217,7 +222,7 @@ class Client:
         elif kind == "logprobs":
             body |= {"logprobs": True, "top_logprobs": 3} if chat else {"logprobs": 3}
         elif kind == "sampled":
-            body |= {"top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "stop": [self._text(2)]}
+            body |= {"top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "stop": [self._text(1)]}
             body |= {"logit_bias": {"5": -3.0}, "frequency_penalty": 0.5, "seed": rng.randrange(99)}
         elif kind == "wrong":
             body |= rng.choice(
@@ -232,7 +237,7 @@ class Client:
     def _grammar(self) -> dict[str, Any]:
         """Of a few kinds; one in four was never seen before."""
         rng = self._rng
-        fresh = self._text(4).replace("\n", "").replace(".", "") if rng.random() < 0.25 else "a"
+        fresh = f"a{rng.randrange(10**6)}" if rng.random() < 0.25 else "a"
         schema = {"type": "object", "properties": {fresh: {"type": "integer"}}, "required": [fresh]}
         return rng.choice(
             (

@@ -71,8 +71,9 @@ def make_execution(
     """
     block = config.block_tokens
     cuda = device.type == "cuda"
+    capturer = CudaCapture(device) if cuda and config.capture_shapes != NO_SHAPES else None
     name, backend = choose_backend(
-        config.attention_backend, shape, attention.query_heads, block, device, tiles
+        config.attention_backend, shape, attention.query_heads, block, device, tiles, capturer
     )
     if not cuda and config.capture_shapes in (None, NO_SHAPES):
         cache = KVCache(shape, plan.blocks * block, device)

@@ -75,6 +75,8 @@ class EngineCore:
         torch.set_num_threads(config.threads or _usable_cores())
         source = resolve(config.model, config.load_format, progress=Silent())
         device = resolve_device(config.device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the current device
         parts, ready = build_parts(config, source, device, clock)
         self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
         emit(ready)
