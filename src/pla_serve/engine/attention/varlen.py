@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -31,11 +32,7 @@ class VarlenAttention:
     """
 
     def __init__(self, attend: Callable[..., torch.Tensor] | None = None) -> None:
-        if attend is None:
-            from torch.nn.attention.varlen import varlen_attn
-
-            attend = varlen_attn
-        self._attend = attend
+        self._attend: Callable[..., Any] = attend or _varlen_attn()
         self._batch: FlatBatch | None = None
         self._table: torch.Tensor | None = None
 
@@ -72,6 +69,12 @@ class VarlenAttention:
         if self._table is None or self._batch is not batch:
             self._batch, self._table = batch, rectangle(batch)
         return self._table
+
+
+def _varlen_attn() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 def rectangle(batch: FlatBatch) -> torch.Tensor:
