@@ -78,7 +78,7 @@ class Service:
         device = bed.device.torch_device
         self.executor: StagedExecutor = bed.executor(graphs)
         self.observed = Observed(parse_policy(policy).create(config, bed.cost))
-        kv = KVManager(bed.blocks, BLOCK, prefix_cache=True)
+        self._kv = kv = KVManager(bed.blocks, BLOCK, prefix_cache=True)
         gate = MemoryGate(kv, bed.blocks // 20)
         sampler = Sampler(self._vocabulary, device)
         limits = Limits(bed.context, self._vocabulary, frozenset(), 0)
@@ -126,6 +126,10 @@ class Service:
                 upcoming = self._waiting[0].at - self.now() if self._waiting else 0.001
                 time.sleep(max(0.0, min(pause or 0.001, upcoming, 0.001)))
         return False
+
+    def free_blocks(self) -> int:
+        """KV blocks that no request holds."""
+        return self._kv.available
 
     def drain(self) -> None:
         """Abort what is left."""
@@ -389,41 +393,3 @@ def axes(report: Report, bed: Bed, scale: Scale, slo: float = 0.4) -> None:
                 f"{result['mean'] * 1e3:.0f} ms, P90 {result['p90'] * 1e3:.0f} ms, "
                 f"late {late:.1%}",
             )
-
-
-def leak(report: Report, bed: Bed, scale: Scale, seconds: float) -> None:
-    """Mixed load with aborts; device memory after a warm-up must not grow."""
-    import torch
-
-    rng = random.Random(7)
-    service = Service(bed, "length-aware", PolicyConfig(max_batch_tokens=scale.batch))
-    memory: list[int] = []
-    live: list[str] = []
-
-    def next_job(at: float) -> Job:
-        prompt = rng.choice((20, 60, 200, 3000 if scale is FULL else 300))
-        job = Job("mixed", prompt, rng.choice((1, 20)), at)
-        live.append(job.id)
-        return job
-
-    def again(job: Job) -> None:
-        service.add(next_job(service.now()))
-        if rng.random() < 0.2 and live:
-            service.abort(live.pop(rng.randrange(len(live))))
-            service.add(next_job(service.now()))
-        del live[:-50]
-        if torch.cuda.is_available():
-            memory.append(torch.cuda.memory_allocated())
-
-    service.on_finish = again
-    service.run([next_job(0.0) for _ in range(16)], min(seconds, report.left() - 2))
-    service.drain()
-    third = len(memory) // 3
-    grown = max(memory[-third:]) - max(memory[third : 2 * third]) if third else 0
-    report.save("memory", {"samples": len(memory), "grown_bytes": grown, "seconds": seconds})
-    report.row(
-        f"{bed.name}: {seconds:.0f} s of mixed load with aborts",
-        f"peak of the last third {grown / 2**20:+.1f} MiB over that of the second",
-        "flat (the issue asks for 10 minutes)",
-        grown <= 2**20 if third else None,
-    )

@@ -96,6 +96,17 @@ def test_learned_positions_are_not_exceeded_at_start(tmp_path: Path) -> None:
     assert len(tokens) == 1
 
 
+def test_what_the_allocator_keeps_is_given_back_before_memory_is_shared_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fused layers leave the memory of stock ones behind, which the driver counts as used."""
+    free = [10 * GIB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(60 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 80 * GIB))
+    plan = plan_kv(EngineConfig(), SHAPE, torch.device("cuda"), positions=64)
+    assert plan.blocks == int(60 * GIB * 0.85) // (16 * SHAPE.bytes_per_token)
+
+
 def test_kv_memory_bounds_the_model_length() -> None:
     config = EngineConfig(kv_cache_gib=100 * 16 * SHAPE.bytes_per_token / GIB)
     plan = plan_kv(config, SHAPE, CPU, positions=1_000_000)

@@ -24,6 +24,7 @@ from pla_serve.engine.executor import Executor, PlainExecutor, StagedExecutor
 from pla_serve.engine.forward import SpanRequest
 from pla_serve.engine.graphs.capture import Capturer, CudaCapture, NoCapture
 from pla_serve.engine.graphs.choice import AUTO, choose_shapes
+from pla_serve.engine.graphs.counts import GridCounts
 from pla_serve.engine.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.kv.sizing import GIB, KVPlan
 from pla_serve.engine.loading.support import AttentionShape
@@ -70,13 +71,17 @@ def make_execution(
     """
     block = config.block_tokens
     cuda = device.type == "cuda"
+    capturer = CudaCapture(device) if cuda and config.capture_shapes != NO_SHAPES else None
     name, backend = choose_backend(
-        config.attention_backend, shape, attention.query_heads, block, device, tiles
+        config.attention_backend, shape, attention.query_heads, block, device, tiles, capturer
     )
     if not cuda and config.capture_shapes in (None, NO_SHAPES):
         cache = KVCache(shape, plan.blocks * block, device)
         runner = ModelRunner(model, layers, cache, backend)
-        return Execution(runner, PlainExecutor(runner, block, device), cache)
+        counts = GridCounts() if config.compile_layers else None
+        plain = PlainExecutor(runner, block, device, counts)
+        _compile(config, layers, plain)
+        return Execution(runner, plain, cache)
     tracker = device_of(device)
     uploader: Uploader = PinnedUploader(tracker) if cuda else DirectUploader()
     scratch = Scratch(plan.blocks * block, block)
@@ -90,17 +95,36 @@ def make_execution(
         most_tokens=min(config.capture_tokens, config.policy_config.max_batch_tokens),
         padding_cap=config.capture_padding_cap,
     )
+    counts = GridCounts()
+    # Before anything is captured: a capture takes the kernels that it finds.
+    _compile(config, layers, StagedExecutor(runner, None, uploader, tracker, block, counts))
     grid = None
     if config.capture_shapes == NO_SHAPES:
         pass
     elif not cuda or name in CAPTURABLE:
-        grid = make_grid(config, runner, cost, limits, uploader, tracker)
+        grid = make_grid(config, runner, cost, limits, uploader, tracker, counts)
     else:
         reason = f"the attention backend {name} reads lengths on the host, and graphs cannot"
         if config.capture_shapes is not None:
             raise ValueError(f"no shapes can be captured: {reason}; drop --capture-shapes")
         log.warning("no shapes are captured: %s", reason)
-    return Execution(runner, StagedExecutor(runner, grid, uploader, tracker, block), cache)
+    return Execution(runner, StagedExecutor(runner, grid, uploader, tracker, block, counts), cache)
+
+
+def _compile(config: EngineConfig, layers: torch.nn.ModuleList, executor: Executor) -> None:
+    """Have the layers compiled, if that was asked for; what comes of it is in the log."""
+    counts = executor.counts()
+    if not config.compile_layers or counts is None:
+        return
+    from pla_serve.engine.compiled import compile_layers  # loads torch's compiler
+
+    started = time.perf_counter()
+
+    def run(requests: Sequence[SpanRequest]) -> torch.Tensor:
+        return executor.forward(requests, lambda: None).logits
+
+    if compile_layers(layers, run, config.block_tokens, counts):
+        log.info("compiled decoder layers in %.1f s", time.perf_counter() - started)
 
 
 def make_grid(
@@ -110,6 +134,7 @@ def make_grid(
     limits: GridLimits,
     uploader: Uploader,
     tracker: Device,
+    counts: GridCounts | None = None,
 ) -> ShapeGrid:
     """The captured shapes, with a bar on a terminal, and what they took in the log."""
     device = tracker.torch_device
@@ -124,7 +149,7 @@ def make_grid(
         cost=price,
     )
     capturer: Capturer = CudaCapture(device) if device.type == "cuda" else NoCapture()
-    grid = ShapeGrid(runner, capturer, uploader, shapes, price, limits, device)
+    grid = ShapeGrid(runner, capturer, uploader, shapes, price, limits, device, counts)
     started = time.perf_counter()
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

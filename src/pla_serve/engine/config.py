@@ -7,7 +7,7 @@ from typing import Literal
 
 from pla_serve.policy.config import PolicyConfig
 
-AttentionBackend = Literal["auto", "sdpa", "varlen", "triton"]
+AttentionBackend = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 NO_SHAPES = "none"
 DType = Literal["auto", "float32", "bfloat16"]
@@ -55,6 +55,8 @@ class EngineConfig:
     run_ahead_layers: int = 2
     """On CUDA: most layers that the host enqueues before the first of them is done. Express work
     waits for one less; with 1 the device waits for the host."""
+    compile_layers: bool = False
+    """Run stock decoder layers through torch.compile, in place of the project's own fused ones."""
     max_queued_tokens: int | None = None
     """Admission: most new tokens waiting; None: four times the KV capacity."""
     max_predicted_wait: float | None = 120.0

@@ -14,7 +14,7 @@ import torch
 from pla_serve.engine import cpu, gpu
 from pla_serve.engine.assembly import Execution, make_execution
 from pla_serve.engine.attention.cache import KVShape
-from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.attention.interface import APART, IMPLEMENTATION
 from pla_serve.engine.ceilings import ModelSize, measure, starting_profile
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.intake import Intake, Limits
@@ -75,6 +75,8 @@ class EngineCore:
         torch.set_num_threads(config.threads or _usable_cores())
         source = resolve(config.model, config.load_format, progress=Silent())
         device = resolve_device(config.device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the current device
         parts, ready = build_parts(config, source, device, clock)
         self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
         emit(ready)
@@ -95,8 +97,9 @@ def build_parts(
     model_config = load_config(source)
     attention = check_supported(model_config)
     shape = KVShape(attention.layers, attention.kv_heads, attention.head_dim, dtype)
+    implementation = APART if config.compile_layers else IMPLEMENTATION
     model = load_model(
-        source, dtype, device, config.seed, attn_implementation=IMPLEMENTATION, checked=True
+        source, dtype, device, config.seed, attn_implementation=implementation, checked=True
     )
     layers = decoder_layers(model, attention.layers)
     size = ModelSize.of(
@@ -108,8 +111,8 @@ def build_parts(
     weights = fingerprint(model) if config.kv_transfer else ""
     tiles = Tiles.open() if device.type == "cpu" and dtype == torch.float32 else None
     if device.type == "cpu":
-        cpu.optimise(model, tiles)
-    else:
+        cpu.optimise(model, tiles, keep=layers if config.compile_layers else None)
+    elif not config.compile_layers:
         fused = gpu.optimise(model, gpu.best_operations())
         log.info("fused %d of %d decoder layers", fused, len(layers))
     kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))

@@ -39,19 +39,31 @@ class Executor(Protocol):
         ...
 
     def counts(self) -> GridCounts | None:
-        """What captured shapes did so far; None where there are none."""
+        """What captured shapes and compiled layers did so far; None where there are none."""
         ...
 
 
 class PlainExecutor:
-    """Every batch layer by layer, laid out for backends that go by spans."""
+    """Every batch layer by layer, laid out for backends that go by spans.
 
-    def __init__(self, runner: ModelRunner, block_tokens: int, device: torch.device) -> None:
+    Args:
+        counts: what `counts` gives.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        block_tokens: int,
+        device: torch.device,
+        counts: GridCounts | None = None,
+    ) -> None:
         self.device: Device = HostDevice()
         self._runner = runner
         self._block_tokens = block_tokens
         self._torch_device = device
+        self._counts = counts
 
+    @torch.inference_mode()
     def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
         """See `Executor`."""
         flat = build(requests, self._block_tokens, self._torch_device)
@@ -63,7 +75,7 @@ class PlainExecutor:
 
     def counts(self) -> GridCounts | None:
         """See `Executor`."""
-        return None
+        return self._counts
 
 
 class StagedExecutor:
@@ -71,6 +83,7 @@ class StagedExecutor:
 
     Args:
         grid: None captures nothing.
+        counts: those of the grid, if there is one.
     """
 
     def __init__(
@@ -80,13 +93,16 @@ class StagedExecutor:
         uploader: Uploader,
         device: Device,
         block_tokens: int,
+        counts: GridCounts | None = None,
     ) -> None:
         self.device = device
         self._runner = runner
         self._grid = grid
         self._uploader = uploader
         self._block_tokens = block_tokens
+        self._counts = counts if grid is None else grid.counts
 
+    @torch.inference_mode()
     def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
         """See `Executor`."""
         if self._grid is not None:
@@ -102,7 +118,7 @@ class StagedExecutor:
 
     def counts(self) -> GridCounts | None:
         """See `Executor`."""
-        return None if self._grid is None else self._grid.counts
+        return self._counts
 
 
 def stage(requests: Sequence[SpanRequest], block_tokens: int, uploader: Uploader) -> FlatBatch:

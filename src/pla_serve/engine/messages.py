@@ -302,6 +302,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Counter: real tokens in captured shapes."""
     graph_padding: int = 0
     """Counter: padding there."""
+    compile_failures: int = 0
+    """Counter: times that compiled layers were given up for eager ones."""
 
 
 Inbound = AddRequest | AbortRequest | Reserve | Begin | Lend | Release

@@ -96,6 +96,7 @@ class Telemetry:
             graph_fallbacks=dict(graphs.fallbacks) if graphs else {},
             graph_tokens=graphs.real_tokens if graphs else 0,
             graph_padding=graphs.padding_tokens if graphs else 0,
+            compile_failures=graphs.compile_failures if graphs else 0,
         )
 
 

@@ -245,6 +245,15 @@ RunAheadLayers = Annotated[
         rich_help_panel=DEVICE,
     ),
 ]
+CompileLayers = Annotated[
+    bool,
+    typer.Option(
+        "--compile-layers/--no-compile-layers",
+        help="Run stock decoder layers through torch.compile, in place of the fused ones. Takes a "
+        "minute at start; slower on a CPU.",
+        rich_help_panel=DEVICE,
+    ),
+]
 MaxQueuedTokens = Annotated[
     int | None,
     typer.Option(

@@ -56,6 +56,10 @@ COUNTERS = {
     "pla_serve:express_batches": ("express_batches", "Batches run at a layer boundary of another."),
     "pla_serve:graph_tokens": ("graph_tokens", "Tokens computed in captured shapes."),
     "pla_serve:graph_padding": ("graph_padding", "Padding computed in captured shapes."),
+    "pla_serve:compile_failures": (
+        "compile_failures",
+        "Times that compiled layers were given up for eager ones.",
+    ),
 }
 """Name to field of `EngineStats` and help."""
 

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
+from pla_serve.engine.attention.flashinfer import (
+    FlashInferAttention,
+    flashinfer_missing,
+    make_wrappers,
+)
 from pla_serve.engine.attention.interface import AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
 from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
+from pla_serve.engine.device import device_of
 from pla_serve.engine.forward import FlatBatch, SpanRequest
+from pla_serve.engine.graphs.capture import Capturer
 from pla_serve.engine.staging import Capacity, Scratch, capacity_of, pack, unpack
 from pla_serve.engine.tiles import Tiles
 
 log = logging.getLogger(__name__)
 
-BackendName = Literal["auto", "sdpa", "varlen", "triton"]
-ON_CUDA: tuple[BackendName, ...] = ("varlen", "triton", "sdpa")
-"""In order of preference."""
+BackendName = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
+ON_CUDA: tuple[BackendName, ...] = ("varlen", "triton", "flashinfer", "sdpa")
+"""In order of preference: what can be captured first."""
 CAPTURABLE = frozenset({"varlen", "triton"})
-"""Those that read all lengths on the device."""
+"""Those that read all lengths on the device. The others lay out their work on the host."""
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 """Of the norm of the reference's result. Float32 products may go through tf32."""
 PROBE = ((1, 0), (1, 700), (70, 0), (37, 300), (130, 5))
@@ -37,8 +46,12 @@ def choose_backend(
     block_tokens: int,
     device: torch.device,
     tiles: Tiles | None = None,
+    capturer: Capturer | None = None,
 ) -> tuple[str, AttentionBackend]:
     """The backend by name, or for ``auto`` the first that works, and what it is called.
+
+    Args:
+        capturer: what shapes will be captured with; None if none will be.
 
     Raises:
         ValueError: the backend that was asked for does not work here; says why.
@@ -54,7 +67,8 @@ def choose_backend(
     for candidate in ON_CUDA if name == "auto" else (name,):
         made = _make(candidate, device)
         if not isinstance(made, str):
-            reason = probe(made, shape, query_heads, block_tokens, device)
+            captures = capturer if candidate in CAPTURABLE else None
+            reason = probe(made, shape, query_heads, block_tokens, device, captures)
             if reason is None:
                 if candidate == "triton":
                     made = _tuned(shape, query_heads, block_tokens, device)
@@ -78,6 +92,10 @@ def _make(name: BackendName, device: torch.device) -> AttentionBackend | str:
         from pla_serve.engine.attention.paged import PagedAttention
 
         return PagedAttention(torch.cuda.get_device_properties(device).multi_processor_count)
+    if name == "flashinfer":
+        return flashinfer_missing() or PaddedAttention(
+            FlashInferAttention(device_of(device), lambda: make_wrappers(device))
+        )
     return PaddedAttention(SdpaReference())
 
 
@@ -95,34 +113,62 @@ def probe(
     query_heads: int,
     block_tokens: int,
     device: torch.device,
+    capturer: Capturer | None = None,
 ) -> str | None:
     """Why the backend's results on random inputs are not to be trusted; None if they are.
 
-    All KV that belongs to no sequence is NaN, so a read beyond a context shows.
+    All KV that belongs to no sequence is NaN, so a read beyond a context shows. With a
+    ``capturer``, it must also give the results for other KV when what was captured is replayed.
     """
     generator = torch.Generator().manual_seed(0)
     cache, batch = _problem(shape, block_tokens, device)
-    for span in batch.spans:
-        for start, end in span.runs:
-            size = (end - start, shape.heads, shape.head_dim)
-            for memory in (cache.keys[0], cache.values[0]):
-                memory[start:end] = torch.randn(size, generator=generator).to(memory)
     tokens = len(batch.tokens)
     query = torch.randn(query_heads, tokens, shape.head_dim, generator=generator)
     query = query.to(device=device, dtype=shape.dtype)
     scaling = shape.head_dim**-0.5
-    real = sum(span.length for span in batch.spans)
-    wide = KVCache(KVShape(1, shape.heads, shape.head_dim, torch.float32), cache.slots, device)
-    wide.keys[0], wide.values[0] = cache.keys[0].float(), cache.values[0].float()
-    expected = PaddedAttention(SdpaReference()).attend(0, query.float(), wide, batch, scaling)
+
+    def attend() -> torch.Tensor:
+        # A batch of its own, as each captured pass has.
+        return backend.attend(0, query, cache, replace(batch), scaling)
+
+    def differs(run: Callable[[], torch.Tensor]) -> str | None:
+        _fill(cache, batch, generator)
+        wide = KVCache(KVShape(1, shape.heads, shape.head_dim, torch.float32), cache.slots, device)
+        wide.keys[0], wide.values[0] = cache.keys[0].float(), cache.values[0].float()
+        expected = PaddedAttention(SdpaReference()).attend(0, query.float(), wide, batch, scaling)
+        real = sum(span.length for span in batch.spans)
+        difference = (run()[:real].float() - expected[:real]).norm() / expected[:real].norm()
+        if not difference <= TOLERANCE[shape.dtype]:
+            return f"results differ from the reference by {float(difference):.2g} of their norm"
+        return None
+
     try:
-        got = backend.attend(0, query, cache, batch, scaling)
+        reason = differs(attend)
+        if reason is not None:
+            return f"its {reason}"
     except Exception as error:  # whatever a library says about a device it does not know
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-    difference = (got[:real].float() - expected[:real]).norm() / expected[:real].norm()
-    if not difference <= TOLERANCE[shape.dtype]:
-        return f"its results differ from the reference by {float(difference):.2g} of their norm"
-    return None
+        return _told(error)
+    if capturer is None:
+        return None
+    try:
+        reason = differs(capturer.capture(attend))
+    except Exception as error:
+        return f"it cannot be captured ({_told(error)}); --no-graphs does without"
+    return reason and f"captured and replayed, its {reason}; --no-graphs does without"
+
+
+def _told(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def _fill(cache: KVCache, batch: FlatBatch, generator: torch.Generator) -> None:
+    """Random KV for all sequences."""
+    for span in batch.spans:
+        for start, end in span.runs:
+            size = (end - start, *cache.keys[0].shape[1:])
+            for memory in (cache.keys[0], cache.values[0]):
+                memory[start:end] = torch.randn(size, generator=generator).to(memory)
 
 
 def _problem(shape: KVShape, block_tokens: int, device: torch.device) -> tuple[KVCache, FlatBatch]:

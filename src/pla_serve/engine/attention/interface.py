@@ -17,6 +17,9 @@ IMPLEMENTATION = "pla_serve_paged"
 No mask function is registered under this name, so transformers builds no masks.
 """
 
+APART = "pla_serve_paged_apart"
+"""The same for models whose layers are compiled: attention is not part of what is compiled."""
+
 
 class AttentionBackend(Protocol):
     """Attends the new tokens of a flat batch to their own contexts, causally."""
@@ -69,4 +72,21 @@ def paged_attention(
     return output.unsqueeze(0), None
 
 
+def _dense_attention(*arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+    """``paged_attention`` with strides that shapes alone determine: compiled code depends on them,
+    and those of a dimension of one element may be anything."""
+    output, _ = paged_attention(*arguments, **named)
+    return output.contiguous().view(-1).view(output.shape), None
+
+
 AttentionInterface.register(IMPLEMENTATION, paged_attention)
+AttentionInterface.register(APART, paged_attention)
+
+
+def set_apart() -> None:
+    """Have ``torch.compile`` leave attention alone in models loaded with `APART`.
+
+    Not done on import: it loads the compiler, which takes a second and memory.
+    """
+    apart = torch.compiler.disable(_dense_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(APART, apart)

@@ -1,4 +1,5 @@
-"""Picks the cut of the long-prefill kernel that is fastest on this device, by trial."""
+"""Picks the cut of the long-prefill kernel that is fastest on this device, by trial, and has every
+form of the kernel compiled before anyone waits."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ from statistics import median
 import torch
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
-from pla_serve.engine.attention.paged import MANY_ROWS, MANY_ROWS_CHOICES, PagedAttention, Tile
+from pla_serve.engine.attention.paged import (
+    FEW_ROWS,
+    MANY_ROWS,
+    MANY_ROWS_CHOICES,
+    SOME_ROWS,
+    PagedAttention,
+    Tile,
+)
 from pla_serve.engine.device import CudaDevice
 from pla_serve.engine.executor import stage
 from pla_serve.engine.forward import SpanRequest
@@ -18,6 +26,8 @@ log = logging.getLogger(__name__)
 
 TOKENS = 4096
 REPEATS = 5
+HISTORIES = (0, 600, 8192)
+"""Contexts that are not split, split little, and split much."""
 
 
 def tuned(
@@ -40,7 +50,22 @@ def tuned(
         TOKENS,
         ", ".join(f"{seconds * 1e3:.2f}" for seconds in found.values()),
     )
-    return PagedAttention(processors, best)
+    chosen = PagedAttention(processors, best)
+    for tokens, history in forms(query_heads // shape.heads):
+        prefill_seconds(
+            chosen, shape, query_heads, block_tokens, device, tokens=tokens, history=history
+        )
+    return chosen
+
+
+def forms(group: int) -> list[tuple[int, int]]:
+    """(new tokens, history) of single sequences that between them need every form of the kernel.
+
+    A form is compiled when it is first needed, which takes a second or so: too long for a request.
+    """
+    # As few tokens as get each cut: the fewer there are, the more are contexts split.
+    some, many = FEW_ROWS.rows // group + 1, 8 * SOME_ROWS.rows // group + 1
+    return [(tokens, history) for tokens in (1, some, many) for history in HISTORIES]
 
 
 @torch.inference_mode()

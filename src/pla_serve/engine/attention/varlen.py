@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,12 +25,16 @@ def varlen_missing() -> str | None:
 
 
 class VarlenAttention:
-    """``varlen_attn`` with block tables; its causal mask is aligned to the end of the context."""
+    """``varlen_attn`` with block tables; its causal mask is aligned to the end of the context.
 
-    def __init__(self) -> None:
-        from torch.nn.attention.varlen import varlen_attn
+    Args:
+        attend: in place of ``varlen_attn``; for tests.
+    """
 
-        self._attend = varlen_attn
+    def __init__(self, attend: Callable[..., torch.Tensor] | None = None) -> None:
+        self._attend: Callable[..., Any] = attend or _varlen_attn()
+        self._batch: FlatBatch | None = None
+        self._table: torch.Tensor | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
@@ -50,10 +56,25 @@ class VarlenAttention:
             window_size=(-1, 0),
             enable_gqa=True,
             seqused_k=paged.contexts,
-            block_table=rectangle(batch),
+            block_table=self._rectangle(batch),
         )
         assert isinstance(output, torch.Tensor)
         return output
+
+    def _rectangle(self, batch: FlatBatch) -> torch.Tensor:
+        """Once for all layers of a batch: it takes several kernels.
+
+        A captured pass is a batch of its own, so its graph makes the table at each replay.
+        """
+        if self._table is None or self._batch is not batch:
+            self._batch, self._table = batch, rectangle(batch)
+        return self._table
+
+
+def _varlen_attn() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 def rectangle(batch: FlatBatch) -> torch.Tensor:

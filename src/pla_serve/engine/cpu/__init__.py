@@ -17,14 +17,17 @@ from pla_serve.engine.tiles import Tiles
 __all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
 
 
-def optimise(model: nn.Module, tiles: Tiles | None = None) -> None:
+def optimise(model: nn.Module, tiles: Tiles | None = None, keep: nn.Module | None = None) -> None:
     """Replace the modules of ``model``, on the CPU, that have a faster equal.
 
-    ``tiles`` is what linears of many float32 tokens are computed with, where they fit it.
+    Args:
+        tiles: what linears of many float32 tokens are computed with, where they fit it.
+        keep: a part of the model that stays as it is.
     """
     with torch.inference_mode(False), torch.no_grad():
-        _fuse_layers(model, tiles)
-        _replace(model, tiles)
+        if keep is None:
+            _fuse_layers(model, tiles)
+        _replace(model, tiles, keep)
 
 
 def _fuse_layers(model: nn.Module, tiles: Tiles | None) -> None:
@@ -51,13 +54,13 @@ def _fused(stock: nn.Module, tiles: Tiles | None) -> FusedLayer | None:
         return None
 
 
-def _replace(parent: nn.Module, tiles: Tiles | None) -> None:
+def _replace(parent: nn.Module, tiles: Tiles | None, keep: nn.Module | None) -> None:
     for name, child in parent.named_children():
-        if isinstance(child, FusedLayer):
+        if child is keep or isinstance(child, FusedLayer):
             continue
         if type(child) is nn.Linear and packs(child.weight.dtype):
             setattr(parent, name, PackedLinear.of(child, tiles=tiles))
         elif (epsilon := rms_epsilon(child)) is not None:
             setattr(parent, name, FusedRMSNorm(cast("torch.Tensor", child.weight), epsilon))
         else:
-            _replace(child, tiles)
+            _replace(child, tiles, keep)

@@ -1,4 +1,4 @@
-"""What captured shapes did, for metrics."""
+"""What became of captured shapes and compiled layers, for metrics."""
 
 from __future__ import annotations
 
@@ -16,3 +16,5 @@ class GridCounts:
     """Batches that ran on the ordinary kernels, by reason."""
     real_tokens: int = 0
     padding_tokens: int = 0
+    compile_failures: int = 0
+    """Times that compiled layers were given up for those that they were made from."""

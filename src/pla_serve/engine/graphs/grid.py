@@ -68,6 +68,7 @@ class ShapeGrid:
         cost: ShapeCost,
         limits: GridLimits,
         device: torch.device,
+        counts: GridCounts | None = None,
     ) -> None:
         self._runner = runner
         self._capturer = capturer
@@ -85,7 +86,7 @@ class ShapeGrid:
         self._buffer = torch.zeros(0, dtype=torch.int32, device=device)
         self._logits: torch.Tensor | None = None
         self._ladder = self._make_ladder()
-        self.counts = GridCounts()
+        self.counts = GridCounts() if counts is None else counts
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

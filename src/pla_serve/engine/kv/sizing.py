@@ -63,6 +63,9 @@ def _budget(config: EngineConfig, shape: KVShape, device: torch.device, longest:
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * GIB)
     if device.type == "cuda":
+        # What the allocator has kept of stock layers, now fused, counts as used until it is given
+        # back: with a large model that is half of the device.
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
     free: int = psutil.virtual_memory().available
     one = int(longest * shape.bytes_per_token * 1.1)
