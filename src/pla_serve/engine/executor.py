@@ -13,7 +13,7 @@ from pla_serve.engine.forward import FlatBatch, SpanRequest, build
 from pla_serve.engine.graphs.counts import GridCounts
 from pla_serve.engine.graphs.grid import ShapeGrid
 from pla_serve.engine.runner import AtBoundary, ModelRunner
-from pla_serve.engine.staging import Scratch, Uploader, capacity_of, pack, unpack
+from pla_serve.engine.staging import Scratch, Uploader, capacity_of, pack, put_carried, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,21 @@ class Executor(Protocol):
     """Runs batches."""
 
     device: Device
+    carries: bool
+    """Whether it takes tokens that the host does not know yet."""
 
-    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
-        """Enqueue the pass. See `ModelRunner.forward`; what ``at_boundary`` raises comes out."""
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
+        """Enqueue the pass. See `ModelRunner.forward`; what ``at_boundary`` raises comes out.
+
+        Args:
+            carried: (rows,) int64 on the device, for requests that name a row of it. Only where it
+                ``carries``.
+        """
         ...
 
     def use_idle_time(self) -> bool:
@@ -46,14 +58,22 @@ class Executor(Protocol):
 class PlainExecutor:
     """Every batch layer by layer, laid out for backends that go by spans."""
 
+    carries = False
+
     def __init__(self, runner: ModelRunner, block_tokens: int, device: torch.device) -> None:
         self.device: Device = HostDevice()
         self._runner = runner
         self._block_tokens = block_tokens
         self._torch_device = device
 
-    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
         """See `Executor`."""
+        assert carried is None
         flat = build(requests, self._block_tokens, self._torch_device)
         return Executed(self._runner.forward(flat, at_boundary), False)
 
@@ -73,6 +93,8 @@ class StagedExecutor:
         grid: None captures nothing.
     """
 
+    carries = True
+
     def __init__(
         self,
         runner: ModelRunner,
@@ -87,13 +109,18 @@ class StagedExecutor:
         self._uploader = uploader
         self._block_tokens = block_tokens
 
-    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
         """See `Executor`."""
         if self._grid is not None:
-            logits = self._grid.forward(requests)
+            logits = self._grid.forward(requests, carried)
             if logits is not None:
                 return Executed(logits, True)
-        flat = stage(requests, self._block_tokens, self._uploader)
+        flat = stage(requests, self._block_tokens, self._uploader, carried)
         return Executed(self._runner.forward(flat, at_boundary), False)
 
     def use_idle_time(self) -> bool:
@@ -105,12 +132,20 @@ class StagedExecutor:
         return None if self._grid is None else self._grid.counts
 
 
-def stage(requests: Sequence[SpanRequest], block_tokens: int, uploader: Uploader) -> FlatBatch:
-    """A batch without padding, on the device."""
+def stage(
+    requests: Sequence[SpanRequest],
+    block_tokens: int,
+    uploader: Uploader,
+    carried: torch.Tensor | None = None,
+) -> FlatBatch:
+    """A batch without padding, on the device; ``carried`` as of `Executor.forward`."""
     capacity = capacity_of(requests, block_tokens)
     numbers, spans = pack(requests, capacity, block_tokens, Scratch(0, 1))
+    buffer = uploader.upload(numbers, None)
+    if carried is not None:
+        put_carried(buffer, capacity, carried)
     return unpack(
-        uploader.upload(numbers, None),
+        buffer,
         capacity,
         spans,
         block_tokens,
