@@ -55,6 +55,8 @@ class EngineConfig:
     run_ahead_layers: int = 2
     """On CUDA: most layers that the host enqueues before the first of them is done. Express work
     waits for one less; with 1 the device waits for the host."""
+    async_scheduling: bool = True
+    """On CUDA: enqueue the next batch before the tokens of the one that runs are known."""
     max_queued_tokens: int | None = None
     """Admission: most new tokens waiting; None: four times the KV capacity."""
     max_predicted_wait: float | None = 120.0

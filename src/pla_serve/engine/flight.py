@@ -31,7 +31,7 @@ class Frame:
     """Seconds that batches inside it have taken."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Flight:
     """A batch whose work is enqueued, and whose tokens are on their way."""
 
@@ -44,3 +44,5 @@ class Flight:
     nested: bool
     began: Mark
     ended: Mark
+    dispatched: bool = False
+    """Policy and sequences go on from its end already."""

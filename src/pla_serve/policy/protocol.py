@@ -163,8 +163,8 @@ class PrefillPolicy(Protocol):
         """All of ``batch`` is on its way and nothing will stop it: the part of `observe` that is
         known before it has run. It was handed out by `next`, and nothing inside it is in flight.
 
-        What is left of its requests may be handed out by one call of `next`, and no more than that
-        before `measured` tells of this batch. `at_layer_boundary` is not called in between.
+        What is left of its requests may be handed out by `next`. One batch at most is begun before
+        `measured` tells of this one, and `at_layer_boundary` is not called in between.
         """
         ...
 

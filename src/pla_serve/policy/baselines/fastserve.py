@@ -170,7 +170,6 @@ class FastServe(ContinuousBatching):
         super().measured(batch, seconds, now)
 
     def dispatched(self, batch: Batch, now: float) -> None:
-        """Quanta are charged with what is predicted: the order is needed before the time is known.
-        """
+        """Charges what is predicted: the order is needed before the time is known."""
         self._levels.charge(batch, self._cost.seconds(batch), now)
         super().dispatched(batch, now)
