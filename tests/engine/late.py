@@ -8,7 +8,7 @@ as the host goes through them; their marks are as late as those of all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -213,5 +213,14 @@ def late_engine(
         assert not device.used().intersection(found), "a block is given away that is in use"
         return found
 
+    release = pool.release
+
+    def checked_release(blocks: Iterable[int]) -> None:
+        for block in blocks:
+            release((block,))
+            if block in device.used():
+                assert pool.holders(block), "a block comes free that is in use"
+
     pool.allocate = checked  # type: ignore[method-assign]
+    pool.release = checked_release  # type: ignore[method-assign]
     return LateEngine(engine, device, executor)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pla_serve.engine.messages import AddRequest, Grammar, SamplingParams
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.protocol import BatchClass, PrefillPolicy
 from pla_serve.policy.registry import create_policy
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.late import LateEngine, late_engine
@@ -252,6 +252,9 @@ def test_shorts_wait_for_no_more_layers(seed: int, depth: int) -> None:
     prepare = late.engine.loop._preparation.prepare
 
     def watch(batch):  # type: ignore[no-untyped-def]
+        before = late.engine.loop._booking.dispatched
+        if batch.kind is BatchClass.LONG and before is not None and before.whole:
+            assert before.ended.done(), "a long batch is enqueued behind a running one"
         for chunk in batch.prefills:
             if chunk.request_id in came:
                 since = device.enqueued[came.pop(chunk.request_id) :]
@@ -262,7 +265,9 @@ def test_shorts_wait_for_no_more_layers(seed: int, depth: int) -> None:
 
     late.engine.loop._preparation.prepare = watch  # type: ignore[method-assign]
     late.engine.on_poll.append(arrive)
-    late.engine.add("long", [3, 4] * 60, max_tokens=3)
+    for index in range(3):
+        late.engine.add(f"long{index}", [3 + index, 4] * 60, max_tokens=9, ignore_eos=True)
+        late.engine.run()
     for _ in range(8):
         late.engine.run()
     assert not came

@@ -42,6 +42,8 @@ class Flight:
     frame: Frame
     outer: Frame
     nested: bool
+    whole: bool
+    """It had no layer boundaries, so that all of it may still be before the device."""
     began: Mark
     ended: Mark
     dispatched: bool = False

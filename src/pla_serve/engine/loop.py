@@ -89,6 +89,7 @@ class EngineLoop:
         self._take_inbox()
         self._unpark()
         self._roster.refresh()
+        self._make_way_for_longs()
         decision = self._policy.next(self._clock())
         if self._booking.under_way and not isinstance(decision, Run):
             # How the batch that runs ends may change the decision.
@@ -216,7 +217,7 @@ class EngineLoop:
         finally:
             frame, self._frame = self._frame, outer
         ended = self._device.record()
-        flight = Flight(batch, members, choice, frame, outer, nested, began, ended)
+        flight = Flight(batch, members, choice, frame, outer, nested, whole, began, ended)
         if not nested:
             self._follow(flight)
         elif whole and self._device.asynchronous:
@@ -240,6 +241,15 @@ class EngineLoop:
         else:
             self._telemetry.steps_waited[reason] += 1
             self._land(flight)
+
+    def _make_way_for_longs(self) -> None:
+        """Nothing long is decided on while a whole batch is before the device: what is short and
+        comes meanwhile would find itself behind it."""
+        flight = self._booking.dispatched
+        if flight is None or not flight.whole or flight.ended.done():
+            return
+        if self._policy.state(self._clock()).long_requests:
+            self._land_all("long")
 
     def _land_all(self, reason: str | None = None) -> None:
         if not self._booking.finished:
