@@ -26,7 +26,7 @@ from tests.engine.tiny import (
 )
 
 POLICIES = ["chaos", "length-aware", "fcfs", "flowprefill", "fastserve", "laps"]
-GREEDY = settings(max_examples=12, deadline=None)
+GREEDY = settings(max_examples=8, deadline=None)
 
 
 def make_policy(name: str, rng: Random) -> PrefillPolicy:
@@ -59,7 +59,7 @@ def test_greedy_tokens_are_those_of_generate(
     assert_cache_is_true(late.engine)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32), tight=st.booleans())
 def test_any_sampling_gives_what_it_gives_without(seed: int, tight: bool) -> None:
     """The same requests on an engine that waits for every batch."""
@@ -227,7 +227,7 @@ def test_abort_at_any_poll(at: int) -> None:
     assert_at_rest(late.engine)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), depth=st.sampled_from((2, 3)))
 def test_shorts_wait_for_no_more_layers(seed: int, depth: int) -> None:
     """From the poll that brings a short to its own batch, the host enqueues at most as many layers

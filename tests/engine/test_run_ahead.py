@@ -108,7 +108,7 @@ class CountingRunner(ModelRunner):
         return self._inner.forward(batch, at_boundary)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32), aborts=st.booleans())
 def test_tokens_that_come_late_are_the_right_ones(seed: int, aborts: bool) -> None:
     """Express batches are booked long after they were enqueued, in the middle of others."""
@@ -119,7 +119,7 @@ def test_tokens_that_come_late_are_the_right_ones(seed: int, aborts: bool) -> No
 
 # Those that interrupt a prefill.
 @pytest.mark.parametrize("name", ["length-aware", "flowprefill"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_policies_bear_to_hear_late(name: str, seed: int) -> None:
     rng = Random(seed)
