@@ -26,6 +26,7 @@ class ChaosPolicy:
         self._left: dict[str, tuple[int, int]] = {}
         self._decodes: dict[str, int] = {}
         self._flying: set[str] = set()
+        self._dispatched: Batch | None = None
 
     def add(self, request: PrefillRequest, now: float) -> None:
         assert request.id not in self._flying
@@ -54,10 +55,21 @@ class ChaosPolicy:
     def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
         chunks = (*running.prefills, *running.decodes)
         assert any(c.request_id in self._flying for c in chunks), "nobody waits for this batch"
+        assert self._dispatched is None, "another batch runs"
         return self._pick() if self._random.random() < self._express else None
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
+        self.dispatched(batch, now)
+        self.measured(batch, seconds, now)
+
+    def measured(self, batch: Batch, seconds: float, now: float) -> None:
         assert seconds >= 0
+        assert batch is self._dispatched
+        self._dispatched = None
+
+    def dispatched(self, batch: Batch, now: float) -> None:
+        assert self._dispatched is None, "the one before it was not measured"
+        self._dispatched = batch
         for chunk in batch.prefills:
             self._flying.discard(chunk.request_id)
             if chunk.request_id in self._left:

@@ -24,7 +24,7 @@ class FakeMark:
     def wait(self) -> None:
         self.device.waited_for.append(self.position)
         if self.device.patient:
-            self.device.finished = max(self.device.finished, self.position)
+            self.device.finish(self.position)
         elif not self.done():
             raise WouldWait
 
@@ -50,6 +50,10 @@ class FakeDevice:
 
     def enqueue(self, name: str) -> None:
         self.enqueued.append(name)
+
+    def finish(self, position: int) -> None:
+        """Everything up to there is done."""
+        self.finished = max(self.finished, position)
 
     def record(self) -> FakeMark:
         return FakeMark(self, len(self.enqueued))

@@ -108,7 +108,7 @@ def test_numbers_are_told_again_only_if_they_changed() -> None:
     kv, table = engine.parts.kv, BlockTable()
     kv.reserve([1] * 9, table)
     kv.remember([1] * 9, 9, table)
-    engine.loop._refresh_unstarted()
+    engine.loop._roster.refresh()
     assert [(a.id, a.history) for a in policy.adds[2:]] == [("same", 8)]
 
 

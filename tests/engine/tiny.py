@@ -131,6 +131,8 @@ class Engine:
     emitted: list[Outbound]
     clock: Callable[[], float]
     on_poll: list[Callable[[], None]] = field(default_factory=list)
+    asked: list[AddRequest] = field(default_factory=list)
+    """Every request that was sent."""
 
     def add(self, request_id: str, prompt: Sequence[int], **sampling: object) -> None:
         """Send a request; greedy unless told otherwise."""
@@ -177,6 +179,8 @@ def make_engine(
     vocabulary: int = VOCABULARY,
     eos: int = EOS,
     executor: Executor | None = None,
+    sampler: Sampler | None = None,
+    async_scheduling: bool = True,
 ) -> Engine:
     """An engine around the shared runner of this model, with KV memory of its own size.
 
@@ -186,7 +190,7 @@ def make_engine(
     cost = cost or CostModel()
     kv = KVManager(blocks, BLOCK, prefix_cache=prefix_cache)
     gate = MemoryGate(kv, short_reserve)
-    sampler = Sampler(vocabulary, torch.device("cpu"), grammars)
+    sampler = sampler or Sampler(vocabulary, torch.device("cpu"), grammars)
     longest = min(max_model_len, (blocks - short_reserve) * BLOCK)
     limits = Limits(longest, vocabulary, frozenset({eos}), 0)
     parts = Parts(
@@ -199,6 +203,7 @@ def make_engine(
         cost=cost,
         device=torch.device("cpu"),
         executor=executor,
+        async_scheduling=async_scheduling,
     )
     if exchange is not None:
         parts = replace(parts, exchange=exchange(parts))
@@ -217,6 +222,7 @@ def make_engine(
         for hook in engine.on_poll:
             hook()
         messages = list(inbox)
+        engine.asked += [message for message in messages if isinstance(message, AddRequest)]
         inbox.clear()
         return messages
 

@@ -73,7 +73,8 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--log-format": "json", "--role": "long", "--otlp-endpoint": "http://127.0.0.1:4318",
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
-    result = serve("some/model", "--no-prefix-cache", "--kv-transfer", "--compile-layers", *words)
+    switches = ("--no-prefix-cache", "--kv-transfer", "--compile-layers", "--no-async-scheduling")
+    result = serve("some/model", *switches, *words)
     assert result.exit_code == 0, result.output
     policy = started.engine.policy_config
     default_server = ServerSettings(model_names=("x",), model_root="x")

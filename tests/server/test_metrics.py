@@ -42,6 +42,8 @@ STATS = EngineStats(
     cost_seconds={"token": 1e-3, "launch": 0.02},
     wait_error={"short": 0.3, "long": 0.2},
     wait_coverage={"short": 0.91, "long": 0.88},
+    steps_ahead=17,
+    steps_waited={"grammar": 2},
     firsts=[LatencySample(True, 0.1, 0.2), LatencySample(False, 1.0, 2.0)],
 )
 
@@ -73,6 +75,8 @@ def test_totals_go_on_over_a_restart() -> None:
     metrics.stats(STATS)
     metrics.stats(msgspec.structs.replace(STATS, prefix_hits=25, batches={"short": 14, "long": 1}))
     assert value(metrics, "vllm:prefix_cache_hits_total") == 25
+    assert value(metrics, "pla_serve:steps_ahead_total") == 17
+    assert value(metrics, "pla_serve:steps_waited_total", reason="grammar") == 2
     metrics.lost("killed")
     assert value(metrics, "pla_serve:engine_up") == 0
     assert value(metrics, "vllm:num_requests_running") == 0

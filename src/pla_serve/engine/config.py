@@ -57,6 +57,8 @@ class EngineConfig:
     waits for one less; with 1 the device waits for the host."""
     compile_layers: bool = False
     """Run stock decoder layers through torch.compile, in place of the project's own fused ones."""
+    async_scheduling: bool = True
+    """On CUDA: enqueue the next batch before the tokens of the one that runs are known."""
     max_queued_tokens: int | None = None
     """Admission: most new tokens waiting; None: four times the KV capacity."""
     max_predicted_wait: float | None = 120.0

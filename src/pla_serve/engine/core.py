@@ -187,6 +187,7 @@ def _assemble(
         policy=policy,
         cost=cost,
         device=device,
+        async_scheduling=config.async_scheduling,
     )
 
 

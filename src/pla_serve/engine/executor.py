@@ -13,7 +13,7 @@ from pla_serve.engine.forward import FlatBatch, SpanRequest, build
 from pla_serve.engine.graphs.counts import GridCounts
 from pla_serve.engine.graphs.grid import ShapeGrid
 from pla_serve.engine.runner import AtBoundary, ModelRunner
-from pla_serve.engine.staging import Scratch, Uploader, capacity_of, pack, unpack
+from pla_serve.engine.staging import Scratch, Uploader, capacity_of, pack, put_carried, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,21 @@ class Executor(Protocol):
     """Runs batches."""
 
     device: Device
+    carries: bool
+    """Whether it takes tokens that the host does not know yet."""
 
-    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
-        """Enqueue the pass. See `ModelRunner.forward`; what ``at_boundary`` raises comes out."""
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
+        """Enqueue the pass. See `ModelRunner.forward`; what ``at_boundary`` raises comes out.
+
+        Args:
+            carried: (rows,) int64 on the device, for requests that name a row of it. Only where it
+                ``carries``.
+        """
         ...
 
     def use_idle_time(self) -> bool:
@@ -50,6 +62,8 @@ class PlainExecutor:
         counts: what `counts` gives.
     """
 
+    carries = False
+
     def __init__(
         self,
         runner: ModelRunner,
@@ -64,8 +78,14 @@ class PlainExecutor:
         self._counts = counts
 
     @torch.inference_mode()
-    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
         """See `Executor`."""
+        assert carried is None
         flat = build(requests, self._block_tokens, self._torch_device)
         return Executed(self._runner.forward(flat, at_boundary), False)
 
@@ -86,6 +106,8 @@ class StagedExecutor:
         counts: those of the grid, if there is one.
     """
 
+    carries = True
+
     def __init__(
         self,
         runner: ModelRunner,
@@ -103,13 +125,18 @@ class StagedExecutor:
         self._counts = counts if grid is None else grid.counts
 
     @torch.inference_mode()
-    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
         """See `Executor`."""
         if self._grid is not None:
-            logits = self._grid.forward(requests)
+            logits = self._grid.forward(requests, carried)
             if logits is not None:
                 return Executed(logits, True)
-        flat = stage(requests, self._block_tokens, self._uploader)
+        flat = stage(requests, self._block_tokens, self._uploader, carried)
         return Executed(self._runner.forward(flat, at_boundary), False)
 
     def use_idle_time(self) -> bool:
@@ -121,12 +148,20 @@ class StagedExecutor:
         return self._counts
 
 
-def stage(requests: Sequence[SpanRequest], block_tokens: int, uploader: Uploader) -> FlatBatch:
-    """A batch without padding, on the device."""
+def stage(
+    requests: Sequence[SpanRequest],
+    block_tokens: int,
+    uploader: Uploader,
+    carried: torch.Tensor | None = None,
+) -> FlatBatch:
+    """A batch without padding, on the device; ``carried`` as of `Executor.forward`."""
     capacity = capacity_of(requests, block_tokens)
     numbers, spans = pack(requests, capacity, block_tokens, Scratch(0, 1))
+    buffer = uploader.upload(numbers, None)
+    if carried is not None:
+        put_carried(buffer, capacity, carried)
     return unpack(
-        uploader.upload(numbers, None),
+        buffer,
         capacity,
         spans,
         block_tokens,

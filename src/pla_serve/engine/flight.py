@@ -31,7 +31,7 @@ class Frame:
     """Seconds that batches inside it have taken."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Flight:
     """A batch whose work is enqueued, and whose tokens are on their way."""
 
@@ -42,5 +42,9 @@ class Flight:
     frame: Frame
     outer: Frame
     nested: bool
+    whole: bool
+    """It had no layer boundaries, so that all of it may still be before the device."""
     began: Mark
     ended: Mark
+    dispatched: bool = False
+    """Policy and sequences go on from its end already."""

@@ -73,6 +73,9 @@ class SpanRequest:
     """Its blocks, which cover history and new tokens, as runs of neighbours."""
     wants_logits: bool
     """Whether the logits of the last new token are wanted."""
+    carried: int | None = None
+    """Row among the carried tokens (`Executor.forward`) that is its one new token: one that the
+    host does not know yet. ``tokens`` has something else in its place."""
 
 
 def build(requests: Sequence[SpanRequest], block_tokens: int, device: torch.device) -> FlatBatch:

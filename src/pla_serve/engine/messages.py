@@ -298,6 +298,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Counter by captured shape, as ``tokens x requests``."""
     graph_fallbacks: dict[str, int] = {}
     """Counter by reason: batches on the ordinary kernels while shapes are captured."""
+    steps_ahead: int = 0
+    """Counter: batches enqueued before the tokens of the one before them were known."""
+    steps_waited: dict[str, int] = {}
+    """Counter by reason: batches whose end was waited for before the next one was enqueued."""
     graph_tokens: int = 0
     """Counter: real tokens in captured shapes."""
     graph_padding: int = 0

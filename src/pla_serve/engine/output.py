@@ -28,12 +28,22 @@ def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Outp
     )
 
 
+def ends_with_next(sequence: Sequence, max_model_len: int) -> bool:
+    """Whether ``sequence`` ends with its next token, whatever that is."""
+    return _certain_end(sequence, 1, max_model_len) is not None
+
+
 def _ends(sequence: Sequence, sampled: Sampled, max_model_len: int) -> FinishReason | None:
     if sampled.stopped or sampled.grammar_finished:
         return "stop"
+    return _certain_end(sequence, 0, max_model_len)
+
+
+def _certain_end(sequence: Sequence, coming: int, max_model_len: int) -> FinishReason | None:
+    """What ends it after ``coming`` more tokens, if no stop does before."""
     if (
-        sequence.generated >= sequence.request.sampling.max_tokens
-        or len(sequence.tokens) >= max_model_len
+        sequence.generated + coming >= sequence.request.sampling.max_tokens
+        or len(sequence.tokens) + coming >= max_model_len
     ):
         return "length"
     return None if sequence.request.hand_over is None else "handed_over"

@@ -32,3 +32,5 @@ class Parts:
     executor: Executor | None = None
     """Where batches run; None: layer by layer, by ``runner``."""
     exchange: Exchange = field(default_factory=NoExchange)
+    async_scheduling: bool = True
+    """See `EngineConfig`."""

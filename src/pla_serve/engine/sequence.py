@@ -24,9 +24,15 @@ class Sequence:
     computed: int = 0
     """Leading tokens whose KV is in ``table``."""
     table: BlockTable = field(default_factory=BlockTable)
-    in_flight: bool = False
-    """A batch that is being computed writes to its blocks."""
-    aborted: bool = False
+    ahead: int = 0
+    """Tokens behind these whose KV is written by batches that were dispatched and not booked."""
+    coming: int | None = None
+    """The token behind ``tokens`` is chosen, and this is its row among the choices of the batch
+    that was dispatched last."""
+    in_flight: int = 0
+    """Batches under way, and transfers, that write to its blocks."""
+    over: bool = False
+    """Ended or aborted. What still runs for it is for nobody."""
     seen_version: int = -1
     """State of the prefix cache when its prefix was last looked up."""
     seen_cached: int = 0
@@ -41,6 +47,11 @@ class Sequence:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def enqueued(self) -> int:
+        """Leading tokens whose KV is there once the device has done all that it was given."""
+        return self.computed + self.ahead
 
     @property
     def rank(self) -> tuple[int, float]:

@@ -118,7 +118,8 @@ def pack(
     """The numbers of a batch as `unpack` finds them; unused table entries are left off.
 
     Padding: tokens behind the real ones that write to scratch slots, sequences without tokens, and
-    outputs that name the first token.
+    outputs that name the first token. A carried token is packed as -1 less its row, for
+    `put_carried`.
 
     Raises:
         ValueError: the requests exceed the capacity.
@@ -139,6 +140,8 @@ def pack(
         runs = slot_runs(request.runs, context, block_tokens)
         spans.append(Span(at, length, request.history, runs))
         tokens[at : at + length] = request.tokens
+        if request.carried is not None:
+            tokens[at] = -1 - request.carried
         positions[at : at + length] = np.arange(request.history, context)
         blocks = _block_numbers(request, block_tokens)
         table[entry : entry + len(blocks)] = blocks
@@ -155,6 +158,20 @@ def pack(
     if padding:
         slots[at:] = scratch.first + np.arange(padding) % scratch.count
     return numbers, tuple(spans)
+
+
+def put_carried(buffer: torch.Tensor, capacity: Capacity, carried: torch.Tensor) -> None:
+    """Put tokens that never left the device where `pack` has left room for them.
+
+    A row of ``carried`` that is no token (see `Choice.chosen`) becomes token 0: what is computed of
+    it is for nobody.
+
+    Args:
+        carried: (rows,) int64 on the device.
+    """
+    tokens = buffer[: capacity.tokens]
+    found = carried.clamp(min=0).index_select(0, (-1 - tokens).clamp(min=0))
+    tokens.copy_(torch.where(tokens < 0, found, tokens))
 
 
 def unpack(

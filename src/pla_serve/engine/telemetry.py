@@ -26,6 +26,8 @@ class Telemetry:
     generation_tokens: int = 0
     express_batches: int = 0
     recompute_preemptions: int = 0
+    steps_ahead: int = 0
+    steps_waited: Counter[str] = field(default_factory=Counter)
     batches: Counter[str] = field(default_factory=Counter)
     firsts: list[LatencySample] = field(default_factory=list)
     _reported: float = 0.0
@@ -92,6 +94,8 @@ class Telemetry:
             wait_coverage={"short": waits.coverage(True), "long": waits.coverage(False)},
             firsts=firsts,
             transfer=transfer,
+            steps_ahead=self.steps_ahead,
+            steps_waited=dict(self.steps_waited),
             graph_replays=dict(graphs.replays) if graphs else {},
             graph_fallbacks=dict(graphs.fallbacks) if graphs else {},
             graph_tokens=graphs.real_tokens if graphs else 0,

@@ -139,21 +139,27 @@ class LengthAware:
         return self._nested(now) if self._longs else None
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
-        self._cost.observe(batch, seconds)
+        self.dispatched(batch, now)
+        self.measured(batch, seconds, now)
+
+    def dispatched(self, batch: Batch, now: float) -> None:
         self._book.settle(batch)
-        self._book.renew_prices()
-        account = self._account
         if batch.decodes:
             self._decoded_at = now
         if batch.kind is BatchClass.LONG:
             self._settle(now)
-            account.stop_long(now)
+            self._account.stop_long(now)
             for chunk in (*batch.prefills, *batch.decodes):
                 self._flights.land(chunk.request_id)
         else:
             self._express_started = None
-            if self._contested():
-                account.charge_express(min(seconds, now - self._contested_since))
+
+    def measured(self, batch: Batch, seconds: float, now: float) -> None:
+        self._cost.observe(batch, seconds)
+        self._book.renew_prices()
+        account = self._account
+        if batch.kind is not BatchClass.LONG and self._contested():
+            account.charge_express(min(seconds, now - self._contested_since))
         if self._flights:
             account.start_long(now)
 

@@ -5,6 +5,10 @@ Life of a request, as the policy sees it::
     add(PrefillRequest)                  it waits
       -> Run(batch) or an express batch  some of its new tokens are in flight
       -> observe(batch, seconds)         they were computed; what is left waits again
+         or, from an executor that decides on the next batch while the device computes this one,
+         dispatched(batch)               their end is certain; what is left waits again
+         next() -> Run(next batch)       is asked for and enqueued meanwhile
+         measured(batch, seconds)        the end has come
     start_decode(id)                     its prefill is complete and it wants more tokens
       -> one Chunk of a batch's ``decodes`` for every further token
     remove(id)                           finished, aborted, or parked by the executor
@@ -115,8 +119,9 @@ class QueueState:
 class PrefillPolicy(Protocol):
     """Decides what runs next. Deterministic in its calls; never reads a clock.
 
-    Chunks that a returned batch names are in flight until ``observe`` or ``remove`` mentions them;
-    a request in flight is never handed out again. Methods are called from one thread.
+    Chunks that a returned batch names are in flight until ``observe``, ``dispatched`` or ``remove``
+    mentions them; a request in flight is never handed out again. Methods are called from one
+    thread.
     """
 
     interrupts: bool
@@ -136,7 +141,7 @@ class PrefillPolicy(Protocol):
         ...
 
     def next(self, now: float) -> Decision:
-        """Called when the device is free."""
+        """Called when the device is free, or busy with a batch that was `dispatched`."""
         ...
 
     def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
@@ -152,6 +157,19 @@ class PrefillPolicy(Protocol):
         It may be a part of the batch that was handed out; the rest was taken back by ``remove``. If
         all of it was, ``batch`` has no chunks, and ``seconds`` are what it took until it was left.
         """
+        ...
+
+    def dispatched(self, batch: Batch, now: float) -> None:
+        """All of ``batch`` is on its way and nothing will stop it: the part of `observe` that is
+        known before it has run. It was handed out by `next`, and nothing inside it is in flight.
+
+        What is left of its requests may be handed out by `next`. One batch at most is begun before
+        `measured` tells of this one, and `at_layer_boundary` is not called in between.
+        """
+        ...
+
+    def measured(self, batch: Batch, seconds: float, now: float) -> None:
+        """The batch that was `dispatched` took ``seconds``: the other part of `observe`."""
         ...
 
     def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:

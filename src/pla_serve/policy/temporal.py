@@ -66,9 +66,21 @@ class PrefillFirst:
         if batch.kind is not BatchClass.DECODE:
             self._inner.observe(batch, seconds, now)
             return
+        self.dispatched(batch, now)
+        self.measured(batch, seconds, now)
+
+    def dispatched(self, batch: Batch, now: float) -> None:
+        if batch.kind is not BatchClass.DECODE:
+            self._inner.dispatched(batch, now)
+            return
         self._step = None
-        self._cost.observe(batch, seconds)
         self._decodes.settle(batch.decodes)
+
+    def measured(self, batch: Batch, seconds: float, now: float) -> None:
+        if batch.kind is not BatchClass.DECODE:
+            self._inner.measured(batch, seconds, now)
+            return
+        self._cost.observe(batch, seconds)
 
     def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
         left = 0.0

@@ -64,6 +64,7 @@ def serve(
     capture_padding_cap: flags.CapturePaddingCap = _ENGINE.capture_padding_cap,
     run_ahead_layers: flags.RunAheadLayers = _ENGINE.run_ahead_layers,
     compile_layers: flags.CompileLayers = _ENGINE.compile_layers,
+    async_scheduling: flags.AsyncScheduling = _ENGINE.async_scheduling,
     max_queued_tokens: flags.MaxQueuedTokens = _ENGINE.max_queued_tokens,
     max_predicted_wait: flags.MaxPredictedWait = _ENGINE.max_predicted_wait or 0.0,
     host: flags.Host = _SERVER.host,
@@ -121,6 +122,7 @@ def serve(
             capture_padding_cap=capture_padding_cap,
             run_ahead_layers=run_ahead_layers,
             compile_layers=compile_layers,
+            async_scheduling=async_scheduling,
             max_queued_tokens=max_queued_tokens,
             max_predicted_wait=max_predicted_wait or None,
         )

@@ -254,6 +254,13 @@ CompileLayers = Annotated[
         rich_help_panel=DEVICE,
     ),
 ]
+AsyncScheduling = Annotated[
+    bool,
+    typer.Option(
+        help="On a GPU: enqueue the next batch before the tokens of the running one are known.",
+        rich_help_panel=DEVICE,
+    ),
+]
 MaxQueuedTokens = Annotated[
     int | None,
     typer.Option(

@@ -54,6 +54,10 @@ COUNTERS = {
     "vllm:generation_tokens": ("generation_tokens", "Tokens generated."),
     "vllm:num_preemptions": ("recompute_preemptions", "Requests recomputed for want of KV memory."),
     "pla_serve:express_batches": ("express_batches", "Batches run at a layer boundary of another."),
+    "pla_serve:steps_ahead": (
+        "steps_ahead",
+        "Batches enqueued before the tokens of the one before them were known.",
+    ),
     "pla_serve:graph_tokens": ("graph_tokens", "Tokens computed in captured shapes."),
     "pla_serve:graph_padding": ("graph_padding", "Padding computed in captured shapes."),
     "pla_serve:compile_failures": (
@@ -90,6 +94,12 @@ class Metrics:
             Counter,
             "pla_serve:graph_fallbacks",
             "Batches run on the ordinary kernels although shapes are captured, by reason.",
+            "reason",
+        )
+        self._steps_waited = self._family(
+            Counter,
+            "pla_serve:steps_waited",
+            "Batches whose end was waited for before the next was enqueued, by reason.",
             "reason",
         )
         self._rejected = self._family(
@@ -225,6 +235,7 @@ class Metrics:
             (self._batches, "batches"),
             (self._replays, "graph_replays"),
             (self._fallbacks, "graph_fallbacks"),
+            (self._steps_waited, "steps_waited"),
         ):
             before = getattr(seen, name, {})
             for label, total in getattr(stats, name).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -80,22 +81,44 @@ def test_poison_and_compare(name: str, seed: int, lengths: list[tuple[int, int]]
     made = requests_of(rng, lengths)
     requests = [request for _, request in made]
     outcomes = []
-    for padded in (False, True):
+    for padded, carry in ((False, False), (True, False), (False, True), (True, True)):
         poison(cache)
         compute_histories(runner, made)
+        batch, carried = carry_some(rng, requests) if carry else (requests, None)
         if padded:
-            logits = make_grid(runner).forward(requests)
+            logits = make_grid(runner).forward(batch, carried)
             assert logits is not None
             logits = logits.clone()
         else:
-            logits = runner.forward(stage(requests, BLOCK, DirectUploader()))
+            logits = runner.forward(stage(batch, BLOCK, DirectUploader(), carried))
         live = [memory[: SCRATCH.first].clone() for memory in (*cache.keys, *cache.values)]
         outcomes.append((logits, live))
-    (expected, kv), (got, kv_padded) = outcomes
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    for before, after in zip(kv, kv_padded, strict=True):
-        assert torch.equal(before.isnan(), after.isnan()), "padding wrote to somebody's KV"
-        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4, equal_nan=True)
+    expected, kv = outcomes[0]
+    for got, kv_got in outcomes[1:]:
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        for before, after in zip(kv, kv_got, strict=True):
+            assert torch.equal(before.isnan(), after.isnan()), "padding wrote to somebody's KV"
+            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def carry_some(rng: Random, requests: list[SpanRequest]) -> tuple[list[SpanRequest], torch.Tensor]:
+    """The same batch, with some single tokens that the host does not know; among the carried ones
+    are rows without a token and rows that nobody asks for."""
+    carried = [rng.choice((-2, -1, 5)) for _ in range(rng.randint(1, 4))]
+    batch = []
+    for request in requests:
+        if len(request.tokens) == 1 and rng.random() < 0.7:
+            row = rng.randint(0, len(carried))
+            carried.insert(row, request.tokens[0])
+            batch = [
+                replace(r, carried=r.carried + 1)
+                if r.carried is not None and r.carried >= row
+                else r
+                for r in batch
+            ]
+            request = replace(request, tokens=[VOCABULARY - 1], carried=row)
+        batch.append(request)
+    return batch, torch.tensor(carried)
 
 
 def test_each_batch_takes_the_cheapest_shape_and_is_counted() -> None:

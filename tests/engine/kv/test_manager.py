@@ -56,7 +56,9 @@ class ManagerMachine(RuleBasedStateMachine):
             if self.kv.grow(table, len(tokens) + 1):
                 tokens.append(data.draw(st.integers(0, 1)))
                 self.write(tokens, table, len(tokens) - 1)
-                self.kv.remember(tokens, len(tokens), table)
+                in_use, own = data.draw(st.booleans()), list(table.blocks)
+                self.kv.remember(tokens, len(tokens), table, in_use=in_use)
+                assert not in_use or table.blocks == own, "a batch reads these"
             else:
                 assert self.kv.available == 0
 
@@ -109,6 +111,21 @@ def test_a_finished_answer_is_found_by_the_next_turn() -> None:
     kv.release(table)
     assert kv.cached_prefix([*answer, 12]) == 12
     assert kv.cached_prefix(answer) == 8, "the last token is always left to compute"
+
+
+def test_a_table_in_use_keeps_its_blocks_and_is_cached_afterwards() -> None:
+    kv = KVManager(BLOCKS, BLOCK)
+    one, two = BlockTable(), BlockTable()
+    text = list(range(3 * BLOCK))
+    assert kv.reserve(text[:BLOCK], one) == kv.reserve(text, two) == 0
+    kv.remember(text[:BLOCK], BLOCK, one)
+    own = list(two.blocks)
+    kv.remember(text, len(text), two, in_use=True)
+    assert two.blocks == own
+    assert kv.cached_prefix([*text, 1]) == BLOCK, "what follows on a block of its own waits with it"
+    kv.remember(text, len(text), two)
+    assert two.blocks == [*one.blocks, *own[1:]]
+    assert kv.cached_prefix([*text, 1]) == 3 * BLOCK
 
 
 def test_least_recently_used_prefix_goes_first() -> None:

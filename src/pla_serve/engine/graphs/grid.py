@@ -13,7 +13,15 @@ from pla_serve.engine.forward import FlatBatch, Span, SpanRequest
 from pla_serve.engine.graphs.capture import Capturer, Pass
 from pla_serve.engine.graphs.counts import GridCounts
 from pla_serve.engine.runner import ModelRunner
-from pla_serve.engine.staging import Capacity, Scratch, Uploader, capacity_of, pack, unpack
+from pla_serve.engine.staging import (
+    Capacity,
+    Scratch,
+    Uploader,
+    capacity_of,
+    pack,
+    put_carried,
+    unpack,
+)
 from pla_serve.policy.shapes.ladder import Ladder, Layout, Shape, ShapeCost
 
 log = logging.getLogger(__name__)
@@ -109,10 +117,12 @@ class ShapeGrid:
                 tell(shape, number, len(self._wanted))
         self._ladder = self._make_ladder()
 
-    def forward(self, requests: Sequence[SpanRequest]) -> torch.Tensor | None:
+    def forward(
+        self, requests: Sequence[SpanRequest], carried: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """Logits (rows, vocabulary), valid until the next call; None if no shape takes the batch.
 
-        The reason is then counted.
+        The reason is then counted. ``carried`` as of `Executor.forward`.
         """
         lengths = [len(request.tokens) for request in requests]
         fit = self._ladder.fit(lengths)
@@ -129,6 +139,8 @@ class ShapeGrid:
             requests, captured.capacity, self._limits.block_tokens, self._limits.scratch
         )
         self._uploader.upload(numbers, self._buffer)
+        if carried is not None:
+            put_carried(self._buffer, captured.capacity, carried)
         logits = captured.play()
         self.counts.replays[f"{fit.shape.tokens}x{fit.shape.batch}"] += 1
         self.counts.real_tokens += need.tokens

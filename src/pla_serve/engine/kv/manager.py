@@ -107,13 +107,23 @@ class KVManager:
         table.blocks += self._pool.allocate(wanted, after=last, room=GROWTH_BLOCKS)
         return True
 
-    def remember(self, tokens: Sequence[int], computed: int, table: BlockTable) -> None:
-        """Tell the prefix cache of the first ``computed`` tokens, in whole blocks."""
+    def remember(
+        self, tokens: Sequence[int], computed: int, table: BlockTable, *, in_use: bool = False
+    ) -> None:
+        """Tell the prefix cache of the first ``computed`` tokens, in whole blocks.
+
+        Where it knows them by another block, ``table`` gets that one in place of its own. A batch
+        under way may read ``table`` (``in_use``): then nothing is told from such a block on, until
+        a later call.
+        """
         whole = computed // self.block_tokens
-        if self._prefix_cache and whole > table.inserted:
-            if self._tree.insert(tokens, table.blocks, table.inserted, whole):
-                table.forget_runs()
-            table.inserted = whole
+        if not self._prefix_cache or whole <= table.inserted:
+            return
+        if in_use:
+            whole = self._tree.first_known(tokens, table.blocks, table.inserted, whole)
+        if self._tree.insert(tokens, table.blocks, table.inserted, whole):
+            table.forget_runs()
+        table.inserted = whole
 
     def pin(self, blocks: Sequence[int]) -> None:
         """Hold blocks of a sequence that holds them itself; ``unpin`` before it lets them go."""

@@ -96,6 +96,18 @@ class PrefixTree:
             node = child
         return changed
 
+    def first_known(self, tokens: Sequence[int], blocks: list[int], start: int, stop: int) -> int:
+        """Where `insert` would put another block in place of the caller's; ``stop`` if nowhere."""
+        node = self._by_block[blocks[start - 1]] if start else self._root
+        for index in range(start, stop):
+            child = node.children.get(self._key(tokens, index))
+            if child is None:
+                return stop
+            if child.block != blocks[index]:
+                return index
+            node = child
+        return stop
+
     def release(self, blocks: Sequence[int]) -> None:
         """The caller stops holding these blocks of one sequence, given in order."""
         self._tick += 1

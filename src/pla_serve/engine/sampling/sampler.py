@@ -32,8 +32,10 @@ class Choice:
     """The tokens of a batch, chosen on the device and on their way to the host."""
 
     sequences: Sequence[SequenceSampling]
+    chosen: torch.Tensor
+    """(n,) int64 on the device; negative where there is no token."""
     tokens: torch.Tensor
-    """(n,) in the host's memory, valid once the device has come so far."""
+    """The same in the host's memory, valid once the device has come so far."""
     logprobs: dict[int, TokenLogprob]
 
 
@@ -120,7 +122,8 @@ class Sampler:
                 f"vocabulary of {self._vocab_size}"
             )
         if not sequences:
-            return Choice(sequences, torch.empty(0, dtype=torch.int64), {})
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Choice(sequences, nothing, nothing, {})
         top, tokens = row_max(logits)
         tokens = torch.where(top.isfinite(), tokens, NOT_FINITE)
         special = [row for row, sequence in enumerate(sequences) if not sequence.plain]
@@ -133,7 +136,7 @@ class Sampler:
             )
             tokens[index] = chosen
         logprobs = self._logprobs(logits, tokens, sequences)
-        return Choice(sequences, to_host(tokens), logprobs)
+        return Choice(sequences, tokens, to_host(tokens), logprobs)
 
     def accept(self, choice: Choice) -> list[Sampled]:
         """Advance each sequence by its token; the device must have finished the choice."""

@@ -55,6 +55,8 @@ class SequenceSampling:
     ) -> None:
         self.params = params
         self.drawn = 0
+        """Tokens accepted so far."""
+        self._promised = 0
         self.grammar = grammar
         self.greedy = params.temperature < GREEDY_BELOW
         self._key = key
@@ -81,20 +83,41 @@ class SequenceSampling:
         )
 
     @property
+    def position(self) -> int:
+        """Of the next token to be chosen in the output: behind those accepted or on their way."""
+        return self.drawn + self._promised
+
+    @property
     def plain(self) -> bool:
         """The next token is the argmax of the model's own logits."""
-        return self._bare and self.drawn >= self.params.min_tokens
+        return self._bare and self.position >= self.params.min_tokens
+
+    @property
+    def needs_last_token(self) -> str | None:
+        """What the choice of a token takes from the one before; None: it can be made without."""
+        if self.grammar is not None:
+            return "grammar"
+        if self.penalties is not None:
+            return "penalties"
+        return None if self.params.logprobs is None else "logprobs"
+
+    def promise(self) -> None:
+        """A token is chosen and will be accepted later; the next may be chosen before that.
+
+        Only where ``needs_last_token`` is None.
+        """
+        self._promised += 1
 
     def forbidden(self) -> tuple[int, ...]:
         """Token ids that would end the text before ``min_tokens``."""
-        early = self.drawn < self.params.min_tokens
+        early = self.position < self.params.min_tokens
         if not early or (self.grammar is not None and self.grammar.must_stop):
             return ()
         return self._early_stops
 
     def uniform(self) -> float:
         """The random number of the next token; asking again gives the same one."""
-        return uniform(self._key, self.drawn)
+        return uniform(self._key, self.position)
 
     def resume(self, output: Sequence[int]) -> None:
         """Go past tokens that another engine chose from the same state.
@@ -112,6 +135,7 @@ class SequenceSampling:
     def accept(self, token: int, logprob: TokenLogprob | None) -> Sampled:
         """Take ``token`` as the next of the output and advance all state by it."""
         self.drawn += 1
+        self._promised = max(0, self._promised - 1)
         if self.penalties is not None:
             self.penalties.seen.add(token)
         stopped = token in self.stop_ids

@@ -90,7 +90,7 @@ class Reservations:
             return Rejected(id=request.id, reason=reason, retry_after=RETRY_SECONDS), None
         lease = message.lease_seconds
         reservation = _Reservation(sequence, lease, now + lease)
-        sequence.in_flight = True
+        sequence.in_flight += 1
         self._reservations[request.id] = reservation
         if source is not None and source.tokens > sequence.computed:
             self._start(reservation, source)
@@ -239,7 +239,7 @@ class Reservations:
         """It is an ordinary sequence from now on; blocks being written stay behind it."""
         sequence = reservation.sequence
         del self._reservations[sequence.id]
-        sequence.in_flight = False
+        sequence.in_flight -= 1
         if reservation.key is not None:
             self._kv.pin(sequence.table.blocks)
             self._quarantine[reservation.key] = list(sequence.table.blocks)

@@ -58,10 +58,16 @@ class ContinuousBatching:
         return None
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
-        self._cost.observe(batch, seconds)
+        self.dispatched(batch, now)
+        self.measured(batch, seconds, now)
+
+    def dispatched(self, batch: Batch, now: float) -> None:
         self._book.settle(batch)
-        self._book.renew_prices()
         self._running = None
+
+    def measured(self, batch: Batch, seconds: float, now: float) -> None:
+        self._cost.observe(batch, seconds)
+        self._book.renew_prices()
 
     def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
         """The batch under way, what the queue puts first, and the decode steps that ride along."""

@@ -166,4 +166,10 @@ class FastServe(ContinuousBatching):
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
         self._levels.charge(batch, seconds, now)
-        super().observe(batch, seconds, now)
+        super().dispatched(batch, now)
+        super().measured(batch, seconds, now)
+
+    def dispatched(self, batch: Batch, now: float) -> None:
+        """Charges what is predicted: the order is needed before the time is known."""
+        self._levels.charge(batch, self._cost.seconds(batch), now)
+        super().dispatched(batch, now)

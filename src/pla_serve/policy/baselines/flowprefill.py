@@ -177,9 +177,9 @@ class FlowPrefill(ContinuousBatching):
             self._running = (batch, now)
         return batch
 
-    def observe(self, batch: Batch, seconds: float, now: float) -> None:
+    def dispatched(self, batch: Batch, now: float) -> None:
         self._skip_to(batch)
-        super().observe(batch, seconds, now)
+        super().dispatched(batch, now)
         self._event = True
         if self._paused:
             self._running = self._paused.pop().resumed(now)

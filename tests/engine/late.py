@@ -1,0 +1,226 @@
+"""An engine on a device that works late: nothing is computed before the host waits for it.
+
+Batches that run as a whole are put off, with the choice of their tokens, until a mark behind them
+is waited for (or a later pass has to run, which comes behind them in the one stream). So what the
+host believes before that shows: logits are NaN, tokens wrong. Passes with layer boundaries compute
+as the host goes through them; their marks are as late as those of all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+
+from pla_serve.engine.device import RunAhead
+from pla_serve.engine.executor import Executed, StagedExecutor
+from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.graphs.capture import NoCapture
+from pla_serve.engine.graphs.grid import GridLimits, ShapeGrid
+from pla_serve.engine.runner import AtBoundary, ModelRunner
+from pla_serve.engine.sampling import Choice, Sampled, Sampler, SequenceSampling
+from pla_serve.engine.staging import DirectUploader, Scratch
+from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.shapes.ladder import Shape
+from tests.engine.fake_device import FakeDevice
+from tests.engine.tiny import (
+    BLOCK,
+    MAX_BLOCKS,
+    VOCABULARY,
+    Engine,
+    grammar_compiler,
+    make_engine,
+    new_runner,
+)
+
+MOST_TOKENS, MOST_REQUESTS = 32, 8
+"""Of a batch that runs as a whole."""
+WRONG = 17
+"""What stands where a token has not been chosen yet."""
+
+
+@dataclass
+class LateDevice(FakeDevice):
+    """Keeps work that was put off, and who uses which blocks until when."""
+
+    put_off: list[Callable[[], None]] = field(default_factory=list)
+    gaps: int = 0
+    """Batches that found nothing before them that the device had still to do."""
+    uses: list[tuple[int, set[int]]] = field(default_factory=list)
+
+    def later(self, name: str, work: Callable[[], None]) -> None:
+        self.enqueue(name)
+        self.put_off.append(work)
+
+    def catch_up(self) -> None:
+        """Compute what was put off; the host does not hear of it."""
+        while self.put_off:
+            self.put_off.pop(0)()
+
+    def finish(self, position: int) -> None:
+        if position > self.finished:
+            self.catch_up()
+        super().finish(position)
+
+    def used(self) -> set[int]:
+        """Blocks of batches that are not finished."""
+        self.uses = [(end, blocks) for end, blocks in self.uses if end > self.finished]
+        return set().union(*(blocks for _, blocks in self.uses))
+
+
+class LateExecutor:
+    """Small batches as a whole, and late; others layer by layer."""
+
+    carries = True
+
+    def __init__(self, inner: StagedExecutor, device: LateDevice) -> None:
+        self.device = device
+        self._inner = inner
+        self.batches: list[int] = []
+        """Where in the stream each batch that ran as a whole is."""
+
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
+        device = self.device
+        blocks = {b for r in requests for first, end in r.runs for b in range(first, end)}
+        if not device.unfinished:
+            device.gaps += 1
+        tokens = sum(len(r.tokens) for r in requests)
+        if tokens > MOST_TOKENS or len(requests) > MOST_REQUESTS:
+            return self._layered(requests, at_boundary, carried, blocks)
+        frozen = [replace(r, tokens=list(r.tokens), runs=list(r.runs)) for r in requests]
+        logits = torch.full((sum(r.wants_logits for r in requests), VOCABULARY), torch.nan)
+
+        def compute() -> None:
+            logits.copy_(self._inner.forward(frozen, lambda: None, carried).logits)
+
+        self.batches.append(len(device.enqueued))
+        device.later("whole", compute)
+        device.uses.append((len(device.enqueued), blocks))
+        return Executed(logits, True)
+
+    def _layered(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None,
+        blocks: set[int],
+    ) -> Executed:
+        device = self.device
+
+        def boundary() -> None:
+            at_boundary()
+            device.catch_up()
+            device.enqueue("layer")
+
+        device.catch_up()  # carried tokens are read before the first layer
+        try:
+            executed = self._inner.forward(requests, boundary, carried)
+        finally:
+            device.uses.append((len(device.enqueued), blocks))
+        assert not executed.whole
+        return executed
+
+    def use_idle_time(self) -> bool:
+        return False
+
+    def counts(self) -> None:
+        return None
+
+
+class LateSampler(Sampler):
+    """Chooses when the device comes to it, by what the host knew when it asked."""
+
+    def __init__(self, device: LateDevice) -> None:
+        super().__init__(VOCABULARY, torch.device("cpu"), grammar_compiler())
+        self._late = device
+        self._ends: dict[int, int] = {}
+
+    def choose(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> Choice:
+        if any(sequence.params.logprobs is not None for sequence in sequences):
+            self._late.finish(len(self._late.enqueued))  # as the real one, which reads them
+            return super().choose(logits, sequences)
+        seen = [copy(sequence) for sequence in sequences]
+        tokens = torch.full((len(sequences),), WRONG)
+
+        def compute() -> None:
+            tokens.copy_(super(LateSampler, self).choose(logits, seen).chosen)
+
+        self._late.later("choice", compute)
+        self._ends[id(tokens)] = len(self._late.enqueued)
+        return Choice(sequences, tokens, tokens, {})
+
+    def accept(self, choice: Choice) -> list[Sampled]:
+        end = self._ends.pop(id(choice.tokens), 0)
+        assert end <= self._late.finished, "tokens were read before they were there"
+        return super().accept(choice)
+
+
+@cache
+def late_runner() -> ModelRunner:
+    return new_runner("llama", padded=True)
+
+
+@dataclass
+class LateEngine:
+    engine: Engine
+    device: LateDevice
+    executor: LateExecutor
+
+
+def late_engine(
+    policy: PrefillPolicy,
+    *,
+    blocks: int = MAX_BLOCKS,
+    short_reserve: int = 0,
+    prefix_cache: bool = True,
+    async_scheduling: bool = True,
+    depth: int = 2,
+) -> LateEngine:
+    """No block is given to anybody while a batch that uses it is not finished."""
+    device = LateDevice()
+    runner = late_runner()
+    runner._run_ahead = RunAhead(device, depth)
+    limits = GridLimits(BLOCK, Scratch(MAX_BLOCKS * BLOCK, BLOCK), 512, 64, 1.0)
+    shapes = [Shape(4, 4), Shape(16, 4), Shape(MOST_TOKENS, MOST_REQUESTS)]
+    cpu = torch.device("cpu")
+    grid = ShapeGrid(runner, NoCapture(), DirectUploader(), shapes, lambda t, b: t, limits, cpu)
+    grid.capture_all()
+    whole = StagedExecutor(runner, grid, DirectUploader(), device, BLOCK)
+    executor = LateExecutor(whole, device)
+    engine = make_engine(
+        "llama",
+        policy,
+        blocks=blocks,
+        short_reserve=short_reserve,
+        prefix_cache=prefix_cache,
+        executor=executor,
+        sampler=LateSampler(device),
+        async_scheduling=async_scheduling,
+    )
+    pool = engine.parts.kv._pool
+    allocate = pool.allocate
+
+    def checked(count: int, *, after: int | None = None, room: int = 0) -> list[int]:
+        found = allocate(count, after=after, room=room)
+        assert not device.used().intersection(found), "a block is given away that is in use"
+        return found
+
+    release = pool.release
+
+    def checked_release(blocks: Iterable[int]) -> None:
+        for block in blocks:
+            release((block,))
+            if block in device.used():
+                assert pool.holders(block), "a block comes free that is in use"
+
+    pool.allocate = checked  # type: ignore[method-assign]
+    pool.release = checked_release  # type: ignore[method-assign]
+    return LateEngine(engine, device, executor)
