@@ -80,12 +80,12 @@ class Team:
         self.size = config.tensor_parallel_size
         self._stuck = stuck or _end_process
         self._stuck_seconds = stuck_seconds
-        self._folder = _private_folder()
+        self.folder = _private_folder()
         self._lost: str | None = None
         self._noticed = threading.Event()
         self._closing = False
         self._ranks: TorchRanks | None = None
-        self._commands = CommandSender(self._folder, self.size)
+        self._commands = CommandSender(self.folder, self.size)
         self._children = [self._start(config, rank, program) for rank in range(1, self.size)]
 
     @property
@@ -99,7 +99,7 @@ class Team:
         Raises:
             RankLost: one of them has ended.
         """
-        self._ranks = TorchRanks(self._folder, 0, self.size, device, self.check)
+        self._ranks = TorchRanks(self.folder, 0, self.size, device, self.check)
         return self._ranks
 
     def send(self, command: Command) -> None:
@@ -152,7 +152,7 @@ class Team:
             self._commands(End())
         if self._ranks is not None:
             self._ranks.close(alone=kill)
-        self._commands.close(LEAVE_SECONDS)
+        self._commands.close(0.0 if kill else LEAVE_SECONDS)
         for child in self._children:
             if kill:
                 child.kill()
@@ -164,7 +164,7 @@ class Team:
             assert child.stdin is not None
             with suppress(BrokenPipeError):
                 child.stdin.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(
         self, config: EngineConfig, rank: int, program: tuple[str, ...]
@@ -176,7 +176,7 @@ class Team:
         launch = FollowerLaunch(
             config=config,
             rank=rank,
-            folder=str(self._folder),
+            folder=str(self.folder),
             log_level=level if level == "DEBUG" else "WARNING",  # the rest is what rank 0 says
             log_format=form,
         )
@@ -199,7 +199,7 @@ class Team:
         self._lost = f"rank {rank} of {self.size} ended: {_reason(words, status)}"
         log.error(self._lost)
         if not self._noticed.wait(self._stuck_seconds):
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
             self._stuck(self._lost)
 
 
