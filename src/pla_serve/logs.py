@@ -36,6 +36,13 @@ def configure(level: str, form: LogFormat, process: str, stream: IO[str] | None 
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+def in_use() -> tuple[str, LogFormat]:
+    """Level and form of this process's logs, for a process that it starts."""
+    root = logging.getLogger()
+    machines = any(isinstance(handler.formatter, JsonFormatter) for handler in root.handlers)
+    return logging.getLevelName(root.level), "json" if machines else "text"
+
+
 class TextFormatter(logging.Formatter):
     """One line for a person."""
 

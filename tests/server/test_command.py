@@ -84,6 +84,8 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         (started.server, default_server),
     ):
         for field in fields(default):
+            if field.name == "tensor_parallel_size":
+                continue  # excludes --kv-transfer; see the test of vLLM's names
             assert getattr(mine, field.name) != getattr(default, field.name), field.name
     assert (started.template, started.log_level) == ("hello", "debug")
     assert started.log_format == "json"
@@ -98,6 +100,12 @@ def test_names_of_vllm(started: Started) -> None:
     policy = started.engine.policy_config
     assert (policy.max_batch_tokens, policy.max_batch_requests) == (77, 5)
     assert policy.long_chunk_tokens == 33
+
+
+@pytest.mark.parametrize("name", ["--tensor-parallel-size", "-tp"])
+def test_tensor_parallelism_by_the_names_of_vllm(started: Started, name: str) -> None:
+    assert serve(name, "2").exit_code == 0
+    assert started.engine.tensor_parallel_size == 2
 
 
 def test_keys_come_from_the_environment(started: Started) -> None:
@@ -120,6 +128,7 @@ def test_zero_means_no_bound_on_the_wait(started: Started) -> None:
         (["--served-model-name", ""], "at least one name"),
         (["--chat-template", "/nowhere/at/all"], "/nowhere/at/all"),
         (["a", "--model", "b"], "two models"),
+        (["--kv-transfer", "-tp", "2"], "drop one of the two"),
         (["--policy", "fcfs", "--patience", "1"], "policy fcfs does not use --patience"),
         (["--policy", "laps", "--max-num-batched-tokens", "9"], "use --max-batch-tokens"),
         (

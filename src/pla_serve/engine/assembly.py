@@ -22,12 +22,14 @@ from pla_serve.engine.config import NO_SHAPES, EngineConfig
 from pla_serve.engine.device import Device, RunAhead, device_of
 from pla_serve.engine.executor import Executor, PlainExecutor, StagedExecutor
 from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.graphs.agreed import AgreedCapture
 from pla_serve.engine.graphs.capture import Capturer, CudaCapture, NoCapture
 from pla_serve.engine.graphs.choice import AUTO, choose_shapes
 from pla_serve.engine.graphs.counts import GridCounts
 from pla_serve.engine.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.kv.sizing import GIB, KVPlan
 from pla_serve.engine.loading.support import AttentionShape
+from pla_serve.engine.parallel.ranks import ALONE, Ranks
 from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.staging import DirectUploader, PinnedUploader, Scratch, Uploader
 from pla_serve.engine.tiles import Tiles
@@ -44,6 +46,8 @@ class Execution:
     runner: ModelRunner
     executor: Executor
     cache: KVCache
+    shapes: tuple[Shape, ...] = ()
+    """Captured at start."""
 
     def run(self, requests: Sequence[SpanRequest]) -> object:
         """One batch, as the loop would have it run; for warm-ups."""
@@ -60,6 +64,8 @@ def make_execution(
     cost: CostModel,
     device: torch.device,
     tiles: Tiles | None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Execution:
     """Allocates the KV, chooses the attention and captures shapes.
 
@@ -102,13 +108,15 @@ def make_execution(
     if config.capture_shapes == NO_SHAPES:
         pass
     elif not cuda or name in CAPTURABLE:
-        grid = make_grid(config, runner, cost, limits, uploader, tracker, counts)
+        grid = make_grid(config, runner, cost, limits, uploader, tracker, counts, ranks=ranks)
     else:
         reason = f"the attention backend {name} reads lengths on the host, and graphs cannot"
         if config.capture_shapes is not None:
             raise ValueError(f"no shapes can be captured: {reason}; drop --capture-shapes")
         log.warning("no shapes are captured: %s", reason)
-    return Execution(runner, StagedExecutor(runner, grid, uploader, tracker, block, counts), cache)
+    shapes = () if grid is None else grid.shapes
+    executor = StagedExecutor(runner, grid, uploader, tracker, block, counts)
+    return Execution(runner, executor, cache, shapes)
 
 
 def _compile(config: EngineConfig, layers: torch.nn.ModuleList, executor: Executor) -> None:
@@ -135,6 +143,8 @@ def make_grid(
     uploader: Uploader,
     tracker: Device,
     counts: GridCounts | None = None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> ShapeGrid:
     """The captured shapes, with a bar on a terminal, and what they took in the log."""
     device = tracker.torch_device
@@ -149,10 +159,13 @@ def make_grid(
         cost=price,
     )
     capturer: Capturer = CudaCapture(device) if device.type == "cuda" else NoCapture()
+    if ranks.size > 1:
+        capturer = AgreedCapture(capturer, ranks)
     grid = ShapeGrid(runner, capturer, uploader, shapes, price, limits, device, counts)
     started = time.perf_counter()
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    hidden = not (console.is_terminal and ranks.leads)
+    with Progress(console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("Capturing shapes", total=len(shapes))
 
         def tell(shape: Shape, number: int, count: int) -> None:

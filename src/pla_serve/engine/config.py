@@ -27,6 +27,8 @@ class EngineConfig:
     dtype: DType = "auto"
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
+    tensor_parallel_size: int = 1
+    """Ranks that share the model, each a process: on CUDA one a device, from ``device`` on."""
     seed: int = 0
     """For requests that give none, and for dummy weights."""
     max_model_len: int | None = None
@@ -34,12 +36,13 @@ class EngineConfig:
     block_tokens: int = 16
     """Tokens in one KV block."""
     kv_cache_gib: float | None = None
-    """Memory for KV; None takes a share of what is free after the weights are loaded."""
+    """Memory for KV, of all ranks together; None takes a share of what is free after the weights
+    are loaded."""
     prefix_cache: bool = True
     short_kv_reserve: float = 0.05
     """Share of the KV blocks that long prefills may not take, so that short ones always start."""
     threads: int | None = None
-    """CPU threads; None takes all cores."""
+    """CPU threads of all ranks together; None takes all cores."""
     policy: str = "length-aware"
     policy_config: PolicyConfig = field(default_factory=PolicyConfig)
     attention_backend: AttentionBackend = "auto"
@@ -81,6 +84,11 @@ class EngineConfig:
             raise ValueError(
                 f"capture_padding_cap must lie in 0..1, not {self.capture_padding_cap}"
             )
-        for name in ("capture_tokens", "run_ahead_layers"):
+        if self.kv_transfer and self.tensor_parallel_size > 1:
+            raise ValueError(
+                "--kv-transfer is not possible with --tensor-parallel-size: each rank holds a part "
+                "of every token's KV, and other instances expect the whole; drop one of the two"
+            )
+        for name in ("capture_tokens", "run_ahead_layers", "tensor_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

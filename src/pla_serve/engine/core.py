@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from uuid import uuid4
 
 import torch
 
-from pla_serve.engine import cpu, gpu
-from pla_serve.engine.assembly import Execution, make_execution
-from pla_serve.engine.attention.cache import KVShape
-from pla_serve.engine.attention.interface import APART, IMPLEMENTATION
-from pla_serve.engine.ceilings import ModelSize, measure, starting_profile
+from pla_serve.engine.assembly import Execution
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.intake import Intake, Limits
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.kv.sizing import KVPlan, plan_kv
+from pla_serve.engine.kv.sizing import KVPlan
+from pla_serve.engine.loaded import device_of_rank, load, use_threads
 from pla_serve.engine.loading import (
     ModelSource,
     Silent,
-    check_supported,
-    decoder_layers,
     eos_token_ids,
     load_config,
-    load_model,
     load_tokenizer,
     resolve,
-    resolve_device,
-    resolve_dtype,
 )
 from pla_serve.engine.loop import EngineLoop
 from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import EngineReady, Inbound, Outbound
+from pla_serve.engine.parallel.leading import LeadingExecutor
+from pla_serve.engine.parallel.ranks import ALONE
+from pla_serve.engine.parallel.share import check_divides
+from pla_serve.engine.parallel.team import Team
 from pla_serve.engine.parts import Parts
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
-from pla_serve.engine.tiles import Tiles
 from pla_serve.engine.transfer.exchange import assemble
-from pla_serve.engine.transfer.layout import KVLayout, fingerprint
+from pla_serve.engine.transfer.layout import KVLayout
 from pla_serve.engine.transfer.nixl import NixlTransport
 from pla_serve.engine.warmup import warm_up
 from pla_serve.policy.admission import Admission
@@ -72,55 +67,50 @@ class EngineCore:
         emit: Callable[[Outbound], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        torch.set_num_threads(config.threads or _usable_cores())
+        use_threads(config)
         source = resolve(config.model, config.load_format, progress=Silent())
-        device = resolve_device(config.device)
+        device = device_of_rank(config, 0)
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the current device
-        parts, ready = build_parts(config, source, device, clock)
+        self._team = team = _team(config, source)
+        if team is None:
+            parts, ready = build_parts(config, source, device, clock)
+        else:
+            with team.blamed():
+                parts, ready = build_parts(config, source, device, clock, team)
+            weakref.finalize(self, team.close)
         self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
         emit(ready)
 
     def step(self) -> float | None:
-        """See `EngineLoop.step`."""
-        return self._loop.step()
+        """See `EngineLoop.step`. Raises RankLost if another rank has ended."""
+        if self._team is None:
+            return self._loop.step()
+        with self._team.blamed():
+            return self._team.at_most(self._loop.step())
+
+
+def _team(config: EngineConfig, source: ModelSource) -> Team | None:
+    """The other ranks, which load while this one does; None if there are none."""
+    if config.tensor_parallel_size == 1:
+        return None
+    check_divides(load_config(source), config.tensor_parallel_size)
+    return Team(replace(config, model=source.path, load_format=source.load_format))
 
 
 def build_parts(
-    config: EngineConfig, source: ModelSource, device: torch.device, clock: Callable[[], float]
+    config: EngineConfig,
+    source: ModelSource,
+    device: torch.device,
+    clock: Callable[[], float],
+    team: Team | None = None,
 ) -> tuple[Parts, EngineReady]:
-    """Everything that the loop drives, warmed up."""
-    dtype = resolve_dtype(config.dtype, device)
-    if config.kv_transfer and device.type != "cpu":
-        # Layers are announced when they are enqueued, which on a GPU is before they are computed.
-        raise ValueError(f"--kv-transfer is for CPU instances only, not for {device}; drop it")
-    model_config = load_config(source)
-    attention = check_supported(model_config)
-    shape = KVShape(attention.layers, attention.kv_heads, attention.head_dim, dtype)
-    implementation = APART if config.compile_layers else IMPLEMENTATION
-    model = load_model(
-        source, dtype, device, config.seed, attn_implementation=implementation, checked=True
-    )
-    layers = decoder_layers(model, attention.layers)
-    size = ModelSize.of(
-        model,
-        layers,
-        attention_width=attention.query_heads * attention.head_dim,
-        kv_bytes_per_token=shape.bytes_per_token,
-    )
-    weights = fingerprint(model) if config.kv_transfer else ""
-    tiles = Tiles.open() if device.type == "cpu" and dtype == torch.float32 else None
-    if device.type == "cpu":
-        cpu.optimise(model, tiles, keep=layers if config.compile_layers else None)
-    elif not config.compile_layers:
-        fused = gpu.optimise(model, gpu.best_operations())
-        log.info("fused %d of %d decoder layers", fused, len(layers))
-    kv_plan = plan_kv(config, shape, device, int(model_config.max_position_embeddings))
-    kv_tokens = kv_plan.blocks * config.block_tokens
-    cost = CostModel(starting_profile(size, measure(device, dtype, clock)))
-    execution = make_execution(
-        config, model, layers, shape, attention, kv_plan, cost, device, tiles
-    )
+    """Everything that the loop drives, warmed up; ``team`` are the ranks that share the model."""
+    loaded = load(config, source, device, clock, ALONE if team is None else team.meet(device))
+    execution, kv_plan, cost = loaded.execution, loaded.kv_plan, loaded.cost
+    if team is not None:
+        leading = LeadingExecutor(execution.executor, team.send)
+        execution = replace(execution, executor=leading)
     warm_up(
         execution.run,
         cost,
@@ -133,29 +123,29 @@ def build_parts(
     )
     limits = Limits(
         max_model_len=kv_plan.max_model_len,
-        vocab_size=int(model_config.vocab_size),
+        vocab_size=loaded.vocab_size,
         eos_token_ids=frozenset(eos_token_ids(source)),
         default_seed=config.seed,
     )
     knobs = config.policy_config
-    knobs = replace(knobs, layers=knobs.layers or attention.layers)
+    knobs = replace(knobs, layers=knobs.layers or loaded.layers)
     policy = create_policy(config.policy, knobs, cost)
     parts = _assemble(config, source, device, execution, cost, kv_plan, limits, policy)
     layout = None
     if config.kv_transfer:
-        layout = KVLayout.of(execution.cache, config.block_tokens, weights)
+        layout = KVLayout.of(execution.cache, config.block_tokens, loaded.weights)
         exchange, _ = assemble(
             layout, parts.kv, parts.gate, parts.intake, life=uuid4(), transport=NixlTransport
         )
         parts = replace(parts, exchange=exchange)
     ready = EngineReady(
         max_model_len=kv_plan.max_model_len,
-        kv_tokens=kv_tokens,
-        kv_bytes_per_token=shape.bytes_per_token,
-        layers=shape.layers,
+        kv_tokens=kv_plan.blocks * config.block_tokens,
+        kv_bytes_per_token=loaded.kv_bytes_per_token,
+        layers=loaded.layers,
         vocab_size=limits.vocab_size,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(loaded.dtype).removeprefix("torch."),
         policy=config.policy,
         transfer=None if layout is None else layout.kind,
     )
@@ -201,7 +191,3 @@ def _grammars(source: ModelSource, limits: Limits) -> GrammarCompiler | None:
     except ValueError as error:
         log.warning("structured output is off, this tokenizer does not allow it: %s", error)
         return None
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -38,6 +38,7 @@ def serve(
     load_format: flags.LoadFormat = _ENGINE.load_format,
     dtype: flags.Dtype = _ENGINE.dtype,
     device: flags.Device = _ENGINE.device,
+    tensor_parallel_size: flags.TensorParallelSize = _ENGINE.tensor_parallel_size,
     threads: flags.Threads = _ENGINE.threads,
     seed: flags.Seed = _ENGINE.seed,
     max_model_len: flags.MaxModelLen = _ENGINE.max_model_len,
@@ -106,6 +107,7 @@ def serve(
             load_format=load_format,
             dtype=dtype,
             device=device,
+            tensor_parallel_size=tensor_parallel_size,
             seed=seed,
             max_model_len=max_model_len,
             block_tokens=block_size,
@@ -222,11 +224,7 @@ def start(
 
 def _located(config: EngineConfig, source: ModelSource) -> EngineConfig:
     """The same settings with the model where it was found, so that nobody looks for it again."""
-    return replace(
-        config,
-        model=str(source.folder / source.config_file if source.dummy else source.folder),
-        load_format="dummy" if source.dummy else "safetensors",
-    )
+    return replace(config, model=source.path, load_format=source.load_format)
 
 
 def load_for_api(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:

@@ -75,9 +75,21 @@ Dtype = Annotated[
     typer.Option(help="auto is float32 on a CPU, bfloat16 elsewhere.", rich_help_panel=MODEL),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        "-tp",
+        min=1,
+        help="Devices that share the model: GPUs from --device on, or processes on the CPU.",
+        rich_help_panel=MODEL,
+    ),
+]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads. Default: all cores.", rich_help_panel=MODEL),
+    typer.Option(
+        min=1, help="CPU threads, of all ranks. Default: all cores.", rich_help_panel=MODEL
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="For requests that give none.", rich_help_panel=MODEL)]
 MaxModelLen = Annotated[

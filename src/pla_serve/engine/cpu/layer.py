@@ -15,6 +15,7 @@ from torch import nn
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.cpu.linear import GatedLinear, PackedLinear
 from pla_serve.engine.cpu.norm import FusedRMSNorm, rms_epsilon
+from pla_serve.engine.parallel.modules import unwrap
 from pla_serve.engine.tiles import Tiles
 
 
@@ -79,9 +80,11 @@ class FusedLayer(nn.Module):
             attention.v_proj,
             tiles=tiles,
         )
-        self.out = PackedLinear.of(attention.o_proj, tiles=tiles)
+        out, self._ranks = unwrap(attention.o_proj)
+        down, _ = unwrap(mlp.down_proj)
+        self.out = PackedLinear.of(out, tiles=tiles)
         self.gated = GatedLinear(mlp.gate_proj, mlp.up_proj, tiles)
-        self.down = PackedLinear.of(mlp.down_proj, tiles=tiles)
+        self.down = PackedLinear.of(down, tiles=tiles)
 
     def forward(
         self,
@@ -95,7 +98,7 @@ class FusedLayer(nn.Module):
         inputs = hidden_states[0]
         middle = self._attend(inputs, position_embeddings.turn, forward_context)
         gated = self.gated(middle, self.before_mlp)
-        return self.down.with_other(gated, middle, "add").unsqueeze(0)
+        return self._added(self.down, gated, middle).unsqueeze(0)
 
     def _attend(
         self, inputs: torch.Tensor, turn: torch.Tensor, context: ForwardContext
@@ -107,7 +110,17 @@ class FusedLayer(nn.Module):
         attended = context.backend.attend(
             self.layer_idx, queries.transpose(0, 1), context.cache, context.batch, self.scaling
         )
-        return self.out.with_other(attended.reshape(tokens, -1), inputs, "add")
+        return self._added(self.out, attended.reshape(tokens, -1), inputs)
+
+    def _added(
+        self, product: PackedLinear, inputs: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """The product of all ranks, and the residual, which only one of them adds."""
+        if self._ranks is None:
+            return product.with_other(inputs, residual, "add")
+        leads = self._ranks.leads
+        part = product.with_other(inputs, residual, "add") if leads else product(inputs)
+        return self._ranks.sum_in_place(part)
 
     def _turned(
         self, heads: torch.Tensor, turn: torch.Tensor, context: ForwardContext

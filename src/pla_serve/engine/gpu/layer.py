@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.gpu.operations import Heads, Operations
+from pla_serve.engine.parallel.modules import unwrap
 
 
 class GpuLayer(nn.Module):
@@ -53,8 +54,10 @@ class GpuLayer(nn.Module):
         )
         self.qkv, self.qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up, bias = _joined(mlp.gate_proj, mlp.up_proj)
-        self.out, out_bias = _joined(attention.o_proj)
-        self.down, down_bias = _joined(mlp.down_proj)
+        out, self._ranks = unwrap(attention.o_proj)
+        down, _ = unwrap(mlp.down_proj)
+        self.out, out_bias = _joined(out)
+        self.down, down_bias = _joined(down)
         if any(found is not None for found in (bias, out_bias, down_bias)):
             raise ValueError("its output projections have biases")
 
@@ -92,10 +95,19 @@ class GpuLayer(nn.Module):
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> None:
         """After attention, (tokens, heads, dim): the rest of the layer, into ``hidden``."""
-        hidden.addmm_(attended.reshape(len(hidden), -1), self.out.t())
+        self._add(hidden, attended.reshape(len(hidden), -1), self.out)
         normed = self._operations.rms_norm(hidden, self.before_mlp, self.epsilon)
         gated = self._operations.gate(linear(normed, self.gate_up))
-        hidden.addmm_(gated, self.down.t())
+        self._add(hidden, gated, self.down)
+
+    def _add(self, hidden: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """The product of all ranks, into ``hidden``, which only one of them brings."""
+        if self._ranks is None or self._ranks.leads:
+            hidden.addmm_(inputs, weight.t())
+        else:
+            torch.mm(inputs, weight.t(), out=hidden)
+        if self._ranks is not None:
+            self._ranks.sum_in_place(hidden)
 
 
 def _require_only(module: nn.Module, needed: Set[str], allowed: Set[str] = frozenset()) -> None:

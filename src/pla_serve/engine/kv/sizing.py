@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -28,11 +29,19 @@ class KVPlan:
     """Most tokens of prompt and output together."""
 
 
-def plan_kv(config: EngineConfig, shape: KVShape, device: torch.device, positions: int) -> KVPlan:
+def plan_kv(
+    config: EngineConfig,
+    shape: KVShape,
+    device: torch.device,
+    positions: int,
+    agree: Callable[[int], int] = int,
+) -> KVPlan:
     """Fit the KV cache to the memory that is free now.
 
     Args:
+        shape: of this rank's share.
         positions: the most tokens that the model was made for.
+        agree: the fewest blocks of all ranks, given those that this one has room for.
 
     Raises:
         ValueError: the settings do not fit the model or the memory; says what to change.
@@ -41,7 +50,7 @@ def plan_kv(config: EngineConfig, shape: KVShape, device: torch.device, position
     if wanted > positions:
         raise ValueError(f"max_model_len {wanted} exceeds the {positions} positions of this model")
     block_bytes = shape.bytes_per_token * config.block_tokens
-    blocks = _budget(config, shape, device, wanted) // block_bytes
+    blocks = agree(_budget(config, shape, device, wanted) // block_bytes)
     reserve = int(blocks * config.short_kv_reserve)
     longest = (blocks - reserve) * config.block_tokens
     if longest < 2:
@@ -50,7 +59,8 @@ def plan_kv(config: EngineConfig, shape: KVShape, device: torch.device, position
             f"{block_bytes / 2**20:.1f} MiB; raise kv_cache_gib or free memory"
         )
     if config.max_model_len is not None and wanted > longest:
-        needed = wanted * shape.bytes_per_token / (1 - config.short_kv_reserve) / GIB
+        whole = shape.bytes_per_token * config.tensor_parallel_size
+        needed = wanted * whole / (1 - config.short_kv_reserve) / GIB
         raise ValueError(
             f"max_model_len {wanted} needs {needed:.2f} GiB of KV, and there is room for {longest} "
             "tokens; lower max_model_len or raise kv_cache_gib"
@@ -59,14 +69,15 @@ def plan_kv(config: EngineConfig, shape: KVShape, device: torch.device, position
 
 
 def _budget(config: EngineConfig, shape: KVShape, device: torch.device, longest: int) -> int:
-    """Bytes for KV."""
+    """Bytes for this rank's KV. On a CPU the ranks share one memory."""
+    ranks = config.tensor_parallel_size
     if config.kv_cache_gib is not None:
-        return int(config.kv_cache_gib * GIB)
+        return int(config.kv_cache_gib * GIB) // ranks
     if device.type == "cuda":
         # What the allocator has kept of stock layers, now fused, counts as used until it is given
         # back: with a large model that is half of the device.
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
-    free: int = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available // ranks
     one = int(longest * shape.bytes_per_token * 1.1)
-    return min(int(free * CPU_SHARE), max(int(CPU_DEFAULT_GIB * GIB), one))
+    return min(int(free * CPU_SHARE), max(int(CPU_DEFAULT_GIB * GIB) // ranks, one))

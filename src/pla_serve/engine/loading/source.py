@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
 
@@ -26,6 +26,16 @@ class ModelSource:
     """Inside ``folder``; another name only for random weights from a JSON file."""
     dummy: bool = False
     """Random weights instead of the safetensors."""
+
+    @property
+    def path(self) -> str:
+        """What `resolve` finds it by again, without looking any further."""
+        return str(self.folder / self.config_file if self.dummy else self.folder)
+
+    @property
+    def load_format(self) -> Literal["safetensors", "dummy"]:
+        """What goes with ``path``."""
+        return "dummy" if self.dummy else "safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""Captures that count only if they work on every rank."""
+
+from __future__ import annotations
+
+import torch
+
+from pla_serve.engine.graphs.capture import Capturer, Pass
+from pla_serve.engine.parallel.ranks import Ranks
+
+
+class AgreedCapture:
+    """Wraps the capturer of each rank: all ranks have a shape, or none has."""
+
+    def __init__(self, capturer: Capturer, ranks: Ranks) -> None:
+        self._capturer = capturer
+        self._ranks = ranks
+
+    def capture(self, run: Pass) -> Pass:
+        """See `Capturer`. Raises RuntimeError if it failed on any rank."""
+        made: Pass | None = None
+        said = ""
+        try:
+            made = self._capturer.capture(run)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            said = f"{type(error).__name__}: {error}"
+        reasons = [(rank, text) for rank, text in enumerate(self._ranks.exchange(said)) if text]
+        if reasons or made is None:
+            raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in reasons))
+        return made
+
+    def bytes_held(self) -> int:
+        """See `Capturer`."""
+        return self._capturer.bytes_held()

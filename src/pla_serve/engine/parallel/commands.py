@@ -1,0 +1,99 @@
+"""What rank 0 tells the other ranks: which passes to run, and when to enter each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from pla_serve.engine.forward import SpanRequest
+
+
+class Begin(msgspec.Struct, frozen=True, tag=0, array_like=True):
+    """Run this batch, inside ``depth`` others that stand at a layer boundary."""
+
+    depth: int
+    requests: list[SpanRequest]
+
+
+class Go(msgspec.Struct, frozen=True, tag=1, array_like=True):
+    """Enter this layer of the batch at this depth."""
+
+    depth: int
+    layer: int
+
+
+class Abandon(msgspec.Struct, frozen=True, tag=2, array_like=True):
+    """Leave the batch at this depth, which stands at a layer boundary."""
+
+    depth: int
+
+
+class UseIdleTime(msgspec.Struct, frozen=True, tag=3, array_like=True):
+    """See `Executor.use_idle_time`."""
+
+
+class End(msgspec.Struct, frozen=True, tag=4, array_like=True):
+    """There is nothing more to come."""
+
+
+Command = Begin | Go | Abandon | UseIdleTime | End
+
+
+class Sender(Protocol):
+    def __call__(self, command: Command) -> None:
+        """To all other ranks, in this order; never blocks."""
+        ...
+
+
+class Receiver(Protocol):
+    def __call__(self) -> Command:
+        """The next one; waits for it."""
+        ...
+
+
+class CommandSender:
+    """Rank 0's end: one socket for each other rank."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._context = zmq.Context()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._sockets = [self._context.socket(zmq.PUSH) for _ in range(1, size)]
+        for rank, socket in enumerate(self._sockets, 1):
+            socket.set_hwm(0)
+            socket.connect(_address(folder, rank))
+
+    def __call__(self, command: Command) -> None:
+        """See `Sender`."""
+        frame = self._encode(command)
+        for socket in self._sockets:
+            socket.send(frame, zmq.NOBLOCK)
+
+    def close(self, linger_seconds: float) -> None:
+        """What was sent may take this long to leave."""
+        self._context.destroy(linger=int(linger_seconds * 1000))
+
+
+class CommandReceiver:
+    """Another rank's end; made before rank 0 is told that this rank is there."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._context = zmq.Context()
+        self._decode = msgspec.msgpack.Decoder(Command).decode
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.set_hwm(0)
+        self._socket.bind(_address(folder, rank))
+
+    def __call__(self) -> Command:
+        """See `Receiver`."""
+        command: Command = self._decode(self._socket.recv())
+        return command
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+def _address(folder: Path, rank: int) -> str:
+    return f"ipc://{folder / f'rank{rank}'}"

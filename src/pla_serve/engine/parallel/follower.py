@@ -1,0 +1,88 @@
+"""The process of one rank but the first: ``python -m pla_serve.engine.parallel.follower``.
+
+It imports what it needs, which takes seconds, and then reads one line of JSON, a `FollowerLaunch`,
+from its standard input. It ends when that input does: the pipe closes with rank 0, however that
+died. SIGINT and SIGTERM are ignored, as they are by rank 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from pla_serve.engine.loaded import device_of_rank, load, use_threads
+from pla_serve.engine.loading import LoadingError, Silent, resolve
+from pla_serve.engine.parallel.commands import CommandReceiver
+from pla_serve.engine.parallel.following import follow
+from pla_serve.engine.parallel.ranks import TorchRanks
+from pla_serve.engine.parallel.team import FollowerLaunch, LastWords
+from pla_serve.logs import configure
+
+log = logging.getLogger(__name__)
+
+
+def serve(launch: FollowerLaunch) -> None:
+    """Load this rank's share and follow rank 0 until it says that there is nothing more."""
+    config, folder = launch.config, Path(launch.folder)
+    use_threads(config)
+    receive = CommandReceiver(folder, launch.rank)
+    device = device_of_rank(config, launch.rank)
+    ranks = TorchRanks(folder, launch.rank, config.tensor_parallel_size, device)
+    source = resolve(config.model, config.load_format, progress=Silent())
+    loaded = load(config, source, device, time.monotonic, ranks)
+    follow(loaded.execution.executor, receive)
+    ranks.close()
+    receive.close()
+
+
+def watch_leader(folder: str) -> None:
+    """Blocks until rank 0 is gone, then ends this process wherever it is."""
+    with suppress(OSError):
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def run(words: IO[bytes]) -> int:
+    """Read what to do, do it, and write to ``words`` if it fails; returns the exit status."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1  # rank 0 is gone
+    launch = msgspec.json.decode(line, type=FollowerLaunch)
+    configure(launch.log_level, launch.log_format, f"engine rank {launch.rank}")
+    threading.Thread(
+        target=watch_leader, args=(launch.folder,), name="leader-watch", daemon=True
+    ).start()
+    try:
+        serve(launch)
+    except Exception as error:
+        expected = isinstance(error, (LoadingError, ValueError))
+        log.log(logging.DEBUG if expected else logging.ERROR, "this rank failed", exc_info=True)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        words.write(msgspec.json.encode(LastWords(error=text)) + b"\n")
+        words.flush()
+        return 1
+    return 0
+
+
+def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with os.fdopen(os.dup(1), "wb") as words:
+        os.dup2(2, 1)  # whatever libraries print is no last word
+        return run(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The other ranks' loop: runs what rank 0 runs, and decides nothing."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from pla_serve.engine.executor import Executor
+from pla_serve.engine.parallel.commands import Abandon, Begin, Command, End, Go, Receiver
+from pla_serve.engine.parallel.commands import UseIdleTime as Idle
+
+
+class OutOfStep(Exception):
+    """Rank 0 asked for something that this rank is not ready for: their passes differ."""
+
+
+class _Abandoned(Exception):
+    """The innermost batch is left at the layer boundary where it stands."""
+
+
+def follow(executor: Executor, receive: Receiver) -> None:
+    """Do what rank 0 says until it says `End`.
+
+    Raises:
+        OutOfStep: what it says does not fit what was done so far.
+    """
+    while True:
+        command = receive()
+        if isinstance(command, End):
+            return
+        if isinstance(command, Begin):
+            _run(executor, receive, command, 0)
+        elif isinstance(command, Idle):
+            executor.use_idle_time()
+        else:
+            raise _unexpected(command, "between batches")
+
+
+def _run(executor: Executor, receive: Receiver, begin: Begin, depth: int) -> None:
+    """One batch, and those that rank 0 runs inside it."""
+    if begin.depth != depth:
+        raise _unexpected(begin, f"at depth {depth}")
+    layer = 0
+
+    def at_boundary() -> None:
+        nonlocal layer
+        while True:
+            command = receive()
+            if isinstance(command, Begin):
+                _run(executor, receive, command, depth + 1)
+            elif command == Go(depth, layer):
+                layer += 1
+                return
+            elif command == Abandon(depth):
+                raise _Abandoned
+            else:
+                raise _unexpected(command, f"before layer {layer} at depth {depth}")
+
+    with suppress(_Abandoned):
+        executor.forward(begin.requests, at_boundary)
+
+
+def _unexpected(command: Command, where: str) -> OutOfStep:
+    text = repr(command)
+    return OutOfStep(f"rank 0 sent {text[:200]}, and this rank is {where}")

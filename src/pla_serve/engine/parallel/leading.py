@@ -1,0 +1,73 @@
+"""Rank 0's executor: whatever it runs, it has the other ranks run as well, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pla_serve.engine.device import Device
+from pla_serve.engine.executor import Executed, Executor
+from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.graphs.counts import GridCounts
+from pla_serve.engine.parallel.commands import Abandon, Begin, Go, Sender, UseIdleTime
+from pla_serve.engine.runner import AtBoundary
+
+
+class LeadingExecutor:
+    """Wraps the executor of rank 0.
+
+    A layer's products are summed over the ranks, so all have to enter the same layers of the same
+    batches in the same order. Which ones, the loop decides at layer boundaries of rank 0, once;
+    the others are told when it has decided. They are told before rank 0 computes, so all compute at
+    the same time.
+    """
+
+    carries = False
+    """Tokens that are on rank 0's device only would have to be sent first."""
+
+    def __init__(self, executor: Executor, send: Sender) -> None:
+        self._executor = executor
+        self._send = send
+        self._depth = 0
+
+    @property
+    def device(self) -> Device:
+        """See `Executor`."""
+        return self._executor.device
+
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
+        """See `Executor`."""
+        assert carried is None
+        depth = self._depth
+        layer = 0
+
+        def decide() -> None:
+            nonlocal layer
+            at_boundary()
+            self._send(Go(depth, layer))
+            layer += 1
+
+        self._send(Begin(depth, list(requests)))
+        self._depth = depth + 1
+        try:
+            return self._executor.forward(requests, decide)
+        except BaseException:
+            self._send(Abandon(depth))
+            raise
+        finally:
+            self._depth = depth
+
+    def use_idle_time(self) -> bool:
+        """See `Executor`."""
+        self._send(UseIdleTime())
+        return self._executor.use_idle_time()
+
+    def counts(self) -> GridCounts | None:
+        """See `Executor`."""
+        return self._executor.counts()
