@@ -5,6 +5,7 @@
 namespace {
 
 constexpr long KEYS = 256;
+constexpr long MOST_GROUPS = 32;
 constexpr long QUERIES = 64;  // tokens that pass over the keys together, with all heads of a group
 
 struct Attention {
@@ -27,11 +28,12 @@ void split_context(const Attention& job, long head, long number) {
   Half* keys = job.keys + (head * job.blocks() + number) * job.block_size();
   Half* values = job.values + (head * job.blocks() + number) * job.block_size();
   const __m512i column = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+      _mm512_set1_epi32(16));
   // One of the first half, one of the second half, and so on.
-  const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(column, 4),
-                                        _mm512_slli_epi32(_mm512_add_epi32(
-                                            _mm512_srli_epi32(column, 4), _mm512_set1_epi32(16)), 16));
+  const __m512i lanes = _mm512_srli_epi32(column, 4);
+  const __m512i pairs = _mm512_or_si512(
+      lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
   alignas(64) Half parts[PARTS * TILE];
   for (long key = 0; key < KEYS; ++key) {
     const bool there = first + key < job.context();
@@ -59,12 +61,24 @@ void split_context(const Attention& job, long head, long number) {
   }
 }
 
-// One panel of queries against one block of keys.
+// 32 queries, their sums so far, and their part in the block of keys at hand.
 struct Panel {
-  float *scores, *added, *sums;  // PANEL x KEYS; PANEL x dim, twice
   Half *queries, *weights;
+  float* sums;  // PANEL x dim
   float most[PANEL], total[PANEL];
+  long position, rows;  // of the first query in the sequence; how many there are
+  long first, wide;     // the first key of the block, and how many are looked at
 };
+
+inline void score(const Attention& job, Panel& p, const Half* keys, long first, float* scores) {
+  const long steps = job.dim / STEP, tile_row = steps * PARTS * TILE;
+  const long last = p.position + p.rows - 1;  // the last key that any row of the panel may see
+  p.first = first;
+  p.wide = (std::min(last - first + 1, KEYS) + PANEL - 1) / PANEL * PANEL;
+  for (long key = 0; key < p.wide; key += PANEL)
+    block(p.queries, tile_row, keys + key / 16 * tile_row, tile_row, steps, PARTS, scores + key,
+          KEYS, [](long) {});
+}
 
 // Of a key with this score; scores of keys that are not seen are far below all others.
 inline __m512 weight_of(__m512 score, __m512 base) {
@@ -72,96 +86,102 @@ inline __m512 weight_of(__m512 score, __m512 base) {
   return _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, base)));
 }
 
-void attend(const Attention& job, Panel& p, const Half* keys, const Half* values, long first,
-            long position, long rows) {
-  const long steps = job.dim / STEP, tile_row = steps * PARTS * TILE;
-  const long last = position + rows - 1;  // the last key that any row of the panel may see
-  const long used = last - first + 1 < KEYS ? last - first + 1 : KEYS;
-  const long wide = (used + PANEL - 1) / PANEL * PANEL, key_steps = wide / STEP;
-  for (long key = 0; key < wide; key += PANEL)
-    block(p.queries, tile_row, keys + key / 16 * tile_row, tile_row, steps, PARTS, p.scores + key,
-          KEYS, [](long) {});
+// One row of scores to weights; what was summed up so far is made smaller if a larger score came.
+inline void soften(const Attention& job, Panel& p, float* scores, long row) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 never = _mm512_set1_ps(-1e30f), scale = _mm512_set1_ps(job.scale);
-  for (long row = 0; row < PANEL; ++row) {
-    float* scores = p.scores + row * KEYS;
-    const long seen = (row < rows ? position + row : last) - first + 1;  // may be none
-    __m512 top = never;
-    for (long key = 0; key < wide; key += 16) {
-      const __mmask16 sees =
-          _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32((int)(seen - key)));
-      const __m512 s =
-          _mm512_mask_mul_ps(never, sees, _mm512_load_ps(scores + key), scale);
-      _mm512_store_ps(scores + key, s);
-      top = _mm512_max_ps(top, s);
-    }
-    const float before = p.most[row], highest = _mm512_reduce_max_ps(top);
-    const float most = before > highest ? before : highest;
-    const __m512 base = _mm512_set1_ps(most);
-    __m512 sum = _mm512_setzero_ps();
-    Half* tiles = p.weights + row / 16 * key_steps * PARTS * TILE + row % 16 * STEP;
-    for (long key = 0; key < wide; key += STEP) {
-      const __m512 low = weight_of(_mm512_load_ps(scores + key), base);
-      const __m512 high = weight_of(_mm512_load_ps(scores + key + 16), base);
-      sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-      split(low, high, tiles + key / STEP * PARTS * TILE);
-    }
-    const __m512 kept = exponential(_mm512_set1_ps(before - most));
-    const float left = _mm512_cvtss_f32(kept);
-    p.total[row] = p.total[row] * left + _mm512_reduce_add_ps(sum);
-    p.most[row] = most;
-    for (long at = 0; at < job.dim; at += 16) {
-      float* sums = p.sums + row * job.dim + at;
-      _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), kept));
-    }
+  const long seen = p.position + std::min(row, p.rows - 1) - p.first + 1;  // may be none
+  scores += row * KEYS;
+  __m512 top = never;
+  for (long key = 0; key < p.wide; key += 16) {
+    const __mmask16 sees = _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32((int)(seen - key)));
+    const __m512 s = _mm512_mask_mul_ps(never, sees, _mm512_load_ps(scores + key), scale);
+    _mm512_store_ps(scores + key, s);
+    top = _mm512_max_ps(top, s);
   }
-  const long value_row = KEYS / STEP * PARTS * TILE;
+  const float before = p.most[row], most = std::max(before, _mm512_reduce_max_ps(top));
+  const __m512 base = _mm512_set1_ps(most);
+  __m512 sum = _mm512_setzero_ps();
+  Half* tiles = p.weights + row / 16 * (p.wide / STEP) * PARTS * TILE + row % 16 * STEP;
+  for (long key = 0; key < p.wide; key += STEP) {
+    const __m512 low = weight_of(_mm512_load_ps(scores + key), base);
+    const __m512 high = weight_of(_mm512_load_ps(scores + key + 16), base);
+    sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+    split(low, high, tiles + key / STEP * PARTS * TILE);
+  }
+  p.most[row] = most;
+  if (most == before) {
+    p.total[row] += _mm512_reduce_add_ps(sum);
+    return;
+  }
+  const __m512 kept = exponential(_mm512_set1_ps(before - most));
+  p.total[row] = p.total[row] * _mm512_cvtss_f32(kept) + _mm512_reduce_add_ps(sum);
+  for (long at = 0; at < job.dim; at += 16) {
+    float* sums = p.sums + row * job.dim + at;
+    _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), kept));
+  }
+}
+
+// Weights times values; `meanwhile` is called with each step.
+template <typename Meanwhile>
+inline void gather(const Attention& job, const Panel& p, const Half* values, float* added,
+                   const Meanwhile& meanwhile) {
+  const long steps = p.wide / STEP, value_row = KEYS / STEP * PARTS * TILE;
   for (long at = 0; at < job.dim; at += PANEL)
-    block(p.weights, key_steps * PARTS * TILE, values + at / 16 * value_row, value_row, key_steps,
-          PARTS, p.added + at, job.dim, [](long) {});
+    block(p.weights, steps * PARTS * TILE, values + at / 16 * value_row, value_row, steps, PARTS,
+          added + at, job.dim, [&](long step) { meanwhile(at / PANEL * steps + step); });
   for (long at = 0; at < PANEL * job.dim; at += 16)
     _mm512_store_ps(p.sums + at,
-                    _mm512_add_ps(_mm512_load_ps(p.sums + at), _mm512_load_ps(p.added + at)));
+                    _mm512_add_ps(_mm512_load_ps(p.sums + at), _mm512_load_ps(added + at)));
 }
 
 // Queries [first, first + QUERIES) of all heads that share this one of keys and values.
 void attend_group(const Attention& job, long head, long first) {
   const long panels = job.groups * (QUERIES / PANEL), steps = job.dim / STEP;
   const long floats = PANEL * (KEYS + job.dim) + panels * PANEL * job.dim;
-  const long halves = 2 * KEYS / STEP * PARTS * TILE + panels * 2 * steps * PARTS * TILE;
-  Half* memory = buffer(2 * floats + halves);
-  float* scores = (float*)memory;
-  float* sums = scores + PANEL * (KEYS + job.dim);
-  Half* weights = memory + 2 * floats;
-  Half* queries = weights + 2 * KEYS / STEP * PARTS * TILE;
-  const long end = first + QUERIES < job.tokens ? first + QUERIES : job.tokens;
-  Panel state[64];
+  const long weights = 2 * KEYS / STEP * PARTS * TILE, queries = 2 * steps * PARTS * TILE;
+  Half* memory = buffer(2 * floats + 2 * weights + panels * queries);
+  float *scores = (float*)memory, *added = scores + PANEL * KEYS, *sums = added + PANEL * job.dim;
+  Half* halves = memory + 2 * floats;
+  const long end = std::min(first + QUERIES, job.tokens);
+  Panel state[2 * MOST_GROUPS];
   for (long panel = 0; panel < panels; ++panel) {
     Panel& p = state[panel];
-    p = {scores, scores + PANEL * KEYS, sums + panel * PANEL * job.dim,
-         queries + panel * 2 * steps * PARTS * TILE, weights, {}, {}};
-    std::fill_n(p.most, PANEL, -1e30f);
-    std::fill_n(p.sums, PANEL * job.dim, 0.f);
     const long at = first + panel % (QUERIES / PANEL) * PANEL;
     const long query_head = head * job.groups + panel / (QUERIES / PANEL);
-    split_rows(job.q + at * job.q_token + query_head * job.q_head, job.q_token, end - at, job.dim,
-               1, p.queries);
+    p = {halves + 2 * weights + panel * queries, nullptr, sums + panel * PANEL * job.dim, {}, {},
+         job.history + at, std::min(end - at, PANEL), 0, 0};
+    std::fill_n(p.most, PANEL, -1e30f);
+    std::fill_n(p.sums, PANEL * job.dim, 0.f);
+    split_rows(job.q + at * job.q_token + query_head * job.q_head, job.q_token, p.rows, job.dim, 1,
+               p.queries);
   }
   for (long number = 0; number * KEYS < job.history + end; ++number) {
     const long offset = (head * job.blocks() + number) * job.block_size();
-    for (long panel = 0; panel < panels; ++panel) {
-      const long at = first + panel % (QUERIES / PANEL) * PANEL;
-      const long rows = end - at < PANEL ? end - at : PANEL;
-      if (rows > 0 && number * KEYS < job.history + at + rows)
-        attend(job, state[panel], job.keys + offset, job.values + offset, number * KEYS,
-               job.history + at, rows);
+    const Half *keys = job.keys + offset, *values = job.values + offset;
+    Panel* before = nullptr;  // its weights are there, and not yet multiplied
+    for (Panel* p = state; p != state + panels; ++p) {
+      if (p->rows <= 0 || number * KEYS >= p->position + p->rows) continue;
+      score(job, *p, keys, number * KEYS, scores);
+      p->weights = before && before->weights == halves ? halves + weights : halves;
+      long row = 0;
+      if (before) {
+        const long share = (PANEL * PANEL + before->wide / STEP * job.dim - 1) /
+                           (before->wide / STEP * job.dim);
+        gather(job, *before, values, added, [&](long step) {
+          for (; row < std::min((step + 1) * share, PANEL); ++row) soften(job, *p, scores, row);
+        });
+      }
+      for (; row < PANEL; ++row) soften(job, *p, scores, row);
+      before = p;
     }
+    if (before) gather(job, *before, values, added, [](long) {});
   }
   for (long panel = 0; panel < panels; ++panel) {
     const Panel& p = state[panel];
-    const long at = first + panel % (QUERIES / PANEL) * PANEL;
+    const long at = p.position - job.history;
     const long query_head = head * job.groups + panel / (QUERIES / PANEL);
-    for (long row = 0; row < PANEL && at + row < end; ++row) {
+    for (long row = 0; row < p.rows; ++row) {
       float* out = job.out + ((at + row) * job.heads * job.groups + query_head) * job.dim;
       const __m512 share = _mm512_set1_ps(1.f / p.total[row]);
       for (long to = 0; to < job.dim; to += 16)
