@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
-from fleet_real import Ask, alone, play, poisson, real_fleet
+from fleet_real import LARGER, Ask, alone, play, poisson, real_fleet
 
 STRICT = "class-pools:overflow_seconds=inf"
 SHORT, LONG = (160, 256), (1024, 2048)
+BURST = 64
+"""Short prompts at once, by which the capacity of one instance is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,11 @@ class Outcome:
 class Trial:
     """One short and three long instances; at the step most of the work becomes short.
 
+    Loads are shares of what one instance does alone: in full batches of short prompts, and in long
+    prompts one after another. Both are measured on the fleet itself. After the step more short work
+    comes than one instance can do, and less in all than two cores can, which client and router
+    share with the instances.
+
     The objective is relative: five times what a prompt takes on the idle fleet, at least 0.4 s.
     """
 
@@ -40,23 +49,25 @@ class Trial:
     period: float = 2.0
     step: float = 20.0
     end: float = 50.0
-    short_work: tuple[float, float] = (0.2, 1.3)
-    """Seconds of prefill that arrive a second, before and after, as the engines predict it within a
-    batch: one short instance cannot do what comes after the step, however it batches."""
-    long_work: tuple[float, float] = (0.6, 0.05)
+    short_load: tuple[float, float] = (0.25, 1.25)
+    """Before the step, and after it."""
+    long_load: tuple[float, float] = (0.5, 0.05)
 
     async def run(self) -> Outcome:
         pools = ("--short", "1", "--long", "3")
         words = ("--routing", STRICT, "--controller", self.controller)
         words = (*words, "--control-seconds", str(self.period))
-        with real_fleet(pools, 4, self.folder, *words) as fleet:
+        with real_fleet(pools, 4, self.folder, *words, model=LARGER) as fleet:
             await play(fleet.url, poisson(9, 0.0, 6.0, [(10, *SHORT), (1, *LONG)]), 9)
             idle = {n: await alone(fleet.url, n) for n in (*SHORT, *LONG)}
-            cost = await _cost(fleet.url)
-            asks = self._asks(cost)
+            each = await _full_batches(fleet.url)
+            asks = self._asks(each, sum(idle[n] for n in LONG) / 2)
             began = time.monotonic()
+            watch = asyncio.create_task(_watch(fleet.url, began, self.period / 2))
             firsts = await play(fleet.url, asks, 1)
             moves = await _moves(fleet.url, began)
+            watch.cancel()
+            seen = await watch
         objective = [_objective(ask, idle) for ask in asks]
         return Outcome(
             [ask.due for ask in asks],
@@ -70,44 +81,60 @@ class Trial:
                 "controller": self.controller,
                 "routing": STRICT,
                 "period_s": self.period,
-                "short_work": self.short_work,
-                "long_work": self.long_work,
+                "short_load": self.short_load,
+                "long_load": self.long_load,
                 "requests": len(asks),
-                "cost_seconds": cost,
                 "idle_ttft_s": {str(n): round(seconds, 4) for n, seconds in idle.items()},
+                "short_in_full_batches_s": round(each, 5),
+                "longest_ttft_s": round(max(firsts), 2),
+                "seen": seen,
             },
         )
 
-    def _asks(self, cost: dict[str, float]) -> list[Ask]:
+    def _asks(self, short: float, long: float) -> list[Ask]:
+        """Given the seconds that one prompt of each kind takes."""
         found: list[Ask] = []
         for number, (start, end) in enumerate(((0.0, self.step), (self.step, self.end))):
             rates = [
-                (work[number] / _mean(kind, cost), *kind)
-                for work, kind in ((self.short_work, SHORT), (self.long_work, LONG))
+                (self.short_load[number] / short, *SHORT),
+                (self.long_load[number] / long, *LONG),
             ]
             found += poisson(number, start, end, rates)
         return found
 
 
-def _mean(kind: Sequence[int], cost: dict[str, float]) -> float:
-    """Seconds of a prompt of this kind in a batch with others."""
-    sizes = range(kind[0], kind[1] + 1, 16)
-    each = [cost["token"] * n + cost["attention"] * n * n / 2 + cost["sequence"] for n in sizes]
-    return sum(each) / len(each)
-
-
-async def _cost(url: str) -> dict[str, float]:
-    """Coefficients, means over the instances."""
-    async with httpx.AsyncClient(trust_env=False) as client:
-        content = (await client.get(f"{url}/fleet")).json()
-    costs = [i["report"]["cost"] for i in content["instances"] if i["report"]["cost"]]
-    return {name: sum(cost[name] for cost in costs) / len(costs) for name in costs[0]}
+async def _full_batches(url: str) -> float:
+    """Seconds that the one short instance takes for each prompt of a burst; the least of three, as
+    what the cost model has not yet seen comes in smaller batches."""
+    found = []
+    for number in range(3):
+        random = Random(number)
+        burst = [Ask(0.0, random.randint(*SHORT)) for _ in range(BURST)]
+        found.append(max(await play(url, burst, f"burst/{number}")) / BURST)
+    return min(found)
 
 
 def _objective(ask: Ask, idle: dict[int, float]) -> float:
     kind = SHORT if ask.short else LONG
     share = (ask.tokens - kind[0]) / (kind[1] - kind[0])
     return max(0.4, 5 * (idle[kind[0]] + share * (idle[kind[1]] - idle[kind[0]])))
+
+
+async def _watch(url: str, began: float, seconds: float) -> list[dict[str, Any]]:
+    """Pools and demands, as the router itself tells them, until it is cancelled."""
+    seen: list[dict[str, Any]] = []
+    async with httpx.AsyncClient(trust_env=False) as client:
+        with suppress(asyncio.CancelledError):
+            while True:
+                content = (await client.get(f"{url}/fleet")).json()
+                demands = content["desired"]["demands"] if content["desired"] else {}
+                row: dict[str, Any] = {"s": round(time.monotonic() - began, 1)}
+                row["pools"] = content["pools"]
+                for name, demand in demands.items():
+                    row[name] = [round(value, 2) for value in demand.values()]
+                seen.append(row)
+                await asyncio.sleep(seconds)
+    return seen
 
 
 async def _moves(url: str, began: float) -> list[tuple[float, str]]:

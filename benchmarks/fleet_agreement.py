@@ -1,9 +1,11 @@
 """Does the simulator's fleet say what a real one does? The same arrivals through both.
 
-One of the fleet's instances is calibrated while the other processes are there and idle, as
-`pla-serve calibrate` does. What the simulator leaves out, router, HTTP and client, is taken from
-single prompts on the idle fleet: their median time to the first token, less what the profile
-predicts.
+The simulator's instances are machines that do not disturb each other. Real ones that share a memory
+bus do, so one of the fleet's instances is calibrated (`pla-serve calibrate`) while the others have
+as much to do as they will have. What the simulator leaves out, router, HTTP and client, is taken
+from single prompts on the idle fleet: their median time to the first token, less what a profile of
+an instance alone predicts. There must be a core for each instance, and prompts that cost several
+times what router and client do for them, which run on the same cores.
 
     python benchmarks/fleet_agreement.py -o benchmarks/results/fleet_agreement.json
 """
@@ -16,12 +18,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fleet_real import BOUNDARY, Ask, alone, play, poisson, real_fleet
+from fleet_real import BOUNDARY, LARGER, Ask, alone, play, poisson, real_fleet
+from tiny_fleet import TinyFleet
 
 from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
@@ -40,7 +43,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--load", type=float, default=0.5, help="of all instances")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--routings", default="round-robin,predicted")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -64,13 +67,17 @@ def main() -> None:
 def _compare(options: argparse.Namespace, routing: str, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     pools = ("--mixed", str(options.instances))
-    with real_fleet(pools, options.instances, folder, "--routing", routing) as fleet:
-        machine = _calibrate(fleet, folder)
-        cost = KnownCost(machine.profile)
-        asks = _asks(options, cost)
-        asyncio.run(play(fleet.url, asks[: len(asks) // 8], options.seed + 1))  # warm-up
+    with real_fleet(pools, options.instances, folder, "--routing", routing, model=LARGER) as fleet:
+        asyncio.run(play(fleet.url, poisson(9, 0.0, 6.0, [(8, *SHORT), (1, *LONG)]), "warm"))
+        apart = asyncio.run(_calibrate(fleet, folder / "apart.json", {}))
         idle = asyncio.run(alone(fleet.url, TYPICAL))
-        host = max(0.0, idle - cost.prefill_seconds(TYPICAL, 0))
+        host = max(0.0, idle - KnownCost(apart.profile).prefill_seconds(TYPICAL, 0))
+        neighbours = {
+            other.url: _asks(options, apart, 1, f"{routing}/{other.url}")
+            for other in fleet.instances()[1:]
+        }
+        machine = asyncio.run(_calibrate(fleet, folder / "machine.json", neighbours))
+        asks = _asks(options, machine, options.instances, options.seed)
         measured = np.array(asyncio.run(play(fleet.url, asks, options.seed)))
     simulated = _simulate(asks, machine, routing, options.instances) + host
     short = np.array([ask.short for ask in asks])
@@ -79,6 +86,7 @@ def _compare(options: argparse.Namespace, routing: str, folder: Path) -> dict[st
         "requests": len(asks),
         "host_seconds": round(host, 5),
         "coefficients": _coefficients(machine),
+        "coefficients_alone": _coefficients(apart),
     }
     for name, members in (("short", short), ("long", ~short), ("all", short | ~short)):
         real = float(np.percentile(measured[members], 90))
@@ -91,16 +99,30 @@ def _compare(options: argparse.Namespace, routing: str, folder: Path) -> dict[st
     return found
 
 
-def _calibrate(fleet: Any, folder: Path) -> Machine:
-    path = folder / "machine.json"
-    command = [sys.executable, "-m", "pla_serve", "calibrate", "-o", str(path)]
+async def _calibrate(
+    fleet: TinyFleet, path: Path, neighbours: Mapping[str, Sequence[Ask]]
+) -> Machine:
+    """The first instance, while the ``neighbours`` get their prompts."""
     key = fleet.instance_key()
-    subprocess.run(
-        [*command, "--base-url", fleet.instances()[0].url, *(["--api-key", key] if key else [])],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "pla_serve", "calibrate", "-o", str(path), "--api-key", key]
+    loads = [
+        asyncio.create_task(play(url, asks, f"beside/{url}", key))
+        for url, asks in neighbours.items()
+    ]
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *command,
+            *("--base-url", fleet.instances()[0].url),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        _, said = await child.communicate()
+    finally:
+        for load in loads:
+            load.cancel()
+        await asyncio.gather(*loads, return_exceptions=True)
+    if child.returncode:
+        raise SystemExit(f"calibrate failed\n{said.decode()}")
     return load_machine(str(path))
 
 
@@ -110,14 +132,15 @@ def _coefficients(machine: Machine) -> dict[str, float]:
     return {name: getattr(profile, name) for name in names}
 
 
-def _asks(options: argparse.Namespace, cost: KnownCost) -> list[Ask]:
+def _asks(options: argparse.Namespace, machine: Machine, instances: int, seed: object) -> list[Ask]:
     """Half of the work is short."""
-    work = options.load * options.instances / 2
+    cost = KnownCost(machine.profile)
+    work = options.load * instances / 2
     rates = [
         (work / float(np.mean([cost.prefill_seconds(n, 0) for n in range(*kind, 8)])), *kind)
         for kind in (SHORT, LONG)
     ]
-    return poisson(options.seed, 0.0, options.seconds, rates)
+    return poisson(seed, 0.0, options.seconds, rates)
 
 
 def _simulate(asks: Sequence[Ask], machine: Machine, routing: str, instances: int) -> np.ndarray:
@@ -125,7 +148,7 @@ def _simulate(asks: Sequence[Ask], machine: Machine, routing: str, instances: in
     cost = KnownCost(machine.profile)
     turns = [Turn(i, ask.due, ask.tokens, 1, (), history=0) for i, ask in enumerate(asks)]
     spec = parse_policy("length-aware")
-    config = PolicyConfig(boundary_tokens=BOUNDARY)
+    config = PolicyConfig(boundary_tokens=BOUNDARY, layers=machine.layers)
     result = Cluster(
         ClusterOptions(instances=instances, routing=routing, boundary_tokens=BOUNDARY),
         machine,

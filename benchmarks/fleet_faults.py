@@ -2,7 +2,11 @@
 
 Every answer is known beforehand from one instance alone. See `tests/fleet/chaos`.
 
-    python benchmarks/fleet_faults.py --faults 200 --seed 1 -o benchmarks/results/fleet_faults.json
+A campaign ends with its list of faults or its time, whichever comes first. A result may be made of
+several, each on a fleet of its own:
+
+    python benchmarks/fleet_faults.py --seed 1 --seconds 420 -o benchmarks/results/fleet_faults.json
+    python benchmarks/fleet_faults.py --seed 2 --seconds 420 -o ... --more
 """
 
 from __future__ import annotations
@@ -31,7 +35,12 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.3, help="mean seconds between faults")
     parser.add_argument("--log", type=Path, help="keep the end of the fleet's log")
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--more", action="store_true", help="add to what the output has already")
     options = parser.parse_args()
+    try:
+        earlier = read_campaigns(options.output, options.seed) if options.more else []
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     plan = campaign.Plan(
         seed=options.seed,
         faults=options.faults,
@@ -41,14 +50,56 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         result = campaign.run(plan, Path(folder))
-    content = report(plan, result)
-    text = json.dumps({"environment": describe(), **content}, indent=1)
-    print(text)
+    campaign_content = {"environment": describe(), **report(plan, result)}
+    campaigns = [*earlier, campaign_content]
+    print(json.dumps(campaign_content, indent=1))
     if options.log is not None:
         options.log.write_text(result.log)
     if options.output is not None:
-        options.output.write_text(text + "\n")
+        content = {"total": total(campaigns), "campaigns": campaigns}
+        options.output.write_text(json.dumps(content, indent=1) + "\n")
     sys.exit(bool(result.tally.problems or result.leaks))
+
+
+def read_campaigns(path: Path | None, seed: int) -> list[dict[str, Any]]:
+    """Those that were recorded before.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: nothing to add to, or the same faults once more.
+    """
+    if path is None:
+        raise ValueError("--more needs --output, the result to add to")
+    campaigns: list[dict[str, Any]] = json.loads(path.read_text()).get("campaigns", [])
+    if not campaigns:
+        raise ValueError(f"{path} has no campaigns to add to; leave --more out")
+    if any(each["seed"] == seed for each in campaigns):
+        raise ValueError(f"{path} has seed {seed} already; give another --seed")
+    return campaigns
+
+
+SUMS = (
+    "faults_done",
+    "seconds",
+    "answered",
+    "tokens",
+    "connections_broken_by_the_routers_death",
+    "refused_with_retry_after",
+)
+
+
+def total(campaigns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all campaigns."""
+    kinds = sorted({kind for each in campaigns for kind in each["faults"]})
+    return {
+        **{name: round(sum(each[name] for each in campaigns), 1) for name in SUMS},
+        "problems": [problem for each in campaigns for problem in each["problems"]],
+        "leaks": [leak for each in campaigns for leak in each["leaks"]],
+        "faults": {
+            kind: sum(each["faults"].get(kind, {"count": 0})["count"] for each in campaigns)
+            for kind in kinds
+        },
+    }
 
 
 def report(plan: campaign.Plan, result: campaign.Result) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ SIZE = {
     "num_key_value_heads": 4,
 }
 """Of the model: small, but prefills take longer than what surrounds them."""
+LARGER = {"hidden_size": 512, "intermediate_size": 1536}
+"""Of it, where a short prompt has to cost several times what router and client add to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +46,25 @@ class Ask:
 
 
 @contextmanager
-def real_fleet(pools: Sequence[str], count: int, folder: Path, *words: str) -> Iterator[TinyFleet]:
-    """Instances with one thread each and a fixed boundary."""
-    model = write_model(folder / "model", **SIZE)
+def real_fleet(
+    pools: Sequence[str],
+    count: int,
+    folder: Path,
+    *words: str,
+    model: Mapping[str, int] | None = None,
+) -> Iterator[TinyFleet]:
+    """Instances with one thread each and a fixed boundary; ``model`` changes its `SIZE`."""
+    weights = write_model(folder / "model", **{**SIZE, **(model or {})})
     flags = ("--kv-cache-gib", "0.3", "--boundary-tokens", str(BOUNDARY))
-    with start_fleet(model, pools, folder / "fleet.log", *flags, *words, count=count) as fleet:
+    with start_fleet(weights, pools, folder / "fleet.log", *flags, *words, count=count) as fleet:
         yield fleet
 
 
 def poisson(
-    seed: int, start: float, end: float, rates: Sequence[tuple[float, int, int]]
+    seed: object, start: float, end: float, rates: Sequence[tuple[float, int, int]]
 ) -> list[Ask]:
     """Prompts of several kinds: requests a second, least and most tokens of each."""
-    random = Random(seed)
+    random = Random(f"arrivals/{seed}")
     found: list[Ask] = []
     for rate, least, most in rates:
         now = start
@@ -68,7 +76,9 @@ def poisson(
     return sorted(found, key=lambda ask: ask.due)
 
 
-async def play(url: str, asks: Sequence[Ask], seed: object) -> list[float]:
+async def play(
+    url: str, asks: Sequence[Ask], seed: object, api_key: str | None = None
+) -> list[float]:
     """Seconds from when each was due to its first token, in order. Prompts follow from ``seed``:
     the same one twice would find them cached.
 
@@ -81,10 +91,10 @@ async def play(url: str, asks: Sequence[Ask], seed: object) -> list[float]:
         base_url=url, timeout=120, trust_env=False, limits=limits
     ) as client:
         began = time.monotonic()
+        headers = {"content-type": "application/json", "authorization": f"Bearer {api_key}"}
 
         async def one(ask: Ask, body: bytes) -> float:
             await asyncio.sleep(began + ask.due - time.monotonic())
-            headers = {"content-type": "application/json"}
             async with client.stream(
                 "POST", "/v1/completions", content=body, headers=headers
             ) as response:

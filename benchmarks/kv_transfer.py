@@ -201,10 +201,14 @@ class Bench:
                 running = self.request(length, 3)
                 lease = HandOver(lease_seconds=LEASE)
                 self.prefill.send(msgspec.structs.replace(running, hand_over=lease))
-            ready = dict(poller.poll())
-            if self.prefill.out in ready and running is not None:
+            ready = dict(poller.poll(PATIENCE_SECONDS * 1000))
+            if not ready:
+                raise SystemExit("the engines say nothing")
+            if self.prefill.out in ready:  # also old news, or the next poll would not wait
                 _, message = self.prefill.hear(lambda _: True)
-                if isinstance(message, Offer) and kind == "read":
+                if running is None or getattr(message, "id", None) != running.id:
+                    pass
+                elif isinstance(message, Offer) and kind == "read":
                     reserve = Reserve(request=running, source=message.source, lease_seconds=LEASE)
                     self.decode.send(reserve)
                 elif isinstance(message, Output):
@@ -293,11 +297,14 @@ def main() -> None:
         bench = Bench(engines[0], engines[1], ready[0].vocab_size)
         bench.hand_over(64, late=False)  # connects
         engines[1].moved()
-        rows = [bench.lengths(length, args.repeats) for length in args.lengths]
-        streams = {
-            kind: bench.stream(kind, args.stream_tokens, args.lengths[-1])
-            for kind in ("alone", "computed", "read", "alone again")
-        }
+        rows = []
+        for length in args.lengths:
+            rows.append(bench.lengths(length, args.repeats))
+            print(json.dumps(rows[-1]), flush=True)
+        streams = {}
+        for kind in ("alone", "computed", "read", "alone again"):
+            streams[kind] = bench.stream(kind, args.stream_tokens, args.lengths[-1])
+            print(kind, json.dumps(streams[kind]), flush=True)
     content = {
         "environment": describe(),
         "model": args.model,

@@ -1,11 +1,13 @@
 """Routers before the same instances: short P90, SLO violations and throughput under the same load.
 
-Four real instances (tiny random models, one thread each) stay up; routers take turns before them
+Real instances (tiny random models, one thread each) stay up; routers take turns before them
 (A B C ..., A B C ...), each with the same arrivals and sizes and with prompts of its own, so that
 nobody finds what another one left in a cache. The load is open: chat sessions of several turns and
 documents, at a share of what the cores can do. The objectives are multiples of what an idle
 instance takes. Our router talks to the instances over its own protocol, the others to their OpenAI
-port. Two of the instances have the role short and two long, which only class pools heed.
+port. Half of the instances have the role short and half long, which only class pools heed. More
+instances than cores slow each other down, whatever the routing: with ``--roles short,long`` there
+is one for each of two cores.
 
 sglang-router's `bucket` is a policy for the prefill stage of a PD deployment of SGLang servers
 (its flag exists for that only), so it does not apply here.
@@ -60,7 +62,6 @@ CONFIG = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
-ROLES = ("short", "short", "long", "long")
 SLO_FACTOR = 5.0
 """Objectives, in multiples of the mean time of an idle instance."""
 SHORT_TOKENS = 256
@@ -118,11 +119,11 @@ def _with_port(command: list[str]) -> list[str]:
 
 
 @contextmanager
-def instances(folder: Path, flags: list[str]) -> Iterator[list[str]]:
-    """URLs of real ones."""
+def instances(folder: Path, roles: list[str], flags: list[str]) -> Iterator[list[str]]:
+    """URLs of real ones, one for each role."""
     with ExitStack() as stack:
         urls = []
-        for role in ROLES:
+        for role in roles:
             port = free_port()
             command = [
                 *(sys.executable, "-m", "pla_serve", "serve", str(folder)),
@@ -224,7 +225,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
         folder = Path(work)
         (folder / "config.json").write_text(json.dumps(CONFIG))
-        urls = stack.enter_context(instances(folder, options.serve))
+        urls = stack.enter_context(instances(folder, options.roles.split(","), options.serve))
         objectives, capacity = asyncio.run(idle(urls[0], filler, config))
         cores = len(os.sched_getaffinity(0))
         rate = options.load * capacity * min(cores, len(urls))
@@ -247,7 +248,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **describe(),
         "others": [SGLANG_ROUTER, VLLM_ROUTER],
         "model": CONFIG,
-        "roles": ROLES,
+        "roles": options.roles.split(","),
         "serve_flags": options.serve,
         "rate": rate,
         "load": options.load,
@@ -268,6 +269,7 @@ def main() -> None:
         default="pla-serve auto,pla-serve predicted,pla-serve round-robin,pla-serve least-loaded,"
         "sglang-router cache_aware,vllm-router cache_aware",
     )
+    parser.add_argument("--roles", default="short,short,long,long", help="of the instances")
     parser.add_argument("--laps", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals in one run")
     parser.add_argument("--load", type=float, default=0.5, help="share of what the cores can do")

@@ -120,6 +120,22 @@ class TestFit:
             model.observe(batch, exact.seconds(batch))
         assert worst_error(model, TRUTH) < 0.05
 
+    @pytest.mark.parametrize("seed", range(8))
+    def test_prefills_keep_their_price_while_a_busy_machine_only_decodes(self, seed: int) -> None:
+        """Others take the cores now and then, so its clock changes all the time. One sequence that
+        grows says nothing of attention and KV but their sum."""
+        draw, model, exact = random.Random(seed), CostModel(WRONG), CostModel(TRUTH)
+        feed(model, TRUTH, 300, seed, noise=0.05)
+        steps = [decode(1, context) for context in range(16, 600)]
+        clock, left = 1.0, 0
+        for batch in steps:
+            if left == 0:
+                clock, left = draw.choice([1.0, 1.0, 1.0, 1.4, 2.0]), draw.randint(10, 60)
+            left -= 1
+            model.observe(batch, exact.seconds(batch) * clock * draw.uniform(0.95, 1.05))
+        for batch in (prefill((256, 0)), prefill((1024, 0)), prefill((2048, 0))):
+            assert 0.5 < model.seconds(batch) / exact.seconds(batch) < 5.0, "and not a hundred"
+
     @given(st.lists(st.tuples(st.integers(1, 4000), st.floats(1e-6, 1e3)), min_size=8, max_size=40))
     def test_never_negative_whatever_is_measured(self, samples: list[tuple[int, float]]) -> None:
         model = CostModel(TRUTH)

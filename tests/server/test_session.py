@@ -177,3 +177,24 @@ def test_death_wakes_who_waits() -> None:
             await waiting
 
     run(main())
+
+
+def test_one_timer_serves_waits_of_any_length() -> None:
+    async def main() -> None:
+        session = EngineSession(Router(), max_unread_tokens=10)
+        session.submit(add("a"))
+        loop = asyncio.get_running_loop()
+        loop.call_soon(session.take, Output(id="a", tokens=[1]))
+        assert await session.receive(timeout=60)
+        async with asyncio.timeout(5):
+            assert await session.receive(timeout=0.001) == [], "and not after a minute"
+        loop.call_soon(session.take, Output(id="a", tokens=[2]))
+        assert await session.receive(timeout=0.01)
+        endless = asyncio.create_task(session.receive())
+        await asyncio.sleep(0.05)
+        assert not endless.done(), "the timer of an earlier wait is no news"
+        session.take(Output(id="a", tokens=[3]))
+        assert [update.tokens for update in await endless] == [[3]]
+        session.close()
+
+    run(main())

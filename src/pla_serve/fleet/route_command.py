@@ -39,7 +39,8 @@ class RouteSettings:
 
     instances: tuple[str, ...]
     instance_key: str | None
-    liveness_seconds: float
+    liveness_seconds: float | None
+    """None: by the kind of server."""
     routing: str
     fleet: FleetOptions
     controller: str
@@ -61,7 +62,7 @@ def route(
     max_predicted_wait: route_flags.MaxPredictedWait = 0.0,
     controller: route_flags.Controller = "off",
     control_seconds: route_flags.ControlSeconds = 1.0,
-    liveness_seconds: route_flags.Liveness = 2.0,
+    liveness_seconds: route_flags.Liveness = None,
     circuit_failures: route_flags.CircuitFailures = _FLEET.circuit.failures,
     circuit_seconds: route_flags.CircuitSeconds = _FLEET.circuit.open_seconds,
     max_failures: route_flags.MaxFailures = _FLEET.most_failures,
@@ -106,7 +107,7 @@ def route(
             patience_seconds=restart_wait,
             lease_seconds=lease_seconds,
         )
-        if not liveness_seconds > 0:
+        if liveness_seconds is not None and not liveness_seconds > 0:
             raise ValueError(f"--liveness-seconds must be positive, not {liveness_seconds}")
         check_urls(instance)
         tracing.check(otlp_endpoint)
@@ -252,16 +253,19 @@ def make_links(router: RouteSettings) -> list[MakeLink]:
 
 
 def _link(router: RouteSettings, kind: str, url: str) -> MakeLink:
+    from pla_serve.fleet.link import http, protocol
     from pla_serve.fleet.link.http import Dialect, HttpLink
     from pla_serve.fleet.link.own import InstanceLink
     from pla_serve.fleet.link.sglang import SglangDialect
     from pla_serve.fleet.link.vllm import VllmDialect
 
-    key, liveness = router.instance_key, router.liveness_seconds
+    key, told = router.instance_key, router.liveness_seconds
     if kind == "pla":
-        return lambda events: InstanceLink(url, events, api_key=key, liveness_seconds=liveness)
+        heartbeat = protocol.LIVENESS_SECONDS if told is None else told
+        return lambda events: InstanceLink(url, events, api_key=key, liveness_seconds=heartbeat)
     dialect: Dialect = VllmDialect() if kind == "vllm" else SglangDialect()
-    return lambda events: HttpLink(url, events, dialect, api_key=key, liveness_seconds=liveness)
+    answer = http.LIVENESS_SECONDS if told is None else told
+    return lambda events: HttpLink(url, events, dialect, api_key=key, liveness_seconds=answer)
 
 
 def _control(

@@ -55,9 +55,10 @@ InstanceKey = Annotated[
     ),
 ]
 Liveness = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="An instance that is silent so long is lost. Seconds; more than its longest layer.",
+        help="An instance that is silent so long is lost. Seconds; more than its longest layer. "
+        "Default: 2, for the heartbeat of our instances; 5, for an answer to /health of others.",
         rich_help_panel=FAULTS,
     ),
 ]

@@ -57,7 +57,8 @@ def _table(instances: list[dict[str, Any]]) -> Table:
     table = Table()
     names = ("instance", "role", "state", "short", "long", "decode", "queued s", "KV")
     for name in names:
-        table.add_column(name, justify="left" if name in names[:3] else "right")
+        # An address without its end, its port, says nothing.
+        table.add_column(name, justify="left" if name in names[:3] else "right", overflow="fold")
     for instance in instances:
         report = instance["report"] or {}
         queued = report.get("queued_short_seconds", 0) + report.get("queued_long_seconds", 0)

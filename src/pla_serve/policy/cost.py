@@ -189,13 +189,13 @@ class CostModel:
         return median([abs(ratio - 1) for ratio in self._last_ratios()]) > ALARM
 
     def _start_again(self) -> None:
-        """The machine has changed: go by its last samples, and scale to them what they leave open.
+        """The machine has changed: go by its last samples, and scale to them what came before.
 
         All times change alike with a clock; what does not is found by the fits that follow, which
         come as often as in the beginning.
         """
-        self._window.keep_last(ALARM_WINDOW)
         factor = 1 / max(median(self._last_ratios()), 1e-9)
+        self._window.rescale_earlier(ALARM_WINDOW, factor)
         self._profile = CostProfile(*(unit * factor for unit in astuple(self._profile)))
         self._patience = FIRST_REFIT
 

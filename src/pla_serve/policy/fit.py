@@ -16,6 +16,8 @@ SAMPLES_PER_STRATUM = 8
 HALF_LIFE = 256
 """Observations after which a sample counts half."""
 LEAST_WEIGHT = 0.02
+OLD = 6 * HALF_LIFE
+"""Observations after which a sample counts LEAST_WEIGHT."""
 PULL = 0.1
 """Weight of the last coefficients against samples of weight 1: it decides what these do not."""
 ROBUST_ROUNDS = 6
@@ -47,13 +49,17 @@ class SampleWindow:
         stratum.append((self._count, work, seconds))
         self._count += 1
 
-    def keep_last(self, count: int) -> None:
-        """Forget all but the last ``count`` samples."""
-        for key, stratum in list(self._strata.items()):
-            while stratum and stratum[0][0] < self._count - count:
-                stratum.popleft()
-            if not stratum:
-                del self._strata[key]
+    def rescale_earlier(self, last: int, factor: float) -> None:
+        """All but the last so many samples were measured by another clock: their seconds count
+        ``factor`` times, and as little as the oldest ones.
+
+        What the last samples leave open, the earlier ones still say: in a minute of decoding
+        attention and KV grow together, and only prefills tell which of them costs what.
+        """
+        for stratum in self._strata.values():
+            for place, (stamp, work, seconds) in enumerate(stratum):
+                if stamp < self._count - last:
+                    stratum[place] = (min(stamp, self._count - OLD), work, seconds * factor)
 
     def samples(self) -> tuple[Vector, Vector, Vector]:
         """Features (samples, features), seconds (samples,) and weights (samples,)."""

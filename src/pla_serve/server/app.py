@@ -1,7 +1,8 @@
-"""The ASGI application: routes, error handlers, and the guard before /v1."""
+"""The ASGI application: routes, error handlers, and what stands before them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,8 +12,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from pla_serve import __version__
+from pla_serve.server.direct import Direct
 from pla_serve.server.endpoints import Endpoints, Service
 from pla_serve.server.errors import ApiError, failed, invalid, json_response
 from pla_serve.server.guard import Guard, Keys, Traffic
@@ -25,26 +28,32 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 REFERENCES = "#/components/schemas/{model}"
 
 
-def build_app(service: Service, traffic: Traffic) -> FastAPI:
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def build_app(
+    service: Service, traffic: Traffic, extend: Callable[[FastAPI], None] = lambda app: None
+) -> ASGIApp:
+    """``extend`` adds routes of its own."""
     app = FastAPI(title="PLA-Serve", version=__version__)
+    endpoints = Endpoints(service)
     _add_errors(app)
-    _add_api(app, Endpoints(service))
+    _add_api(app, endpoints)
     _add_operations(app, service, traffic)
     _describe_bodies(app, ChatRequest, CompletionRequest)
-    app.add_middleware(Guard, keys=Keys(service.settings.api_keys), traffic=traffic)
-    return app
+    extend(app)
+    direct = Direct(app, {CHAT: endpoints.chat, COMPLETIONS: endpoints.complete})
+    return Guard(direct, Keys(service.settings.api_keys), traffic)
 
 
 def _add_api(app: FastAPI, endpoints: Endpoints) -> None:
-    @app.post(
-        "/v1/chat/completions", responses=ERRORS, openapi_extra=_body(ChatRequest), tags=["OpenAI"]
-    )
+    @app.post(CHAT, responses=ERRORS, openapi_extra=_body(ChatRequest), tags=["OpenAI"])
     async def create_chat_completion(request: Request) -> Response:
         """Answers a conversation, whole or as server-sent events."""
         return await endpoints.chat(request)
 
     @app.post(
-        "/v1/completions", responses=ERRORS, openapi_extra=_body(CompletionRequest), tags=["OpenAI"]
+        COMPLETIONS, responses=ERRORS, openapi_extra=_body(CompletionRequest), tags=["OpenAI"]
     )
     async def create_completion(request: Request) -> Response:
         """Continues texts or token lists, whole or as server-sent events."""

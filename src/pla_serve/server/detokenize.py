@@ -151,6 +151,8 @@ class Detokenizer:
         if self._bytes.has_byte_tokens:
             # As the ByteFallback decoder has it: one replacement for each byte.
             new = _STRAY_BYTE.sub(REPLACEMENT, new)
+        if not self._stops:
+            return TextDelta(new)  # nothing is ever held back
         text = self._held + new
         for end, char in enumerate(new, len(self._held) + 1):
             complete = [stop.text for stop in self._stops if stop.feed(char)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,8 @@ class Generation:
         """
         news, self._held = self._held, []
         while True:
-            deltas = [delta for update in news for delta in self._advance(update)]
+            found = map(self._advance, news)
+            deltas = [delta for delta in found if delta is not None]
             if deltas:
                 yield deltas
             if not self._unfinished:
@@ -198,13 +199,13 @@ class Generation:
             self._entry.outcome = "error"
             raise unavailable(str(error)) from None
 
-    def _advance(self, update: Update) -> Iterator[Delta]:
+    def _advance(self, update: Update) -> Delta | None:
         choice = self._choices[update.id]
         if choice.done:
-            return
+            return None
         if update.rejected is not None:
             self._retry(choice, update.rejected)
-            return
+            return None
         if update.error is not None or update.finish_reason == "error":
             self._entry.outcome = "error"
             raise failed(f"the engine failed this request: {update.error or 'no reason given'}")
@@ -213,7 +214,8 @@ class Generation:
         if update.cached_tokens is not None and choice.index % self.plan.n == 0:
             self._cached[choice.prompt] = update.cached_tokens
         if update.tokens or update.finish_reason is not None:
-            yield self._take(choice, update)
+            return self._take(choice, update)
+        return None
 
     def _take(self, choice: Choice, update: Update) -> Delta:
         self._time(choice, len(update.tokens))

@@ -139,10 +139,8 @@ class ApiServer:
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )
-        app = build_app(service, self.traffic)
-        extend(app)
         config = uvicorn.Config(
-            app,
+            build_app(service, self.traffic, extend),
             access_log=False,
             log_config=None,
             lifespan="off",
@@ -152,6 +150,7 @@ class ApiServer:
             ws_per_message_deflate=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             server_header=False,
+            proxy_headers=False,  # nothing here asks where a request comes from
         )
         self.http = Server(config, self.stop)
         self._drain_task: asyncio.Task[None] | None = None

@@ -100,6 +100,9 @@ class EngineSession:
         self._open: set[str] = set()
         self._news: dict[str, Update] = {}
         self._waiter: asyncio.Future[None] | None = None
+        self._due: float | None = None
+        """When the waiter has waited long enough."""
+        self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
 
     def submit(self, request: AddRequest) -> None:
@@ -118,6 +121,9 @@ class EngineSession:
             self._router.send(AbortRequest(id))
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         for id in list(self._open):
             self.abort(id)
 
@@ -167,13 +173,28 @@ class EngineSession:
     async def _wait(self, timeout: float | None) -> None:
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
-        timer = None if timeout is None else loop.call_later(timeout, self._wake)
+        if timeout is not None:
+            self._due = loop.time() + timeout
+            if self._timer is not None and self._timer.when() > self._due:
+                self._timer.cancel()
+                self._timer = None
+            if self._timer is None:
+                self._timer = loop.call_at(self._due, self._look)
         try:
             await self._waiter
         finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
+            self._waiter = self._due = None
+
+    def _look(self) -> None:
+        """One timer for many waits: news come far more often than it fires."""
+        self._timer = None
+        if self._due is None:
+            return
+        loop = asyncio.get_running_loop()
+        if self._due <= loop.time():
+            self._wake()
+        else:
+            self._timer = loop.call_at(self._due, self._look)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -42,6 +42,10 @@ class FakeServer:
     healthy: bool = True
     hangs: bool = False
     """``/health`` is not answered."""
+    mute: bool = False
+    """``/metrics`` is not answered."""
+    asked: int = 0
+    """How often ``/metrics`` was asked for."""
     status: int = 200
     key: str | None = None
     metrics: str = METRICS
@@ -69,6 +73,9 @@ class FakeServer:
         return JSONResponse({"data": [{"id": "smol", "max_model_len": 1024}]})
 
     async def metrics_text(self, request: Request) -> Response:
+        self.asked += 1
+        while self.mute:
+            await asyncio.sleep(0.01)
         return PlainTextResponse(self.metrics, 200 if self.metrics else 404)
 
     async def server_info(self, request: Request) -> Response:
@@ -115,7 +122,7 @@ async def serving(fake: FakeServer) -> AsyncIterator[FakeServer]:
     try:
         yield fake
     finally:
-        fake.hangs = False
+        fake.hangs = fake.mute = False
         fake.gate.set()
         server.should_exit = server.force_exit = True
         await task

@@ -338,6 +338,19 @@ def test_health_decides_and_a_hang_is_its_silence() -> None:
     run(main())
 
 
+def test_late_metrics_cost_news_of_the_load_and_nothing_else() -> None:
+    async def main() -> None:
+        async with linked("vllm", liveness_seconds=0.2) as (link, events, server):
+            before = link.last_report
+            server.mute = True
+            asked = server.asked
+            await events.until(lambda: server.asked > asked + 2)
+            assert not events.losses
+            assert link.last_report == before
+
+    run(main())
+
+
 def test_silence_on_all_streams_is_a_hang_whatever_health_says() -> None:
     now = 0.0
 

@@ -25,8 +25,10 @@ class LiveLink(FakeLink):
     """A fake link with a `run` to live in."""
 
     refusal: Exception | None = None
+    runs: int = 0
 
     async def run(self) -> None:
+        self.runs += 1
         if self.refusal is not None:
             raise self.refusal
         await asyncio.Event().wait()
@@ -43,7 +45,7 @@ def make(links: list[LiveLink]) -> FleetClient:
 
         return with_events
 
-    return FleetClient([maker(link) for link in links], Recorder())
+    return FleetClient([maker(link) for link in links], Recorder(), refused_seconds=0.01)
 
 
 def request(id: str, tokens: int = 4) -> AddRequest:
@@ -135,5 +137,25 @@ def test_a_router_that_nobody_lets_in_gives_up_and_says_why() -> None:
         link.refusal = LinkRefused("i0 wants another key")
         with pytest.raises(EngineStartError, match="another key"):
             await make([link]).run()
+
+    asyncio.run(main())
+
+
+def test_one_that_refuses_is_asked_again_and_costs_the_others_nothing() -> None:
+    async def main() -> None:
+        links = [LiveLink("i0"), LiveLink("i1")]
+        links[0].refusal = LinkRefused("i0 is of another version")
+        client = make(links)
+        running = asyncio.create_task(client.run())
+        links[1].connect()
+        await client.wait_ready(1)
+        async with asyncio.timeout(5):
+            while links[0].runs < 3:
+                await asyncio.sleep(0.005)
+        links[0].refusal = LinkRefused("i0 has another key now")
+        links[1].refusal = LinkRefused("i1 as well")
+        assert not running.done()
+        await client.stop()
+        await running
 
     asyncio.run(main())

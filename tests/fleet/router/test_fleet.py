@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_fleet import Bench, oracle
+from fake_fleet import Bench, FakeLink, oracle
 
 from pla_serve.engine.messages import AbortRequest, AddRequest, Lend, Reserve
 from pla_serve.fleet.router.prefixes import Chain
@@ -226,8 +226,8 @@ def test_classes_go_to_their_pools() -> None:
     assert bench.where(bench.submit([7] * 30)) is bench.links[0]
 
 
-def test_an_open_circuit_is_closed_by_one_probe() -> None:
-    bench = Bench(2)
+def open_circuit(bench: Bench) -> FakeLink:
+    """Of the first of two instances, by three errors in a row."""
     bad = bench.links[0]
     for n in range(3):
         client = bench.submit([n] * 20)
@@ -237,6 +237,29 @@ def test_an_open_circuit_is_closed_by_one_probe() -> None:
         bad.error(client.id)
         bad.flush()
         bench.run()
+    return bad
+
+
+def test_a_probe_that_could_not_be_sent_does_not_bar_the_next_one() -> None:
+    bench = Bench(2)
+    bad = open_circuit(bench)
+    bench.clock.advance(2.1)
+    bad.connected = False  # and nobody has been told yet
+    for n in range(3):
+        bench.submit([50 + n] * 20)
+    bad.cut()
+    bad.connect()
+    bench.clock.advance(120)
+    sent = bench.seen.sent.count("i0")
+    for n in range(3):
+        bench.submit([70 + n] * 20)
+    assert bench.seen.sent.count("i0") == sent + 1
+    bench.run()
+
+
+def test_an_open_circuit_is_closed_by_one_probe() -> None:
+    bench = Bench(2)
+    open_circuit(bench)
     sent = bench.seen.sent.count("i0")
     for n in range(10):
         bench.submit([50 + n] * 20)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -23,7 +23,8 @@ from fake_core import GATED_SEED, REJECT_SEED
 from server_harness import DEADLINE, MODEL, Live, check_grammar, make_tokenizer, until
 
 from pla_serve.cli import app
-from pla_serve.fleet.route_command import RouteSettings, build
+from pla_serve.fleet.link import http, own
+from pla_serve.fleet.route_command import RouteSettings, build, make_links
 from pla_serve.fleet.router.contract import FleetOptions
 from pla_serve.server.run import listen
 from pla_serve.server.settings import ServerSettings
@@ -177,3 +178,28 @@ def test_mistakes_are_named_before_anything_starts(words: list[str], says: str) 
     result = CliRunner().invoke(app, ["route", "m", *words])
     assert result.exit_code != 0
     assert says in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(("told", "waits"), [(None, (2.0, 5.0, 5.0)), (1.0, (1.0, 1.0, 1.0))])
+def test_servers_without_a_heartbeat_have_longer_to_answer(
+    told: float | None, waits: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def link(*args: Any, liveness_seconds: float, **kwargs: Any) -> None:
+        found.append(liveness_seconds)
+
+    monkeypatch.setattr(own, "InstanceLink", link)
+    monkeypatch.setattr(http, "HttpLink", link)
+    settings = RouteSettings(
+        instances=("http://a:1", "vllm+http://b:1", "sglang+http://c:1"),
+        instance_key=None,
+        liveness_seconds=told,
+        routing="auto",
+        fleet=FleetOptions(),
+        controller="off",
+        control_seconds=1.0,
+    )
+    for make in make_links(settings):
+        make(cast(Any, None))
+    assert tuple(found) == waits

@@ -46,6 +46,25 @@ def test_a_step_is_believed_after_one_period() -> None:
     assert feed(rate, 101.0, 1.0, 0, 0.0) == pytest.approx(0.0)
 
 
+def test_a_few_large_jobs_more_are_believed_as_well() -> None:
+    """Three a period become eighteen: certain, though eighteen jobs vary by a quarter."""
+    rate = WorkRate(60.0)
+    rate.close(0.0)
+    for period in range(10):
+        feed(rate, 2.0 * period, 2.0, 3, 0.14)
+    assert feed(rate, 20.0, 2.0, 18, 0.14) == pytest.approx(1.26, rel=0.1)
+
+
+def test_one_large_job_is_part_of_the_average() -> None:
+    """It neither counts as a new rate nor makes the past forgotten."""
+    rate = WorkRate(60.0)
+    rate.close(0.0)
+    for second in range(20):
+        feed(rate, float(second), 1.0, 20, 0.01)
+    rate.add(5.0, 20.1)
+    assert feed(rate, 20.0, 1.0, 20, 0.01) == pytest.approx(0.2 + 5.0 / 18, abs=0.02)
+
+
 def test_a_clump_is_not_taken_for_a_rate() -> None:
     rate = WorkRate(60.0)
     rate.close(0.0)

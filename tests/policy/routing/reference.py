@@ -27,6 +27,16 @@ class SlowInstance:
             express = sum(seconds for _, seconds, s, _ in self.waiting.values() if s)
             self.express_ready = min(max(self.express_ready, now), now + express)
 
+    def wait(self, express: bool, now: float) -> float:
+        """Until such a request begins: what is late is given as much time again."""
+        ready = self.express_ready if express else self.ready
+        held = any(short or not express for _, _, short, _ in self.waiting.values())
+        return now - ready if held and ready < now else max(0.0, ready - now)
+
+    @property
+    def short_waiting(self) -> int:
+        return sum(short for _, _, short, _ in self.waiting.values())
+
     @property
     def tokens(self) -> int:
         return sum(tokens for tokens, _, _, _ in self.waiting.values())
@@ -49,8 +59,7 @@ class SlowFleet:
         instance = self.instances[instance_id]
         new = self.uncached(request, instance_id)
         express = self.express and new <= self.boundary
-        ready = instance.express_ready if express else instance.ready
-        return max(0.0, ready - now) + new * 1e-3
+        return instance.wait(express, now) + new * 1e-3
 
     def dispatched(self, request: RouteRequest, instance_id: str, now: float) -> None:
         instance = self.instances[instance_id]

@@ -102,6 +102,10 @@ class FleetLife(RuleBasedStateMachine):
             assert view.entries[index].index == index
             assert view.requests[index] == len(slow.unfinished)
             assert view.tokens[index] == slow.tokens
+            assert view.short_waiting[index] == slow.short_waiting
+            for short in (True, False):
+                expected = slow.wait(short and view.model.express, self.now)
+                assert view.wait(index, short, self.now) == pytest.approx(expected)
             assert view.ready[index] == pytest.approx(slow.ready)
             assert view.express_ready[index] == pytest.approx(slow.express_ready)
         for pool in (Pool.SHORT, Pool.LONG):
@@ -113,3 +117,19 @@ class FleetLife(RuleBasedStateMachine):
 
 TestFleetLife = FleetLife.TestCase
 TestFleetLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("express", [True, False])
+def test_what_is_late_is_not_taken_for_idle(express: bool) -> None:
+    """A second after it should have been done, nobody knows how much longer it takes."""
+    model = FleetModel(lambda new, history: new * 1e-3, express=express)
+    router = Router(Predicted(), model)
+    for name in ("a", "b"):
+        router.added(name, Pool.MIXED, 0.0)
+    router.dispatched(RouteRequest("r0", 100), "a", 0.0)
+    router.dispatched(RouteRequest("r1", 200), "b", 0.0)
+    router.prefilled("r1", 0.2)
+    assert router.view.wait(0, True, 1.1) == pytest.approx(1.0)
+    assert router.choose(RouteRequest("r2", 100), 1.1) == "b", "though a was to be done sooner"
+    router.prefilled("r0", 1.1)
+    assert router.view.wait(0, True, 1.2) == 0.0

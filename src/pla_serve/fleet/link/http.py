@@ -216,7 +216,7 @@ class HttpLink:
             log.info("linked to %s", self._url)
             self._events.connected(self, facts)
             self._tell(metrics)
-            watch = asyncio.create_task(self._watch(client))
+            watch = asyncio.create_task(self._watch(client, metrics))
             reason = "the link was cancelled"
             try:
                 await asyncio.wait({ended, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -257,15 +257,16 @@ class HttpLink:
         response = await client.get("/metrics", follow_redirects=True)
         return response.text if response.is_success else ""
 
-    async def _watch(self, client: httpx.AsyncClient) -> str:
-        """Polls until the server is lost; returns why."""
+    async def _watch(self, client: httpx.AsyncClient, metrics: Mapping[str, float]) -> str:
+        """Polls until the server is lost; returns why. ``metrics``: the last that are known."""
         while True:
             await asyncio.sleep(self._poll)
             if self._requests and self._clock() - self._heard > self._stall:
                 return f"nothing came for {len(self._requests)} requests in {self._stall:g} s"
             try:
                 (await client.get("/health")).raise_for_status()
-                metrics = samples(await self._metrics(client))
+                with suppress(httpx.TimeoutException):  # it lives; its load is as it was
+                    metrics = samples(await self._metrics(client))
             except httpx.HTTPStatusError as error:
                 return f"/health says {error.response.status_code}"
             except httpx.HTTPError as error:

@@ -98,7 +98,7 @@ class Link(Protocol):
         """Connect, and again whenever the connection ends, until cancelled or `close`.
 
         Raises:
-            LinkRefused: there is no point in trying again.
+            LinkRefused: there is no point in trying again soon.
         """
 
     async def close(self) -> None:

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 MakeLink = Callable[[LinkEvents], Link]
 
+REFUSED_SECONDS = 30.0
+"""Until an instance that refused the link is asked again: it may get the right key or version."""
+
 
 class FleetClient:
     """A `Backend`. All methods belong to one event loop.
@@ -47,6 +50,7 @@ class FleetClient:
         routing: RoutingPolicy | None = None,
         control: FleetControl | None = None,
         max_waiting: int = 4096,
+        refused_seconds: float = REFUSED_SECONDS,
     ) -> None:
         if not links:
             raise ValueError("a router needs an instance: --instance URL")
@@ -64,6 +68,9 @@ class FleetClient:
             self.fleet.attach(link)
         self.control = control
         self._max_waiting = max_waiting
+        self._refused_seconds = refused_seconds
+        self._refusals: dict[str, str] = {}
+        """Of instances that have never let this router in, by URL."""
         self._waiting = 0
         self._ready = asyncio.Event()
         self._stopped = asyncio.Event()
@@ -95,29 +102,43 @@ class FleetClient:
         """Keep the links up until `stop`.
 
         Raises:
-            EngineStartError: no instance will ever let this router in.
+            EngineStartError: every instance has refused this router.
         """
         stopped = asyncio.create_task(self._stopped.wait())
         control = asyncio.create_task(self._decide())
-        tasks: set[asyncio.Task[None]] = {asyncio.create_task(link.run()) for link in self._links}
-        refusals: list[str] = []
+        links: set[asyncio.Task[None]] = {
+            asyncio.create_task(self._keep(link)) for link in self._links
+        }
         try:
             while not stopped.done():
-                done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-                for task in done & tasks:
-                    tasks.discard(task)
-                    try:
-                        task.result()
-                    except LinkRefused as error:
-                        log.error("%s", error)
-                        refusals.append(str(error))
-                if not tasks and not stopped.done():
-                    raise EngineStartError("; ".join(refusals) or "all links have ended")
+                done, _ = await asyncio.wait({stopped, *links}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done & links:
+                    links.discard(task)
+                    task.result()
+                if not links and not stopped.done():
+                    raise EngineStartError("all links have ended")
         finally:
             self._stopped.set()
-            for task in (stopped, control, *tasks):
+            for task in (stopped, control, *links):
                 task.cancel()
-            await asyncio.gather(stopped, control, *tasks, return_exceptions=True)
+            await asyncio.gather(stopped, control, *links, return_exceptions=True)
+
+    async def _keep(self, link: Link) -> None:
+        """One link, until it is closed. An instance that refuses it costs the others nothing.
+
+        Raises:
+            EngineStartError: so have all others, and none has ever let this router in.
+        """
+        while True:
+            try:
+                await link.run()
+                return
+            except LinkRefused as error:
+                log.error("%s; asking again in %.0f s", error, self._refused_seconds)
+                self._refusals[link.url] = str(error)
+                if len(self._refusals) == len(self._links) and not self._was_ready:
+                    raise EngineStartError("; ".join(self._refusals.values())) from None
+            await asyncio.sleep(self._refused_seconds)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Ends everything in flight and all links; the instances live on."""

@@ -129,7 +129,6 @@ class Fleet:
         self._hands.dropped(flight)
         self._end(flight)
         if leg is not None:
-            leg.instance.circuit.withdrawn(leg.id)
             self.send(leg.instance, AbortRequest(leg.id))
 
     def fail_all(self, reason: str) -> None:
@@ -215,8 +214,9 @@ class Fleet:
             flight.receiver.take(Accepted(flight.request.id, cached_tokens))
 
     def settle(self, flight: Flight, leg: Leg) -> None:
-        """Its stay there is over."""
+        """Its stay there is over; if it was a probe and nothing was learnt, another may be one."""
         leg.instance.flights.pop(leg.id, None)
+        leg.instance.circuit.withdrawn(leg.id)
         self.dispatcher.finished(leg, self.clock())
         flight.leg = None
 
@@ -355,7 +355,6 @@ class Fleet:
     def _rejected(self, flight: Flight, leg: Leg, rejected: Rejected) -> None:
         """No room there, or it never can: elsewhere, and only then back to the client."""
         instance = leg.instance
-        instance.circuit.withdrawn(leg.id)
         self.settle(flight, leg)
         self.observer.moved(instance.name, "refused", bool(flight.tokens))
         if rejected.retry_after is None:

@@ -217,13 +217,17 @@ class Member:
         """Seconds since its engine should have answered, while a router asks.
 
         Raises:
-            httpx.HTTPError: the process does not answer.
+            httpx.HTTPError: the process does not answer, or not as an instance does.
         """
         if not self.recipe.has_engine:
             return 0.0
         answer = await client.get(self.recipe.url + "/fleet/instance")
-        content = answer.json() if answer.status_code == 200 else {}
-        return float(content.get("engine_silent_seconds", 0.0))
+        if answer.status_code != 200:
+            return 0.0
+        try:
+            return float(answer.json()["engine_silent_seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise httpx.DecodingError(f"/fleet/instance says {answer.text[:80]!r}") from error
 
     def _is_ready(self) -> None:
         if not self.ready.is_set():

@@ -7,7 +7,7 @@ from math import exp, inf, isfinite, sqrt
 SLOTS = 4
 """Parts of a control period that are counted apart, to tell a burst from a higher rate."""
 SURPRISE = 3.0
-"""Standard deviations that a period must differ by for the past to be forgotten."""
+"""A period as unlikely as so many standard deviations makes the past be forgotten."""
 
 
 class WorkRate:
@@ -15,10 +15,13 @@ class WorkRate:
 
     Work arrives in jobs of random size at random times, so the work of a period of length t is a
     compound Poisson sum with mean ``rate * t`` and variance ``squares * t``, where ``squares`` is
-    the arrival rate of squared job sizes. A period farther from its mean than SURPRISE standard
-    deviations is no noise: the rate has changed, and the average starts again from that period
-    *without the busiest quarter of it*. So one clump of work, which is in the queues anyway, is not
-    taken for a rate that lasts.
+    the arrival rate of squared job sizes. If a period is farther from that than noise is, the rate
+    has changed, and the average starts again from that period *without the busiest quarter of it*.
+    So one clump of work, which is in the queues anyway, is not taken for a rate that lasts.
+
+    Noise is what Bernstein's inequality leaves: a sum of jobs of at most b exceeds its mean by x
+    with a probability below ``exp(-x^2 / 2 (variance + b x / 3))``. The variance is the past's, so
+    a dozen jobs where three were usual are believed at once, and one large job among them is not.
 
     Args:
         memory_seconds: time in which the weight of the past falls to 1/e.
@@ -67,7 +70,7 @@ class WorkRate:
     def _take(self, length: float, now: float) -> None:
         work = sum(seconds for _, seconds in self._jobs)
         squares = sum(seconds * seconds for _, seconds in self._jobs)
-        if self._surprising(work, squares, length):
+        if self._surprising(work, length):
             work, squares, length = self._without_busiest_slot(length, now)
             self._work = self._squares = self._weight = 0.0
         fade = exp(-length / self._memory)
@@ -78,11 +81,14 @@ class WorkRate:
         self._jobs.clear()
         self._closed_at = now
 
-    def _surprising(self, work: float, squares: float, length: float) -> bool:
+    def _surprising(self, work: float, length: float) -> bool:
         if not self._weight:
             return False
-        variance = max(self._squares / self._weight * length, squares)
-        return abs(work - self.rate * length) > SURPRISE * sqrt(variance) + 1e-12
+        more = work - self.rate * length
+        variance = self._squares / self._weight * length
+        if more > 0:
+            variance += max(seconds for _, seconds in self._jobs) * more / 3
+        return abs(more) > SURPRISE * sqrt(variance) + 1e-12
 
     def _without_busiest_slot(self, length: float, now: float) -> tuple[float, float, float]:
         slot = length / SLOTS

@@ -21,6 +21,10 @@ TIE = 1e-3
 instance."""
 
 
+ARRAYS = ("requests", "tokens", "assigned", "short_waiting", "ready", "express_ready")
+"""Of `FleetView`, a number for each instance."""
+
+
 @dataclass(slots=True)
 class Charge:
     """A dispatched request, on the account of its instance."""
@@ -58,7 +62,8 @@ class FleetView:
     An instance is *ready* at the time at which all its prefills are predicted to be done;
     ``express_ready`` is the same for its short ones alone, when those do not wait for long ones
     (`FleetModel.express`). Work is charged at dispatch, taken off when it is done, and corrected by
-    reports.
+    reports. What should be done by now and is not takes longer than predicted: nobody knows how
+    much longer, so it is given as much time again as it is late.
     """
 
     def __init__(self, model: FleetModel) -> None:
@@ -70,6 +75,8 @@ class FleetView:
         """New tokens dispatched and not prefilled."""
         self.assigned: Counts = np.zeros(0, np.int64)
         """New tokens ever dispatched; one that joins starts level with the least."""
+        self.short_waiting: Counts = np.zeros(0, np.int64)
+        """Short requests dispatched and not prefilled."""
         self.ready: Floats = np.zeros(0)
         self.express_ready: Floats = np.zeros(0)
         self.waiting = 0
@@ -101,6 +108,7 @@ class FleetView:
         self.requests = np.append(self.requests, 0)
         self.tokens = np.append(self.tokens, 0)
         self.assigned = np.append(self.assigned, least)
+        self.short_waiting = np.append(self.short_waiting, 0)
         self.ready = np.append(self.ready, now)
         self.express_ready = np.append(self.express_ready, now)
         self._members.clear()
@@ -110,7 +118,7 @@ class FleetView:
         self.waiting -= len(entry.waiting)
         del self._by_id[entry.id]
         del self.entries[entry.index]
-        for name in ("requests", "tokens", "assigned", "ready", "express_ready"):
+        for name in ARRAYS:
             setattr(self, name, np.delete(getattr(self, name), entry.index))
         for later in self.entries[entry.index :]:
             later.index -= 1
@@ -124,7 +132,7 @@ class FleetView:
         view.entries = [replace(entry, index=index) for index, entry in enumerate(rest)]
         view._by_id = {entry.id: entry for entry in view.entries}
         view.waiting = sum(len(entry.waiting) for entry in rest)
-        for name in ("requests", "tokens", "assigned", "ready", "express_ready"):
+        for name in ARRAYS:
             setattr(view, name, getattr(self, name)[kept])
         return view
 
@@ -185,13 +193,17 @@ class FleetView:
         """The member that would begin soonest with such a request; of idle ones, the longest
         idle."""
         if short and self.model.express:
-            return self.least(np.maximum(self.express_ready, now) + TIE * self.ready, pool)
-        return self.least(self.ready, pool)
+            express = _expected(self.express_ready, self.short_waiting, now)
+            return self.least(np.maximum(express, now) + TIE * self.ready, pool)
+        return self.least(_expected(self.ready, self.tokens, now), pool)
 
     def wait(self, index: int, short: bool, now: float) -> float:
         """Predicted seconds until it begins with such a request."""
-        ready = self.express_ready if short and self.model.express else self.ready
-        return max(0.0, float(ready[index]) - now)
+        express = short and self.model.express
+        left = float((self.express_ready if express else self.ready)[index]) - now
+        if left < 0 and (self.short_waiting if express else self.tokens)[index]:
+            return -left
+        return max(0.0, left)
 
     def idle(self, pool: Pool, now: float) -> Counts:
         """Members without any prefill."""
@@ -214,6 +226,7 @@ class FleetView:
         self.assigned[index] += charge.tokens
         self.ready[index] = max(float(self.ready[index]), now) + seconds
         if charge.short:
+            self.short_waiting[index] += 1
             entry.express_work += seconds
             self.express_ready[index] = max(float(self.express_ready[index]), now) + seconds
 
@@ -225,6 +238,7 @@ class FleetView:
         entry.work = entry.work - charge.seconds if entry.waiting else 0.0
         self.ready[index] = _corrected(float(self.ready[index]), entry.work, now)
         if charge.short:
+            self.short_waiting[index] -= 1
             entry.express_work -= charge.seconds
             if not entry.waiting or entry.express_work < 0:
                 entry.express_work = 0.0
@@ -242,6 +256,12 @@ class FleetView:
                 express_seconds += charge.seconds
         self.ready[entry.index] = at + seconds
         self.express_ready[entry.index] = at + express_seconds
+
+
+def _expected(ready: Floats, waiting: Counts, now: float) -> Floats:
+    """``ready``, but for those that are late: as late again. Of idle ones it tells since when."""
+    late: Floats = np.where((waiting > 0) & (ready < now), 2 * now - ready, ready)
+    return late
 
 
 def _corrected(ready: float, work: float, now: float) -> float:
