@@ -35,6 +35,7 @@ class ChaosPolicy:
 
     def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
         assert request_id not in self._left
+        assert request_id not in self._decodes
         self._decodes[request_id] = context
 
     def remove(self, request_id: str) -> None:

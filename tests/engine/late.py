@@ -20,6 +20,7 @@ from pla_serve.engine.executor import Executed, StagedExecutor
 from pla_serve.engine.forward import SpanRequest
 from pla_serve.engine.graphs.capture import NoCapture
 from pla_serve.engine.graphs.grid import GridLimits, ShapeGrid
+from pla_serve.engine.kv.manager import BlockTable
 from pla_serve.engine.runner import AtBoundary, ModelRunner
 from pla_serve.engine.sampling import Choice, Sampled, Sampler, SequenceSampling
 from pla_serve.engine.staging import DirectUploader, Scratch
@@ -50,6 +51,7 @@ class LateDevice(FakeDevice):
     gaps: int = 0
     """Batches that found nothing before them that the device had still to do."""
     uses: list[tuple[int, set[int]]] = field(default_factory=list)
+    writes: list[tuple[int, set[int]]] = field(default_factory=list)
 
     def later(self, name: str, work: Callable[[], None]) -> None:
         self.enqueue(name)
@@ -65,10 +67,26 @@ class LateDevice(FakeDevice):
             self.catch_up()
         super().finish(position)
 
+    def takes(self, requests: Sequence[SpanRequest]) -> None:
+        """A batch that ends here uses the blocks of these."""
+        used, written = set(), set()
+        for request in requests:
+            blocks = [b for first, end in request.runs for b in range(first, end)]
+            used.update(blocks)
+            end = request.history + len(request.tokens)
+            written.update(blocks[request.history // BLOCK : -(-end // BLOCK)])
+        self.uses.append((len(self.enqueued), used))
+        self.writes.append((len(self.enqueued), written))
+
     def used(self) -> set[int]:
         """Blocks of batches that are not finished."""
         self.uses = [(end, blocks) for end, blocks in self.uses if end > self.finished]
         return set().union(*(blocks for _, blocks in self.uses))
+
+    def written(self) -> set[int]:
+        """Those of them that are written to."""
+        self.writes = [(end, blocks) for end, blocks in self.writes if end > self.finished]
+        return set().union(*(blocks for _, blocks in self.writes))
 
 
 class LateExecutor:
@@ -89,12 +107,11 @@ class LateExecutor:
         carried: torch.Tensor | None = None,
     ) -> Executed:
         device = self.device
-        blocks = {b for r in requests for first, end in r.runs for b in range(first, end)}
         if not device.unfinished:
             device.gaps += 1
         tokens = sum(len(r.tokens) for r in requests)
         if tokens > MOST_TOKENS or len(requests) > MOST_REQUESTS:
-            return self._layered(requests, at_boundary, carried, blocks)
+            return self._layered(requests, at_boundary, carried)
         frozen = [replace(r, tokens=list(r.tokens), runs=list(r.runs)) for r in requests]
         logits = torch.full((sum(r.wants_logits for r in requests), VOCABULARY), torch.nan)
 
@@ -103,7 +120,7 @@ class LateExecutor:
 
         self.batches.append(len(device.enqueued))
         device.later("whole", compute)
-        device.uses.append((len(device.enqueued), blocks))
+        device.takes(frozen)
         return Executed(logits, True)
 
     def _layered(
@@ -111,7 +128,6 @@ class LateExecutor:
         requests: Sequence[SpanRequest],
         at_boundary: AtBoundary,
         carried: torch.Tensor | None,
-        blocks: set[int],
     ) -> Executed:
         device = self.device
 
@@ -124,7 +140,7 @@ class LateExecutor:
         try:
             executed = self._inner.forward(requests, boundary, carried)
         finally:
-            device.uses.append((len(device.enqueued), blocks))
+            device.takes(requests)
         assert not executed.whole
         return executed
 
@@ -205,7 +221,18 @@ def late_engine(
         sampler=LateSampler(device),
         async_scheduling=async_scheduling,
     )
-    pool = engine.parts.kv._pool
+    kv = engine.parts.kv
+    pool, remember = kv._pool, kv.remember
+
+    def checked_remember(
+        tokens: Sequence[int], computed: int, table: BlockTable, *, in_use: bool = False
+    ) -> None:
+        assert computed <= len(tokens), "a token is not known yet"
+        fresh = table.blocks[table.inserted : computed // BLOCK]
+        assert not device.written().intersection(fresh), "KV is cached that is not there yet"
+        remember(tokens, computed, table, in_use=in_use)
+
+    kv.remember = checked_remember  # type: ignore[method-assign]
     allocate = pool.allocate
 
     def checked(count: int, *, after: int | None = None, room: int = 0) -> list[int]:

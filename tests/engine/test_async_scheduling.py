@@ -5,16 +5,19 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pla_serve.engine.forward import FlatBatch
 from pla_serve.engine.messages import AddRequest, Grammar, SamplingParams
+from pla_serve.engine.runner import AtBoundary
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import BatchClass, PrefillPolicy
 from pla_serve.policy.registry import create_policy
 from tests.engine.chaos import ChaosPolicy
-from tests.engine.late import LateEngine, late_engine
+from tests.engine.late import LateEngine, late_engine, late_runner
 from tests.engine.test_outputs import assert_at_rest, prompts, serve_at_random
 from tests.engine.tiny import (
     BLOCK,
@@ -289,13 +292,44 @@ def test_memory_that_runs_out_is_waited_for() -> None:
 
 def test_twins_share_their_blocks_when_nobody_reads_them_any_more() -> None:
     """A sequence whose prompt another one has cached meanwhile keeps its own blocks while a batch
-    may read them, and its answer is cached in the end all the same."""
-    late = late_engine(ChaosPolicy(0, express=0.0))
+    may read them, and its answer is cached in the end all the same, also if a stop token ends it
+    when the next batch is enqueued already."""
     prompt = list(range(1, 3 * BLOCK + 1))
-    for name, seed in (("a", 1), ("b", 2)):
-        late.engine.add(name, prompt, max_tokens=14, temperature=1.0, seed=seed, ignore_eos=True)
-    late.engine.run()
+
+    def twins(**more: object) -> Engine:
+        late = late_engine(create_policy("fcfs", PolicyConfig(), CostModel()))
+        for name, seed in (("a", 1), ("b", 2)):
+            late.engine.add(name, prompt, max_tokens=14, temperature=1.0, seed=seed, **more)
+        late.engine.run()
+        assert_at_rest(late.engine)
+        return late.engine
+
+    free = twins(ignore_eos=True)
+    engine = twins(ignore_eos=True, stop_token_ids=[free.tokens(name)[9] for name in ("a", "b")])
     for name in ("a", "b"):
-        text = [*prompt, *late.engine.tokens(name)]
-        assert late.engine.parts.kv.cached_prefix([*text, 1]) == (len(text) - 1) // BLOCK * BLOCK
+        assert engine.outputs(name)[-1].finish_reason == "stop"
+        text = [*prompt, *engine.tokens(name)]
+        assert engine.parts.kv.cached_prefix([*text, 1]) == (len(text) - 1) // BLOCK * BLOCK
+
+
+def test_a_broken_row_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch behind it computes something for that row, since it is enqueued already."""
+    late = late_engine(create_policy("fcfs", PolicyConfig(), CostModel()))
+    runner = late_runner()
+    forward = runner.forward
+
+    def break_a_row(batch: FlatBatch, at_boundary: AtBoundary | None = None) -> torch.Tensor:
+        logits = forward(batch, at_boundary).clone()
+        rows = batch.tokens[batch.outputs]
+        logits[: len(rows)][rows == 77] = torch.nan
+        return logits
+
+    monkeypatch.setattr(runner, "forward", break_a_row)
+    late.engine.add("broken", [5, 6, 77])
+    late.engine.add("sound", [5, 6, 7])
+    late.engine.run()
+    last = late.engine.outputs("broken")[-1]
+    assert (last.tokens, last.finish_reason) == ([], "error")
+    assert late.engine.tokens("sound") == expected("llama", (5, 6, 7), 8)
+    assert late.engine.loop._telemetry.steps_ahead > 0
     assert_at_rest(late.engine)
