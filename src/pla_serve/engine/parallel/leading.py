@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from pla_serve.engine.device import Device
 from pla_serve.engine.executor import Executed, Executor
 from pla_serve.engine.forward import SpanRequest
@@ -21,6 +23,9 @@ class LeadingExecutor:
     the same time.
     """
 
+    carries = False
+    """Tokens that only the device knows so far are on rank 0's alone."""
+
     def __init__(self, executor: Executor, send: Sender) -> None:
         self._executor = executor
         self._send = send
@@ -31,8 +36,14 @@ class LeadingExecutor:
         """See `Executor`."""
         return self._executor.device
 
-    def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
-        """See `Executor`."""
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
+        """See `Executor`; without ``carried``."""
+        assert carried is None
         depth = self._depth
         layer = 0
 
