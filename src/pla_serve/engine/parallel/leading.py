@@ -27,14 +27,10 @@ class LeadingExecutor:
     """Tokens that only the device knows so far are on rank 0's alone."""
 
     def __init__(self, executor: Executor, send: Sender) -> None:
+        self.device: Device = executor.device
         self._executor = executor
         self._send = send
         self._depth = 0
-
-    @property
-    def device(self) -> Device:
-        """See `Executor`."""
-        return self._executor.device
 
     def forward(
         self,
