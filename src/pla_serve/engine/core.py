@@ -78,6 +78,7 @@ class EngineCore:
         else:
             with team.blamed():
                 parts, ready = build_parts(config, source, device, clock, team)
+            team.serve()
             weakref.finalize(self, team.close)
         self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
         emit(ready)

@@ -153,9 +153,11 @@ def _model(
         return load_model(
             source, dtype, device, config.seed, attn_implementation=implementation, checked=True
         )
-    return load_share(
+    model = load_share(
         source, attention, dtype, device, config.seed, ranks, attn_implementation=IMPLEMENTATION
     )
+    agree(ranks, "loaded")  # a rank that failed is noticed here, which in a sum it might not be
+    return model
 
 
 def _profile(

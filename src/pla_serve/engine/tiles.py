@@ -65,10 +65,17 @@ class TileWeight:
 
 
 class Norm(Protocol):
-    """A root-mean-square norm: weight (in,) in float32, and what is added to the mean square."""
+    """A root-mean-square norm."""
 
-    weight: torch.Tensor
-    epsilon: float
+    @property
+    def weight(self) -> torch.Tensor:
+        """(in,) in float32."""
+        ...
+
+    @property
+    def epsilon(self) -> float:
+        """Added to the mean square."""
+        ...
 
 
 class Tiles:

@@ -144,7 +144,8 @@ class FusedLayer(nn.Module):
         """(tokens, heads, dim) after the norms of queries and keys, where the model has them."""
         if self.query_norm is None or self.key_norm is None:
             return heads
-        queries, keys, values = heads.split([self.query_heads, self.kv_heads, self.kv_heads], 1)
+        sizes = [self.query_heads, self.kv_heads, self.kv_heads]
+        queries, keys, values = torch.split(heads, sizes, 1)
         return torch.cat((self.query_norm(queries), self.key_norm(keys), values), dim=1)
 
 

@@ -83,7 +83,7 @@ class PackedLinear(torch.nn.Module):
         """The linear of the norm of ``inputs`` (tokens, in)."""
         if self._tiles is not None and self.tiled is not None and inputs.shape[0] > FEW_TOKENS:
             return self._tiles.linear(inputs, self.tiled, self.bias, norm=norm)
-        return self(norm(inputs))
+        return self.then(norm(inputs), "none")
 
     def with_other(
         self, inputs: torch.Tensor, other: torch.Tensor, after: AfterTwo
@@ -105,10 +105,11 @@ class GatedLinear(torch.nn.Module):
         self, gate: torch.nn.Linear, up: torch.nn.Linear, tiles: Tiles | None = None
     ) -> None:
         super().__init__()
-        self.gate, self.up = PackedLinear.of(gate, tiles=tiles), PackedLinear.of(up, tiles=tiles)
+        self.gate = PackedLinear.of(gate, tiles=tiles)
+        self.up = PackedLinear.of(up, tiles=tiles)
         gates, ups = self.gate.tiled, self.up.tiled
         together = gates is not None and ups is not None and gates.parts == ups.parts
-        biased = gate.bias is not None or up.bias is not None
+        biased = self.gate.bias is not None or self.up.bias is not None
         self._tiles = tiles if together and not biased else None
 
     def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:

@@ -24,17 +24,13 @@ class LeadingExecutor:
     """
 
     carries = False
-    """Tokens that are on rank 0's device only would have to be sent first."""
+    """Tokens that only the device knows so far are on rank 0's alone."""
 
     def __init__(self, executor: Executor, send: Sender) -> None:
+        self.device: Device = executor.device
         self._executor = executor
         self._send = send
         self._depth = 0
-
-    @property
-    def device(self) -> Device:
-        """See `Executor`."""
-        return self._executor.device
 
     def forward(
         self,
@@ -42,7 +38,7 @@ class LeadingExecutor:
         at_boundary: AtBoundary,
         carried: torch.Tensor | None = None,
     ) -> Executed:
-        """See `Executor`."""
+        """See `Executor`; without ``carried``."""
         assert carried is None
         depth = self._depth
         layer = 0

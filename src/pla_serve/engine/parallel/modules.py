@@ -55,7 +55,7 @@ class GatheredHead(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., rows, hidden) to (..., rows, vocabulary)."""
-        own = self.linear(inputs)
+        own: torch.Tensor = self.linear(inputs)
         if own.numel() == 0:
             return own.new_empty(*own.shape[:-1], self._vocab_size)
         widest = max(self._widths)

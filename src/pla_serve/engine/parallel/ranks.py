@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 TIMEOUT_SECONDS = 300.0
 """Of each exchange. A rank that dies is noticed at once and otherwise; this is for one that hangs.
@@ -89,7 +90,7 @@ class TorchRanks:
         self.size = size
         self._watch = watch
         self._exchanges = 0
-        self._store = dist.FileStore(str(folder / "store"), size)
+        self._store = FileStore(str(folder / "store"), size)
         self._cuda = cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)

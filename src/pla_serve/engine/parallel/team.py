@@ -29,6 +29,8 @@ PATROL_SECONDS = 0.5
 """How often an idle engine looks whether the other ranks live."""
 STUCK_SECONDS = 5.0
 """How long rank 0 may take to notice that a rank has ended: it may be waiting for that rank."""
+STARTING_SECONDS = 120.0
+"""The same while it loads: it looks for the others when it has."""
 LAST_WORDS_SECONDS = 2.0
 """How long after a failed exchange the end of a rank may come to light."""
 LEAVE_SECONDS = 5.0
@@ -66,7 +68,7 @@ class Team:
     Args:
         program: what the others run, after the Python interpreter.
         stuck: by default ends this process.
-        stuck_seconds: how long this process may take to notice the end of a rank.
+        stuck_seconds: how long this process may take to notice the end of a rank, until `serve`.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Team:
         *,
         program: tuple[str, ...] = ("-m", "pla_serve.engine.parallel.follower"),
         stuck: Callable[[str], None] | None = None,
-        stuck_seconds: float = STUCK_SECONDS,
+        stuck_seconds: float = STARTING_SECONDS,
     ) -> None:
         self.size = config.tensor_parallel_size
         self._stuck = stuck or _end_process
@@ -101,6 +103,10 @@ class Team:
         """
         self._ranks = TorchRanks(self.folder, 0, self.size, device, self.check)
         return self._ranks
+
+    def serve(self) -> None:
+        """From now on, the end of a rank is noticed soon or never."""
+        self._stuck_seconds = STUCK_SECONDS
 
     def send(self, command: Command) -> None:
         """See `Sender`. Raises RankLost."""

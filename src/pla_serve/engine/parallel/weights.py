@@ -77,7 +77,8 @@ def load_share(
             ) from error
     join(model, decoder_layers(model, attention.layers), ranks)
     model.requires_grad_(False)
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def _build(config: object, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
