@@ -101,6 +101,9 @@ def main() -> int:
     )
     parser.add_argument("--serve-args", default="", help="further flags of pla-serve serve")
     parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument(
+        "--warm-seconds", type=float, default=120.0, help="of load before, until caches are full"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
@@ -117,8 +120,9 @@ def main() -> int:
             *setup.flags, *options.serve_args.split(),
         ]  # fmt: skip
         with started(command, f"http://127.0.0.1:{port}") as server:
+            times = (options.warm_seconds, options.seconds)
             run = asyncio.run(
-                load(server.url, server.pid, setup, options.seconds, random.Random(options.seed))
+                load(server.url, server.pid, setup, times, random.Random(options.seed))
             )
             served = read_metrics(httpx.get(f"{server.url}/metrics").text)
     trends = [trend(run.rests, name) for name in run.rests[0].rss]
@@ -128,6 +132,7 @@ def main() -> int:
         "environment": environment,
         "model": setup.name or setup.model,
         "seconds": options.seconds,
+        "warm_seconds": options.warm_seconds,
         "rounds": len(run.rests),
         "requests": dict(sorted(run.done.items())),
         "server": served,
@@ -249,13 +254,18 @@ class Client:
         )
 
 
-async def load(url: str, pid: int, setup: Setup, seconds: float, rng: random.Random) -> Run:
-    """Rounds of load and rest until the time is over."""
+async def load(
+    url: str, pid: int, setup: Setup, times: tuple[float, float], rng: random.Random
+) -> Run:
+    """Rounds of load and rest: some seconds that do not count, and the others."""
     run = Run()
     client = Client(rng, setup.context)
     processes = members(pid)
+    warm = time.monotonic() + times[0]
+    while time.monotonic() < warm:
+        await one_round(url, client, rng, run, processes)
     began = time.monotonic()
-    while time.monotonic() < began + seconds:
+    while time.monotonic() < began + times[1]:
         await one_round(url, client, rng, run, processes)
         problem = await at_rest(url)
         if problem:

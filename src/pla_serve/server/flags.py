@@ -261,8 +261,8 @@ CompileLayers = Annotated[
     bool,
     typer.Option(
         "--compile-layers/--no-compile-layers",
-        help="Run stock decoder layers through torch.compile, in place of the fused ones. Takes a "
-        "minute at start; slower on a CPU.",
+        help="Run stock decoder layers through torch.compile, in place of the fused ones; compiles "
+        "at start.",
         rich_help_panel=DEVICE,
     ),
 ]
