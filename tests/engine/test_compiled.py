@@ -26,9 +26,10 @@ from tests.engine.tiny import BLOCK, CONFIGS, MAX_BLOCKS, make_engine, reference
 
 CPU = torch.device("cpu")
 # Inductor imports a module of torch's that warns of itself.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)
+pytestmark = [  # of torch's compiler
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The distutils package is deprecated:DeprecationWarning"),
+]
 
 
 class Compiled:
