@@ -242,6 +242,7 @@ def test_shorts_wait_for_no_more_layers(seed: int, depth: int) -> None:
     late = late_engine(policy, depth=depth)
     device = late.device
     sent: list[str] = []
+    longs: list[str] = []
     came: dict[str, int] = {}
 
     def arrive() -> None:
@@ -250,6 +251,10 @@ def test_shorts_wait_for_no_more_layers(seed: int, depth: int) -> None:
             sent.append(name)
             came[name] = len(device.enqueued)
             late.engine.add(name, [4, 5, 6 + len(sent)], max_tokens=rng.choice((1, 3)))
+
+        if len(longs) < 4 and late.engine.emitted and rng.random() < 0.1:
+            longs.append(f"long{len(longs)}")
+            late.engine.add(longs[-1], [3 + len(longs), 4] * 60, max_tokens=9, ignore_eos=True)
 
     waited: list[int] = []
     prepare = late.engine.loop._preparation.prepare
@@ -268,9 +273,7 @@ def test_shorts_wait_for_no_more_layers(seed: int, depth: int) -> None:
 
     late.engine.loop._preparation.prepare = watch  # type: ignore[method-assign]
     late.engine.on_poll.append(arrive)
-    for index in range(3):
-        late.engine.add(f"long{index}", [3 + index, 4] * 60, max_tokens=9, ignore_eos=True)
-        late.engine.run()
+    late.engine.add("first", [3, 4] * 60, max_tokens=30, ignore_eos=True)
     for _ in range(8):
         late.engine.run()
     assert not came
@@ -299,15 +302,20 @@ def test_twins_share_their_blocks_when_nobody_reads_them_any_more() -> None:
     def twins(**more: object) -> Engine:
         late = late_engine(create_policy("fcfs", PolicyConfig(), CostModel()))
         for name, seed in (("a", 1), ("b", 2)):
-            late.engine.add(name, prompt, max_tokens=14, temperature=1.0, seed=seed, **more)
+            late.engine.add(name, prompt, max_tokens=20, temperature=9.0, seed=seed, **more)
         late.engine.run()
         assert_at_rest(late.engine)
         return late.engine
 
     free = twins(ignore_eos=True)
-    engine = twins(ignore_eos=True, stop_token_ids=[free.tokens(name)[9] for name in ("a", "b")])
+    texts = [free.tokens(name) for name in ("a", "b")]
+    stops = [
+        next(t for t in text[9:] if all(t not in other[:9] for other in texts)) for text in texts
+    ]
+    engine = twins(ignore_eos=True, stop_token_ids=stops)
     for name in ("a", "b"):
         assert engine.outputs(name)[-1].finish_reason == "stop"
+        assert len(engine.tokens(name)) > 9
         text = [*prompt, *engine.tokens(name)]
         assert engine.parts.kv.cached_prefix([*text, 1]) == (len(text) - 1) // BLOCK * BLOCK
 
