@@ -26,10 +26,8 @@ from tests.engine.tiny import BLOCK, CONFIGS, MAX_BLOCKS, make_engine, reference
 
 CPU = torch.device("cpu")
 # Inductor imports a module of torch's that warns of itself.
-pytestmark = [  # of torch's compiler
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The distutils package is deprecated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("default")
+"""Torch's compiler warns of what it imports, which differs with what else is installed."""
 
 
 class Compiled:
