@@ -187,6 +187,14 @@ def test_attention_as_exact_as_float32(
     assert error <= 2 * usual + 1e-6
 
 
+def test_attention_passes_on_what_is_no_number(tiles: Tiles) -> None:
+    query, keys, values = torch.randn(1, 70, 32), torch.randn(70, 1, 32), torch.randn(70, 1, 32)
+    keys[40, 0, 3] = torch.nan
+    attended = tiles.attention(query, keys, values, 0, 0.2)
+    assert attended[:40].isfinite().all()
+    assert attended[40:].isnan().all()
+
+
 def test_attention_takes_only_heads_that_fit() -> None:
     wide = torch.float32
     assert Tiles.attends(9, 3, 64, wide)

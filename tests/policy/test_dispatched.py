@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from random import Random
 
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import Batch, PrefillPolicy, PrefillRequest, Run, Wait
+from pla_serve.policy.protocol import (
+    Batch,
+    BatchClass,
+    Chunk,
+    PrefillPolicy,
+    PrefillRequest,
+    Run,
+    Wait,
+)
 from pla_serve.policy.registry import POLICIES, create_policy
 
 REQUESTS = 12
@@ -129,3 +138,45 @@ def test_everyone_is_served_once_by_an_executor_that_is_ahead(name: str, seed: i
         assert ahead.computed[request_id] == tokens + OUTPUT - 1
     state = ahead.policy.state(1e9)
     assert (state.short_requests, state.long_requests, state.decoding_requests) == (0, 0, 0)
+
+
+def test_the_share_of_longs_is_of_what_the_device_takes() -> None:
+    """It is told of a batch when that is enqueued, which takes no time, and of its end later."""
+    cost = CostModel()
+    share = 0.5
+    policy = create_policy("length-aware", PolicyConfig(long_share=share), cost)
+    names = count()
+    now = ends = 0.0
+    taken = {BatchClass.SHORT: 0.0, BatchClass.LONG: 0.0}
+    asked: dict[str, float] = {}
+    waits: list[float] = []
+    running: tuple[Batch, float, float] | None = None
+
+    def ask(tokens: int) -> None:
+        name = f"{tokens}-{next(names)}"
+        asked[name] = now
+        policy.add(PrefillRequest(name, now, tokens), now)
+
+    for tokens in (400, 250) * 4:
+        ask(tokens)
+    for _ in range(300):
+        decision = policy.next(now)
+        assert isinstance(decision, Run)
+        batch = decision.batch
+        seconds = cost.seconds(batch)
+        ends = max(ends, now) + seconds
+        policy.dispatched(batch, now)
+        taken[batch.kind] += seconds
+        for chunk in batch.prefills:
+            if chunk.completes:
+                policy.remove(chunk.request_id)
+                size, began = int(chunk.request_id.partition("-")[0]), asked.pop(chunk.request_id)
+                if size < 256:
+                    waits.append(ends - began)
+                ask(size)
+        if running is not None:
+            before, took, now = running
+            policy.measured(before, took, now)
+        running = (batch, seconds, ends)
+    assert taken[BatchClass.LONG] / sum(taken.values()) == pytest.approx(share, abs=0.1)
+    assert max(waits) < 20 * cost.seconds(Batch(BatchClass.LONG, (Chunk("", 400, 0),)))

@@ -31,7 +31,7 @@ class Frame:
     """Seconds that batches inside it have taken."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Flight:
     """A batch whose work is enqueued, and whose tokens are on their way."""
 

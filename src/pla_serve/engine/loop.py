@@ -217,7 +217,17 @@ class EngineLoop:
         finally:
             frame, self._frame = self._frame, outer
         ended = self._device.record()
-        flight = Flight(batch, members, choice, frame, outer, nested, whole, began, ended)
+        flight = Flight(
+            batch=batch,
+            members=members,
+            choice=choice,
+            frame=frame,
+            outer=outer,
+            nested=nested,
+            whole=whole,
+            began=began,
+            ended=ended,
+        )
         if not nested:
             self._follow(flight)
         elif whole and self._device.asynchronous:

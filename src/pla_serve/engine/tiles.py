@@ -104,6 +104,8 @@ class Tiles:
             library = ctypes.CDLL(str(_build(cache_root() / "kernels")))
             if library.tiles_open() != 0:
                 raise OSError("the system does not grant the use of AMX")
+            if library.tiles_keys() != KEYS:
+                raise OSError("the kernel and its caller disagree about scratch memory")
             tiles = cls(library)
         except (OSError, subprocess.SubprocessError) as error:
             log.warning("float32 prefill is slower than it could be: no AMX kernel (%s)", error)
@@ -165,6 +167,9 @@ class Tiles:
         """
         tokens, count, dim = heads.shape
         kv_heads = keys.shape[1]
+        assert turn.shape[-1] * 2 == dim
+        assert slots.dtype == torch.int64
+        assert all(part.is_contiguous() for part in (heads, turn, slots, keys, values))
         self._rotary(
             heads.data_ptr(),
             tokens,
@@ -279,9 +284,11 @@ def _is_right(tiles: Tiles) -> bool:
     linear = tiles.linear(inputs, TileWeight(weight), None)
     gated = tiles.linear(inputs, TileWeight(weight), None, gate=TileWeight(gate))
     swish = torch.nn.functional.silu(inputs.double() @ gate.double().t())
-    query, keys, values = (torch.randn(40, 1, 32, generator=generator) for _ in range(3))
-    q, k, v = (part.transpose(0, 1).double() for part in (query, keys, values))
-    truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
-    attended = tiles.attention(query.transpose(0, 1), keys, values, 0, 0.5).transpose(0, 1)
+    query = torch.randn(2, 40, 32, generator=generator)
+    keys, values = torch.randn(2, KEYS + 40, 1, 32, generator=generator)
+    q, k, v = (part.double() for part in (query, keys[:, 0], values[:, 0]))
+    mask = torch.ones(40, KEYS + 40, dtype=torch.bool).tril(KEYS)
+    truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5)
+    attended = tiles.attention(query, keys, values, KEYS, 0.5).transpose(0, 1)
     pairs = ((linear, product), (gated, product * swish), (attended, truth))
     return all(torch.allclose(got, exact.float(), 1e-4, 1e-3) for got, exact in pairs)

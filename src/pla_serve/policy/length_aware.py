@@ -148,7 +148,6 @@ class LengthAware:
             self._decoded_at = now
         if batch.kind is BatchClass.LONG:
             self._settle(now)
-            self._account.stop_long(now)
             for chunk in (*batch.prefills, *batch.decodes):
                 self._flights.land(chunk.request_id)
         else:
@@ -158,7 +157,10 @@ class LengthAware:
         self._cost.observe(batch, seconds)
         self._book.renew_prices()
         account = self._account
-        if batch.kind is not BatchClass.LONG and self._contested():
+        if batch.kind is BatchClass.LONG:
+            if not self._flights:
+                account.stop_long(now)
+        elif self._contested():
             account.charge_express(min(seconds, now - self._contested_since))
         if self._flights:
             account.start_long(now)

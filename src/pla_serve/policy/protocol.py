@@ -161,7 +161,8 @@ class PrefillPolicy(Protocol):
 
     def dispatched(self, batch: Batch, now: float) -> None:
         """All of ``batch`` is on its way and nothing will stop it: the part of `observe` that is
-        known before it has run. It was handed out by `next`, and nothing inside it is in flight.
+        known before it has run, so no time is booked here. It was handed out by `next`, and nothing
+        inside it is in flight.
 
         What is left of its requests may be handed out by `next`. One batch at most is begun before
         `measured` tells of this one, and `at_layer_boundary` is not called in between.

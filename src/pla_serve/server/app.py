@@ -26,8 +26,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "503": {"description": "The engine is not up; see Retry-After."},
 }
 REFERENCES = "#/components/schemas/{model}"
-
-
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 

@@ -11,7 +11,8 @@ from pla_serve.engine.attention.sdpa import SdpaReference
 from pla_serve.engine.cpu.layer import FusedLayer, TurningRotary
 from pla_serve.engine.forward import SpanRequest, build
 
-TOKENS = 5
+TOKENS = 20
+"""Of each sequence: enough that linears take the way of many tokens."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Of the largest output: far above what reordered sums make, far below an error."""
 
@@ -23,7 +24,8 @@ def same_results(stock: nn.Module, fused: FusedLayer, rotary: TurningRotary) -> 
     width = len(fused.before_attention.weight)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2 * TOKENS, width, generator=generator).to(dtype)
-    requests = [SpanRequest([0] * TOKENS, 0, [(start, start + TOKENS)], True) for start in (0, 5)]
+    slots = ((0, TOKENS), (TOKENS, 2 * TOKENS))
+    requests = [SpanRequest([0] * TOKENS, 0, [run], True) for run in slots]
     batch = build(requests, 1, cpu)
     shape = KVShape(fused.layer_idx + 1, fused.kv_heads, fused.head_dim, dtype)
     positions = batch.positions.unsqueeze(0)

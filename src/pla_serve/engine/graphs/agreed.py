@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
-from pla_serve.engine.graphs.capture import Capturer, Pass
+from pla_serve.engine.graphs.capture import Capturer, Pass, WarmUpFailed
 from pla_serve.engine.parallel.ranks import Ranks
+
+
+class Unagreed(Exception):
+    """This rank failed where the others wait for it, so that it can only end."""
 
 
 class AgreedCapture:
@@ -16,12 +18,20 @@ class AgreedCapture:
         self._ranks = ranks
 
     def capture(self, run: Pass) -> Pass:
-        """See `Capturer`. Raises RuntimeError if it failed on any rank."""
+        """See `Capturer`.
+
+        Raises:
+            RuntimeError: it failed on some rank.
+            Unagreed: it failed in a warm-up, which computes sums with the other ranks: they are in
+                the middle of one and cannot be asked.
+        """
         made: Pass | None = None
         said = ""
         try:
             made = self._capturer.capture(run)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except WarmUpFailed as error:
+            raise Unagreed(f"a pass before a capture failed: {error}") from error
+        except RuntimeError as error:
             said = f"{type(error).__name__}: {error}"
         reasons = [(rank, text) for rank, text in enumerate(self._ranks.exchange(said)) if text]
         if reasons or made is None:

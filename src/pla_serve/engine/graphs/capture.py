@@ -11,6 +11,10 @@ Pass = Callable[[], torch.Tensor]
 """Reads its inputs from tensors that stay where they are; gives the logits."""
 
 
+class WarmUpFailed(RuntimeError):
+    """A pass before the capture failed, maybe in the middle of a sum with other ranks."""
+
+
 class Capturer(Protocol):
     """How a shape is made replayable."""
 
@@ -56,9 +60,12 @@ class CudaCapture:
         """See `Capturer`."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(self.WARM_UPS):
-                run()
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(self.WARM_UPS):
+                    run()
+        except RuntimeError as error:
+            raise WarmUpFailed(str(error)) from error
         current.wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()

@@ -191,7 +191,7 @@ class ShapeGrid:
             self._captured[shape] = _Captured(
                 capacity, self._capturer.capture(lambda: self._run(shape, capacity))
             )
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except RuntimeError as error:
             self._failed.add(shape)
             self.counts.fallbacks[CAPTURE_FAILED] += 1
             log.warning(

@@ -80,10 +80,12 @@ inline void score(const Attention& job, Panel& p, const Half* keys, long first, 
           KEYS, [](long) {});
 }
 
-// Of a key with this score; scores of keys that are not seen are far below all others.
+// Of a key with this score; scores of keys that are not seen are far below all others. What is no
+// number stays none, so that it is noticed.
 inline __m512 weight_of(__m512 score, __m512 base) {
   const __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-1e30f), _CMP_GT_OQ);
-  return _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, base)));
+  const __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, base)));
+  return _mm512_mask_mov_ps(weight, _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q), score);
 }
 
 // One row of scores to weights; what was summed up so far is made smaller if a larger score came.
@@ -192,6 +194,9 @@ void attend_group(const Attention& job, long head, long first) {
 }
 
 }  // namespace
+
+// Keys in a block of scratch memory, for who allocates it.
+extern "C" long tiles_keys() { return KEYS; }
 
 // out (tokens, heads * groups, dim): query t sees the first history + t + 1 keys. q, k and v have
 // these strides for a token and a head; dim is a multiple of 32, groups at most 32. `scratch` holds

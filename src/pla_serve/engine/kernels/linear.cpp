@@ -77,7 +77,7 @@ void multiply_group(const Linear& job, long first, long end, long from, long to)
   const long steps = job.steps(), panel_size = 2 * steps * PARTS * TILE;
   const long row = first * PANEL, rows = std::min(job.rows - row, (end - first) * PANEL);
   const float* x = job.x + row * job.inputs;
-  Half* a = buffer((MOST_PANELS + 1) * PANEL * job.inputs * PARTS);
+  Half* a = buffer(MOST_PANELS * PANEL * job.inputs * PARTS);
   alignas(64) float scales[MOST_PANELS * PANEL];
   if (job.norm) norm_scales(x, rows, job.inputs, job.epsilon, scales);
   split_rows(x, job.inputs, rows, job.inputs, end - first, a, scales, job.norm);
@@ -126,7 +126,7 @@ extern "C" void tiles_linear(const float* x, long rows, long inputs, long output
   // As many groups for each thread, of nearly equal size; few rows are cut by columns as well.
   long groups = (panels + most * threads - 1) / (most * threads) * threads;
   if (groups > panels) groups = panels;
-  const long cuts = groups % threads ? threads : 1;
+  const long cuts = groups % threads ? std::min(threads, columns) : 1;
 #pragma omp parallel num_threads(threads)
   {
     const Config config;

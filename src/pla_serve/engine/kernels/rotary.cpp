@@ -4,6 +4,8 @@
 
 namespace {
 
+constexpr long FEW = 8;  // tokens for which waking other threads takes longer than turning them
+
 // Pairs of neighbours (a, b), as complex numbers, times those of `turn`.
 inline void rotate(const float* from, const float* turn, long dim, float* to) {
   for (long at = 0; at < dim; at += 16) {
@@ -16,12 +18,12 @@ inline void rotate(const float* from, const float* turn, long dim, float* to) {
 
 }  // namespace
 
-// heads (tokens, queries + 2 * kv_heads, dim): queries are turned in place; keys, turned, and values
-// go to rows `slots` of keys and values (slots, kv_heads, dim). turn: (tokens, dim / 2) pairs of
+// heads (tokens, queries + 2 * kv_heads, dim): queries are turned in place, and keys, turned, and
+// values go to rows `slots` of keys and values (slots, kv_heads, dim). turn: (tokens, dim / 2) pairs of
 // cosine and sine. dim is a multiple of 16.
 extern "C" void tiles_rotary(float* heads, long tokens, long queries, long kv_heads, long dim,
                              const float* turn, const int64_t* slots, float* keys, float* values) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (tokens > FEW)
   for (long token = 0; token < tokens; ++token) {
     float* own = heads + token * (queries + 2 * kv_heads) * dim;
     const float* angles = turn + token * dim;

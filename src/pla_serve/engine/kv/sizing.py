@@ -34,14 +34,14 @@ def plan_kv(
     shape: KVShape,
     device: torch.device,
     positions: int,
-    agree: Callable[[int], int] = int,
+    least: Callable[[int], int] = int,
 ) -> KVPlan:
     """Fit the KV cache to the memory that is free now.
 
     Args:
         shape: of this rank's share.
         positions: the most tokens that the model was made for.
-        agree: the fewest blocks of all ranks, given those that this one has room for.
+        least: the fewest blocks of all ranks, given those that this one has room for.
 
     Raises:
         ValueError: the settings do not fit the model or the memory; says what to change.
@@ -50,7 +50,7 @@ def plan_kv(
     if wanted > positions:
         raise ValueError(f"max_model_len {wanted} exceeds the {positions} positions of this model")
     block_bytes = shape.bytes_per_token * config.block_tokens
-    blocks = agree(_budget(config, shape, device, wanted) // block_bytes)
+    blocks = least(_budget(config, shape, device, wanted) // block_bytes)
     reserve = int(blocks * config.short_kv_reserve)
     longest = (blocks - reserve) * config.block_tokens
     if longest < 2:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from contextlib import suppress
 
 from pla_serve.engine.executor import Executor
-from pla_serve.engine.parallel.commands import Abandon, Begin, Command, End, Go, Receiver
-from pla_serve.engine.parallel.commands import UseIdleTime as Idle
+from pla_serve.engine.parallel.commands import (
+    Abandon,
+    Begin,
+    Command,
+    End,
+    Go,
+    Receiver,
+    UseIdleTime,
+)
 
 
 class OutOfStep(Exception):
@@ -29,7 +36,7 @@ def follow(executor: Executor, receive: Receiver) -> None:
             return
         if isinstance(command, Begin):
             _run(executor, receive, command, 0)
-        elif isinstance(command, Idle):
+        elif isinstance(command, UseIdleTime):
             executor.use_idle_time()
         else:
             raise _unexpected(command, "between batches")

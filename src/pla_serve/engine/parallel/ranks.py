@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 TIMEOUT_SECONDS = 300.0
-"""Of each exchange. A rank that dies is noticed at once and otherwise; this is for one that hangs.
+"""Of each exchange. A rank that dies is noticed sooner (`team`); this is for one that hangs.
 Loading is not part of an exchange, but waiting for a rank that still loads is."""
 POLL_SECONDS = 0.002
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
