@@ -15,6 +15,7 @@ from fleet_real import LARGER, Ask, alone, play, poisson, real_fleet
 
 STRICT = "class-pools:overflow_seconds=inf"
 SHORT, LONG = (160, 256), (1024, 2048)
+POOLS = ("--short", "1", "--long", "3")
 BURST = 32
 """Short prompts at once, by which the capacity of one instance is measured."""
 NO_BATCHES = ("--max-batch-requests", "1")
@@ -36,33 +37,50 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """Of prompts on a fleet that nobody else uses, in seconds."""
+
+    idle: dict[int, float]
+    """To the first token of a single prompt, by its tokens."""
+    short_one_by_one: float
+    """What the one short instance takes for each prompt of a queue."""
+
+    @classmethod
+    async def measure(cls, folder: Path) -> Costs:
+        """On a fleet of its own, without a controller: it would take the queues for load."""
+        words = ("--routing", STRICT, "--controller", "off", *NO_BATCHES)
+        with real_fleet(POOLS, 4, folder, *words, model=LARGER) as fleet:
+            await _warm_up(fleet.url)
+            idle = {n: await alone(fleet.url, n) for n in (*SHORT, *LONG)}
+            return cls(idle, await _one_by_one(fleet.url))
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """One short and three long instances; at the step most of the work becomes short.
 
-    Loads are shares of what one instance does alone, one prompt after another, which is measured on
-    the fleet itself. After the step more short work comes than one instance can do, and less in all
+    Loads are shares of what one instance does alone, one prompt after another. After the step more short work comes than one instance can do, and less in all
     than two cores can, which client and router share with the instances.
 
     The objective is relative: five times what a prompt takes on the idle fleet, at least 0.4 s.
     """
 
     controller: str
+    costs: Costs
     folder: Path
     period: float = 2.0
     step: float = 20.0
     end: float = 50.0
-    short_load: tuple[float, float] = (0.25, 1.3)
+    short_load: tuple[float, float] = (0.25, 1.1)
     """Before the step, and after it."""
     long_load: tuple[float, float] = (0.5, 0.05)
 
     async def run(self) -> Outcome:
-        pools = ("--short", "1", "--long", "3")
+        idle, each = self.costs.idle, self.costs.short_one_by_one
         words = ("--routing", STRICT, "--controller", self.controller)
         words = (*words, "--control-seconds", str(self.period), *NO_BATCHES)
-        with real_fleet(pools, 4, self.folder, *words, model=LARGER) as fleet:
-            await play(fleet.url, poisson(9, 0.0, 6.0, [(10, *SHORT), (1, *LONG)]), 9)
-            idle = {n: await alone(fleet.url, n) for n in (*SHORT, *LONG)}
-            each = await _one_by_one(fleet.url)
+        with real_fleet(POOLS, 4, self.folder, *words, model=LARGER) as fleet:
+            await _warm_up(fleet.url)
             asks = self._asks(each, sum(idle[n] for n in LONG) / 2)
             began = time.monotonic()
             watch = asyncio.create_task(_watch(fleet.url, began, self.period / 2))
@@ -103,6 +121,10 @@ class Trial:
             ]
             found += poisson(number, start, end, rates)
         return found
+
+
+async def _warm_up(url: str) -> None:
+    await play(url, poisson(9, 0.0, 6.0, [(3, *SHORT), (0.5, *LONG)]), 9)
 
 
 async def _one_by_one(url: str) -> float:

@@ -220,12 +220,14 @@ def _brief(runs: Sequence[dict[str, Any]]) -> str:
 async def real() -> list[dict[str, Any]]:
     """Four processes with a small model. Without a controller it is to be seen whether the answer
     mattered."""
-    from control_trial import Trial
+    from control_trial import Costs, Trial
 
+    with tempfile.TemporaryDirectory() as folder:
+        costs = await Costs.measure(Path(folder))
     found = []
     for controller in ("off", "pressure", "balance"):
         with tempfile.TemporaryDirectory() as folder:
-            trial = Trial(controller, Path(folder))
+            trial = Trial(controller, costs, Path(folder))
             began = time.monotonic()
             outcome = await trial.run()
         judged = judge(
