@@ -59,8 +59,9 @@ class Costs:
 class Trial:
     """One short and three long instances; at the step most of the work becomes short.
 
-    Loads are shares of what one instance does alone, one prompt after another. After the step more short work comes than one instance can do, and less in all
-    than two cores can, which client and router share with the instances.
+    Loads are shares of what one instance does alone, one prompt after another. After the step more
+    short work comes than one instance can do, and less in all than two cores can, which client and
+    router share with the instances.
 
     The objective is relative: five times what a prompt takes on the idle fleet, at least 0.4 s.
     """
