@@ -84,8 +84,10 @@ def test_served_at_random_the_answers_are_those_of_generate() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_with_the_real_compiler() -> None:
+def test_with_the_real_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor and the machine's C++ compiler, on one model."""
+    # Setuptools, which it imports, wants to be there before anybody imports distutils.
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     made = Compiled("llama", "inductor")
     assert made.used
     engine = make_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.predicted import Predicted
 from pla_serve.policy.routing.request import FleetModel, NoInstance, RouteRequest
 from pla_serve.policy.routing.router import Router
+from pla_serve.policy.routing.view import TIE
 from tests.policy.routing.reference import SlowFleet, SlowInstance
 
 pools = st.sampled_from([Pool.SHORT, Pool.LONG, Pool.MIXED])
@@ -69,7 +71,9 @@ class FleetLife(RuleBasedStateMachine):
             return request.id
         chosen = self.router.choose(request, self.now)
         best = min(self.slow.ttft(request, name, self.now) for name in names)
-        assert self.slow.ttft(request, chosen, self.now) == pytest.approx(best)
+        # Long work decides between equal express queues, by a small weight.
+        slack = TIE * float(np.ptp(self.router.view.ready)) + 1e-9
+        assert best - 1e-9 <= self.slow.ttft(request, chosen, self.now) <= best + slack
         place = self.router.dispatched(request, chosen, self.now)
         assert place.new_tokens == self.slow.uncached(request, chosen)
         self.slow.dispatched(request, chosen, self.now)
