@@ -22,6 +22,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from pla_serve.engine.child import await_end_of_parent
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.messages import (
     EngineFailed,
@@ -160,9 +161,7 @@ def _is_expected(error: Exception) -> bool:
 
 def exit_with_parent() -> None:
     """Blocks until the parent is gone, then ends this process wherever it is."""
-    with suppress(OSError):
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
+    await_end_of_parent()
     os._exit(1)
 
 

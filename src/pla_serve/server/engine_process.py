@@ -8,16 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 import zmq
 
+from pla_serve.engine.child import private_folder, tell
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.messages import EngineFailed, FromEngine, Shutdown, ToEngine
 from pla_serve.engine.process import CORE, Launch
@@ -91,7 +90,7 @@ class EngineProcess:
         self._ended = ended
         self._reason: str | None = None
         self._loop = asyncio.get_running_loop()
-        self._folder = _private_folder()
+        self._folder = private_folder()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
         self._open_sockets()
@@ -144,11 +143,7 @@ class EngineProcess:
             log_level=spec.log_level,
             log_format=spec.log_format,
         )
-        stdin = self._child.stdin
-        assert stdin is not None
-        with suppress(BrokenPipeError):  # a child that died already is seen by the reaper
-            stdin.write(msgspec.json.encode(launch) + b"\n")
-            stdin.flush()
+        tell(self._child, launch)
 
     def _read(self) -> None:
         # ZeroMQ's descriptor is edge-triggered: read until there is nothing more.
@@ -189,12 +184,6 @@ class EngineProcess:
         with suppress(BrokenPipeError):
             self._child.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _private_folder() -> Path:
-    """A new folder of mode 0700 whose path fits into a Unix socket address (107 bytes)."""
-    folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="pla-serve-", dir=folder if len(folder) < 70 else "/tmp"))
 
 
 def _describe(status: int) -> str:

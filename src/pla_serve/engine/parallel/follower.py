@@ -14,12 +14,12 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
+from pla_serve.engine.child import await_end_of_parent
 from pla_serve.engine.loaded import device_of_rank, load, use_threads
 from pla_serve.engine.loading import LoadingError, Silent, resolve
 from pla_serve.engine.parallel.commands import CommandReceiver
@@ -47,9 +47,7 @@ def serve(launch: FollowerLaunch) -> None:
 
 def watch_leader(folder: str) -> None:
     """Blocks until rank 0 is gone, then ends this process wherever it is."""
-    with suppress(OSError):
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
+    await_end_of_parent()
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 

@@ -8,16 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import msgspec
 import torch
 
+from pla_serve.engine.child import private_folder, tell
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.parallel.commands import Command, CommandSender, End
 from pla_serve.engine.parallel.ranks import TorchRanks
@@ -82,7 +81,7 @@ class Team:
         self.size = config.tensor_parallel_size
         self._stuck = stuck or _end_process
         self._stuck_seconds = stuck_seconds
-        self.folder = _private_folder()
+        self.folder = private_folder()
         self._lost: str | None = None
         self._noticed = threading.Event()
         self._closing = False
@@ -186,10 +185,7 @@ class Team:
             log_level=level if level == "DEBUG" else "WARNING",  # the rest is what rank 0 says
             log_format=form,
         )
-        assert child.stdin is not None
-        with suppress(BrokenPipeError):  # one that died already is seen by its watcher
-            child.stdin.write(msgspec.json.encode(launch) + b"\n")
-            child.stdin.flush()
+        tell(child, launch)
         threading.Thread(
             target=self._watch, args=(rank, child), name=f"rank-{rank}-watch", daemon=True
         ).start()
@@ -222,9 +218,3 @@ def _end_process(reason: str) -> None:
     """Whatever the main thread waits for will not come."""
     log.critical("%s, and rank 0 waits for it; the engine ends", reason)
     os._exit(1)
-
-
-def _private_folder() -> Path:
-    """A new folder of mode 0700 whose path fits into a Unix socket address (107 bytes)."""
-    folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="pla-serve-", dir=folder if len(folder) < 70 else "/tmp"))
