@@ -72,17 +72,23 @@ class PackedLinear(torch.nn.Module):
         if self.narrow is not None and tokens <= FEW_TOKENS:
             outputs = _multiply_half(inputs, self.narrow)
             return torch.nn.functional.silu(outputs, inplace=True) if after == "swish" else outputs
-        if self._tiles is not None and self.tiled is not None and tokens > FEW_TOKENS:
+        if (tiles := self.tiles_for(tokens)) is not None:
             flat = inputs.reshape(tokens, self.in_features)
-            outputs = self._tiles.linear(flat, self.tiled, self.bias, after)
+            outputs = tiles[0].linear(flat, tiles[1], self.bias, after)
             return outputs.view(*inputs.shape[:-1], self.out_features)
         outputs = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, after, [], "")
         return cast("torch.Tensor", outputs)
 
+    def tiles_for(self, tokens: int) -> tuple[Tiles, TileWeight] | None:
+        """What multiplies so many tokens, with the weight as it takes it; None if others do."""
+        if self._tiles is None or self.tiled is None or tokens <= FEW_TOKENS:
+            return None
+        return self._tiles, self.tiled
+
     def of_normed(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
         """The linear of the norm of ``inputs`` (tokens, in)."""
-        if self._tiles is not None and self.tiled is not None and inputs.shape[0] > FEW_TOKENS:
-            return self._tiles.linear(inputs, self.tiled, self.bias, norm=norm)
+        if (tiles := self.tiles_for(inputs.shape[0])) is not None:
+            return tiles[0].linear(inputs, tiles[1], self.bias, norm=norm)
         return self.then(norm(inputs), "none")
 
     def with_other(
@@ -92,8 +98,8 @@ class PackedLinear(torch.nn.Module):
         if self.narrow is not None and inputs.shape[0] <= FEW_TOKENS:
             outputs = _multiply_half(inputs, self.narrow)
             return outputs.add_(other) if after == "add" else outputs.mul_(other)
-        if self._tiles is not None and self.tiled is not None and inputs.shape[0] > FEW_TOKENS:
-            return self._tiles.linear(inputs, self.tiled, self.bias, after, other)
+        if (tiles := self.tiles_for(inputs.shape[0])) is not None:
+            return tiles[0].linear(inputs, tiles[1], self.bias, after, other)
         multiply = torch.ops.mkldnn._linear_pointwise.binary
         return cast("torch.Tensor", multiply(inputs, other, self.packed, self.bias, after))
 
@@ -108,16 +114,14 @@ class GatedLinear(torch.nn.Module):
         self.gate = PackedLinear.of(gate, tiles=tiles)
         self.up = PackedLinear.of(up, tiles=tiles)
         gates, ups = self.gate.tiled, self.up.tiled
-        together = gates is not None and ups is not None and gates.parts == ups.parts
-        biased = self.gate.bias is not None or self.up.bias is not None
-        self._tiles = tiles if together and not biased else None
+        same = gates is not None and ups is not None and gates.parts == ups.parts
+        self._together = same and self.gate.bias is None and self.up.bias is None
 
     def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
         """(tokens, in) to (tokens, out)."""
-        gate, up = self.gate.tiled, self.up.tiled
-        many = inputs.shape[0] > FEW_TOKENS
-        if self._tiles is not None and gate is not None and up is not None and many:
-            return self._tiles.linear(inputs, up, None, gate=gate, norm=norm)
+        tiles = self.up.tiles_for(inputs.shape[0])
+        if self._together and tiles is not None:
+            return tiles[0].linear(inputs, tiles[1], None, gate=self.gate.tiled, norm=norm)
         normed = norm(inputs)
         return self.up.with_other(normed, self.gate.then(normed, "swish"), "mul")
 
