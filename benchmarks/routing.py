@@ -1,13 +1,14 @@
 """Routers before the same instances: short P90, SLO violations and throughput under the same load.
 
-Real instances (tiny random models, one thread each) stay up; routers take turns before them
+Real instances (small random models, one thread each) stay up; routers take turns before them
 (A B C ..., A B C ...), each with the same arrivals and sizes and with prompts of its own, so that
 nobody finds what another one left in a cache. The load is open: chat sessions of several turns and
 documents, at a share of what the cores can do. The objectives are multiples of what an idle
 instance takes. Our router talks to the instances over its own protocol, the others to their OpenAI
 port. Half of the instances have the role short and half long, which only class pools heed. More
-instances than cores slow each other down, whatever the routing: with ``--roles short,long`` there
-is one for each of two cores.
+instances than cores slow each other down, whatever the routing. With ``--roles short,long`` there
+is one for each of two cores; with ``--stand-in MACHINE`` each waits for as long as an accelerator
+would take (`routers/stand_in.py`), so that any number of them have one each.
 
 sglang-router's `bucket` is a policy for the prefill stage of a PD deployment of SGLang servers
 (its flag exists for that only), so it does not apply here.
@@ -46,25 +47,25 @@ from pla_serve.environment import describe
 
 MODEL = "tiny"
 VOCABULARY = 512
-CONTEXT = 8192
+CONTEXT = 32768
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 384,
     "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": CONTEXT,
-    "initializer_range": 0.2,
+    "initializer_range": 0.05,
     "bos_token_id": None,
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+"""But for its width."""
 SLO_FACTOR = 5.0
 """Objectives, in multiples of the mean time of an idle instance."""
 SHORT_TOKENS = 256
+STAND_IN = str(Path(__file__).parent / "routers" / "stand_in.py")
 OURS = ("auto", "predicted", "round-robin", "least-loaded")
 
 
@@ -119,17 +120,19 @@ def _with_port(command: list[str]) -> list[str]:
 
 
 @contextmanager
-def instances(folder: Path, roles: list[str], flags: list[str]) -> Iterator[list[str]]:
-    """URLs of real ones, one for each role."""
+def instances(
+    folder: Path, roles: list[str], stand_in: str | None, flags: list[str]
+) -> Iterator[list[str]]:
+    """URLs of one for each role; with a model, or with a wait for what this machine would take."""
+    program = ["-m", "pla_serve", "serve"] if stand_in is None else [STAND_IN, stand_in]
     with ExitStack() as stack:
         urls = []
         for role in roles:
             port = free_port()
             command = [
-                *(sys.executable, "-m", "pla_serve", "serve", str(folder)),
-                *("--load-format", "dummy", "--served-model-name", MODEL, "--threads", "1"),
-                *("--kv-cache-gib", "0.5", "--role", role, "--port", str(port)),
-                *("--log-level", "warning", *flags),
+                *(sys.executable, *program, str(folder), "--load-format", "dummy"),
+                *("--served-model-name", MODEL, "--threads", "1", "--kv-cache-gib", "0.5"),
+                *("--role", role, "--port", str(port), "--log-level", "warning", *flags),
             ]
             server = stack.enter_context(started(command, f"http://127.0.0.1:{port}"))
             urls.append(server.url)
@@ -216,7 +219,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = WorkloadConfig(
         requests=200,
         document_share=options.document_share,
-        document_tokens=(1024, 4096),
+        document_tokens=options.document_tokens,
         think_seconds=1.0,
         output_tokens=(4, 16),
     )
@@ -224,11 +227,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
         folder = Path(work)
-        (folder / "config.json").write_text(json.dumps(CONFIG))
-        urls = stack.enter_context(instances(folder, options.roles.split(","), options.serve))
+        model = CONFIG | {"hidden_size": options.width, "intermediate_size": 3 * options.width}
+        (folder / "config.json").write_text(json.dumps(model))
+        roles = options.roles.split(",")
+        urls = stack.enter_context(instances(folder, roles, options.stand_in, options.serve))
         objectives, capacity = asyncio.run(idle(urls[0], filler, config))
         cores = len(os.sched_getaffinity(0))
-        rate = options.load * capacity * min(cores, len(urls))
+        devices = len(urls) if options.stand_in else min(cores, len(urls))
+        rate = options.load * capacity * devices
         print(f"{rate:.2f} requests/s, objectives {objectives}", flush=True)
         candidates = routers(folder, urls, options.venvs, names)
         for lap in range(options.laps):
@@ -247,8 +253,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "routing",
         **describe(),
         "others": [SGLANG_ROUTER, VLLM_ROUTER],
-        "model": CONFIG,
-        "roles": options.roles.split(","),
+        "model": model,
+        "stand_in": options.stand_in,
+        "roles": roles,
         "serve_flags": options.serve,
         "rate": rate,
         "load": options.load,
@@ -269,10 +276,15 @@ def main() -> None:
         default="pla-serve auto,pla-serve predicted,pla-serve round-robin,pla-serve least-loaded,"
         "sglang-router cache_aware,vllm-router cache_aware",
     )
+    parser.add_argument(
+        "--width", type=int, default=512, help="of the model; with 128 the host's time dominates"
+    )
     parser.add_argument("--roles", default="short,short,long,long", help="of the instances")
     parser.add_argument("--laps", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals in one run")
-    parser.add_argument("--load", type=float, default=0.5, help="share of what the cores can do")
+    parser.add_argument("--load", type=float, default=0.5, help="share of what there is")
+    parser.add_argument("--stand-in", metavar="MACHINE", help="of the simulator; replaces models")
+    parser.add_argument("--document-tokens", type=int, nargs=2, default=(1024, 4096))
     parser.add_argument("--document-share", type=float, default=0.15)
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache/pla-serve-routers")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="instances' flags")

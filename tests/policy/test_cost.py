@@ -24,6 +24,8 @@ from pla_serve.policy.fit import SAMPLES_PER_STRATUM, STRATA, SampleWindow
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 
 TRUTH = CostProfile(2e-4, 3e-8, 2e-7, 1e-4, 8e-3)
+ACCELERATOR = CostProfile(8.7e-5, 1.8e-9, 6.8e-8, 0.0, 0.0172)
+"""An H200 with a model of 32B parameters."""
 WRONG = CostProfile(1e-3, 1e-8, 1e-6, 1e-3, 1e-1)
 
 
@@ -135,6 +137,35 @@ class TestFit:
             model.observe(batch, exact.seconds(batch) * clock * draw.uniform(0.95, 1.05))
         for batch in (prefill((256, 0)), prefill((1024, 0)), prefill((2048, 0))):
             assert 0.5 < model.seconds(batch) / exact.seconds(batch) < 5.0, "and not a hundred"
+
+    @pytest.mark.parametrize("extra", [3e-4, 1e-3, 3e-3])
+    def test_what_small_batches_take_too_long_is_not_multiplied_in_a_document(
+        self, extra: float
+    ) -> None:
+        """On an accelerator that does as its data sheet says, but for the host's time, the first
+        batches of a server are small."""
+        model, exact = CostModel(ACCELERATOR), CostModel(ACCELERATOR)
+        document = prefill((2048, 0))
+        small = [prefill((16, 0)), *(decode(1, 16 + n) for n in range(3))]
+        small += [prefill((64, 0)), *(decode(1, 64 + n) for n in range(3))]
+        small += [prefill((256, 0)), *(decode(1, 256 + n) for n in range(3))]
+        for batch in small:
+            model.observe(batch, exact.seconds(batch) + extra)
+            assert 0.7 < model.seconds(document) / exact.seconds(document) < 1.5
+
+    @pytest.mark.parametrize("times", [0.02, 1000.0])
+    def test_a_wrong_price_of_attention_is_mended_by_the_first_long_prompts(
+        self, times: float
+    ) -> None:
+        """Few samples among many of decoding, which fit well: they must not count as outliers."""
+        wrong = replace(ACCELERATOR, per_attention=times * ACCELERATOR.per_attention)
+        model, exact = CostModel(wrong), CostModel(ACCELERATOR)
+        batches = [decode(4, 100 + n) for n in range(600)]
+        batches[10:300:20] = [prefill((2048, 2048 * (n % 4))) for n in range(15)]
+        for batch in batches:
+            model.observe(batch, exact.seconds(batch))
+        for batch in (prefill((2048, 0)), prefill((2048, 6144))):
+            assert model.seconds(batch) == pytest.approx(exact.seconds(batch), rel=0.1)
 
     @given(st.lists(st.tuples(st.integers(1, 4000), st.floats(1e-6, 1e3)), min_size=8, max_size=40))
     def test_never_negative_whatever_is_measured(self, samples: list[tuple[int, float]]) -> None:

@@ -44,6 +44,20 @@ class Work(NamedTuple):
     """Batches."""
 
 
+TYPICAL = np.array(
+    [
+        Work(1, 500, 500, 1, 1),  # decoding alone
+        Work(16, 16_000, 16_000, 16, 1),  # and together
+        Work(64, 2048, 64, 1, 1),  # a chat turn
+        Work(2048, 2_097_152, 2048, 1, 1),  # a document
+        Work(64, 264_192, 4160, 1, 1),  # a question about one
+        Work(2048, 18_874_368, 10_240, 1, 1),  # the last part of a long one
+    ],
+    dtype=np.float64,
+)
+"""What a fit does not forget while it sees other batches; see `fit.refit`."""
+
+
 @dataclass(frozen=True, slots=True)
 class CostProfile:
     """Seconds for one unit of each field of `Work`, in its order; none negative.
@@ -206,7 +220,7 @@ class CostModel:
         self._fitted_at = self._observed
         samples = self._window.samples()
         self._patience = min(2 * self._patience, REFIT_EVERY)
-        fitted = refit(*samples, np.array(astuple(self._profile)))
+        fitted = refit(*samples, np.array(astuple(self._profile)), TYPICAL)
         self._profile = CostProfile(*fitted.tolist())
         if _moved(_marks(self._epoch_profile), _marks(self._profile), NEW_EPOCH):
             self._epoch += 1

@@ -18,8 +18,14 @@ HALF_LIFE = 256
 LEAST_WEIGHT = 0.02
 OLD = 6 * HALF_LIFE
 """Observations after which a sample counts LEAST_WEIGHT."""
-PULL = 0.1
-"""Weight of the last coefficients against samples of weight 1: it decides what these do not."""
+HOLD = 0.2
+"""Weight of the last predictions for typical batches against samples of weight 1: they decide what
+the samples do not."""
+RIDGE = 1e-3
+"""Weight of the last coefficients themselves, so that there is always one best solution."""
+LEAST_SHARE = 0.03
+"""Coefficients that explain less of a sample's time than this may change as if they explained so
+much."""
 ROBUST_ROUNDS = 6
 
 
@@ -69,20 +75,25 @@ class SampleWindow:
         return np.array([row[1] for row in rows]), np.array([row[2] for row in rows]), weights
 
 
-def refit(features: Vector, seconds: Vector, weights: Vector, last: Vector) -> Vector:
+def refit(
+    features: Vector, seconds: Vector, weights: Vector, last: Vector, typical: Vector
+) -> Vector:
     """Coefficients that explain the samples, none negative.
 
     Least squares of the *relative* error (a wrong 10 ms matters more in a batch of 20 ms than in
-    one of a second), non-negative (`scipy.optimize.nnls`), with a slight pull to ``last`` so that
-    directions which the samples leave open do not drift. Errors are relative to the larger of
-    measured and predicted, so they lie between -1 and 1, and count less the further they lie
-    beyond the median (Huber weights, a few rounds of reweighting): outliers have little say.
+    one of a second), non-negative (`scipy.optimize.nnls`). Predictions for ``typical`` batches are
+    held where they were, with little weight: milliseconds that small batches take too long could
+    be anything's, and of attention they would make hours in a long prompt. Errors are relative to
+    the larger of measured and predicted, so they lie between -1 and 1, and count less the further
+    they lie beyond the median (Huber weights, a few rounds of reweighting): outliers have little
+    say.
 
     Args:
         features: (samples, features), not negative.
         seconds: (samples,), positive.
         weights: (samples,), positive.
         last: (features,), the coefficients so far.
+        typical: (batches, features).
 
     Returns:
         (features,); ``last`` if the solver finds no solution.
@@ -93,11 +104,17 @@ def refit(features: Vector, seconds: Vector, weights: Vector, last: Vector) -> V
         return last
     unit = features[:, seen] / top[seen]  # a coefficient is now a share of some sample's time
     before = solution = last[seen] * top[seen]
+    held = typical[:, seen] / top[seen]
+    expected = held @ before
+    held, expected = held[expected > 0], expected[expected > 0]
     robust = np.ones_like(seconds)
     for _ in range(ROBUST_ROUNDS):
         scale = np.sqrt(weights * robust) / np.maximum(seconds, unit @ solution)
+        hold = HOLD / np.maximum(expected, held @ solution)
+        rows = np.concatenate([unit * scale[:, None], held * hold[:, None]])
+        targets = np.concatenate([seconds * scale, expected * hold])
         try:
-            solution = _solve(unit * scale[:, None], seconds * scale, before)
+            solution = _solve(rows, targets, before)
         except (RuntimeError, np.linalg.LinAlgError):  # did not converge
             return last
         predicted = unit @ solution
@@ -109,9 +126,9 @@ def refit(features: Vector, seconds: Vector, weights: Vector, last: Vector) -> V
 
 
 def _solve(rows: Vector, targets: Vector, before: Vector) -> Vector:
-    """argmin |rows x - targets|^2 + PULL^2 |x - before|^2 over x >= 0, by its normal equations."""
-    gram = rows.T @ rows + PULL**2 * np.eye(len(before))
-    factor = np.linalg.cholesky(gram)
-    right = np.linalg.solve(factor, rows.T @ targets + PULL**2 * before)
+    """argmin |rows x - targets|^2 + |ridge (x - before)|^2 over x >= 0, by its normal equations."""
+    ridge = (RIDGE / np.maximum(before, LEAST_SHARE)) ** 2
+    factor = np.linalg.cholesky(rows.T @ rows + np.diag(ridge))
+    right = np.linalg.solve(factor, rows.T @ targets + ridge * before)
     solution, _ = nnls(factor.T, right)
     return np.asarray(solution)

@@ -21,10 +21,12 @@ from math import hypot, inf, isfinite, sqrt
 
 import numpy as np
 
-from pla_serve.policy.fit import refit
+from pla_serve.policy.fit import Vector, refit
 
 FIT_PASSES = 4
 """Each pass starts from the last, so that the pull of `fit.refit` to the start fades."""
+TYPICAL = ((64, 0), (2048, 0), (64, 4096), (2048, 8192))
+"""(L, H) whose times a fit holds where the samples say nothing of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +124,9 @@ def fit_latency(
     last = np.array([start.alpha, start.beta + start.gamma_w, start.gamma_r])
     if useful:
         new, history, seconds = np.array(useful, dtype=np.float64).T
-        features = np.stack([new * (new + 2 * history), new, history], axis=1)
+        typical = _features(*np.array(TYPICAL, dtype=np.float64).T)
         for _ in range(FIT_PASSES):
-            last = refit(features, seconds, np.ones_like(seconds), last)
+            last = refit(_features(new, history), seconds, np.ones_like(seconds), last, typical)
     alpha, token, gamma_r = last.tolist()
     if beta is not None:
         compute = min(beta, token)
@@ -134,3 +136,8 @@ def fit_latency(
         whole = start.beta + start.gamma_w
         compute = token * (start.beta / whole if whole > 0 else 0.5)
     return LatencyModel(alpha, compute, token - compute, gamma_r)
+
+
+def _features(new: Vector, history: Vector) -> Vector:
+    """(samples, 3): what alpha, beta + gamma_w and gamma_r are multiplied with."""
+    return np.stack([new * (new + 2 * history), new, history], axis=1)

@@ -183,8 +183,13 @@ def start(
     chat_template: str | None,
     log_level: str,
     log_format: LogFormat,
+    engine: str | None = None,
 ) -> int:
-    """Load, serve, drain; returns the exit status. What the user can mend exits with one line."""
+    """Load, serve, drain; returns the exit status. What the user can mend exits with one line.
+
+    ``engine`` is a factory as of `EngineSpec`, in the place of the engine's own.
+    """
+    from pla_serve.engine.process import CORE
     from pla_serve.server.backend import EngineStartError
     from pla_serve.server.engine_process import EngineSpec, spawn
     from pla_serve.server.run import Instance, listen, run
@@ -198,11 +203,12 @@ def start(
     log.info("loading %s for port %d", config.model, port)
     with (
         listener,
-        spawn(EngineSpec(config, log_level=log_level, log_format=log_format)) as child,
+        spawn(EngineSpec(config, engine or CORE)) as child,
     ):  # it imports torch while this process does
         try:
             source, tokenizer, check_grammar = load_for_api(config)
-            spec = EngineSpec(_located(config, source), log_level=log_level, log_format=log_format)
+            located = _located(config, source)
+            spec = EngineSpec(located, engine or CORE, log_level=log_level, log_format=log_format)
 
             def instance() -> Instance:
                 return Instance(

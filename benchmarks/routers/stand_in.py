@@ -1,0 +1,170 @@
+"""A server whose accelerator is a wait: `pla-serve serve`, all of it but the model's passes.
+
+Each pass takes the seconds that the simulator's machine of that name takes for it, asleep, and its
+tokens mean nothing. So many instances can stand side by side on a few cores without slowing each
+other down, as they do not on accelerators of their own. API server, scheduler, KV accounts and
+prefix cache are the real ones.
+
+    python benchmarks/routers/stand_in.py h200-qwen2.5-32b FLAGS OF pla-serve serve
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.device import HostDevice
+from pla_serve.engine.executor import Executed
+from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.intake import Intake, Limits
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.loading import Silent, load_config, resolve
+from pla_serve.engine.loop import EngineLoop
+from pla_serve.engine.memory import MemoryGate
+from pla_serve.engine.messages import EngineReady, Inbound, Outbound
+from pla_serve.engine.parts import Parts
+from pla_serve.engine.runner import AtBoundary, ModelRunner
+from pla_serve.engine.sampling import Sampler
+from pla_serve.policy.admission import Admission
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.registry import create_policy
+from pla_serve.simulator.machine import load_machine
+
+MACHINE = "PLA_SERVE_STAND_IN"
+"""The environment variable by which the engine's process is told the machine."""
+LAYER_SECONDS = 0.002
+"""Shorter layers are taken together: waking up costs the host something."""
+
+
+class Waiting:
+    """The executor. Time that the host spends between layers is hidden, as on an accelerator."""
+
+    carries = False
+
+    def __init__(self, cost: CostModel, layers: int, vocabulary: int) -> None:
+        self.device = HostDevice()
+        self._cost = cost
+        self._layers = layers
+        self._vocabulary = vocabulary
+        self._nested = 0.0
+        """Seconds of the passes that have run inside the one at hand."""
+
+    def forward(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None = None,
+    ) -> Executed:
+        """See `Executor`."""
+        began = time.monotonic()
+        outer, self._nested = self._nested, 0.0
+        seconds = self._seconds(requests)
+        steps = max(1, min(self._layers, round(seconds / LAYER_SECONDS)))
+        try:
+            for step in range(steps):
+                at_boundary()
+                due = began + self._nested + seconds * (step + 1) / steps
+                time.sleep(max(0.0, due - time.monotonic()))
+        finally:
+            self._nested = outer + time.monotonic() - began
+        rows = sum(request.wants_logits for request in requests)
+        logits = torch.zeros(rows, self._vocabulary)
+        logits[:, 1] = 1.0
+        return Executed(logits, False)
+
+    def _seconds(self, requests: Sequence[SpanRequest]) -> float:
+        tokens = attention = kv = 0.0
+        for request in requests:
+            count = len(request.tokens)
+            tokens += count
+            attention += count * (request.history + count / 2)
+            kv += request.history + count
+        return self._cost.work_seconds(tokens, attention, kv, len(requests), 1)
+
+    def use_idle_time(self) -> bool:
+        """See `Executor`."""
+        return False
+
+    def counts(self) -> None:
+        """See `Executor`."""
+
+
+class StandInCore:
+    """In the place of `pla_serve.engine.core.EngineCore`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        inbox: Callable[[], Iterable[Inbound]],
+        emit: Callable[[Outbound], None],
+        clock: Callable[[], float],
+    ) -> None:
+        torch.set_num_threads(1)
+        machine = load_machine(os.environ[MACHINE])
+        model = load_config(resolve(config.model, config.load_format, progress=Silent()))
+        kv = KVManager(
+            machine.kv_tokens // config.block_tokens,
+            config.block_tokens,
+            prefix_cache=config.prefix_cache,
+        )
+        gate = MemoryGate(kv, int(config.short_kv_reserve * kv.available))
+        cost = CostModel(machine.profile)
+        knobs = replace(config.policy_config, layers=machine.layers)
+        policy = create_policy(config.policy, knobs, cost)
+        sampler = Sampler(model.vocab_size, torch.device("cpu"), None)
+        limits = Limits(model.max_position_embeddings, model.vocab_size, frozenset(), 0)
+        admission = Admission(4 * kv.capacity_tokens, config.max_predicted_wait)
+        parts = Parts(
+            runner=cast(ModelRunner, None),  # the executor does without
+            kv=kv,
+            gate=gate,
+            sampler=sampler,
+            intake=Intake(limits, admission, kv, sampler, policy, cost, gate),
+            policy=policy,
+            cost=cost,
+            device=torch.device("cpu"),
+            executor=Waiting(machine.cost, machine.layers, model.vocab_size),
+        )
+        self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
+        emit(
+            EngineReady(
+                max_model_len=limits.max_model_len,
+                kv_tokens=kv.capacity_tokens,
+                kv_bytes_per_token=int(machine.kv_bytes_per_token),
+                layers=machine.layers,
+                vocab_size=limits.vocab_size,
+                device=f"stand-in for {machine.name}",
+                dtype="none",
+                policy=config.policy,
+            )
+        )
+
+    def step(self) -> float | None:
+        """See `EngineLoop.step`."""
+        return self._loop.step()
+
+
+def main() -> None:
+    """`pla-serve serve` with this engine."""
+    from pla_serve.cli import app
+    from pla_serve.server import command
+
+    os.environ[MACHINE] = sys.argv.pop(1)
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    command.start = partial(command.start, engine="stand_in:StandInCore")  # type: ignore[assignment]
+    app(["serve", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
