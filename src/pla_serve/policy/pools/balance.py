@@ -25,6 +25,9 @@ class BalanceOptions:
     """Share by which a new split must lower the worst demand an instance."""
     min_instances: int = 1
     """A pool of this size gives none away."""
+    short_load: float = 0.8
+    """Most that short instances are to be busy with prefills: their decode steps need time too, and
+    random arrivals room."""
 
     def __post_init__(self) -> None:
         for name in ("horizon_seconds", "memory_seconds"):
@@ -33,6 +36,8 @@ class BalanceOptions:
                 raise ValueError(f"{name} must be positive and finite, not {value}")
         if not 0 <= self.dead_band < 1:
             raise ValueError(f"dead_band must be at least 0 and below 1, not {self.dead_band}")
+        if not 0 < self.short_load <= 1:
+            raise ValueError(f"short_load must be above 0 and at most 1, not {self.short_load}")
         if self.min_instances < 1:
             raise ValueError(f"min_instances must be at least 1, not {self.min_instances}")
 
@@ -60,9 +65,11 @@ class Demand:
 class BalanceController:
     """Goes straight to the split with the least worst demand an instance, and stays there.
 
-    The demand of a class is ``d = rate + queued / horizon`` instances. Of all splits of n
-    instances, the one that minimises ``max(d_s / n_s, d_l / n_l)`` is an integer next to
-    ``n d_s / (d_s + d_l)``; as many instances move at once as it takes. Nothing moves
+    The demand of a class is ``d = rate + queued / horizon`` instances, for shorts divided by
+    ``short_load``. Of all splits of n instances, the one that minimises
+    ``max(d_s / n_s, d_l / n_l)`` is an integer next to ``n d_s / (d_s + d_l)``; as many instances
+    move at once as it takes. Longs that are more than the fleet can do ask for ``n - d_s`` and no
+    more: their queue grows either way, and it must not take the shorts with it. Nothing moves
 
     - while both pools are large enough, ``d <= n``: spare instances stay where they are;
     - unless the worst demand an instance falls by ``dead_band``. Under demands that do not change
@@ -70,9 +77,7 @@ class BalanceController:
     - that would be free only after the pool that it goes to has recovered without it.
 
     Feedback does not make it swing either: the backlog counts with 1 / horizon, so that a change
-    takes effect within the horizon and not within a period. If no split can hold both classes
-    (demands of 1.4 and 1.4 on three instances), instances alternate, not more often than backlogs
-    take to differ by the dead band.
+    takes effect within the horizon and not within a period.
     """
 
     def __init__(self, options: BalanceOptions | None = None) -> None:
@@ -128,8 +133,7 @@ class BalanceController:
         total, present, least = sum(sizes.values()), sizes[Pool.SHORT], self._options.min_instances
         if total < 2 * least:
             return present
-        horizon = self._options.horizon_seconds
-        short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
+        short, long = self._asked(demands, total)
         if short + long == 0:
             return min(max(present, least), total - least)
         ideal = floor(total * short / (short + long))
@@ -139,9 +143,16 @@ class BalanceController:
             key=lambda n: (max(short / n, long / (total - n)), abs(n - present)),
         )
 
-    def _worth_it(self, demands: dict[Pool, Demand], sizes: dict[Pool, int], target: int) -> bool:
+    def _asked(self, demands: dict[Pool, Demand], total: int) -> tuple[float, float]:
+        """Instances that shorts ask for, and longs, of what shorts can spare."""
         horizon = self._options.horizon_seconds
         short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
+        short /= self._options.short_load
+        return short, min(long, max(total - short, self._options.min_instances))
+
+    def _worth_it(self, demands: dict[Pool, Demand], sizes: dict[Pool, int], target: int) -> bool:
+        total = sum(sizes.values())
+        short, long = self._asked(demands, total)
         before = max(short / sizes[Pool.SHORT], long / sizes[Pool.LONG])
-        after = max(short / target, long / (sum(sizes.values()) - target))
+        after = max(short / target, long / (total - target))
         return before > 1 and after <= (1 - self._options.dead_band) * before
