@@ -77,6 +77,8 @@ class Cluster:
         """Prefilled, but there is no decode instance."""
         self._jobs: list[Job | None] = [None] * len(turns)
         self._left = len(turns)
+        self._heard_at = 0.0
+        """When instances last gave an account of their queues."""
         self._more_arrivals = True
         self._result = ClusterResult([], 0.0, {})
         self._build()
@@ -215,6 +217,7 @@ class Cluster:
         if not router.view.entries:
             self._stranded.append(job)
             return
+        self._hear(now)
         name = router.choose(request, now)
         place = router.dispatched(request, name, now)
         job.new_tokens, job.history = place.new_tokens, place.history
@@ -231,6 +234,17 @@ class Cluster:
             self._result.fetched_tokens += place.fetch_tokens
             seconds = self._machine.transfer(place.fetch_tokens)
             self._send(job, node, now + seconds, self._deliver)
+
+    def _hear(self, now: float) -> None:
+        """What instances say of their queues, if it is time."""
+        period = self._options.report_seconds
+        if not period or now < self._heard_at + period:
+            return
+        self._heard_at = now
+        for node in self._nodes.values():
+            if node.alive and node.pool is not Pool.DECODE:
+                queue = node.instance.policy.state(now)
+                self._router.reported(node.id, queue.seconds, queue.short_seconds, now)
 
     def _send(self, job: Job, node: Node, until: float, then: Callable[[Any, float], None]) -> None:
         """KV goes to or from ``node``; if that fails meanwhile, its next life knows nothing."""

@@ -42,6 +42,9 @@ class ClusterOptions:
     recalls: bool = True
     """Requests that wait for a prefill are sent again when an instance joins their pool; otherwise
     they stay where they were sent first."""
+    report_seconds: float = 0.2
+    """How old the account that an instance itself gives of its queue may be where a request is
+    routed; 0: routers go by what they sent alone."""
     start_seconds: float = 0.0
     """From the end of a failure until the instance takes requests."""
     token_seconds: float = 0.0
@@ -61,7 +64,7 @@ class ClusterOptions:
             raise ValueError("decode='apart' and decode_instances of at least 1 go together")
         if self.token_seconds and self.decode != "none":
             raise ValueError("token_seconds is for decode='none'; otherwise tokens are simulated")
-        for name in ("cache_tokens", "start_seconds", "token_seconds"):
+        for name in ("cache_tokens", "report_seconds", "start_seconds", "token_seconds"):
             value = getattr(self, name)
             if not (isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and at least 0, not {value}")

@@ -15,7 +15,7 @@ QUICK = settings(max_examples=40, deadline=None)
 
 
 @st.composite
-def feasible(draw: st.DrawFn, most: float = 0.75) -> tuple[int, int, list[tuple[float, float]]]:
+def feasible(draw: st.DrawFn, most: float = 0.65) -> tuple[int, int, list[tuple[float, float]]]:
     """Instances, short ones at first, and two loads that some split of them can hold."""
     total = draw(st.integers(2, 16))
     present = draw(st.integers(1, total - 1))
@@ -36,7 +36,7 @@ def test_constant_load_changes_the_split_at_most_once(case) -> None:
     assert changes([present, *fleet.sizes]) <= 1
 
 
-@given(feasible(most=0.7))
+@given(feasible(most=0.65))
 @example((8, 4, [(1.0, 6.0), (6.0, 1.0)]))
 @QUICK
 def test_a_step_settles_in_one_period_without_overshoot(case) -> None:
@@ -118,8 +118,17 @@ def test_longs_beyond_what_the_fleet_can_do_wait_and_shorts_do_not(short: float)
     fleet.run(300, lambda _: (short, 8.0))
     assert fleet.queued[Pool.LONG] > 100
     assert fleet.queued[Pool.SHORT] < 2
-    assert fleet.short == ceil(short / 0.8), "and no more than that is kept from the longs"
+    assert fleet.short == ceil(short / 0.7), "and no more than that is kept from the longs"
     assert changes(fleet.sizes) <= 2
+
+
+def test_longs_that_can_be_done_are_done_though_shorts_would_like_more_room() -> None:
+    """72 and 8 instances' worth on 100: at a load of 0.7 shorts would take all."""
+    fleet = FluidFleet(BalanceController(), 20, 80)
+    fleet.run(300, lambda _: (72.0, 8.0))
+    assert 72 / 0.9 < fleet.short <= 92
+    assert max(fleet.queued.values()) < 10
+    assert changes(fleet.sizes[2:]) == 0
 
 
 reports = st.lists(
@@ -150,7 +159,8 @@ def test_one_decision_against_brute_force(instances: list[InstanceReport]) -> No
     if total < 2:
         assert after == before
         return
-    short, long = sum(r.queued_short for r in free) / 8, sum(r.queued_long for r in free) / 10
+    short, long = sum(r.queued_short for r in free) / 10, sum(r.queued_long for r in free) / 10
+    short = min(short / 0.7, total) if short <= total else short / 0.7  # no long ones arrive
     long = min(long, max(1, total - short))
     worst = {n: max(short / n, long / (total - n)) for n in range(1, total)}
     if before in worst and (worst[before] <= 1 or min(worst.values()) > 0.9 * worst[before]):
@@ -231,6 +241,7 @@ def test_demand() -> None:
         ("min_instances", 0),
         ("short_load", 0.0),
         ("short_load", 1.1),
+        ("long_load", 0.0),
     ],
 )
 def test_options_out_of_range(field: str, value: float) -> None:

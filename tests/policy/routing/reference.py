@@ -27,11 +27,13 @@ class SlowInstance:
             express = sum(seconds for _, seconds, s, _ in self.waiting.values() if s)
             self.express_ready = min(max(self.express_ready, now), now + express)
 
-    def wait(self, express: bool, now: float) -> float:
-        """Until such a request begins: what is late is given as much time again."""
+    def wait(self, express: bool, now: float, grace: float) -> float:
+        """Until such a request begins: what is late is given as much time again, shorts that are
+        later than ``grace``."""
         ready = self.express_ready if express else self.ready
         held = any(short or not express for _, _, short, _ in self.waiting.values())
-        return now - ready if held and ready < now else max(0.0, ready - now)
+        late = now - ready > (grace if express else 0.0)
+        return now - ready if held and late else max(0.0, ready - now)
 
     @property
     def short_waiting(self) -> int:
@@ -59,7 +61,7 @@ class SlowFleet:
         instance = self.instances[instance_id]
         new = self.uncached(request, instance_id)
         express = self.express and new <= self.boundary
-        return instance.wait(express, now) + new * 1e-3
+        return instance.wait(express, now, self.boundary * 1e-3) + new * 1e-3
 
     def dispatched(self, request: RouteRequest, instance_id: str, now: float) -> None:
         instance = self.instances[instance_id]

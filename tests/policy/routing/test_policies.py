@@ -151,6 +151,16 @@ def test_work_that_is_done_early_or_late_is_corrected() -> None:
     assert made.view.wait(0, False, 9.0) == 0.0, "late"
 
 
+def test_shorts_that_are_a_little_late_are_joined_and_slow_instances_are_not() -> None:
+    """They share a launch; 200 tokens at most take 0.2 s here."""
+    made = router(Predicted(), Pool.MIXED, Pool.MIXED)
+    made.dispatched(RouteRequest("long", 9000), "i1", 0.0)
+    made.dispatched(RouteRequest("s", 100), "i0", 0.0)
+    late = made.view.model.grace_seconds
+    assert made.choose(RouteRequest("a", 100), 0.1 + 0.9 * late) == "i0"
+    assert made.choose(RouteRequest("b", 100), 0.1 + 1.1 * late) == "i1"
+
+
 def test_a_report_counts_what_was_dispatched_after_it() -> None:
     made = router(Predicted(), Pool.MIXED, express=True)
     made.dispatched(RouteRequest("a", 4000), "i0", 1.0)

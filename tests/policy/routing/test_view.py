@@ -108,7 +108,8 @@ class FleetLife(RuleBasedStateMachine):
             assert view.tokens[index] == slow.tokens
             assert view.short_waiting[index] == slow.short_waiting
             for short in (True, False):
-                expected = slow.wait(short and view.model.express, self.now)
+                express = short and view.model.express
+                expected = slow.wait(express, self.now, self.slow.boundary * 1e-3)
                 assert view.wait(index, short, self.now) == pytest.approx(expected)
             assert view.ready[index] == pytest.approx(slow.ready)
             assert view.express_ready[index] == pytest.approx(slow.express_ready)

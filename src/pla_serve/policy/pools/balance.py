@@ -25,9 +25,11 @@ class BalanceOptions:
     """Share by which a new split must lower the worst demand an instance."""
     min_instances: int = 1
     """A pool of this size gives none away."""
-    short_load: float = 0.8
+    short_load: float = 0.7
     """Most that short instances are to be busy with prefills: their decode steps need time too, and
     random arrivals room."""
+    long_load: float = 0.9
+    """So busy may long instances be for the sake of that room."""
 
     def __post_init__(self) -> None:
         for name in ("horizon_seconds", "memory_seconds"):
@@ -36,8 +38,10 @@ class BalanceOptions:
                 raise ValueError(f"{name} must be positive and finite, not {value}")
         if not 0 <= self.dead_band < 1:
             raise ValueError(f"dead_band must be at least 0 and below 1, not {self.dead_band}")
-        if not 0 < self.short_load <= 1:
-            raise ValueError(f"short_load must be above 0 and at most 1, not {self.short_load}")
+        for name in ("short_load", "long_load"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
         if self.min_instances < 1:
             raise ValueError(f"min_instances must be at least 1, not {self.min_instances}")
 
@@ -65,13 +69,14 @@ class Demand:
 class BalanceController:
     """Goes straight to the split with the least worst demand an instance, and stays there.
 
-    The demand of a class is ``d = rate + queued / horizon`` instances, for shorts divided by
-    ``short_load``. Of all splits of n instances, the one that minimises
-    ``max(d_s / n_s, d_l / n_l)`` is an integer next to ``n d_s / (d_s + d_l)``; as many instances
-    move at once as it takes. Longs that are more than the fleet can do ask for ``n - d_s`` and no
-    more: their queue grows either way, and it must not take the shorts with it. Nothing moves
+    The demand of a class is ``d = rate + queued / horizon`` instances. Shorts ask for
+    ``d / short_load``, but leave longs ``rate / long_load`` if that is enough for themselves. Longs
+    that are more than the fleet can do ask for what is left and no more: their queue grows either
+    way, and it must not take the shorts with it. Of all splits of n instances, the one that
+    minimises ``max(a_s / n_s, a_l / n_l)``, with a for what is asked, is an integer next to
+    ``n a_s / (a_s + a_l)``; as many instances move at once as it takes. Nothing moves
 
-    - while both pools are large enough, ``d <= n``: spare instances stay where they are;
+    - while both pools are large enough, ``a <= n``: spare instances stay where they are;
     - unless the worst demand an instance falls by ``dead_band``. Under demands that do not change
       the first decision is therefore the last;
     - that would be free only after the pool that it goes to has recovered without it.
@@ -144,11 +149,14 @@ class BalanceController:
         )
 
     def _asked(self, demands: dict[Pool, Demand], total: int) -> tuple[float, float]:
-        """Instances that shorts ask for, and longs, of what shorts can spare."""
-        horizon = self._options.horizon_seconds
+        """How many instances shorts ask for, and longs."""
+        options, horizon = self._options, self._options.horizon_seconds
         short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
-        short /= self._options.short_load
-        return short, min(long, max(total - short, self._options.min_instances))
+        wanted = short / options.short_load
+        room = total - demands[Pool.LONG].rate / options.long_load
+        if short <= room:
+            wanted = min(wanted, room)
+        return wanted, min(long, max(total - wanted, options.min_instances))
 
     def _worth_it(self, demands: dict[Pool, Demand], sizes: dict[Pool, int], target: int) -> bool:
         total = sum(sizes.values())

@@ -52,3 +52,10 @@ class FleetModel:
             raise ValueError(f"launch_seconds must be at least 0, not {self.launch_seconds}")
         if self.boundary_tokens < 0:
             raise ValueError(f"boundary_tokens must be at least 0, not {self.boundary_tokens}")
+
+    @property
+    def grace_seconds(self) -> float:
+        """By how much an express queue may be late and still count as about to be empty: the time
+        of the longest short prompt. Shorts that find each other share a launch; sent apart for a
+        delay of milliseconds, they take that much more from the longs."""
+        return self.prefill_seconds(max(1, self.boundary_tokens), 0)

@@ -63,7 +63,8 @@ class FleetView:
     ``express_ready`` is the same for its short ones alone, when those do not wait for long ones
     (`FleetModel.express`). Work is charged at dispatch, taken off when it is done, and corrected by
     reports. What should be done by now and is not takes longer than predicted: nobody knows how
-    much longer, so it is given as much time again as it is late.
+    much longer, so it is given as much time again as it is late; express queues only if they are
+    later than `FleetModel.grace_seconds`.
     """
 
     def __init__(self, model: FleetModel) -> None:
@@ -193,7 +194,8 @@ class FleetView:
         """The member that would begin soonest with such a request; of idle ones, the longest
         idle."""
         if short and self.model.express:
-            express = _expected(self.express_ready, self.short_waiting, now)
+            grace = self.model.grace_seconds
+            express = _expected(self.express_ready, self.short_waiting, now, grace)
             return self.least(np.maximum(express, now) + TIE * self.ready, pool)
         return self.least(_expected(self.ready, self.tokens, now), pool)
 
@@ -201,7 +203,8 @@ class FleetView:
         """Predicted seconds until it begins with such a request."""
         express = short and self.model.express
         left = float((self.express_ready if express else self.ready)[index]) - now
-        if left < 0 and (self.short_waiting if express else self.tokens)[index]:
+        grace = self.model.grace_seconds if express else 0.0
+        if left < -grace and (self.short_waiting if express else self.tokens)[index]:
             return -left
         return max(0.0, left)
 
@@ -258,9 +261,10 @@ class FleetView:
         self.express_ready[entry.index] = at + express_seconds
 
 
-def _expected(ready: Floats, waiting: Counts, now: float) -> Floats:
-    """``ready``, but for those that are late: as late again. Of idle ones it tells since when."""
-    late: Floats = np.where((waiting > 0) & (ready < now), 2 * now - ready, ready)
+def _expected(ready: Floats, waiting: Counts, now: float, grace: float = 0.0) -> Floats:
+    """``ready``, but for those later than ``grace``: as late again. Of idle ones it tells since
+    when."""
+    late: Floats = np.where((waiting > 0) & (ready + grace < now), 2 * now - ready, ready)
     return late
 
 
