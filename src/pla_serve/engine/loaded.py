@@ -114,8 +114,10 @@ def load(
     tiles = Tiles.open() if device.type == "cpu" and dtype == torch.float32 else None
     if device.type == "cpu":
         cpu.optimise(model, tiles, keep=layers if config.compile_layers else None)
+        fused = sum(isinstance(layer, cpu.FusedLayer) for layer in layers)
     elif not config.compile_layers:
         fused = gpu.optimise(model, gpu.best_operations())
+    if not config.compile_layers:
         log.info("fused %d of %d decoder layers", fused, len(layers))
     positions = int(model_config.max_position_embeddings)
     kv_plan = plan_kv(config, shape, device, positions, lambda blocks: least(ranks, blocks))
