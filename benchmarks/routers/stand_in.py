@@ -3,7 +3,8 @@
 Each pass takes the seconds that the simulator's machine of that name takes for it, asleep, and its
 tokens mean nothing. So many instances can stand side by side on a few cores without slowing each
 other down, as they do not on accelerators of their own. API server, scheduler, KV accounts and
-prefix cache are the real ones.
+prefix cache are the real ones. The scheduler's cost model begins with the machine's coefficients
+and fits them as usual.
 
     python benchmarks/routers/stand_in.py h200-qwen2.5-32b FLAGS OF pla-serve serve
 """
@@ -111,6 +112,8 @@ class StandInCore:
     ) -> None:
         torch.set_num_threads(1)
         machine = load_machine(os.environ[MACHINE])
+        if machine.captured is not None:
+            raise ValueError(f"{machine.name} pads batches to shapes, which is not done here")
         model = load_config(resolve(config.model, config.load_format, progress=Silent()))
         kv = KVManager(
             machine.kv_tokens // config.block_tokens,

@@ -82,6 +82,7 @@ def test_what_waits_for_memory_counts_against_capacity() -> None:
 
 def test_the_time_of_those_who_wait_for_memory_counts_too() -> None:
     cost = CostModel(CostProfile(1e-3, 0, 0, 0, 0))
+    cost.observe = lambda batch, seconds: None  # type: ignore[method-assign]
     policy = create_policy("fcfs", PolicyConfig(), cost)
     admission = Admission(max_predicted_wait=0.1)
     engine = make_engine("llama", policy, cost=cost, blocks=20, admission=admission)

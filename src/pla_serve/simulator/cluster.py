@@ -242,7 +242,8 @@ class Cluster:
             return
         self._heard_at = now
         for node in self._nodes.values():
-            if node.alive and node.pool is not Pool.DECODE:
+            # One that waits for KV is charged for work that its policy does not know of yet.
+            if node.alive and node.pool is not Pool.DECODE and not node.transfers:
                 queue = node.instance.policy.state(now)
                 self._router.reported(node.id, queue.seconds, queue.short_seconds, now)
 

@@ -70,10 +70,12 @@ class BalanceController:
     """Goes straight to the split with the least worst demand an instance, and stays there.
 
     The demand of a class is ``d = rate + queued / horizon`` instances. Shorts ask for
-    ``d / short_load``, but leave longs ``rate / long_load`` if that is enough for themselves. Longs
-    that are more than the fleet can do ask for what is left and no more: their queue grows either
-    way, and it must not take the shorts with it. Of all splits of n instances, the one that
-    minimises ``max(a_s / n_s, a_l / n_l)``, with a for what is asked, is an integer next to
+    ``d / short_load``, but where the fleet keeps up with both classes they leave longs
+    ``rate / long_load`` if they can do without. Longs ask for their demand, but for no more than
+    shorts leave them (for their rate at least, where the fleet keeps up with both): a backlog of
+    longs waits, and does not take the shorts with it. So on a few nearly full instances of which no
+    split holds both classes it is longs that fall behind. Of all splits of n instances, the one
+    that minimises ``max(a_s / n_s, a_l / n_l)``, with a for what is asked, is an integer next to
     ``n a_s / (a_s + a_l)``; as many instances move at once as it takes. Nothing moves
 
     - while both pools are large enough, ``a <= n``: spare instances stay where they are;
@@ -152,11 +154,12 @@ class BalanceController:
         """How many instances shorts ask for, and longs."""
         options, horizon = self._options, self._options.horizon_seconds
         short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
-        wanted = short / options.short_load
-        room = total - demands[Pool.LONG].rate / options.long_load
-        if short <= room:
-            wanted = min(wanted, room)
-        return wanted, min(long, max(total - wanted, options.min_instances))
+        wanted, least = short / options.short_load, float(options.min_instances)
+        rate = demands[Pool.LONG].rate
+        if demands[Pool.SHORT].rate + rate <= total:  # the fleet keeps up with both
+            wanted = min(wanted, max(short, total - rate / options.long_load))
+            least = rate
+        return wanted, min(long, max(total - wanted, least))
 
     def _worth_it(self, demands: dict[Pool, Demand], sizes: dict[Pool, int], target: int) -> bool:
         total = sum(sizes.values())
