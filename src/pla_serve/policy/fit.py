@@ -18,7 +18,7 @@ HALF_LIFE = 256
 LEAST_WEIGHT = 0.02
 OLD = 6 * HALF_LIFE
 """Observations after which a sample counts LEAST_WEIGHT."""
-HOLD = 0.2
+HOLD = 0.05
 """Weight of the last predictions for typical batches against samples of weight 1: they decide what
 the samples do not."""
 RIDGE = 1e-3
@@ -82,11 +82,11 @@ def refit(
 
     Least squares of the *relative* error (a wrong 10 ms matters more in a batch of 20 ms than in
     one of a second), non-negative (`scipy.optimize.nnls`). Predictions for ``typical`` batches are
-    held where they were, with little weight: milliseconds that small batches take too long could
-    be anything's, and of attention they would make hours in a long prompt. Errors are relative to
-    the larger of measured and predicted, so they lie between -1 and 1, and count less the further
-    they lie beyond the median (Huber weights, a few rounds of reweighting): outliers have little
-    say.
+    held where they were, but for a factor common to all, with little weight: milliseconds that
+    small batches take too long could be anything's, and of attention they would make hours in a
+    long prompt. Errors are relative to the larger of measured and predicted, so they lie between
+    -1 and 1, and count less the further they lie beyond the median (Huber weights, a few rounds of
+    reweighting): outliers have little say.
 
     Args:
         features: (samples, features), not negative.
@@ -103,7 +103,10 @@ def refit(
     if not seen.any():
         return last
     unit = features[:, seen] / top[seen]  # a coefficient is now a share of some sample's time
-    before = solution = last[seen] * top[seen]
+    before = last[seen] * top[seen]
+    if (believed := unit @ before).all():  # a machine that is slower is so in all it does
+        before *= np.median(seconds / believed)
+    solution = before
     held = typical[:, seen] / top[seen]
     expected = held @ before
     held, expected = held[expected > 0], expected[expected > 0]
