@@ -76,11 +76,13 @@ class BalanceController:
     longs waits, and does not take the shorts with it. So on a few nearly full instances of which no
     split holds both classes it is longs that fall behind. Of all splits of n instances, the one
     that minimises ``max(a_s / n_s, a_l / n_l)``, with a for what is asked, is an integer next to
-    ``n a_s / (a_s + a_l)``; as many instances move at once as it takes. Nothing moves
+    ``n a_s / (a_s + a_l)``; of the two, one that keeps up with both rates is better than one that
+    does not. As many instances move at once as it takes. Nothing moves
 
     - while both pools are large enough, ``a <= n``: spare instances stay where they are;
-    - unless the worst demand an instance falls by ``dead_band``. Under demands that do not change
-      the first decision is therefore the last;
+    - unless the worst demand an instance falls by ``dead_band``, or falls and both rates are kept
+      up with then as they are not now. Under demands that do not change the first decision is
+      therefore the last;
     - that would be free only after the pool that it goes to has recovered without it.
 
     Feedback does not make it swing either: the backlog counts with 1 / horizon, so that a change
@@ -105,13 +107,14 @@ class BalanceController:
         """All moves to the best split, fewest seconds to drain first."""
         demands = self._demands(now, instances)
         sizes = {pool: sum(r.pool is pool for r in instances) for pool in demands}
-        target = self._target(demands, sizes)
+        asked = self._asked(demands, sum(sizes.values()))
+        target = self._target(demands, asked, sizes)
         change = target - sizes[Pool.SHORT]
         if change == 0:
             return ()
         least = self._options.min_instances
         repair = min(sizes.values()) < least  # instances failed: no class may be left without
-        if not repair and not self._worth_it(demands, sizes, target):
+        if not repair and not self._worth_it(demands, asked, sizes, target):
             return ()
         receiver = Pool.SHORT if change > 0 else Pool.LONG
         limit = inf if repair else demands[receiver].recovery(sizes[receiver])
@@ -135,19 +138,25 @@ class BalanceController:
             rate.close(now)
         return self.demands(instances)
 
-    def _target(self, demands: dict[Pool, Demand], sizes: dict[Pool, int]) -> int:
+    def _target(
+        self, demands: dict[Pool, Demand], asked: tuple[float, float], sizes: dict[Pool, int]
+    ) -> int:
         """The best number of short instances; the present one if nothing speaks against it."""
         total, present, least = sum(sizes.values()), sizes[Pool.SHORT], self._options.min_instances
         if total < 2 * least:
             return present
-        short, long = self._asked(demands, total)
+        short, long = asked
         if short + long == 0:
             return min(max(present, least), total - least)
         ideal = floor(total * short / (short + long))
         candidates = {min(max(n, least), total - least) for n in (ideal, ideal + 1)}
         return min(
             sorted(candidates),
-            key=lambda n: (max(short / n, long / (total - n)), abs(n - present)),
+            key=lambda n: (
+                not _keeps_up(demands, n, total - n),
+                max(short / n, long / (total - n)),
+                abs(n - present),
+            ),
         )
 
     def _asked(self, demands: dict[Pool, Demand], total: int) -> tuple[float, float]:
@@ -161,9 +170,22 @@ class BalanceController:
             least = rate
         return wanted, min(long, max(total - wanted, least))
 
-    def _worth_it(self, demands: dict[Pool, Demand], sizes: dict[Pool, int], target: int) -> bool:
-        total = sum(sizes.values())
-        short, long = self._asked(demands, total)
+    def _worth_it(
+        self,
+        demands: dict[Pool, Demand],
+        asked: tuple[float, float],
+        sizes: dict[Pool, int],
+        target: int,
+    ) -> bool:
+        short, long = asked
+        others = sum(sizes.values()) - target
         before = max(short / sizes[Pool.SHORT], long / sizes[Pool.LONG])
-        after = max(short / target, long / (total - target))
-        return before > 1 and after <= (1 - self._options.dead_band) * before
+        after = max(short / target, long / others)
+        gains = _keeps_up(demands, target, others) > _keeps_up(demands, *sizes.values())
+        margin = 0.0 if gains else self._options.dead_band
+        return before > 1 and after <= (1 - margin) * before
+
+
+def _keeps_up(demands: dict[Pool, Demand], short: int, long: int) -> bool:
+    """Whether so many instances do what arrives."""
+    return demands[Pool.SHORT].rate <= short and demands[Pool.LONG].rate <= long
