@@ -5,10 +5,10 @@ Real instances (small random models, one thread each) stay up; routers take turn
 nobody finds what another one left in a cache. The load is open: chat sessions of several turns and
 documents, at a share of what the cores can do. The objectives are multiples of what an idle
 instance takes. Our router talks to the instances over its own protocol, the others to their OpenAI
-port. Instances have roles, short or long, which only class pools heed. More
-instances than cores slow each other down, whatever the routing. With ``--roles short,long`` there
-is one for each of two cores; with ``--stand-in MACHINE`` each waits for as long as an accelerator
-would take (`routers/stand_in.py`), so that any number of them have one each.
+port. Instances have roles, short or long, which only class pools heed. More instances than cores
+slow each other down, whatever the routing. With ``--roles short,long`` there is one for each of two
+cores; with ``--stand-in MACHINE`` each waits for as long as an accelerator would take
+(`routers/stand_in.py`), so that any number of them have one each.
 
 sglang-router's `bucket` is a policy for the prefill stage of a PD deployment of SGLang servers
 (its flag exists for that only), so it does not apply here.

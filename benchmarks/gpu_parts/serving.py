@@ -84,15 +84,13 @@ class Service:
         limits = Limits(bed.context, self._vocabulary, frozenset(), 0)
         admission = Admission(10**9, None)
         parts = Parts(
-            runner=bed.runner,
+            executor=self.executor,
             kv=kv,
             gate=gate,
             sampler=sampler,
             intake=Intake(limits, admission, kv, sampler, self.observed, bed.cost, gate),
             policy=self.observed,
             cost=bed.cost,
-            device=device,
-            executor=self.executor,
         )
         self.loop = EngineLoop(parts, inbox=self._inbox, emit=self._emit, clock=time.monotonic)
         self._start = time.monotonic()

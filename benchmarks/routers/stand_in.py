@@ -18,25 +18,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.core import assemble_parts
 from pla_serve.engine.device import HostDevice
 from pla_serve.engine.executor import Executed
 from pla_serve.engine.forward import SpanRequest
-from pla_serve.engine.intake import Intake, Limits
-from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.intake import Limits
+from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.loading import Silent, load_config, resolve
 from pla_serve.engine.loop import EngineLoop
-from pla_serve.engine.memory import MemoryGate
 from pla_serve.engine.messages import EngineReady, Inbound, Outbound
-from pla_serve.engine.parts import Parts
-from pla_serve.engine.runner import AtBoundary, ModelRunner
-from pla_serve.engine.sampling import Sampler
-from pla_serve.policy.admission import Admission
+from pla_serve.engine.runner import AtBoundary
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 from pla_serve.policy.registry import create_policy
 from pla_serve.simulator.machine import load_machine
 
@@ -83,13 +80,8 @@ class Waiting:
         return Executed(logits, False)
 
     def _seconds(self, requests: Sequence[SpanRequest]) -> float:
-        tokens = attention = kv = 0.0
-        for request in requests:
-            count = len(request.tokens)
-            tokens += count
-            attention += count * (request.history + count / 2)
-            kv += request.history + count
-        return self._cost.work_seconds(tokens, attention, kv, len(requests), 1)
+        chunks = (Chunk("", len(request.tokens), request.history) for request in requests)
+        return self._cost.seconds(Batch(BatchClass.MIXED, tuple(chunks)))
 
     def use_idle_time(self) -> bool:
         """See `Executor`."""
@@ -114,35 +106,28 @@ class StandInCore:
         machine = load_machine(os.environ[MACHINE])
         if machine.captured is not None:
             raise ValueError(f"{machine.name} pads batches to shapes, which is not done here")
-        model = load_config(resolve(config.model, config.load_format, progress=Silent()))
-        kv = KVManager(
-            machine.kv_tokens // config.block_tokens,
-            config.block_tokens,
-            prefix_cache=config.prefix_cache,
-        )
-        gate = MemoryGate(kv, int(config.short_kv_reserve * kv.available))
+        source = resolve(config.model, config.load_format, progress=Silent())
+        model = load_config(source)
+        blocks = machine.kv_tokens // config.block_tokens
+        plan = KVPlan(blocks, int(config.short_kv_reserve * blocks), model.max_position_embeddings)
+        limits = Limits(plan.max_model_len, model.vocab_size, frozenset(), config.seed)
         cost = CostModel(machine.profile)
         knobs = replace(config.policy_config, layers=machine.layers)
-        policy = create_policy(config.policy, knobs, cost)
-        sampler = Sampler(model.vocab_size, torch.device("cpu"), None)
-        limits = Limits(model.max_position_embeddings, model.vocab_size, frozenset(), 0)
-        admission = Admission(4 * kv.capacity_tokens, config.max_predicted_wait)
-        parts = Parts(
-            runner=cast(ModelRunner, None),  # the executor does without
-            kv=kv,
-            gate=gate,
-            sampler=sampler,
-            intake=Intake(limits, admission, kv, sampler, policy, cost, gate),
-            policy=policy,
-            cost=cost,
-            device=torch.device("cpu"),
-            executor=Waiting(machine.cost, machine.layers, model.vocab_size),
+        parts = assemble_parts(
+            config,
+            source,
+            torch.device("cpu"),
+            Waiting(machine.cost, machine.layers, limits.vocab_size),
+            cost,
+            plan,
+            limits,
+            create_policy(config.policy, knobs, cost),
         )
         self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
         emit(
             EngineReady(
                 max_model_len=limits.max_model_len,
-                kv_tokens=kv.capacity_tokens,
+                kv_tokens=parts.kv.capacity_tokens,
                 kv_bytes_per_token=int(machine.kv_bytes_per_token),
                 layers=machine.layers,
                 vocab_size=limits.vocab_size,

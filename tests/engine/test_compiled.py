@@ -75,9 +75,7 @@ def test_served_at_random_the_answers_are_those_of_generate() -> None:
     before = compiled_graphs()
     # One set of pieces around attention for each of the two kinds of length, not for each layer.
     assert 0 < before <= 5 * len(TRIALS)
-    engine = make_engine(
-        name, ChaosPolicy(1, express=0.4), runner_of=made.runner, executor=made.executor
-    )
+    engine = make_engine(name, ChaosPolicy(1, express=0.4), executor=made.executor)
     serve_at_random(engine, name, Random(1), count=8, aborts=True)
     assert compiled_graphs() == before
     assert made.executor.counts() is made.counts
@@ -90,9 +88,7 @@ def test_with_the_real_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     made = Compiled("llama", "inductor")
     assert made.used
-    engine = make_engine(
-        "llama", ChaosPolicy(5, express=0.4), runner_of=made.runner, executor=made.executor
-    )
+    engine = make_engine("llama", ChaosPolicy(5, express=0.4), executor=made.executor)
     before = compiled_graphs()
     serve_at_random(engine, "llama", Random(5), count=4, aborts=False)
     assert compiled_graphs() == before
@@ -133,9 +129,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(
     assert not made.used
     assert made.counts.compile_failures == 1
     assert reason in caplog.text
-    engine = make_engine(
-        "llama", ChaosPolicy(2, express=0.4), runner_of=made.runner, executor=made.executor
-    )
+    engine = make_engine("llama", ChaosPolicy(2, express=0.4), executor=made.executor)
     serve_at_random(engine, "llama", Random(2), count=3, aborts=False)
 
 
@@ -148,9 +142,7 @@ def test_compiling_that_fails_while_serving_is_no_request_s_error(
     assert made.used
     backend.broken = True
     torch.compiler.reset()  # everything is compiled anew, as after a guard that never failed before
-    engine = make_engine(
-        "llama", ChaosPolicy(3, express=0.4), runner_of=made.runner, executor=made.executor
-    )
+    engine = make_engine("llama", ChaosPolicy(3, express=0.4), executor=made.executor)
     serve_at_random(engine, "llama", Random(3), count=3, aborts=False)
     assert made.counts.compile_failures == 1
     assert "out of patience" in caplog.text

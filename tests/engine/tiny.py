@@ -26,7 +26,7 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
-from pla_serve.engine.executor import Executor
+from pla_serve.engine.executor import Executor, PlainExecutor
 from pla_serve.engine.intake import Intake, Limits
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.loading import decoder_layers
@@ -194,15 +194,13 @@ def make_engine(
     longest = min(max_model_len, (blocks - short_reserve) * BLOCK)
     limits = Limits(longest, vocabulary, frozenset({eos}), 0)
     parts = Parts(
-        runner=runner_of or runner(name),
+        executor=executor or PlainExecutor(runner_of or runner(name), BLOCK, torch.device("cpu")),
         kv=kv,
         gate=gate,
         sampler=sampler,
         intake=Intake(limits, admission or Admission(), kv, sampler, policy, cost, gate),
         policy=policy,
         cost=cost,
-        device=torch.device("cpu"),
-        executor=executor,
         async_scheduling=async_scheduling,
     )
     if exchange is not None:

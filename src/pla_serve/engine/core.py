@@ -11,8 +11,8 @@ from uuid import uuid4
 
 import torch
 
-from pla_serve.engine.assembly import Execution
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.executor import Executor
 from pla_serve.engine.intake import Intake, Limits
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.kv.sizing import KVPlan
@@ -131,7 +131,9 @@ def build_parts(
     knobs = config.policy_config
     knobs = replace(knobs, layers=knobs.layers or loaded.layers)
     policy = create_policy(config.policy, knobs, cost)
-    parts = _assemble(config, source, device, execution, cost, kv_plan, limits, policy)
+    parts = assemble_parts(
+        config, source, device, execution.executor, cost, kv_plan, limits, policy
+    )
     layout = None
     if config.kv_transfer:
         layout = KVLayout.of(execution.cache, config.block_tokens, loaded.weights)
@@ -153,31 +155,30 @@ def build_parts(
     return parts, ready
 
 
-def _assemble(
+def assemble_parts(
     config: EngineConfig,
     source: ModelSource,
     device: torch.device,
-    execution: Execution,
+    executor: Executor,
     cost: CostModel,
     kv_plan: KVPlan,
     limits: Limits,
     policy: PrefillPolicy,
 ) -> Parts:
+    """What a loop drives, around an executor and a policy that are made already."""
     kv = KVManager(kv_plan.blocks, config.block_tokens, prefix_cache=config.prefix_cache)
     gate = MemoryGate(kv, kv_plan.short_reserve)
     sampler = Sampler(limits.vocab_size, device, _grammars(source, limits))
     queued = config.max_queued_tokens or 4 * kv.capacity_tokens
     admission = Admission(queued, config.max_predicted_wait)
     return Parts(
-        runner=execution.runner,
-        executor=execution.executor,
+        executor=executor,
         kv=kv,
         gate=gate,
         sampler=sampler,
         intake=Intake(limits, admission, kv, sampler, policy, cost, gate),
         policy=policy,
         cost=cost,
-        device=device,
         async_scheduling=config.async_scheduling,
     )
 

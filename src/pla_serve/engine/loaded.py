@@ -113,8 +113,7 @@ def load(
     weights = fingerprint(model) if config.kv_transfer else ""
     tiles = Tiles.open() if device.type == "cpu" and dtype == torch.float32 else None
     if device.type == "cpu":
-        cpu.optimise(model, tiles, keep=layers if config.compile_layers else None)
-        fused = sum(isinstance(layer, cpu.FusedLayer) for layer in layers)
+        fused = cpu.optimise(model, tiles, keep=layers if config.compile_layers else None)
     elif not config.compile_layers:
         fused = gpu.optimise(model, gpu.best_operations())
     if not config.compile_layers:

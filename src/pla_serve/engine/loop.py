@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pla_serve.engine.booking import Booking
-from pla_serve.engine.executor import Executed, PlainExecutor
+from pla_serve.engine.executor import Executed
 from pla_serve.engine.flight import Flight, Frame, Member
 from pla_serve.engine.forward import SpanRequest
 from pla_serve.engine.messages import (
@@ -62,9 +62,7 @@ class EngineLoop:
         self._inbox = inbox
         self._emit = emit
         self._clock = clock
-        self._executor = parts.executor or PlainExecutor(
-            parts.runner, parts.kv.block_tokens, parts.device
-        )
+        self._executor = parts.executor
         self._device = self._executor.device
         self._goes_ahead = (
             parts.async_scheduling and self._device.asynchronous and self._executor.carries

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from pla_serve.engine.executor import Executor
 from pla_serve.engine.intake import Intake
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.memory import MemoryGate
-from pla_serve.engine.runner import ModelRunner
 from pla_serve.engine.sampling import Sampler
 from pla_serve.engine.transfer.protocol import Exchange, NoExchange
 from pla_serve.policy.cost import CostModel
@@ -21,16 +18,14 @@ from pla_serve.policy.protocol import PrefillPolicy
 class Parts:
     """What a loop drives."""
 
-    runner: ModelRunner
+    executor: Executor
+    """Where batches run."""
     kv: KVManager
     gate: MemoryGate
     sampler: Sampler
     intake: Intake
     policy: PrefillPolicy
     cost: CostModel
-    device: torch.device
-    executor: Executor | None = None
-    """Where batches run; None: layer by layer, by ``runner``."""
     exchange: Exchange = field(default_factory=NoExchange)
     async_scheduling: bool = True
     """See `EngineConfig`."""

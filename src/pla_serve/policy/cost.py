@@ -48,10 +48,10 @@ TYPICAL = np.array(
     [
         Work(1, 500, 500, 1, 1),  # decoding alone
         Work(16, 16_000, 16_000, 16, 1),  # and together
-        Work(64, 2048, 64, 1, 1),  # a chat turn
-        Work(2048, 2_097_152, 2048, 1, 1),  # a document
-        Work(64, 264_192, 4160, 1, 1),  # a question about one
-        Work(2048, 18_874_368, 10_240, 1, 1),  # the last part of a long one
+        Work(64, 64 * 32, 64, 1, 1),  # a chat turn
+        Work(2048, 2048 * 1024, 2048, 1, 1),  # a document
+        Work(64, 64 * (4096 + 32), 4096 + 64, 1, 1),  # a question about one
+        Work(2048, 2048 * (8192 + 1024), 8192 + 2048, 1, 1),  # the last part of a long one
     ],
     dtype=np.float64,
 )

@@ -24,7 +24,7 @@ import numpy as np
 from pla_serve.policy.fit import Vector, refit
 
 FIT_PASSES = 4
-"""Each pass starts from the last, so that the pull of `fit.refit` to the start fades."""
+"""Each pass starts from the last, so that the hold of `fit.refit` on the start fades."""
 TYPICAL = ((64, 0), (2048, 0), (64, 4096), (2048, 8192))
 """(L, H) whose times a fit holds where the samples say nothing of them."""
 

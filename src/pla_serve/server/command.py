@@ -200,20 +200,17 @@ def start(
     except OSError as error:
         _fail(error)
     host, port = listener.getsockname()[:2]
+    spec = EngineSpec(config, engine or CORE, log_level=log_level, log_format=log_format)
     log.info("loading %s for port %d", config.model, port)
-    with (
-        listener,
-        spawn(EngineSpec(config, engine or CORE)) as child,
-    ):  # it imports torch while this process does
+    with listener, spawn(spec) as child:  # it imports torch while this process does
         try:
             source, tokenizer, check_grammar = load_for_api(config)
-            located = _located(config, source)
-            spec = EngineSpec(located, engine or CORE, log_level=log_level, log_format=log_format)
+            found = replace(spec, config=_located(config, source))
 
             def instance() -> Instance:
                 return Instance(
                     settings,
-                    spec,
+                    found,
                     tokenizer,
                     chat_template=chat_template,
                     check_grammar=check_grammar,

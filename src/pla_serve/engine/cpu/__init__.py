@@ -17,34 +17,38 @@ from pla_serve.engine.tiles import Tiles
 __all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
 
 
-def optimise(model: nn.Module, tiles: Tiles | None = None, keep: nn.Module | None = None) -> None:
-    """Replace the modules of ``model``, on the CPU, that have a faster equal.
+def optimise(model: nn.Module, tiles: Tiles | None = None, keep: nn.Module | None = None) -> int:
+    """Replace the modules of ``model``, on the CPU, that have a faster equal; returns how many of
+    them are whole decoder layers.
 
     Args:
         tiles: what linears of many float32 tokens are computed with, where they fit it.
         keep: a part of the model that stays as it is.
     """
     with torch.inference_mode(False), torch.no_grad():
-        if keep is None:
-            _fuse_layers(model, tiles)
+        fused = _fuse_layers(model, tiles) if keep is None else 0
         _replace(model, tiles, keep)
+    return fused
 
 
-def _fuse_layers(model: nn.Module, tiles: Tiles | None) -> None:
+def _fuse_layers(model: nn.Module, tiles: Tiles | None) -> int:
     """Whole decoder layers, each if it gives what the stock one gives; they need our attention."""
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
-        return
+        return 0
     owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module)]
     if len(owners) != 1 or not packs(next(model.parameters()).dtype):
-        return
+        return 0
     owner: Any = owners[0]
     rotary = owner.rotary_emb = TurningRotary(owner.rotary_emb)
+    replaced = 0
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for index, stock in enumerate(layers):
             fused = _fused(stock, tiles)
             if fused is not None and same_results(stock, fused, rotary):
                 layers[index] = fused
+                replaced += 1
+    return replaced
 
 
 def _fused(stock: nn.Module, tiles: Tiles | None) -> FusedLayer | None:

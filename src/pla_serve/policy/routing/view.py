@@ -193,20 +193,26 @@ class FleetView:
     def soonest(self, short: bool, pool: Pool | None, now: float) -> int:
         """The member that would begin soonest with such a request; of idle ones, the longest
         idle."""
-        if short and self.model.express:
-            grace = self.model.grace_seconds
-            express = _expected(self.express_ready, self.short_waiting, now, grace)
-            return self.least(np.maximum(express, now) + TIE * self.ready, pool)
-        return self.least(_expected(self.ready, self.tokens, now), pool)
+        ready, waiting, grace = self._account(short)
+        expected: Floats = np.where((waiting > 0) & (ready + grace < now), 2 * now - ready, ready)
+        if ready is self.express_ready:
+            expected = np.maximum(expected, now) + TIE * self.ready
+        return self.least(expected, pool)
 
     def wait(self, index: int, short: bool, now: float) -> float:
         """Predicted seconds until it begins with such a request."""
-        express = short and self.model.express
-        left = float((self.express_ready if express else self.ready)[index]) - now
-        grace = self.model.grace_seconds if express else 0.0
-        if left < -grace and (self.short_waiting if express else self.tokens)[index]:
+        ready, waiting, grace = self._account(short)
+        left = float(ready[index]) - now
+        if left < -grace and waiting[index]:
             return -left
         return max(0.0, left)
+
+    def _account(self, short: bool) -> tuple[Floats, Counts, float]:
+        """What such a request waits for: when that is done, how much of it waits, and by how many
+        seconds it may be late."""
+        if short and self.model.express:
+            return self.express_ready, self.short_waiting, self.model.grace_seconds
+        return self.ready, self.tokens, 0.0
 
     def idle(self, pool: Pool, now: float) -> Counts:
         """Members without any prefill."""
@@ -259,13 +265,6 @@ class FleetView:
                 express_seconds += charge.seconds
         self.ready[entry.index] = at + seconds
         self.express_ready[entry.index] = at + express_seconds
-
-
-def _expected(ready: Floats, waiting: Counts, now: float, grace: float = 0.0) -> Floats:
-    """``ready``, but for those later than ``grace``: as late again. Of idle ones it tells since
-    when."""
-    late: Floats = np.where((waiting > 0) & (ready + grace < now), 2 * now - ready, ready)
-    return late
 
 
 def _corrected(ready: float, work: float, now: float) -> float:
