@@ -12,6 +12,7 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, PrefillPolicy, PrefillRequest
 from pla_serve.policy.registry import create_policy
+from tests.engine import tiny
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.test_outputs import assert_at_rest
 from tests.engine.tiny import Engine, expected, make_engine
@@ -126,7 +127,7 @@ def test_no_second_is_told_twice() -> None:
 
 def test_a_failure_inside_a_nested_batch_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("llama", Recorder(express=1.0))
-    runner = engine.parts.runner
+    runner = tiny.runner("llama")
     forward, depth = runner.forward, 0
 
     def fail_inside(batch: FlatBatch, at_boundary: AtBoundary | None = None) -> torch.Tensor:
@@ -146,7 +147,7 @@ def test_a_failure_inside_a_nested_batch_is_not_swallowed(monkeypatch: pytest.Mo
 
 def test_a_broken_row_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("llama", make_policy("fcfs"))
-    runner = engine.parts.runner
+    runner = tiny.runner("llama")
     forward = runner.forward
 
     def break_a_row(batch: FlatBatch, at_boundary: AtBoundary | None = None) -> torch.Tensor:
