@@ -24,9 +24,9 @@ from rich.table import Table
 from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.registry import create_policy
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost, Machine, load_machine
+from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.solo import serve
 
 SHORT = 256
@@ -93,7 +93,7 @@ def _simulate(policy: str, records: list[Record], machine: Machine) -> np.ndarra
     """(requests,) seconds to first tokens, in the order of ``records``."""
     cost = KnownCost(machine.profile)
     jobs = [
-        Job(
+        SimulatedRequest(
             id=str(number),
             arrival=record["due"],
             new_tokens=_new_tokens(record),
@@ -102,7 +102,7 @@ def _simulate(policy: str, records: list[Record], machine: Machine) -> np.ndarra
         )
         for number, record in enumerate(records)
     ]
-    instance = Instance(
+    instance = SimulatedInstance(
         create_policy(policy, PolicyConfig(), cost),
         cost,
         machine.layers,

@@ -32,7 +32,7 @@ from pla_serve.policy.spec import parse_policy
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions
 from pla_serve.simulator.machine import KnownCost, Machine, load_machine
-from pla_serve.simulator.turns import OpenLoop, Turn
+from pla_serve.simulator.turns import OpenLoop, SimulatedTurn
 
 SHORT, LONG = (32, 256), (768, 1536)
 TYPICAL = 128
@@ -146,7 +146,7 @@ def _asks(options: argparse.Namespace, machine: Machine, instances: int, seed: o
 def _simulate(asks: Sequence[Ask], machine: Machine, routing: str, instances: int) -> np.ndarray:
     """(requests,) seconds to first tokens."""
     cost = KnownCost(machine.profile)
-    turns = [Turn(i, ask.due, ask.tokens, 1, (), history=0) for i, ask in enumerate(asks)]
+    turns = [SimulatedTurn(i, ask.due, ask.tokens, 1, (), history=0) for i, ask in enumerate(asks)]
     spec = parse_policy("length-aware")
     config = PolicyConfig(boundary_tokens=BOUNDARY, layers=machine.layers)
     result = Cluster(

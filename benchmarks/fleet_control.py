@@ -26,13 +26,13 @@ import numpy as np
 
 from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.pools.protocol import Controller
+from pla_serve.policy.pools.protocol import PoolController
 from pla_serve.policy.pools.registry import parse_controller
 from pla_serve.policy.spec import parse_policy
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
 from pla_serve.simulator.machine import KnownCost, load_machine
-from pla_serve.simulator.turns import OpenLoop, Turn
+from pla_serve.simulator.turns import OpenLoop, SimulatedTurn
 
 SHORT_TOKENS = (32, 256)
 LONG_TOKENS = (2048, 8192)
@@ -97,7 +97,7 @@ def simulate(instances: int, controller: str, routing: str, seed: int) -> dict[s
         boundary_tokens=BOUNDARY,
         control_seconds=period,
     )
-    made: Controller | None = None if controller == "off" else parse_controller(controller)
+    made: PoolController | None = None if controller == "off" else parse_controller(controller)
     result = Cluster(
         options,
         machine,
@@ -129,10 +129,10 @@ def simulate(instances: int, controller: str, routing: str, seed: int) -> dict[s
 
 def _arrivals(
     seed: int, cost: KnownCost, start: float, end: float, work: float, share: float
-) -> list[Turn]:
+) -> list[SimulatedTurn]:
     """Poisson arrivals of ``work`` seconds of prefill a second, ``share`` of it short."""
     random = Random(seed)
-    found: list[Turn] = []
+    found: list[SimulatedTurn] = []
     for part, (least, most) in ((share, SHORT_TOKENS), (1 - share, LONG_TOKENS)):
         mean = float(np.mean([cost.prefill_seconds(n, 0) for n in range(least, most + 1, 8)]))
         now = start
@@ -140,11 +140,11 @@ def _arrivals(
             now += random.expovariate(work * part / mean)
             if now >= end:
                 break
-            found.append(Turn(0, now, random.randint(least, most), 1, (), history=0))
+            found.append(SimulatedTurn(0, now, random.randint(least, most), 1, (), history=0))
     return sorted(found, key=lambda turn: turn.time)
 
 
-def _times(turns: Sequence[Turn]) -> list[float]:
+def _times(turns: Sequence[SimulatedTurn]) -> list[float]:
     return [turn.time for turn in turns]
 
 

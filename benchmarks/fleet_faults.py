@@ -21,9 +21,9 @@ from typing import Any
 
 from pla_serve.environment import describe
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fleet" / "chaos"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import campaign
+from tests.fleet.chaos import campaign
 
 
 def main() -> None:

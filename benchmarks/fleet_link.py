@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from pla_serve.bench.save import write_json
-from pla_serve.engine.messages import AddRequest, Output, Rejected, SamplingParams
 from pla_serve.environment import describe
 from pla_serve.fleet.link.own import InstanceLink
 from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, NewsMessage
+from pla_serve.wire.engine import AddRequest, Output, Rejected, SamplingParams
 
-TESTS = Path(__file__).parents[1] / "tests" / "server"
+ROOT = Path(__file__).parents[1]
 
 
 class Owner:
@@ -117,10 +117,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     child = subprocess.Popen(
-        [sys.executable, str(TESTS / "serve_fake.py"), "5"],
+        [sys.executable, "-m", "tests.server.serve_fake", "5"],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "FAKE_PAUSE": "0"},
+        env={**os.environ, "FAKE_PAUSE": "0", "PYTHONPATH": str(ROOT)},
     )
     assert child.stdout is not None
     try:

@@ -14,9 +14,9 @@ from random import Random
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fleet" / "chaos"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_fleet import VOCABULARY, TinyFleet, start_fleet, write_model
+from tests.fleet.chaos.tiny_fleet import VOCABULARY, TinyFleet, start_fleet, write_model
 
 BOUNDARY = 256
 SIZE = {

@@ -39,7 +39,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.messages import (
+from pla_serve.engine.host.process import CORE, Launch
+from pla_serve.engine.transfer.layout import Copy
+from pla_serve.engine.transfer.nixl import NixlTransport
+from pla_serve.environment import describe
+from pla_serve.wire.engine import (
     AbortRequest,
     AddRequest,
     Begin,
@@ -55,10 +59,6 @@ from pla_serve.engine.messages import (
     SamplingParams,
     ToEngine,
 )
-from pla_serve.engine.process import CORE, Launch
-from pla_serve.engine.transfer.layout import Copy
-from pla_serve.engine.transfer.nixl import NixlTransport
-from pla_serve.environment import describe
 
 LEASE = 120.0
 PATIENCE_SECONDS = 180.0
@@ -75,7 +75,7 @@ class Engine:
         self._in = context.socket(zmq.PUSH)
         self._in.connect(inbound)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pla_serve.engine.process", CORE], stdin=subprocess.PIPE
+            [sys.executable, "-m", "pla_serve.engine.host.process", CORE], stdin=subprocess.PIPE
         )
         assert self._process.stdin is not None
         launch = Launch(config=config, inbound=inbound, outbound=outbound, log_level="WARNING")

@@ -291,7 +291,7 @@ def members(pid: int) -> dict[str, psutil.Process]:
     server = psutil.Process(pid)
     found = {"API server": server}
     for child in server.children(recursive=True):
-        if "pla_serve.engine.process" in " ".join(child.cmdline()):
+        if "pla_serve.engine.host.process" in " ".join(child.cmdline()):
             found["engine"] = child
     return found
 

@@ -42,7 +42,7 @@ from pla_serve.bench.report import Objectives, Report, summarise
 from pla_serve.bench.servers import free_port, started
 from pla_serve.bench.text import WordFiller
 from pla_serve.bench.transport import HttpTransport
-from pla_serve.bench.workload import Workload, WorkloadConfig, generate
+from pla_serve.bench.workload import BenchWorkload, WorkloadConfig, generate
 from pla_serve.environment import describe
 
 MODEL = "tiny"
@@ -163,7 +163,7 @@ async def idle(url: str, filler: WordFiller, config: WorkloadConfig) -> tuple[Ob
         await transport.close()
 
 
-async def load(url: str, filler: WordFiller, workload: Workload, seconds: float) -> Any:
+async def load(url: str, filler: WordFiller, workload: BenchWorkload, seconds: float) -> Any:
     transport = HttpTransport(url)
     try:
         probe = Probe(transport, Target(MODEL, "completions"), filler, "warm", ids=False)

@@ -30,12 +30,12 @@ from rich.table import Table
 from serving_sim import Simulated, search
 
 from pla_serve.bench.client import Target
-from pla_serve.bench.experiment import Experiment, Outcome, Plan
+from pla_serve.bench.experiment import Experiment, ExperimentPlan, ExperimentResult
 from pla_serve.bench.figure import draw
 from pla_serve.bench.progress import ProgressView
 from pla_serve.bench.report import Objectives
 from pla_serve.bench.save import save_json, write_json
-from pla_serve.bench.servers import Entry, fresh, parse_entries
+from pla_serve.bench.servers import ServerEntry, fresh, parse_entries
 from pla_serve.bench.summary import Summary, headline, summaries
 from pla_serve.bench.table import comparison_table
 from pla_serve.bench.text import make_filler
@@ -68,15 +68,15 @@ def workload(mix: Mix, requests: int) -> WorkloadConfig:
 
 
 def measure(
-    entries: Sequence[Entry],
+    entries: Sequence[ServerEntry],
     config: WorkloadConfig,
     options: argparse.Namespace,
     repeat: int,
     rate: float | None = None,
-) -> Outcome:
+) -> ExperimentResult:
     """Every entry on fresh servers, interleaved; the rate comes from the first entry's capacity,
     if it is not given."""
-    plan = Plan(
+    plan = ExperimentPlan(
         entries=tuple(entries),
         open_server=fresh([*SERVE, *options.serve]),
         target=Target(""),
@@ -203,7 +203,7 @@ def one_class(options: argparse.Namespace) -> None:
         show_checks(checks)
 
 
-def one_class_checks(outcome: Outcome) -> dict[str, dict]:
+def one_class_checks(outcome: ExperimentResult) -> dict[str, dict]:
     """The noise is how far fcfs is from itself: (largest - smallest) / median of its runs, at
     least 5%."""
     plain, ours = summaries(outcome, PLAIN)
@@ -239,12 +239,12 @@ def at_least(value: float | None, limit: float) -> dict:
 
 
 def report(
-    outcome: Outcome,
+    outcome: ExperimentResult,
     options: argparse.Namespace,
     name: str,
     config: WorkloadConfig,
     checks: dict[str, dict],
-    raw: Outcome | None = None,
+    raw: ExperimentResult | None = None,
 ) -> None:
     """Prints the comparison, writes JSON and PNG. ``raw``: the pieces that were pooled."""
     found = summaries(outcome, PLAIN)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pla_serve.bench.calibrate import Costs
-from pla_serve.bench.client import Exchange
-from pla_serve.bench.experiment import Outcome, Run
+from pla_serve.bench.client import TimedRequest
+from pla_serve.bench.experiment import BenchRun, ExperimentResult
 from pla_serve.bench.load import Record, RunResult
 from pla_serve.bench.report import Objectives, Percentiles, summarise
-from pla_serve.bench.workload import Turn, Workload
+from pla_serve.bench.workload import BenchTurn, BenchWorkload
 
 
-def read(path: Path) -> Outcome:
+def read(path: Path) -> ExperimentResult:
     """What `save_json` wrote, with records.
 
     Raises:
@@ -24,18 +24,20 @@ def read(path: Path) -> Outcome:
     """
     content = json.loads(path.read_text())
     costs = content["costs"]
-    outcome = Outcome(content["rate"])
+    outcome = ExperimentResult(content["rate"])
     outcome.costs = Costs(tuple((n, t) for n, t in costs["prefill"]), costs["decode_token"])
-    outcome.workloads = [Workload(w["workload"], (), w) for w in content["workloads"]]
+    outcome.workloads = [BenchWorkload(w["workload"], (), w) for w in content["workloads"]]
     outcome.runs = [_run(entry) for entry in content["runs"]]
     return outcome
 
 
-def joined(earlier: Outcome, later: Outcome) -> Outcome:
+def joined(earlier: ExperimentResult, later: ExperimentResult) -> ExperimentResult:
     """Both, as if they had been measured in one go."""
     first = 1 + max(run.repetition for run in earlier.runs)
-    moved = [Run(r.entry, first + r.repetition, r.report, r.idle, r.result) for r in later.runs]
-    return Outcome(
+    moved = [
+        BenchRun(r.entry, first + r.repetition, r.report, r.idle, r.result) for r in later.runs
+    ]
+    return ExperimentResult(
         earlier.rate,
         earlier.costs,
         [*earlier.runs, *moved],
@@ -44,14 +46,16 @@ def joined(earlier: Outcome, later: Outcome) -> Outcome:
     )
 
 
-def pooled(outcome: Outcome) -> Outcome:
+def pooled(outcome: ExperimentResult) -> ExperimentResult:
     """One run for each entry, with the requests of all its pieces: a P99 needs many."""
     entries = dict.fromkeys(run.entry for run in outcome.runs)
     runs = [_pool(outcome.of(entry)) for entry in entries]
-    return Outcome(outcome.rate, outcome.costs, runs, outcome.workloads, outcome.interrupted)
+    return ExperimentResult(
+        outcome.rate, outcome.costs, runs, outcome.workloads, outcome.interrupted
+    )
 
 
-def _pool(runs: Sequence[Run]) -> Run:
+def _pool(runs: Sequence[BenchRun]) -> BenchRun:
     result = RunResult(
         [record for run in runs for record in run.result.records],
         sum(run.result.seconds for run in runs),
@@ -59,7 +63,7 @@ def _pool(runs: Sequence[Run]) -> Run:
         next((run.result.stopped for run in runs if run.result.stopped), None),
     )
     idles = [run.idle for run in runs if run.idle is not None]
-    return Run(runs[0].entry, 0, summarise(result, Objectives()), _middle(idles), result)
+    return BenchRun(runs[0].entry, 0, summarise(result, Objectives()), _middle(idles), result)
 
 
 def _middle(found: Sequence[Percentiles]) -> Percentiles | None:
@@ -71,11 +75,11 @@ def _middle(found: Sequence[Percentiles]) -> Percentiles | None:
     return Percentiles(*ranks, mean, sum(p.count for p in found))
 
 
-def _run(entry: dict[str, Any]) -> Run:
+def _run(entry: dict[str, Any]) -> BenchRun:
     report, idle = entry["report"], entry["idle_ttft"]
     records = [_record(record) for record in entry["records"]]
     result = RunResult(records, report["seconds"], report["planned"], report["stopped"])
-    return Run(
+    return BenchRun(
         entry["entry"],
         entry["repetition"],
         summarise(result, Objectives()),
@@ -85,10 +89,10 @@ def _run(entry: dict[str, Any]) -> Run:
 
 
 def _record(content: dict[str, Any]) -> Record:
-    turn = Turn(content["id"], content["kind"], (), content["new_tokens"], 0)
+    turn = BenchTurn(content["id"], content["kind"], (), content["new_tokens"], 0)
     gaps = content["gaps"]
     first = content["first"]
-    exchange = Exchange(
+    exchange = TimedRequest(
         sent=content["sent"],
         first=first,
         last=None if first is None else first + sum(gaps),

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pla_serve.bench.calibrate import DECODERS, PREFILL_TOKENS, Costs
-from pla_serve.bench.workload import Workload, WorkloadConfig, generate
+from pla_serve.bench.workload import BenchWorkload, WorkloadConfig, generate
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 from pla_serve.policy.registry import create_policy
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost, Machine
+from pla_serve.simulator.request import SimulatedRequest
 
 SHORT = 256
 """New tokens."""
@@ -61,7 +61,7 @@ def search(
     return rows
 
 
-def capacity(cost: CostModel, workload: Workload) -> float:
+def capacity(cost: CostModel, workload: BenchWorkload) -> float:
     """Requests a second, as `bench` reckons it from measurements of an idle server."""
     prefill = tuple((n, cost.prefill_seconds(n, 0)) for n in PREFILL_TOKENS)
     step = Batch(BatchClass.DECODE, (), tuple(Chunk(str(i), 1, 64) for i in range(DECODERS)))
@@ -69,7 +69,7 @@ def capacity(cost: CostModel, workload: Workload) -> float:
 
 
 def _run(
-    entry: str, workload: Workload, machine: Machine, cost: CostModel
+    entry: str, workload: BenchWorkload, machine: Machine, cost: CostModel
 ) -> tuple[float, float, float]:
     """Short P90 and long P99 of TTFT, and requests a second."""
     session = _Sessions(entry, workload, machine, cost)
@@ -84,12 +84,14 @@ def _run(
 class _Sessions:
     """Drives one instance; a turn comes when the answer before it is there and the user thought."""
 
-    def __init__(self, entry: str, workload: Workload, machine: Machine, cost: CostModel) -> None:
+    def __init__(
+        self, entry: str, workload: BenchWorkload, machine: Machine, cost: CostModel
+    ) -> None:
         base = PolicyConfig(max_batch_tokens=machine.max_batch_tokens, layers=machine.layers)
         policy = create_policy(entry, base, cost)
-        self.jobs: list[Job] = []
+        self.jobs: list[SimulatedRequest] = []
         self._workload = workload
-        self._instance = Instance(
+        self._instance = SimulatedInstance(
             policy, cost, machine.layers, lambda job, now: None, self._answered, decodes=True
         )
         self._due: list[tuple[float, int, int, int]] = []
@@ -109,16 +111,16 @@ class _Sessions:
                 now = instance.wake_at
                 instance.advance(now)
 
-    def _job(self, due: float, number: int, turn: int, past: int) -> Job:
+    def _job(self, due: float, number: int, turn: int, past: int) -> SimulatedRequest:
         asked = self._workload.sessions[number].turns[turn]
         cached = past // BLOCK * BLOCK
         new = asked.new_tokens + TEMPLATE_TOKENS + past - cached
-        job = Job(f"{number}.{turn}", due, new, cached, asked.max_tokens)
+        job = SimulatedRequest(f"{number}.{turn}", due, new, cached, asked.max_tokens)
         self._turns[job.id] = (number, turn + 1)
         self.jobs.append(job)
         return job
 
-    def _answered(self, job: Job, now: float) -> None:
+    def _answered(self, job: SimulatedRequest, now: float) -> None:
         number, turn = self._turns[job.id]
         turns = self._workload.sessions[number].turns
         if turn < len(turns):

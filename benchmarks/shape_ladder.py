@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pla_serve.policy.cost import CostProfile
-from pla_serve.policy.shapes.histogram import Demand, ShapeHistogram
+from pla_serve.policy.shapes.histogram import ShapeDemand, ShapeHistogram
 from pla_serve.policy.shapes.ladder import (
     GRID_BATCHES,
     Footprint,
@@ -77,7 +77,7 @@ def costs(launch: float, ordinary_launch: float) -> tuple[Cost, Cost]:
 
 def observe(
     lengths: list[int], cost: Cost, load: float, layout: Layout, count: int, seed: int
-) -> Demand:
+) -> ShapeDemand:
     """Batches of a device that takes what waits; load in requests a launch time."""
     random = np.random.default_rng(seed)
     arrivals = np.cumsum(random.exponential(cost(1, 1) / load, count))

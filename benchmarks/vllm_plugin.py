@@ -37,9 +37,9 @@ from pla_serve.bench.load import LoadGenerator, RunResult
 from pla_serve.bench.report import LONG, SHORT, Objectives, Report, summarise
 from pla_serve.bench.save import write_json
 from pla_serve.bench.servers import Started, free_port, started
-from pla_serve.bench.text import Piece, WordFiller, load_tokenizer, make_filler
+from pla_serve.bench.text import FillerPart, WordFiller, load_tokenizer, make_filler
 from pla_serve.bench.transport import HttpTransport
-from pla_serve.bench.workload import Workload, WorkloadConfig, generate
+from pla_serve.bench.workload import BenchWorkload, WorkloadConfig, generate
 from pla_serve.environment import describe
 from pla_serve.traces.lengths import Lmsys
 
@@ -115,7 +115,7 @@ def loads_of(text: str) -> list[Load]:
     return [Load(mix, float(rate), float(seconds)) for mix, rate, seconds in parts]
 
 
-def make_workload(load: Load, options: argparse.Namespace) -> Workload:
+def make_workload(load: Load, options: argparse.Namespace) -> BenchWorkload:
     """One turn each, so that nobody waits for an answer."""
     return generate(
         WorkloadConfig(
@@ -132,7 +132,9 @@ def make_workload(load: Load, options: argparse.Namespace) -> Workload:
     )
 
 
-async def measure(url: str, filler: WordFiller, workload: Workload, seconds: float) -> RunResult:
+async def measure(
+    url: str, filler: WordFiller, workload: BenchWorkload, seconds: float
+) -> RunResult:
     transport = HttpTransport(url)
     clock = asyncio.get_running_loop().time
     try:
@@ -147,7 +149,7 @@ async def warm_up(url: str, filler: WordFiller) -> None:
     transport = HttpTransport(url)
     try:
         for tokens in (16, 64, 200, 1024, 3000):
-            ids = filler.ids([Piece(f"warm{tokens}", tokens)])
+            ids = filler.ids([FillerPart(f"warm{tokens}", tokens)])
             await one(transport, Target(MODEL, "completions"), ids, 4)
     finally:
         await transport.close()
@@ -177,7 +179,7 @@ def run(options: argparse.Namespace) -> None:
 def append(
     options: argparse.Namespace,
     entry: str,
-    workload: Workload,
+    workload: BenchWorkload,
     report: Report,
     result: RunResult,
     python: Path,

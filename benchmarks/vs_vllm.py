@@ -28,10 +28,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pla_serve.bench.client import Exchange, Target, one
+from pla_serve.bench.client import Target, TimedRequest, one
 from pla_serve.bench.save import write_json
 from pla_serve.bench.servers import Started, free_port, started
-from pla_serve.bench.text import Piece, WordFiller, load_tokenizer, make_filler
+from pla_serve.bench.text import FillerPart, WordFiller, load_tokenizer, make_filler
 from pla_serve.bench.transport import HttpTransport
 from pla_serve.bench.workload import WorkloadConfig, generate
 from pla_serve.environment import describe
@@ -103,8 +103,8 @@ class Bench:
     filler: WordFiller
     quick: bool
 
-    async def ask(self, key: str, tokens: int, answer: int) -> Exchange:
-        ids = self.filler.ids([Piece(key, tokens)])
+    async def ask(self, key: str, tokens: int, answer: int) -> TimedRequest:
+        ids = self.filler.ids([FillerPart(key, tokens)])
         return await one(self.transport, Target(MODEL, "completions"), ids, answer)
 
     async def prefill(self, tokens: int, times: int) -> float:

@@ -14,24 +14,24 @@ from typing import Any
 
 import torch
 
-from pla_serve.engine import gpu
-from pla_serve.engine.assembly import make_grid
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.choose import choose_backend
 from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
-from pla_serve.engine.ceilings import ModelSize, measure, starting_profile
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.staging import DirectUploader, PinnedUploader, Scratch, Uploader
+from pla_serve.engine.build.execution import make_grid
+from pla_serve.engine.build.roofline import ModelSize, measure, starting_profile
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.device import Device, RunAhead, device_of
-from pla_serve.engine.executor import StagedExecutor, stage
-from pla_serve.engine.forward import SpanRequest
-from pla_serve.engine.gpu.operations import TorchOperations
-from pla_serve.engine.graphs.grid import GridLimits, ShapeGrid
+from pla_serve.engine.layers import gpu
+from pla_serve.engine.layers.gpu.operations import TorchOperations
 from pla_serve.engine.loading import check_supported, decoder_layers, load_config, load_model
 from pla_serve.engine.loading.source import ModelSource
-from pla_serve.engine.runner import ModelRunner
-from pla_serve.engine.staging import DirectUploader, PinnedUploader, Scratch, Uploader
+from pla_serve.engine.run.device import Device, RunAhead, device_of
+from pla_serve.engine.run.executor import StagedExecutor, stage
+from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
+from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 

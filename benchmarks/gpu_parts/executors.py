@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from gpu_parts.bed import BLOCK, Bed, make_bed, write_source
 from gpu_parts.report import Report
-from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.loading import load_config
 
 Way = Callable[[SpanRequest], torch.Tensor]

@@ -9,7 +9,7 @@ from gpu_parts.report import Report
 from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.attention.choose import ON_CUDA, _make, probe
 from pla_serve.engine.attention.tuning import prefill_seconds
-from pla_serve.engine.device import CudaDevice, Device
+from pla_serve.engine.run.device import CudaDevice, Device
 
 
 def median_seconds(device: Device, work, repeats: int = 10, warm: int = 3) -> float:  # type: ignore[no-untyped-def]
@@ -129,9 +129,9 @@ def _decode(
 ) -> None:
     from pla_serve.engine.attention.cache import KVCache
     from pla_serve.engine.attention.paged import PagedAttention
-    from pla_serve.engine.executor import stage
-    from pla_serve.engine.forward import SpanRequest
-    from pla_serve.engine.staging import PinnedUploader
+    from pla_serve.engine.batch.flat import SpanRequest
+    from pla_serve.engine.batch.staging import PinnedUploader
+    from pla_serve.engine.run.executor import stage
 
     tracker = CudaDevice(device)
     for count, context in ((1, 32768), (64, 4096)):

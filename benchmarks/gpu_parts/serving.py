@@ -13,18 +13,18 @@ import numpy as np
 
 from gpu_parts.bed import BLOCK, Bed
 from gpu_parts.report import Report
-from pla_serve.engine.executor import StagedExecutor
-from pla_serve.engine.intake import Intake, Limits
+from pla_serve.engine.build.warm_up import warm_up
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.loop import EngineLoop, Parts
-from pla_serve.engine.memory import MemoryGate
-from pla_serve.engine.messages import AbortRequest, AddRequest, Inbound, Output, SamplingParams
+from pla_serve.engine.loop.loop import EngineLoop, Parts
+from pla_serve.engine.requests.admission import Intake, Limits
+from pla_serve.engine.requests.memory import MemoryGate
+from pla_serve.engine.run.executor import StagedExecutor
 from pla_serve.engine.sampling import Sampler
-from pla_serve.engine.warmup import warm_up
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.protocol import Batch, BatchClass
 from pla_serve.policy.spec import parse_policy
+from pla_serve.wire.engine import AbortRequest, AddRequest, Inbound, Output, SamplingParams
 
 IDS = itertools.count()
 

@@ -20,16 +20,16 @@ import numpy as np
 from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.pools.protocol import Controller
+from pla_serve.policy.pools.protocol import PoolController
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.shapes.ladder import Layout
 from pla_serve.policy.spec import parse_policy
 from pla_serve.simulator.captured import Captured
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
-from pla_serve.simulator.job import Job
 from pla_serve.simulator.machine import KnownCost, Machine, load_machine
-from pla_serve.simulator.turns import OpenLoop, Source, Turn, turns_of
+from pla_serve.simulator.request import SimulatedRequest
+from pla_serve.simulator.turns import OpenLoop, SimulatedTurn, TurnSource, turns_of
 from pla_serve.simulator.workload import at_load
 from pla_serve.traces.rows import Row
 
@@ -61,7 +61,7 @@ class System:
     routing: str = "round-robin"
     style: str = "-"
     short_instances: int = 0
-    controller: Callable[[], Controller] | None = None
+    controller: Callable[[], PoolController] | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def make(self, machine: Machine) -> Callable[[], PrefillPolicy]:
@@ -91,7 +91,11 @@ def our_ladder(host: float) -> Captured:
 
 
 def run(
-    system: System, machine: Machine, turns: Sequence[Turn], source: Source, **options: Any
+    system: System,
+    machine: Machine,
+    turns: Sequence[SimulatedTurn],
+    source: TurnSource,
+    **options: Any,
 ) -> ClusterResult:
     """Serve all turns to their end."""
     make = system.make(machine)
@@ -120,7 +124,7 @@ class Clients:
 
     def __init__(
         self,
-        groups: Sequence[tuple[Sequence[Turn], int]],
+        groups: Sequence[tuple[Sequence[SimulatedTurn], int]],
         *,
         pause: float = 0.0,
         seed: int = 0,
@@ -132,7 +136,7 @@ class Clients:
         self._pause = pause
         self._random = random.Random(seed)
 
-    def start(self) -> Iterable[tuple[float, Turn]]:
+    def start(self) -> Iterable[tuple[float, SimulatedTurn]]:
         first = [
             (self._draw(), queue.popleft())
             for queue, count in zip(self._waiting, self._counts, strict=True)
@@ -140,7 +144,7 @@ class Clients:
         ]
         return sorted(first, key=lambda pair: (pair[0], pair[1].index))
 
-    def answered(self, turn: Turn, now: float) -> Iterable[tuple[float, Turn]]:
+    def answered(self, turn: SimulatedTurn, now: float) -> Iterable[tuple[float, SimulatedTurn]]:
         later = self._next.get(turn.index)
         if later is None:
             queue = self._waiting[self._group[turn.index]]
@@ -153,16 +157,17 @@ class Clients:
         return self._random.expovariate(1 / self._pause) if self._pause else 0.0
 
 
-def single_turns(prompts: Sequence[int], outputs: int = 1, first: int = 0) -> list[Turn]:
+def single_turns(prompts: Sequence[int], outputs: int = 1, first: int = 0) -> list[SimulatedTurn]:
     """Unique prompts: nothing of them is cached anywhere."""
     return [
-        Turn(first + i, 0.0, tokens, outputs, (), history=0) for i, tokens in enumerate(prompts)
+        SimulatedTurn(first + i, 0.0, tokens, outputs, (), history=0)
+        for i, tokens in enumerate(prompts)
     ]
 
 
 def open_loop(
     rows: Sequence[Row], chip: Machine, load: float, instances: int
-) -> tuple[list[Turn], OpenLoop, float]:
+) -> tuple[list[SimulatedTurn], OpenLoop, float]:
     """Turns at their own times, stretched to ``load``, and the requests a second that makes."""
     work = at_load("", rows, KnownCost(chip.profile), load, instances=instances)
     turns = turns_of(work.rows, work.stretch)
@@ -172,7 +177,7 @@ def open_loop(
     return turns, OpenLoop(turns, wait=False), len(turns) / work.span
 
 
-def turns_with_history(rows: Sequence[Row]) -> list[Turn]:
+def turns_with_history(rows: Sequence[Row]) -> list[SimulatedTurn]:
     """A session's earlier turns are cached wherever the next one goes."""
     turns = turns_of(rows)
     for turn, row in zip(turns, rows, strict=True):
@@ -181,7 +186,7 @@ def turns_with_history(rows: Sequence[Row]) -> list[Turn]:
     return turns
 
 
-def ttft(jobs: Sequence[Job]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def ttft(jobs: Sequence[SimulatedRequest]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Seconds to first token."""
     return np.array([job.ttft for job in jobs])
 
@@ -191,7 +196,7 @@ def rank(values: Sequence[float] | np.ndarray[Any, Any], percent: float) -> floa
     return float(np.percentile(values, percent)) if len(values) else None
 
 
-def summary(jobs: Sequence[Job]) -> dict[str, Any]:
+def summary(jobs: Sequence[SimulatedRequest]) -> dict[str, Any]:
     """Requests a second of the makespan, and times to first token by class."""
     start = min(job.arrival for job in jobs)
     end = max(job.first_token for job in jobs)

@@ -34,7 +34,7 @@ from common import (
 )
 from published import Published
 
-from pla_serve.policy.awd import AwdOptions, Mode
+from pla_serve.policy.awd import AwdOptions, WindowMode
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.simulator.machine import Machine
@@ -50,7 +50,7 @@ DATASETS: dict[str, Lengths] = {
 
 
 def token_max(config: PolicyConfig, cost: CostModel) -> Published:
-    return Published(config, cost, AwdOptions(mode=Mode.TOKEN_MAX))
+    return Published(config, cost, AwdOptions(mode=WindowMode.TOKEN_MAX))
 
 
 def systems() -> tuple[System, ...]:

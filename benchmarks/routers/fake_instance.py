@@ -19,9 +19,9 @@ import uvloop
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from pla_serve.engine.messages import AbortRequest, Accepted, AddRequest, Output
-from pla_serve.server.frames import Outbox
-from pla_serve.server.link_messages import (
+from pla_serve.wire.engine import AbortRequest, Accepted, AddRequest, Output
+from pla_serve.wire.frames import Outbox
+from pla_serve.wire.link import (
     SUBPROTOCOL,
     InstanceFacts,
     InstanceReport,

@@ -21,21 +21,21 @@ from pathlib import Path
 
 import torch
 
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.build.engine import assemble_parts
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.core import assemble_parts
-from pla_serve.engine.device import HostDevice
-from pla_serve.engine.executor import Executed
-from pla_serve.engine.forward import SpanRequest
-from pla_serve.engine.intake import Limits
 from pla_serve.engine.kv.sizing import KVPlan
-from pla_serve.engine.loading import Silent, load_config, resolve
-from pla_serve.engine.loop import EngineLoop
-from pla_serve.engine.messages import EngineReady, Inbound, Outbound
-from pla_serve.engine.runner import AtBoundary
+from pla_serve.engine.loading import NoLoadingProgress, load_config, resolve
+from pla_serve.engine.loop.loop import EngineLoop
+from pla_serve.engine.requests.admission import Limits
+from pla_serve.engine.run.device import HostDevice
+from pla_serve.engine.run.executor import Executed
+from pla_serve.engine.run.runner import AtBoundary
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 from pla_serve.policy.registry import create_policy
 from pla_serve.simulator.machine import load_machine
+from pla_serve.wire.engine import EngineReady, Inbound, Outbound
 
 MACHINE = "PLA_SERVE_STAND_IN"
 """The environment variable by which the engine's process is told the machine."""
@@ -92,7 +92,7 @@ class Waiting:
 
 
 class StandInCore:
-    """In the place of `pla_serve.engine.core.EngineCore`."""
+    """In the place of `pla_serve.engine.build.engine.EngineCore`."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class StandInCore:
         machine = load_machine(os.environ[MACHINE])
         if machine.captured is not None:
             raise ValueError(f"{machine.name} pads batches to shapes, which is not done here")
-        source = resolve(config.model, config.load_format, progress=Silent())
+        source = resolve(config.model, config.load_format, progress=NoLoadingProgress())
         model = load_config(source)
         blocks = machine.kv_tokens // config.block_tokens
         plan = KVPlan(blocks, int(config.short_kv_reserve * blocks), model.max_position_embeddings)

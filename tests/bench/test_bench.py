@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from pla_serve.bench import job, servers
 from pla_serve.bench.command import bench
-from pla_serve.bench.servers import Entry, free_port, parse_entries, started
+from pla_serve.bench.servers import ServerEntry, free_port, parse_entries, started
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__).with_name("http_server.py"))
 app = typer.Typer()
 app.command()(bench)
@@ -30,7 +31,7 @@ def fake(serve_arguments: tuple[str, ...]) -> servers.Open:
     """What `servers.fresh` does, with the fake server."""
 
     @contextmanager
-    def open_server(entry: Entry) -> Iterator[str]:
+    def open_server(entry: ServerEntry) -> Iterator[str]:
         port = free_port()
         command = [sys.executable, SCRIPT, *serve_arguments, *entry.flags, "--port", str(port)]
         with started(command, f"http://127.0.0.1:{port}") as server:
@@ -180,8 +181,8 @@ def test_flags_that_cannot_be(run: Any, arguments: tuple[str, ...], why: str) ->
 def test_entries() -> None:
     entries = parse_entries("fcfs, hrrn:max-batch-tokens=512:no-prefix-cache")
     assert entries == (
-        Entry("fcfs", ("--policy", "fcfs")),
-        Entry(
+        ServerEntry("fcfs", ("--policy", "fcfs")),
+        ServerEntry(
             "hrrn:max-batch-tokens=512:no-prefix-cache",
             ("--policy", "hrrn", "--max-batch-tokens", "512", "--no-prefix-cache"),
         ),
@@ -197,9 +198,7 @@ def test_knobs_that_only_one_policy_has_stay_with_its_name() -> None:
 
 def test_ctrl_c_reports_what_there_is_and_leaves_no_server(tmp_path: Path) -> None:
     """A process of its own: the signal goes to it as from a terminal."""
-    program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+    program = """
 from tests.bench import test_bench
 test_bench.job.fresh = test_bench.fake
 test_bench.app()
@@ -210,7 +209,12 @@ test_bench.app()
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PID_FILE": str(tmp_path / "pid"), "COLUMNS": "100"},
+        env={
+            **os.environ,
+            "PID_FILE": str(tmp_path / "pid"),
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "100",
+        },
     )
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")

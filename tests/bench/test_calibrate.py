@@ -18,8 +18,7 @@ from pla_serve.bench.calibrate import (
 from pla_serve.bench.client import Target
 from pla_serve.bench.text import make_filler
 from pla_serve.bench.workload import WorkloadConfig, generate
-
-from .virtual import Script, ScriptedServer, run_virtual
+from tests.bench.virtual import Script, ScriptedServer, run_virtual
 
 COSTS = Costs(((100, 0.2), (200, 0.3), (400, 0.9)), 0.01)
 

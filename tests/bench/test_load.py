@@ -12,24 +12,25 @@ from hypothesis import strategies as st
 
 from pla_serve.bench.client import Endpoint, Target
 from pla_serve.bench.load import LEAD, LoadGenerator, Record, RunResult
-from pla_serve.bench.text import Piece, make_filler
-from pla_serve.bench.workload import Session, Turn, Workload, WorkloadConfig, generate
-
-from .virtual import Script, ScriptedServer, run_virtual
+from pla_serve.bench.text import FillerPart, make_filler
+from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session, WorkloadConfig, generate
+from tests.bench.virtual import Script, ScriptedServer, run_virtual
 
 TICK = pytest.approx
 
 
-def turn(name: str, *, tokens: int = 5, answer: int = 3, **times: float) -> Turn:
-    return Turn(name, "chat", (Piece(name, tokens),), tokens, answer, **times)
+def turn(name: str, *, tokens: int = 5, answer: int = 3, **times: float) -> BenchTurn:
+    return BenchTurn(name, "chat", (FillerPart(name, tokens),), tokens, answer, **times)
 
 
-def single(*starts: float) -> Workload:
-    return Workload("test", tuple(Session(at, (turn(f"s{i}"),)) for i, at in enumerate(starts)))
+def single(*starts: float) -> BenchWorkload:
+    return BenchWorkload(
+        "test", tuple(Session(at, (turn(f"s{i}"),)) for i, at in enumerate(starts))
+    )
 
 
 def play(
-    workload: Workload,
+    workload: BenchWorkload,
     server: ScriptedServer,
     *,
     max_seconds: float = 1e6,
@@ -121,7 +122,7 @@ def test_times_are_what_the_script_says() -> None:
     ],
 )
 def test_failures_are_told_apart_and_end_only_their_session(script: Script, error: str) -> None:
-    workload = Workload(
+    workload = BenchWorkload(
         "test",
         (
             Session(0.0, (turn("bad"), turn("never"))),
@@ -168,7 +169,7 @@ def test_stop_reports_what_there_is() -> None:
 
 def test_history_holds_the_real_answers() -> None:
     server = ScriptedServer()
-    play(Workload("test", (Session(0.0, (turn("a"), turn("b"), turn("c"))),)), server)
+    play(BenchWorkload("test", (Session(0.0, (turn("a"), turn("b"), turn("c"))),)), server)
 
     first, second, third = server.seen
     assert second.body["messages"][:1] == first.body["messages"]
@@ -180,7 +181,7 @@ def test_history_holds_the_real_answers() -> None:
 
 def test_history_on_the_completions_endpoint_is_a_prefix() -> None:
     server = ScriptedServer()
-    workload = Workload("test", (Session(0.0, (turn("a"), turn("b"))),))
+    workload = BenchWorkload("test", (Session(0.0, (turn("a"), turn("b"))),))
     play(workload, server, endpoint="completions")
 
     first, second = server.seen
@@ -190,7 +191,7 @@ def test_history_on_the_completions_endpoint_is_a_prefix() -> None:
 def test_sessions_of_a_trace_remember_nothing_and_keep_their_offsets() -> None:
     turns = (turn("a"), turn("b", offset=10.0), turn("c", offset=10.2))
     server = ScriptedServer(lambda body: Script(ttft=1.0, gap=0.0))
-    result = play(Workload("test", (Session(2.0, turns, remembers=False),)), server)
+    result = play(BenchWorkload("test", (Session(2.0, turns, remembers=False),)), server)
 
     assert [record.due for record in result.records] == TICK([2.0, 12.0, 13.0])
     assert [len(seen.body["messages"]) for seen in server.seen] == [1, 1, 1]
@@ -198,14 +199,14 @@ def test_sessions_of_a_trace_remember_nothing_and_keep_their_offsets() -> None:
 
 def test_token_ids_have_the_exact_size() -> None:
     server = ScriptedServer()
-    workload = Workload("test", (Session(0.0, (turn("a", tokens=37),), remembers=False),))
+    workload = BenchWorkload("test", (Session(0.0, (turn("a", tokens=37),), remembers=False),))
     play(workload, server, endpoint="completions", ids=True)
 
     assert len(server.seen[0].body["prompt"]) == 37
 
 
 def test_token_ids_cannot_carry_a_conversation() -> None:
-    workload = Workload("test", (Session(0.0, (turn("a"), turn("b"))),))
+    workload = BenchWorkload("test", (Session(0.0, (turn("a"), turn("b"))),))
     with pytest.raises(ValueError, match="text prompts"):
         play(workload, ScriptedServer(), endpoint="completions", ids=True)
 

@@ -26,8 +26,7 @@ from pla_serve.bench.text import make_filler
 from pla_serve.policy.cost import REFIT_EVERY, CostModel, CostProfile, work_of
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 from pla_serve.simulator.machine import Machine
-
-from .virtual import event, run_virtual, usage
+from tests.bench.virtual import event, run_virtual, usage
 
 TRUE = CostProfile(1e-3, 3e-7, 2e-7, 5e-4, 2e-2)
 TRANSFER = Transfer(1e9, 1e-3)

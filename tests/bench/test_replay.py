@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from pla_serve.bench.replay import TraceOptions, read_trace
 from pla_serve.bench.text import make_filler
-from pla_serve.bench.workload import Workload
+from pla_serve.bench.workload import BenchWorkload
 from pla_serve.traces.files import read_rows
 from pla_serve.traces.rows import TraceError
 
 FILLER = make_filler("salt")
 
 
-def prompts(workload: Workload) -> dict[str, list[int]]:
+def prompts(workload: BenchWorkload) -> dict[str, list[int]]:
     return {turn.id: FILLER.ids(turn.pieces) for turn in workload.turns}
 
 

@@ -11,23 +11,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.bench.client import Exchange
+from pla_serve.bench.client import TimedRequest
 from pla_serve.bench.load import Record, RunResult
 from pla_serve.bench.report import ALL, LONG, SHORT, Objectives, percentiles, summarise
-from pla_serve.bench.workload import Turn
+from pla_serve.bench.workload import BenchTurn
 
 seconds = st.floats(0, 100, allow_nan=False)
 
 
 @st.composite
-def exchanges(draw: st.DrawFn) -> Exchange:
+def exchanges(draw: st.DrawFn) -> TimedRequest:
     sent = draw(seconds)
     error = draw(st.sampled_from([None, None, None, "http 429", "unfinished", "interrupted"]))
     if error is not None:
-        return Exchange(sent=sent, error=error)
+        return TimedRequest(sent=sent, error=error)
     gaps = draw(st.lists(st.floats(0, 2), max_size=6))
     first = sent + draw(seconds)
-    return Exchange(
+    return TimedRequest(
         sent=sent,
         first=first,
         done=first + sum(gaps),
@@ -43,7 +43,7 @@ def records(draw: st.DrawFn) -> Record:
     exchange = draw(exchanges())
     assert exchange.sent is not None
     lag = draw(st.floats(0, 1))
-    turn = Turn("t", "chat", (), draw(st.integers(1, 5000)), 8)
+    turn = BenchTurn("t", "chat", (), draw(st.integers(1, 5000)), 8)
     return Record(turn, 0, exchange.sent - lag, exchange)
 
 
@@ -148,8 +148,8 @@ def run(*members: Record, stopped: str | None = None) -> RunResult:
 
 
 def record(*, due: float = 0.0, sent: float = 0.0, cached: int | None = 0) -> Record:
-    turn = Turn("t", "chat", (), 10, 8)
-    answer = Exchange(
+    turn = BenchTurn("t", "chat", (), 10, 8)
+    answer = TimedRequest(
         sent=sent, first=1.0, done=2.0, prompt_tokens=10, cached_tokens=cached, output_tokens=1
     )
     return Record(turn, 0, due, answer)
@@ -169,7 +169,9 @@ def test_lateness_of_the_client_counts_in_ttft() -> None:
 
 
 def test_what_was_stopped_or_failed_or_not_reported_is_told() -> None:
-    broken = Record(Turn("t", "chat", (), 10, 8), 0, 0.0, Exchange(sent=0.0, error="http 429"))
+    broken = Record(
+        BenchTurn("t", "chat", (), 10, 8), 0, 0.0, TimedRequest(sent=0.0, error="http 429")
+    )
     report = summarise(run(record(cached=None), broken, stopped="unfinished"), Objectives())
     assert report.errors == {"http 429": 1}
     told = "\n".join(report.warnings)

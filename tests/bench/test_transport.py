@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.bench.client import Exchange, exchange
+from pla_serve.bench.client import TimedRequest, exchange
 from pla_serve.bench.transport import HttpTransport
 
 Use = Callable[[HttpTransport], Awaitable[Any]]
@@ -71,8 +71,8 @@ async def post(transport: HttpTransport) -> tuple[int, bytes]:
         return status, b"".join([portion async for portion in portions])
 
 
-async def timed(transport: HttpTransport) -> Exchange:
-    result = Exchange()
+async def timed(transport: HttpTransport) -> TimedRequest:
+    result = TimedRequest()
     await exchange(transport, "/v1/x", b"{}", asyncio.get_running_loop().time, result)
     return result
 
@@ -167,7 +167,7 @@ def test_a_server_that_never_answers_is_a_timeout() -> None:
 
 
 def test_nobody_listens() -> None:
-    async def main() -> Exchange:
+    async def main() -> TimedRequest:
         listener = await asyncio.start_server(Bytes(), "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
         listener.close()

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.bench.workload import Mix, Workload, WorkloadConfig, generate
+from pla_serve.bench.workload import BenchWorkload, Mix, WorkloadConfig, generate
 
 
-def shapes(workload: Workload) -> list[Any]:
+def shapes(workload: BenchWorkload) -> list[Any]:
     return [session.turns for session in workload.sessions]
 
 

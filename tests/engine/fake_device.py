@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pla_serve.engine.device import Mark
+from pla_serve.engine.run.device import DeviceMark
 
 
 class WouldWait(Exception):
@@ -28,7 +28,7 @@ class FakeMark:
         elif not self.done():
             raise WouldWait
 
-    def seconds_since(self, earlier: Mark) -> float | None:
+    def seconds_since(self, earlier: DeviceMark) -> float | None:
         assert isinstance(earlier, FakeMark)
         return float(self.position - earlier.position)
 

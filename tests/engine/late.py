@@ -15,15 +15,15 @@ from functools import cache
 
 import torch
 
-from pla_serve.engine.device import RunAhead
-from pla_serve.engine.executor import Executed, StagedExecutor
-from pla_serve.engine.forward import SpanRequest
-from pla_serve.engine.graphs.capture import NoCapture
-from pla_serve.engine.graphs.grid import GridLimits, ShapeGrid
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.staging import DirectUploader, Scratch
 from pla_serve.engine.kv.manager import BlockTable
-from pla_serve.engine.runner import AtBoundary, ModelRunner
-from pla_serve.engine.sampling import Choice, Sampled, Sampler, SequenceSampling
-from pla_serve.engine.staging import DirectUploader, Scratch
+from pla_serve.engine.run.device import RunAhead
+from pla_serve.engine.run.executor import Executed, StagedExecutor
+from pla_serve.engine.run.graphs.capture import NoCapture
+from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
+from pla_serve.engine.run.runner import AtBoundary, ModelRunner
+from pla_serve.engine.sampling import Sampled, Sampler, SequenceSampling, TokenChoice
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.shapes.ladder import Shape
 from tests.engine.fake_device import FakeDevice
@@ -159,7 +159,7 @@ class LateSampler(Sampler):
         self._late = device
         self._ends: dict[int, int] = {}
 
-    def choose(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> Choice:
+    def choose(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> TokenChoice:
         if any(sequence.params.logprobs is not None for sequence in sequences):
             self._late.finish(len(self._late.enqueued))  # as the real one, which reads them
             return super().choose(logits, sequences)
@@ -171,9 +171,9 @@ class LateSampler(Sampler):
 
         self._late.later("choice", compute)
         self._ends[id(tokens)] = len(self._late.enqueued)
-        return Choice(sequences, tokens, tokens, {})
+        return TokenChoice(sequences, tokens, tokens, {})
 
-    def accept(self, choice: Choice) -> list[Sampled]:
+    def accept(self, choice: TokenChoice) -> list[Sampled]:
         end = self._ends.pop(id(choice.tokens), 0)
         assert end <= self._late.finished, "tokens were read before they were there"
         return super().accept(choice)

@@ -8,10 +8,10 @@ from random import Random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pla_serve.engine.messages import Grammar, TokenLogprob
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.registry import create_policy
+from pla_serve.wire.engine import Grammar, TokenLogprob
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.test_outputs import assert_at_rest
 from tests.engine.tiny import VOCABULARY, Engine, grammar_compiler, make_engine

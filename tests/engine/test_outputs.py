@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pla_serve.engine.loop import EngineLoop
+from pla_serve.engine.loop.loop import EngineLoop
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.registry import create_policy

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pla_serve.engine.messages import AddRequest, EngineStats, Grammar, Output, SamplingParams
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.registry import create_policy
+from pla_serve.wire.engine import AddRequest, EngineStats, Grammar, Output, SamplingParams
 from tests.engine.tiny import VOCABULARY, Engine, expected, grammar_compiler, make_engine
 
 TOKENS = 14

@@ -7,10 +7,10 @@ from random import Random
 import pytest
 import torch
 
-from pla_serve.engine import cpu
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.sdpa import SdpaCpu
+from pla_serve.engine.layers import cpu
 from pla_serve.engine.loading import (
     ConsoleProgress,
     ModelSource,
@@ -22,7 +22,7 @@ from pla_serve.engine.loading import (
     resolve,
 )
 from pla_serve.engine.loading.finder import DEFAULT_MODEL
-from pla_serve.engine.runner import ModelRunner
+from pla_serve.engine.run.runner import ModelRunner
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.tiny import BLOCK, make_engine
 

@@ -21,18 +21,25 @@ from transformers import (
     Qwen3Config,
 )
 
-from pla_serve.engine import cpu
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
-from pla_serve.engine.executor import Executor, PlainExecutor
-from pla_serve.engine.intake import Intake, Limits
+from pla_serve.engine.build.parts import EngineParts
 from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.layers import cpu
 from pla_serve.engine.loading import decoder_layers
-from pla_serve.engine.loop import EngineLoop
-from pla_serve.engine.memory import MemoryGate
-from pla_serve.engine.messages import (
+from pla_serve.engine.loop.loop import EngineLoop
+from pla_serve.engine.requests.admission import Intake, Limits
+from pla_serve.engine.requests.memory import MemoryGate
+from pla_serve.engine.run.executor import Executor, PlainExecutor
+from pla_serve.engine.run.runner import ModelRunner
+from pla_serve.engine.sampling import GrammarCompiler, Sampler
+from pla_serve.engine.transfer.protocol import KVExchange
+from pla_serve.policy.admission import Admission
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.wire.engine import (
     AbortRequest,
     AddRequest,
     Inbound,
@@ -41,13 +48,6 @@ from pla_serve.engine.messages import (
     Rejected,
     SamplingParams,
 )
-from pla_serve.engine.parts import Parts
-from pla_serve.engine.runner import ModelRunner
-from pla_serve.engine.sampling import GrammarCompiler, Sampler
-from pla_serve.engine.transfer.protocol import Exchange
-from pla_serve.policy.admission import Admission
-from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import PrefillPolicy
 
 VOCABULARY = 96
 EOS = 0
@@ -126,7 +126,7 @@ class Engine:
     """A loop with its messages; time moves by a millisecond whenever it is asked for."""
 
     loop: EngineLoop
-    parts: Parts
+    parts: EngineParts
     inbox: deque[Inbound]
     emitted: list[Outbound]
     clock: Callable[[], float]
@@ -174,7 +174,7 @@ def make_engine(
     max_model_len: int = 512,
     grammars: GrammarCompiler | None = None,
     runner_of: ModelRunner | None = None,
-    exchange: Callable[[Parts], Exchange] | None = None,
+    exchange: Callable[[EngineParts], KVExchange] | None = None,
     clock: Callable[[], float] | None = None,
     vocabulary: int = VOCABULARY,
     eos: int = EOS,
@@ -193,7 +193,7 @@ def make_engine(
     sampler = sampler or Sampler(vocabulary, torch.device("cpu"), grammars)
     longest = min(max_model_len, (blocks - short_reserve) * BLOCK)
     limits = Limits(longest, vocabulary, frozenset({eos}), 0)
-    parts = Parts(
+    parts = EngineParts(
         executor=executor or PlainExecutor(runner_of or runner(name), BLOCK, torch.device("cpu")),
         kv=kv,
         gate=gate,

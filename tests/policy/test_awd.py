@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.policy.awd import AdaptiveWaitDepth, AwdOptions, Cause, Dispatch, Mode, WaitUntil
+from pla_serve.policy.awd import (
+    AdaptiveWaitDepth,
+    AwdOptions,
+    Cause,
+    Dispatch,
+    WaitUntil,
+    WindowMode,
+)
 from pla_serve.policy.protocol import PrefillRequest
 from pla_serve.policy.shapes.ladder import Fallback, Ladder, Layout, Shape, grid, slots
 
@@ -116,7 +123,7 @@ def test_a_close_deadline_and_an_old_head_break_the_round() -> None:
 
 
 def test_token_max_fills_up_and_ignores_deadlines() -> None:
-    options = AwdOptions(mode=Mode.TOKEN_MAX, token_target=100)
+    options = AwdOptions(mode=WindowMode.TOKEN_MAX, token_target=100)
     awd = AdaptiveWaitDepth(options, LADDER)
     waiting = awd.decide([short(0, 60, 0.0, deadline=0.0)], 0.0)
     assert waiting == WaitUntil(0.007)
@@ -127,7 +134,7 @@ def test_token_max_fills_up_and_ignores_deadlines() -> None:
 
 
 def test_a_batch_that_can_take_no_more_goes() -> None:
-    awd = AdaptiveWaitDepth(AwdOptions(mode=Mode.TOKEN_MAX, memory_tokens=512), LADDER)
+    awd = AdaptiveWaitDepth(AwdOptions(mode=WindowMode.TOKEN_MAX, memory_tokens=512), LADDER)
     done = awd.decide(shorts(200, 220, 240), 0.0)
     assert isinstance(done, Dispatch)
     assert done.cause is Cause.FULL
@@ -158,9 +165,9 @@ requests = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(requests, st.sampled_from(Mode), st.sampled_from(Layout), st.integers(200, 4000))
+@given(requests, st.sampled_from(WindowMode), st.sampled_from(Layout), st.integers(200, 4000))
 def test_everybody_is_dispatched_once_within_every_bound(
-    rows: list[tuple[int, float, float | None]], mode: Mode, layout: Layout, memory: int
+    rows: list[tuple[int, float, float | None]], mode: WindowMode, layout: Layout, memory: int
 ) -> None:
     """The device is always free, so that nothing but AWD delays anybody."""
     options = AwdOptions(mode=mode, memory_tokens=memory, head_wait=0.03)
@@ -185,7 +192,7 @@ def test_everybody_is_dispatched_once_within_every_bound(
             head = min(r.arrival for r in pending)
             assert decision.time <= head + options.head_wait + 1e-9
             assert decision.time <= now + options.window_max + 1e-9
-            if mode is Mode.DEADLINE:
+            if mode is WindowMode.DEADLINE:
                 due = min((r.deadline for r in pending if r.deadline is not None), default=inf)
                 assert decision.time <= due - options.sigma
         else:

@@ -21,8 +21,7 @@ from pla_serve.policy.fairness import (
 from pla_serve.policy.protocol import BatchClass
 from pla_serve.policy.queues import PATIENCE
 from pla_serve.policy.registry import POLICIES, create_policy
-
-from .executor import Executor, Job, Trace
+from tests.policy.executor import Executor, Job, Trace
 
 PROFILE = CostProfile(1e-3, 1e-7, 1e-6, 1e-4, 1e-2)
 CONFIG = PolicyConfig(boundary_tokens=256, express_burst_seconds=1.0)

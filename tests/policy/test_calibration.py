@@ -22,9 +22,9 @@ from pla_serve.policy.calibration import (
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.protocol import Batch, Decision, PrefillPolicy, PrefillRequest, QueueState
 from pla_serve.policy.registry import create_policy
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost, load_machine
+from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.solo import serve
 from pla_serve.simulator.workload import at_load
 from pla_serve.traces.load import load_trace
@@ -169,7 +169,7 @@ class Foretold:
         self._forecasts[request.id] = self.calibration.forecast(predicted, short, now)
         self._policy.add(request, now)
 
-    def prefilled(self, job: Job, now: float) -> None:
+    def prefilled(self, job: SimulatedRequest, now: float) -> None:
         forecast = self._forecasts.pop(job.id)
         self.calibration.observe(forecast, now)
         self.outcomes.append((forecast, now - forecast.made))
@@ -205,7 +205,7 @@ def simulate(name: str, kind: str, load: float, decodes: bool) -> list[tuple[For
     rows = load_trace(f"gen:{kind}:requests=2000:share=0.2", seed=1).rows
     workload = at_load(kind, rows, cost, load, decode_batch=32 if decodes else 0)
     policy = Foretold(create_policy(name, PolicyConfig(), cost))
-    instance = Instance(
+    instance = SimulatedInstance(
         policy, cost, machine.layers, policy.prefilled, lambda job, now: None, decodes=decodes
     )
     serve(instance, workload.jobs())

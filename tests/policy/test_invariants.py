@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.registry import POLICIES, create_policy
-
-from .executor import Executor, Job
+from tests.policy.executor import Executor, Job
 
 PROFILE = CostProfile(1e-3, 1e-7, 1e-6, 1e-4, 1e-2)
 WINDOWS = (0.0, 0.007, 0.5)

@@ -19,9 +19,8 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.length_aware import LengthAware
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk, PrefillRequest
-
-from .driving import CONFIG, PROFILE, add, make, names, ran, run, spread
-from .executor import Executor, Job
+from tests.policy.driving import CONFIG, PROFILE, add, make, names, ran, run, spread
+from tests.policy.executor import Executor, Job
 
 
 class TestLongs:

@@ -11,8 +11,7 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.protocol import BatchClass
 from pla_serve.policy.registry import create_policy
-
-from .executor import Executor, Job, Trace
+from tests.policy.executor import Executor, Job, Trace
 
 PROFILE = CostProfile(1e-3, 1e-7, 1e-6, 1e-4, 1e-2)
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the modules that tests share
-
-from server_harness import Live
+from tests.server.server_harness import Live
 
 
 @pytest.fixture

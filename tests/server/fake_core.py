@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.messages import (
+from pla_serve.wire.engine import (
     AbortRequest,
     Accepted,
     AddRequest,

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from server_harness import CONTEXT, ENGINE_PATH, MODEL, check_grammar, make_tokenizer
 
 from pla_serve.engine.config import EngineConfig
-from pla_serve.server.engine_client import EngineClient
-from pla_serve.server.engine_process import EngineSpec
-from pla_serve.server.run import Instance, listen, run
+from pla_serve.server.engine.client import EngineClient
+from pla_serve.server.engine.process import EngineSpec
+from pla_serve.server.run import InstanceServer, listen, run
 from pla_serve.server.settings import ServerSettings
+from tests.server.server_harness import CONTEXT, ENGINE_PATH, MODEL, check_grammar, make_tokenizer
 
 
 def main() -> int:
@@ -22,12 +18,12 @@ def main() -> int:
     def on_ready(engine: EngineClient) -> None:
         print(listener.getsockname()[1], engine.pid, flush=True)
 
-    def instance() -> Instance:
-        return Instance(
+    def instance() -> InstanceServer:
+        return InstanceServer(
             ServerSettings((MODEL,), MODEL, drain_seconds=float(sys.argv[1])),
             EngineSpec(
                 EngineConfig(max_model_len=CONTEXT),
-                factory="fake_core:FakeCore",
+                factory="tests.server.fake_core:FakeCore",
                 env={"PYTHONPATH": ENGINE_PATH},
             ),
             make_tokenizer(),

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.messages import Grammar
-from pla_serve.server.detokenize import _byte_spelling
-from pla_serve.server.engine_process import EngineSpec
-from pla_serve.server.run import Instance, listen
+from pla_serve.server.engine.process import EngineSpec
+from pla_serve.server.generation.detokenize import _byte_spelling
+from pla_serve.server.run import InstanceServer, listen
 from pla_serve.server.settings import ServerSettings
+from pla_serve.wire.engine import Grammar
 
-HERE = Path(__file__).parent
-ENGINE_PATH = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+ROOT = Path(__file__).parents[2]
+ENGINE_PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 """Where engine processes find the fake core, and whatever this process finds."""
 MODEL = "org/echo"
 CONTEXT = 512
@@ -81,7 +81,7 @@ class Live:
         )
         self._spec = EngineSpec(
             config,
-            factory="fake_core:FakeCore",
+            factory="tests.server.fake_core:FakeCore",
             env={"PYTHONPATH": ENGINE_PATH, **(env or {})},
         )
         self._tokenizer = make_tokenizer(template)
@@ -89,12 +89,12 @@ class Live:
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.status: Future[int] = Future()
-        self._instance: Future[Instance] = Future()
+        self._instance: Future[InstanceServer] = Future()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     @property
-    def instance(self) -> Instance:
+    def instance(self) -> InstanceServer:
         return self._instance.result(DEADLINE)
 
     def wait_ready(self) -> None:
@@ -129,7 +129,7 @@ class Live:
     def _run(self) -> None:
         async def main() -> int:
             self._loop = asyncio.get_running_loop()
-            instance = Instance(
+            instance = InstanceServer(
                 self.settings, self._spec, self._tokenizer, check_grammar=check_grammar
             )
             self._instance.set_result(instance)

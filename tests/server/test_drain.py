@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from fake_core import GATED_SEED, SILENT_SEED
-from server_harness import DEADLINE, HERE, until
-from test_supervision import is_alive
+
+from tests.server.engine.test_supervision import is_alive
+from tests.server.fake_core import GATED_SEED, SILENT_SEED
+from tests.server.server_harness import DEADLINE, ENGINE_PATH, until
 
 GATED = {"prompt": "abc", "seed": GATED_SEED, "stream": True}
 SILENT = {"prompt": "abc", "seed": SILENT_SEED, "stream": True}
@@ -37,9 +38,9 @@ class Process:
 
 @contextmanager
 def server(drain_seconds: float, gate: Path | None = None) -> Iterator[Process]:
-    env = {**os.environ, "FAKE_GATE": str(gate or "/nowhere")}
+    env = {**os.environ, "FAKE_GATE": str(gate or "/nowhere"), "PYTHONPATH": ENGINE_PATH}
     with subprocess.Popen(
-        [sys.executable, str(HERE / "serve_fake.py"), str(drain_seconds)],
+        [sys.executable, "-m", "tests.server.serve_fake", str(drain_seconds)],
         stdout=subprocess.PIPE,
         env=env,
     ) as child:

@@ -15,8 +15,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from server_harness import DEADLINE, make_tokenizer, until
 from transformers import LlamaConfig
+
+from tests.server.server_harness import DEADLINE, make_tokenizer, until
 
 NAME = "tiny"
 HELLO = [{"role": "user", "content": "hello there"}]

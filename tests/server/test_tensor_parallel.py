@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from server_harness import DEADLINE, make_tokenizer, until
 from transformers import LlamaConfig
+
+from tests.server.server_harness import DEADLINE, make_tokenizer, until
 
 START_SECONDS = 120.0
 STREAM = {"stream": True, "max_tokens": 500, "extra_body": {"ignore_eos": True}}

@@ -11,7 +11,7 @@ from pla_serve.policy.spec import parse_policy
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
 from pla_serve.simulator.machine import KnownCost, Machine, Seconds
-from pla_serve.simulator.turns import OpenLoop, Source, Turn
+from pla_serve.simulator.turns import OpenLoop, SimulatedTurn, TurnSource
 
 MACHINE = Machine(
     name="test",
@@ -34,10 +34,10 @@ def policies(name: str) -> Callable[[], PrefillPolicy]:
 
 
 def simulate(
-    turns: Sequence[Turn],
+    turns: Sequence[SimulatedTurn],
     policy: str = "fcfs",
     *,
-    source: Source | None = None,
+    source: TurnSource | None = None,
     controller: Any = None,
     faults: Any = (),
     deadline: Any = None,
@@ -56,9 +56,9 @@ def simulate(
     return cluster.run()
 
 
-def plain(*requests: tuple[float, int] | tuple[float, int, int]) -> list[Turn]:
+def plain(*requests: tuple[float, int] | tuple[float, int, int]) -> list[SimulatedTurn]:
     """Time, prompt tokens, output tokens (1) of requests that share nothing."""
     return [
-        Turn(index, request[0], request[1], request[2] if len(request) > 2 else 1, ())
+        SimulatedTurn(index, request[0], request[1], request[2] if len(request) > 2 else 1, ())
         for index, request in enumerate(requests)
     ]

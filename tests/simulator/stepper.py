@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, PrefillRequest, Run
 from pla_serve.simulator.instance import SLACK
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.request import SimulatedRequest
 
 
 class Stepper:
@@ -19,10 +19,10 @@ class Stepper:
         self.now = 0.0
         self.busy = 0.0
         self._policy, self._cost, self._layers, self._decodes = policy, cost, layers, decodes
-        self._ahead: list[Job] = []
-        self._jobs: dict[str, Job] = {}
+        self._ahead: list[SimulatedRequest] = []
+        self._jobs: dict[str, SimulatedRequest] = {}
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[SimulatedRequest]) -> None:
         self._ahead = sorted(jobs, key=lambda job: job.arrival)
         self._jobs = {job.id: job for job in jobs}
         while True:

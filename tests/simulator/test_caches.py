@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.simulator.caches import Holders, PrefixCache
+from pla_serve.simulator.caches import Holders, SimulatedPrefixCache
 
 
 class SlowCache:
@@ -58,7 +58,7 @@ def prompts(draw: st.DrawFn) -> list[list[range]]:
 @given(prompts(), st.integers(0, 40))
 @settings(max_examples=300, deadline=None)
 def test_against_a_list_of_tokens(sequence: list[list[range]], capacity: int) -> None:
-    fast, slow = PrefixCache(capacity), SlowCache(capacity)
+    fast, slow = SimulatedPrefixCache(capacity), SlowCache(capacity)
     for prompt in sequence:
         assert fast.match(prompt) == slow.match(prompt)
         fast.insert(prompt)
@@ -71,7 +71,7 @@ def test_against_a_list_of_tokens(sequence: list[list[range]], capacity: int) ->
 @given(prompts(), st.lists(st.integers(0, 2), min_size=25, max_size=25))
 @settings(deadline=None)
 def test_holders_are_those_that_match(sequence: list[list[range]], places: list[int]) -> None:
-    caches = {f"i{n}": PrefixCache(25) for n in range(3)}
+    caches = {f"i{n}": SimulatedPrefixCache(25) for n in range(3)}
     holders = Holders()
     for prompt, place in zip(sequence, places, strict=False):
         matches = {name: cache.match(prompt) for name, cache in caches.items()}
@@ -80,7 +80,7 @@ def test_holders_are_those_that_match(sequence: list[list[range]], places: list[
 
 
 def test_a_cleared_cache_holds_nothing() -> None:
-    cache, holders = PrefixCache(10), Holders()
+    cache, holders = SimulatedPrefixCache(10), Holders()
     holders.insert("a", cache, [range(5)])
     assert holders.cached([range(9)]) == {"a": 5}
     cache.clear()
@@ -90,4 +90,4 @@ def test_a_cleared_cache_holds_nothing() -> None:
 
 def test_capacity() -> None:
     with pytest.raises(ValueError, match="at least 0"):
-        PrefixCache(-1)
+        SimulatedPrefixCache(-1)

@@ -12,33 +12,38 @@ from pla_serve.policy.pools.pressure import PressureController
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.simulator.cluster_options import ClusterOptions
 from pla_serve.simulator.faults import Fault, draw_faults
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost
+from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.solo import serve
-from pla_serve.simulator.turns import ClosedLoop, OpenLoop, Turn
+from pla_serve.simulator.turns import ClosedLoop, OpenLoop, SimulatedTurn
 from tests.simulator.fleets import MACHINE, plain, policies, simulate
 
 
-def traffic(seed: int, count: int, rate: float, outputs: int = 1) -> list[Turn]:
+def traffic(seed: int, count: int, rate: float, outputs: int = 1) -> list[SimulatedTurn]:
     draw = random.Random(seed)
     now, turns = 0.0, []
     for index in range(count):
         now += draw.expovariate(rate)
         tokens = draw.choice((20, 60, 200, 900, 3000))
-        turns.append(Turn(index, now, tokens, draw.randint(1, outputs), ()))
+        turns.append(SimulatedTurn(index, now, tokens, draw.randint(1, outputs), ()))
     return turns
 
 
-def alone(turns: list[Turn], policy: str, *, decodes: bool = False) -> dict[int, Job]:
+def alone(
+    turns: list[SimulatedTurn], policy: str, *, decodes: bool = False
+) -> dict[int, SimulatedRequest]:
     """The same on one instance by the short way through time."""
 
-    def heard(job: Job, now: float) -> None: ...
+    def heard(job: SimulatedRequest, now: float) -> None: ...
 
     cost = KnownCost(MACHINE.profile)
-    instance = Instance(policies(policy)(), cost, MACHINE.layers, heard, heard, decodes=decodes)
+    instance = SimulatedInstance(
+        policies(policy)(), cost, MACHINE.layers, heard, heard, decodes=decodes
+    )
     jobs = [
-        Job(str(t.index), t.time, t.prompt_tokens, 0, t.output_tokens, row=t.index) for t in turns
+        SimulatedRequest(str(t.index), t.time, t.prompt_tokens, 0, t.output_tokens, row=t.index)
+        for t in turns
     ]
     serve(instance, jobs)
     return {job.row: job for job in jobs}
@@ -113,7 +118,7 @@ def test_one_token_answers_never_reach_a_decode_instance() -> None:
 
 
 @st.composite
-def disasters(draw: st.DrawFn) -> tuple[list[Turn], dict[str, Any], list[Fault]]:
+def disasters(draw: st.DrawFn) -> tuple[list[SimulatedTurn], dict[str, Any], list[Fault]]:
     turns = traffic(draw(st.integers(0, 999)), draw(st.integers(1, 40)), 8.0, 6)
     options: dict[str, Any] = {"instances": draw(st.integers(1, 3))}
     options["decode"] = draw(st.sampled_from(["none", "same", "apart"]))
@@ -195,10 +200,10 @@ def test_a_fleet_that_died_for_good_is_an_error() -> None:
             )
 
 
-def session(*turns: tuple[float, int, int, float]) -> list[Turn]:
+def session(*turns: tuple[float, int, int, float]) -> list[SimulatedTurn]:
     """Time, prompt, output and think of turns, each of which begins as the one before it."""
     return [
-        Turn(index, time, prompt, output, (range(prompt),), index - 1, think)
+        SimulatedTurn(index, time, prompt, output, (range(prompt),), index - 1, think)
         for index, (time, prompt, output, think) in enumerate(turns)
     ]
 
@@ -234,7 +239,7 @@ def test_a_closed_loop_never_has_more_than_its_clients(clients: int, seed: int) 
 
 def test_a_client_plays_a_session_to_its_end() -> None:
     turns = session((0.0, 100, 1, 7.0), (50.0, 200, 1, 7.0))
-    turns.append(Turn(2, 0.0, 100, 1, ()))
+    turns.append(SimulatedTurn(2, 0.0, 100, 1, ()))
     result = simulate(turns, source=ClosedLoop(turns, 1))
     assert [job.arrival for job in result.jobs] == pytest.approx([0.0, 0.12, 0.34])
 
@@ -260,8 +265,8 @@ def test_a_failure_loses_the_cache() -> None:
 def test_a_prefix_is_fetched_from_a_busy_holder() -> None:
     """i0 holds 1,000 tokens and is busy for 6 s: fetching takes 0.01 + 0.25 s."""
     turns = session((0.0, 1000, 1, 0.0))
-    turns.append(Turn(1, 4.0, 6000, 1, (range(1000), range(7000, 12000))))
-    turns.append(Turn(2, 4.0, 1300, 1, (range(1000), range(2000, 2300))))
+    turns.append(SimulatedTurn(1, 4.0, 6000, 1, (range(1000), range(7000, 12000))))
+    turns.append(SimulatedTurn(2, 4.0, 1300, 1, (range(1000), range(2000, 2300))))
     options = {"instances": 2, "cache_tokens": 9000, "express": False, "boundary_tokens": 0}
     result = simulate(turns, fetch_kv=True, **options)
     assert (result.jobs[2].new_tokens, result.fetched_tokens) == (300, 1000)
@@ -269,7 +274,7 @@ def test_a_prefix_is_fetched_from_a_busy_holder() -> None:
     assert simulate(turns, fetch_kv=False, **options).jobs[2].ttft == pytest.approx(1.32)
 
 
-def bursty(seed: int) -> list[Turn]:
+def bursty(seed: int) -> list[SimulatedTurn]:
     """Steady longs; after 20 s a burst of shorts, eight instances' work for two seconds."""
     draw = random.Random(seed)
     requests = [(second * 0.5 + draw.random() * 0.1, 2000) for second in range(120)]

@@ -16,9 +16,9 @@ from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.queueing import mean_wait, mixed_wait
 from pla_serve.policy.registry import create_policy
 from pla_serve.policy.temporal import PrefillFirst
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost
+from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.solo import serve
 from tests.simulator.stepper import Stepper
 
@@ -27,30 +27,32 @@ CONFIG = PolicyConfig(max_batch_tokens=1024, max_batch_requests=8)
 LAYERS = 6
 
 
-def draw(seed: int, count: int, rate: float, longest: int = 6000) -> list[Job]:
+def draw(seed: int, count: int, rate: float, longest: int = 6000) -> list[SimulatedRequest]:
     rng = random.Random(seed)
     now, jobs = 0.0, []
     for number in range(count):
         now += rng.expovariate(rate) if rng.random() > 0.2 else 0.0
         new = rng.randint(1, 200) if rng.random() < 0.7 else rng.randint(300, longest)
         history = rng.choice((0, 0, rng.randint(1, 20000)))
-        jobs.append(Job(str(number), now, new, history, rng.randint(1, 12)))
+        jobs.append(SimulatedRequest(str(number), now, new, history, rng.randint(1, 12)))
     return jobs
 
 
-def nothing(job: Job, now: float) -> None:
+def nothing(job: SimulatedRequest, now: float) -> None:
     pass
 
 
 @dataclass
 class Served:
-    jobs: list[Job]
-    instance: Instance
+    jobs: list[SimulatedRequest]
+    instance: SimulatedInstance
     end: float
 
 
-def simulate(policy: PrefillPolicy, jobs: list[Job], layers: int, decodes: bool) -> Served:
-    instance = Instance(policy, COST, layers, nothing, nothing, decodes=decodes)
+def simulate(
+    policy: PrefillPolicy, jobs: list[SimulatedRequest], layers: int, decodes: bool
+) -> Served:
+    instance = SimulatedInstance(policy, COST, layers, nothing, nothing, decodes=decodes)
     return Served(jobs, instance, serve(instance, jobs))
 
 
@@ -93,7 +95,7 @@ def test_no_job_is_lost_and_no_time_is_made_or_lost(
         policy = PrefillFirst(policy, CONFIG, COST)
     prefilled: list[str] = []
     finished: list[str] = []
-    instance = Instance(
+    instance = SimulatedInstance(
         policy,
         COST,
         LAYERS,
@@ -118,14 +120,16 @@ def test_no_job_is_lost_and_no_time_is_made_or_lost(
 
 
 def test_a_device_that_never_rests_is_busy_all_the_time() -> None:
-    jobs = [Job(str(i), 0.0, 500 + i, 0) for i in range(30)]
+    jobs = [SimulatedRequest(str(i), 0.0, 500 + i, 0) for i in range(30)]
     served = simulate(create_policy("length-aware", CONFIG, COST), jobs, LAYERS, False)
     assert served.instance.busy_seconds == pytest.approx(served.end)
 
 
 def test_an_instance_that_dies_gives_back_what_it_held() -> None:
-    instance = Instance(create_policy("fcfs", CONFIG, COST), COST, LAYERS, nothing, nothing)
-    jobs = [Job("a", 0.0, 100, 0), Job("b", 0.0, 5000, 0)]
+    instance = SimulatedInstance(
+        create_policy("fcfs", CONFIG, COST), COST, LAYERS, nothing, nothing
+    )
+    jobs = [SimulatedRequest("a", 0.0, 100, 0), SimulatedRequest("b", 0.0, 5000, 0)]
     for job in jobs:
         instance.submit(job, 0.0)
     instance.advance(0.0)
@@ -141,7 +145,7 @@ def waits(sizes: list[int], rate: float, seed: int) -> float:
     now, jobs = 0.0, []
     for number, size in enumerate(sizes):
         now += rng.expovariate(rate)
-        jobs.append(Job(str(number), now, size, 0))
+        jobs.append(SimulatedRequest(str(number), now, size, 0))
     config = PolicyConfig(max_batch_tokens=100_000, max_batch_requests=1)
     simulate(fcfs(config, COST), jobs, 1, False)
     return float(np.mean([job.ttft - COST.prefill_seconds(job.new_tokens, 0) for job in jobs]))

@@ -5,26 +5,26 @@ from pathlib import Path
 import pytest
 
 from pla_serve.policy.cost import CostProfile
-from pla_serve.simulator.job import Job
 from pla_serve.simulator.node import Totals
 from pla_serve.simulator.plot import draw
 from pla_serve.simulator.report import RunReport, load_report, report, save
-from pla_serve.simulator.run import Outcome
-from pla_serve.simulator.setting import Fleet, Objective, RunSpec, Setting
-from pla_serve.simulator.workload import Workload
+from pla_serve.simulator.request import SimulatedRequest
+from pla_serve.simulator.run import SimulationResult
+from pla_serve.simulator.setting import FleetSetting, Objective, RunSpec, Setting
+from pla_serve.simulator.workload import TraceWorkload
 from pla_serve.traces.rows import Row
 from tests.simulator.fleets import MACHINE
 
 assert CostProfile(1e-3, 0, 0, 0, 0.02) == MACHINE.profile  # the numbers below count on it
 
 
-def job(number: int, arrival: float, new: int, history: int, ttft: float) -> Job:
-    made = Job(str(number), arrival, new, history, 1)
+def job(number: int, arrival: float, new: int, history: int, ttft: float) -> SimulatedRequest:
+    made = SimulatedRequest(str(number), arrival, new, history, 1)
     made.first_token = made.finished = arrival + ttft
     return made
 
 
-def by_hand(*, clients: int | None = None, jobs: list[Job] | None = None) -> RunReport:
+def by_hand(*, clients: int | None = None, jobs: list[SimulatedRequest] | None = None) -> RunReport:
     """Alone: 0.12, 0.276, 0.277 and 1.02 s."""
     jobs = jobs or [
         job(0, 2.0, 100, 900, 0.39),
@@ -36,11 +36,11 @@ def by_hand(*, clients: int | None = None, jobs: list[Job] | None = None) -> Run
         Row(i, j.arrival, j.prompt_tokens, 1, cached_tokens=j.history) for i, j in enumerate(jobs)
     )
     setting = Setting(
-        MACHINE, Fleet(instances=2), seed=5, clients=clients, objective=Objective(0.4, 5.0)
+        MACHINE, FleetSetting(instances=2), seed=5, clients=clients, objective=Objective(0.4, 5.0)
     )
     load = 0.5 if clients is None else None
-    spec = RunSpec(Workload("mine", rows, 1.0, 1.693, "by hand"), "fcfs", load, setting)
-    return report(spec, Outcome(jobs, 12.02, Totals(4.008, 1613, 4), Totals()))
+    spec = RunSpec(TraceWorkload("mine", rows, 1.0, 1.693, "by hand"), "fcfs", load, setting)
+    return report(spec, SimulationResult(jobs, 12.02, Totals(4.008, 1613, 4), Totals()))
 
 
 def test_the_numbers_of_a_run_by_hand() -> None:

@@ -7,9 +7,9 @@ import pytest
 
 from pla_serve.policy.catalogue import POLICIES
 from pla_serve.simulator.machine import KnownCost, load_machine
-from pla_serve.simulator.run import Outcome, _cluster, policy_maker, simulate
-from pla_serve.simulator.setting import Fleet, RunSpec, Setting
-from pla_serve.simulator.workload import Workload, at_load
+from pla_serve.simulator.run import SimulationResult, _cluster, policy_maker, simulate
+from pla_serve.simulator.setting import FleetSetting, RunSpec, Setting
+from pla_serve.simulator.workload import TraceWorkload, at_load
 from pla_serve.traces.load import load_trace
 
 MACHINE = load_machine("h200-qwen2.5-7b")
@@ -17,16 +17,18 @@ COST = KnownCost(MACHINE.profile)
 SETTING = Setting(MACHINE)
 
 
-def workload(count: int = 300, load: float = 0.8, *, decode_batch: int = 0) -> Workload:
+def workload(count: int = 300, load: float = 0.8, *, decode_batch: int = 0) -> TraceWorkload:
     trace = load_trace(f"gen:chat+documents:requests={count}:rate=2", seed=3)
     return at_load(trace.name, trace.rows, COST, load, decode_batch=decode_batch)
 
 
-def run(policy: str, setting: Setting = SETTING, work: Workload | None = None) -> Outcome:
+def run(
+    policy: str, setting: Setting = SETTING, work: TraceWorkload | None = None
+) -> SimulationResult:
     return simulate(RunSpec(work or workload(), policy, 0.8, setting))
 
 
-def ttfts(outcome: Outcome) -> list[float]:
+def ttfts(outcome: SimulationResult) -> list[float]:
     return [job.ttft for job in outcome.jobs]
 
 
@@ -59,9 +61,9 @@ def test_knobs_go_before_the_machine() -> None:
 
 
 def test_modes_differ_in_where_answers_decode() -> None:
-    ends: dict[str, Outcome] = {}
+    ends: dict[str, SimulationResult] = {}
     work = workload(150, 0.5, decode_batch=64)
-    fleet = Fleet(decode_instances=1)
+    fleet = FleetSetting(decode_instances=1)
     ends["prefill"] = run("fcfs", SETTING, work)
     ends["mix"] = run("fcfs", replace(SETTING, mode="mix"), work)
     ends["pd-temporal"] = run("fcfs", replace(SETTING, mode="pd-temporal"), work)
@@ -118,14 +120,14 @@ def test_turns_wait_for_answers_and_thoughts() -> None:
 
 
 def test_failures_lose_no_request() -> None:
-    fleet = Fleet(instances=3, fail_every=3.0, down_seconds=1.0)
+    fleet = FleetSetting(instances=3, fail_every=3.0, down_seconds=1.0)
     outcome = run("length-aware", replace(SETTING, fleet=fleet), workload(400, 2.0))
     assert outcome.prefill.failures > 0
     assert not np.isnan(ttfts(outcome)).any()
 
 
 def test_pools_and_their_controller() -> None:
-    fleet = Fleet(instances=4, short_instances=3, controller="balance")
+    fleet = FleetSetting(instances=4, short_instances=3, controller="balance")
     outcome = run("fcfs", replace(SETTING, fleet=fleet), workload(400, 3.0))
     assert outcome.moves > 0
 
@@ -159,4 +161,4 @@ def test_settings_that_do_not_fit(change: dict[str, object], message: str) -> No
 )
 def test_fleets_that_do_not_fit(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Fleet(**change)  # type: ignore[arg-type]
+        FleetSetting(**change)  # type: ignore[arg-type]

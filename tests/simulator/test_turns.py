@@ -4,17 +4,17 @@ from itertools import pairwise
 
 import pytest
 
-from pla_serve.simulator.caches import PrefixCache
+from pla_serve.simulator.caches import SimulatedPrefixCache
 from pla_serve.simulator.faults import draw_faults
-from pla_serve.simulator.turns import Turn, turns_of
+from pla_serve.simulator.turns import SimulatedTurn, turns_of
 from pla_serve.traces.load import load_trace
 from pla_serve.traces.rows import Row
 from tests.simulator.fleets import simulate
 
 
-def replay(turns: list[Turn]) -> list[int]:
+def replay(turns: list[SimulatedTurn]) -> list[int]:
     """What a cache without bounds holds of each prompt."""
-    cache, held = PrefixCache(1 << 60), []
+    cache, held = SimulatedPrefixCache(1 << 60), []
     for turn in turns:
         held.append(min(cache.match(turn.prompt), turn.prompt_tokens - 1))
         cache.insert((*turn.prompt, *turn.answer))
@@ -91,7 +91,7 @@ def test_an_instance_keeps_the_answer_that_it_decoded() -> None:
 
 
 def test_a_history_that_is_everywhere() -> None:
-    turns = [Turn(n, float(n), 1000, 1, (), history=900) for n in range(4)]
+    turns = [SimulatedTurn(n, float(n), 1000, 1, (), history=900) for n in range(4)]
     for routing in ("predicted", "cache-aware", "class-pools", "least-loaded"):
         result = simulate(turns, routing=routing, instances=2, short_instances=1)
         assert [job.new_tokens for job in result.jobs] == [100] * 4

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pla_serve.bench.client import Exchange, Target, one
+from pla_serve.bench.client import Target, TimedRequest, one
 from pla_serve.bench.report import Percentiles, percentiles
-from pla_serve.bench.text import Filler, Piece, WordFiller, calibrated
-from pla_serve.bench.transport import Transport
-from pla_serve.bench.workload import Workload
+from pla_serve.bench.text import Filler, FillerPart, WordFiller, calibrated
+from pla_serve.bench.transport import RequestTransport
+from pla_serve.bench.workload import BenchWorkload
 
 WARM_UP_TOKENS = (16, 64, 256, 1024, 2048, 64, 256)
 PREFILL_TOKENS = (32, 128, 512, 1024, 2048, 4096)
@@ -42,7 +42,7 @@ class Costs:
             prefill = times[-1] + slope * (new_tokens - sizes[-1])
         return prefill + output_tokens * self.decode_token
 
-    def capacity(self, workload: Workload) -> float:
+    def capacity(self, workload: BenchWorkload) -> float:
         """Requests a second at which this workload would keep the server busy all the time.
 
         Load is defined by it: offered load = rate / capacity, the mean service time of a request
@@ -56,14 +56,14 @@ class Costs:
 class Probe:
     """Sends single requests whose text is used once. ``name`` keeps the texts of probes apart."""
 
-    transport: Transport
+    transport: RequestTransport
     target: Target
     filler: Filler
     name: str
     ids: bool = False
 
-    async def ask(self, key: str, tokens: int, answer: int) -> Exchange:
-        pieces = (Piece(f"{self.name}/{key}", tokens),)
+    async def ask(self, key: str, tokens: int, answer: int) -> TimedRequest:
+        pieces = (FillerPart(f"{self.name}/{key}", tokens),)
         if self.ids:
             return await one(self.transport, self.target, self.filler.ids(pieces), answer)
         text = self.filler.words(pieces)
@@ -71,7 +71,7 @@ class Probe:
         prompt = [{"role": "user", "content": text}] if chat else text
         return await one(self.transport, self.target, prompt, answer)
 
-    async def together(self, key: str, count: int, tokens: int, answer: int) -> list[Exchange]:
+    async def together(self, key: str, count: int, tokens: int, answer: int) -> list[TimedRequest]:
         asked = (self.ask(f"{key}.{i}", tokens, answer) for i in range(count))
         return list(await asyncio.gather(*asked))
 
@@ -118,7 +118,7 @@ async def sized_by_server(probe: Probe, filler: WordFiller) -> WordFiller:
     return calibrated(filler, many - few, counts[1] - counts[0])
 
 
-def _ttft(answer: Exchange) -> float:
+def _ttft(answer: TimedRequest) -> float:
     if answer.first is None or answer.sent is None:
         raise RuntimeError("an answer without a first token cannot be timed")
     return answer.first - answer.sent

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from pla_serve.bench.sse import DONE, EventSplitter, decode
-from pla_serve.bench.transport import Transport
+from pla_serve.bench.transport import RequestTransport
 
 Endpoint = Literal["chat", "completions"]
 Clock = Callable[[], float]
@@ -48,7 +48,7 @@ class Target:
 
 
 @dataclass(slots=True)
-class Exchange:
+class TimedRequest:
     """What happened to one request; filled while it happens, times on the caller's clock."""
 
     sent: float | None = None
@@ -71,7 +71,7 @@ class Exchange:
 
 
 async def exchange(
-    transport: Transport, path: str, body: bytes, clock: Clock, into: Exchange
+    transport: RequestTransport, path: str, body: bytes, clock: Clock, into: TimedRequest
 ) -> None:
     """Sends a body and reads the streamed answer to its end. Failures are recorded, not raised."""
     into.sent = clock()
@@ -93,7 +93,7 @@ async def exchange(
     into.done = clock()
 
 
-async def _read(portions: AsyncIterator[bytes], clock: Clock, into: Exchange) -> None:
+async def _read(portions: AsyncIterator[bytes], clock: Clock, into: TimedRequest) -> None:
     splitter = EventSplitter()
     texts: list[str] = []
     complete = False
@@ -111,7 +111,7 @@ async def _read(portions: AsyncIterator[bytes], clock: Clock, into: Exchange) ->
         into.error, into.detail = "malformed", "the answer has neither text nor an end"
 
 
-def _take(payload: bytes, now: float, into: Exchange, texts: list[str]) -> None:
+def _take(payload: bytes, now: float, into: TimedRequest, texts: list[str]) -> None:
     event = decode(payload)
     if event.error is not None:
         into.error, into.detail = "server error", str(event.error)[:300]
@@ -131,13 +131,15 @@ def _take(payload: bytes, now: float, into: Exchange, texts: list[str]) -> None:
             into.first = now
 
 
-async def one(transport: Transport, target: Target, prompt: object, max_tokens: int) -> Exchange:
+async def one(
+    transport: RequestTransport, target: Target, prompt: object, max_tokens: int
+) -> TimedRequest:
     """One request on its own, on the event loop's clock.
 
     Raises:
         RuntimeError: it failed; the message says how.
     """
-    result = Exchange()
+    result = TimedRequest()
     body = target.body(prompt, max_tokens)
     await exchange(transport, target.path, body, asyncio.get_running_loop().time, result)
     if result.error is not None:

@@ -238,7 +238,7 @@ def bench(
     ] = False,
 ) -> None:
     """Measure a server under load: TTFT, ITL, throughput and goodput of short and long prompts."""
-    from pla_serve.bench.job import Job, run
+    from pla_serve.bench.job import BenchJob, run
     from pla_serve.bench.replay import TraceOptions
     from pla_serve.bench.report import Objectives
     from pla_serve.bench.workload import WorkloadConfig
@@ -247,7 +247,7 @@ def bench(
     try:
         if duration is not None and rate is None:
             raise ValueError("--duration needs --rate; with --load give --requests")
-        job = Job(
+        job = BenchJob(
             compare=compare,
             serve_arguments=tuple(serve_arguments or ()),
             base_url=base_url,

@@ -17,27 +17,27 @@ from pla_serve.bench.calibrate import (
     warm_up,
 )
 from pla_serve.bench.client import Target
-from pla_serve.bench.load import LoadGenerator, Observer, RunResult
+from pla_serve.bench.load import LoadGenerator, LoadObserver, RunResult
 from pla_serve.bench.report import Objectives, Percentiles, Report, summarise
-from pla_serve.bench.servers import Entry, Open, ServerError
+from pla_serve.bench.servers import Open, ServerEntry, ServerError
 from pla_serve.bench.text import WordFiller
 from pla_serve.bench.transport import HttpTransport
-from pla_serve.bench.workload import Workload
+from pla_serve.bench.workload import BenchWorkload
 
-MakeWorkload = Callable[[float, int], Workload]
+MakeWorkload = Callable[[float, int], BenchWorkload]
 """Requests a second and repetition to a workload; sizes and order do not depend on the rate."""
 IDLE_REQUESTS = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExperimentPlan:
     """An experiment.
 
     ``load`` replaces ``rate``: the first entry's server is measured before its first run, and the
     rate is load times its capacity. All entries get that rate.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ServerEntry, ...]
     open_server: Open
     target: Target
     """An empty model name stands for the first that the server lists."""
@@ -57,7 +57,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BenchRun:
     """One entry, once."""
 
     entry: str
@@ -68,16 +68,16 @@ class Run:
 
 
 @dataclass(slots=True)
-class Outcome:
+class ExperimentResult:
     """All runs that were finished, also when the rest was called off."""
 
     rate: float
     costs: Costs | None = None
-    runs: list[Run] = field(default_factory=list)
-    workloads: list[Workload] = field(default_factory=list)
+    runs: list[BenchRun] = field(default_factory=list)
+    workloads: list[BenchWorkload] = field(default_factory=list)
     interrupted: bool = False
 
-    def of(self, entry: str) -> list[Run]:
+    def of(self, entry: str) -> list[BenchRun]:
         return [run for run in self.runs if run.entry == entry]
 
 
@@ -86,9 +86,9 @@ class Experiment:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ExperimentPlan,
         filler: WordFiller,
-        observe: Callable[[str, Workload], Observer],
+        observe: Callable[[str, BenchWorkload], LoadObserver],
         tell: Callable[[str], None],
     ) -> None:
         self._plan = plan
@@ -96,9 +96,9 @@ class Experiment:
         self._observe = observe
         self._tell = tell
         self._sized = False
-        self.outcome = Outcome(plan.rate)
+        self.outcome = ExperimentResult(plan.rate)
 
-    def run(self) -> Outcome:
+    def run(self) -> ExperimentResult:
         """A B C, A B C, ...: drift of the machine meets all entries alike.
 
         Ctrl-C and SIGTERM end it with what there is, and no server is left behind.
@@ -118,7 +118,7 @@ class Experiment:
             signal.signal(signal.SIGTERM, before)
         return self.outcome
 
-    async def _measure(self, entry: Entry, repetition: int, url: str) -> None:
+    async def _measure(self, entry: ServerEntry, repetition: int, url: str) -> None:
         plan = self._plan
         transport = HttpTransport(url, plan.api_key)
         try:
@@ -138,7 +138,7 @@ class Experiment:
         finally:
             await transport.close()
         report = summarise(result, plan.objectives)
-        self.outcome.runs.append(Run(entry.label, repetition, report, idle, result))
+        self.outcome.runs.append(BenchRun(entry.label, repetition, report, idle, result))
         if len(self.outcome.workloads) <= repetition:
             self.outcome.workloads.append(workload)
 
@@ -154,14 +154,16 @@ class Experiment:
         filler = replace(self._filler, salt=f"{self._filler.salt}/{repetition}")
         return Probe(transport, target, filler, "probe", self._plan.ids)
 
-    async def _idle(self, probe: Probe, entry: Entry, shape: Workload) -> Percentiles | None:
+    async def _idle(
+        self, probe: Probe, entry: ServerEntry, shape: BenchWorkload
+    ) -> Percentiles | None:
         self._tell(f"{entry.label}: short requests on an idle server")
         limit = self._plan.objectives.short_tokens
         sizes = [turn.new_tokens for turn in shape.turns if turn.new_tokens <= limit]
         return await idle_ttft(replace(probe, name=f"{probe.name}/idle"), sizes[:IDLE_REQUESTS])
 
     async def _load(
-        self, probe: Probe, entry: Entry, repetition: int, workload: Workload
+        self, probe: Probe, entry: ServerEntry, repetition: int, workload: BenchWorkload
     ) -> RunResult:
         plan = self._plan
         title = entry.label if plan.repeat == 1 else f"{entry.label} ({repetition + 1})"

@@ -12,22 +12,22 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from pla_serve.bench.client import Endpoint, Target
-from pla_serve.bench.experiment import Experiment, MakeWorkload, Outcome, Plan
+from pla_serve.bench.experiment import Experiment, ExperimentPlan, ExperimentResult, MakeWorkload
 from pla_serve.bench.progress import ProgressView
 from pla_serve.bench.replay import TraceOptions, read_trace
 from pla_serve.bench.report import ALL, Objectives
 from pla_serve.bench.save import save_json
-from pla_serve.bench.servers import Entry, Open, ServerError, fresh, parse_entries, running
+from pla_serve.bench.servers import Open, ServerEntry, ServerError, fresh, parse_entries, running
 from pla_serve.bench.summary import summaries
 from pla_serve.bench.table import comparison_table, run_table
 from pla_serve.bench.text import load_tokenizer, make_filler
-from pla_serve.bench.workload import Workload, WorkloadConfig, generate
+from pla_serve.bench.workload import BenchWorkload, WorkloadConfig, generate
 
 DEFAULT_LOAD = 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BenchJob:
     """What was asked for.
 
     Raises:
@@ -74,10 +74,10 @@ class Job:
             raise ValueError(f"--baseline {self.baseline} is none of {', '.join(self.labels)}")
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[ServerEntry, ...]:
         if self.compare is not None:
             return parse_entries(self.compare)
-        return (Entry(self.base_url, ()),)
+        return (ServerEntry(self.base_url, ()),)
 
     @property
     def labels(self) -> list[str]:
@@ -101,7 +101,7 @@ class Job:
         return fields | {"salt": salt}
 
 
-def run(job: Job, console: Console | None = None) -> int:
+def run(job: BenchJob, console: Console | None = None) -> int:
     """Runs, prints and saves; returns the exit status: 0, 1 if every request failed, 130 after
     Ctrl-C.
 
@@ -132,10 +132,10 @@ def _tokenizer(path: Path | None) -> Tokenizer | None:
     return found
 
 
-def _plan(job: Job, *, sized: bool) -> Plan:
+def _plan(job: BenchJob, *, sized: bool) -> ExperimentPlan:
     load = job.load if job.rate is not None or job.trace is not None else job.load or DEFAULT_LOAD
     make_workload = job.workload_maker
-    return Plan(
+    return ExperimentPlan(
         entries=job.entries,
         open_server=_opener(job),
         target=Target(job.model or "", job.endpoint, job.ignore_eos, job.extra_body),
@@ -153,7 +153,7 @@ def _plan(job: Job, *, sized: bool) -> Plan:
     )
 
 
-def _opener(job: Job) -> Open:
+def _opener(job: BenchJob) -> Open:
     if job.compare is not None:
         return fresh(job.serve_arguments)
     try:
@@ -166,7 +166,7 @@ def _opener(job: Job) -> Open:
     return running(job.base_url)
 
 
-def _show(job: Job, outcome: Outcome, console: Console) -> None:
+def _show(job: BenchJob, outcome: ExperimentResult, console: Console) -> None:
     if job.repeat == 1:
         for run in outcome.runs:
             console.print(run_table(run, job.objectives))
@@ -183,7 +183,7 @@ def _show(job: Job, outcome: Outcome, console: Console) -> None:
         console.print(f"{outcome.rate:.3f} requests/s", highlight=False)
 
 
-def _save(job: Job, outcome: Outcome, salt: str, console: Console) -> None:
+def _save(job: BenchJob, outcome: ExperimentResult, salt: str, console: Console) -> None:
     from pla_serve.bench.figure import draw
 
     assert job.output is not None
@@ -194,7 +194,7 @@ def _save(job: Job, outcome: Outcome, salt: str, console: Console) -> None:
     console.print(f"saved {json_path} and {png_path}", highlight=False)
 
 
-def title(workloads: list[Workload]) -> str:
+def title(workloads: list[BenchWorkload]) -> str:
     name = workloads[0].name
     named = {
         "chat+documents": "Chat beside long documents",
@@ -204,7 +204,7 @@ def title(workloads: list[Workload]) -> str:
     return named.get(name, name)
 
 
-def _subtitle(outcome: Outcome) -> str:
+def _subtitle(outcome: ExperimentResult) -> str:
     workload = outcome.workloads[0]
     runs = max(len(outcome.of(run.entry)) for run in outcome.runs)
     times = f", median of {runs} runs" if runs > 1 else ""

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pla_serve.bench.client import Clock, Endpoint, Exchange, Target, exchange
+from pla_serve.bench.client import Clock, Endpoint, Target, TimedRequest, exchange
 from pla_serve.bench.text import Filler
-from pla_serve.bench.transport import Transport
-from pla_serve.bench.workload import Session, Turn, Workload
+from pla_serve.bench.transport import RequestTransport
+from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session
 
 Sleep = Callable[[float], Awaitable[None]]
 LEAD = 0.25
@@ -21,10 +21,10 @@ LEAD = 0.25
 class Record:
     """One request that became due; times in seconds from the start of the run."""
 
-    turn: Turn
+    turn: BenchTurn
     session: int
     due: float
-    exchange: Exchange = field(default_factory=Exchange)
+    exchange: TimedRequest = field(default_factory=TimedRequest)
 
     @property
     def ok(self) -> bool:
@@ -66,7 +66,7 @@ class RunResult:
     """Why it ended early: ``interrupted`` or ``unfinished`` (out of time)."""
 
 
-class Observer(Protocol):
+class LoadObserver(Protocol):
     """Told of every request as it goes out and ends; shows progress."""
 
     def sent(self, record: Record) -> None: ...
@@ -74,7 +74,7 @@ class Observer(Protocol):
     def finished(self, record: Record) -> None: ...
 
 
-class Silent:
+class NoLoadObserver:
     def sent(self, record: Record) -> None:
         pass
 
@@ -92,7 +92,7 @@ class Conversation:
         self._remembers = remembers
         self._messages: list[dict[str, str]] = []
 
-    def ask(self, turn: Turn) -> object:
+    def ask(self, turn: BenchTurn) -> object:
         """Messages for the chat endpoint; text or token ids for completions."""
         if self._ids:
             return self._filler.ids(turn.pieces)
@@ -115,7 +115,7 @@ class LoadGenerator:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: RequestTransport,
         target: Target,
         filler: Filler,
         *,
@@ -129,7 +129,7 @@ class LoadGenerator:
         self._clock = clock
         self._sleep = sleep
         self._ids = ids
-        self._observer: Observer = Silent()
+        self._observer: LoadObserver = NoLoadObserver()
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -137,7 +137,7 @@ class LoadGenerator:
         self._stop.set()
 
     async def run(
-        self, workload: Workload, max_seconds: float, observer: Observer | None = None
+        self, workload: BenchWorkload, max_seconds: float, observer: LoadObserver | None = None
     ) -> RunResult:
         """Sends the workload; returns when all is answered, at ``max_seconds``, or after `stop`.
 
@@ -148,7 +148,7 @@ class LoadGenerator:
             raise ValueError(
                 "multi-turn sessions need text prompts: their history is the answers' text"
             )
-        self._observer = observer or Silent()
+        self._observer = observer or NoLoadObserver()
         records: list[Record] = []
         start = self._clock() + LEAD
         ends = {
@@ -168,7 +168,7 @@ class LoadGenerator:
             task.result()
         return _result(records, workload.requests, self._clock() - start, stopped)
 
-    async def _all(self, workload: Workload, start: float, records: list[Record]) -> None:
+    async def _all(self, workload: BenchWorkload, start: float, records: list[Record]) -> None:
         async with asyncio.TaskGroup() as group:
             for number, session in enumerate(workload.sessions):
                 await self._until(start + session.start - LEAD)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pla_serve.bench.calibrate import Probe
-from pla_serve.bench.client import Exchange, one
-from pla_serve.bench.text import Piece
+from pla_serve.bench.client import TimedRequest, one
+from pla_serve.bench.text import FillerPart
 from pla_serve.policy.cost import CostProfile
 from pla_serve.simulator.machine import Machine, Seconds
 
@@ -36,7 +36,7 @@ SETTLE_STEPS = 300
 (`policy.cost.REFIT_EVERY`), so that the last one has seen everything."""
 ROUNDS = 2
 
-Metrics = dict[tuple[str, str], float]
+MetricSamples = dict[tuple[str, str], float]
 """Name and the value of the label ``per``, empty for none, to a sample."""
 Tell = Callable[[str], None]
 
@@ -88,19 +88,19 @@ async def _decode(probe: Probe, key: str, longest: int) -> None:
 
 async def _on_context(probe: Probe, context: int, place: int, key: str) -> None:
     """A few tokens on a context that is prefilled only the first time."""
-    begun = Piece(f"{probe.name}/context{context}.{place}", context)
-    more = Piece(f"{begun.key}/{key}", 16)
+    begun = FillerPart(f"{probe.name}/context{context}.{place}", context)
+    more = FillerPart(f"{begun.key}/{key}", 16)
     await _ids(probe, (begun, more), STEPS)
 
 
 async def _with_history(probe: Probe, key: str, longest: int) -> None:
     for history in HISTORIES:
-        begun = Piece(f"{probe.name}/history{history}", history)
+        begun = FillerPart(f"{probe.name}/history{history}", history)
         for tokens in NEW:
             if history + tokens >= longest:
                 continue
             await _ids(probe, (begun,), 1)
-            more = Piece(f"{begun.key}/{key}.{tokens}", tokens)
+            more = FillerPart(f"{begun.key}/{key}.{tokens}", tokens)
             again = await _ids(probe, (begun, more), 1)
             if again.cached_tokens == 0:
                 raise ProfileError(
@@ -109,11 +109,11 @@ async def _with_history(probe: Probe, key: str, longest: int) -> None:
                 )
 
 
-async def _ids(probe: Probe, pieces: tuple[Piece, ...], answer: int) -> Exchange:
+async def _ids(probe: Probe, pieces: tuple[FillerPart, ...], answer: int) -> TimedRequest:
     return await one(probe.transport, probe.target, probe.filler.ids(pieces), answer)
 
 
-async def wait_idle(read: Callable[[], Metrics], patience: float = 10.0) -> None:
+async def wait_idle(read: Callable[[], MetricSamples], patience: float = 10.0) -> None:
     """Returns when the server has nothing to do.
 
     Raises:
@@ -130,7 +130,7 @@ async def wait_idle(read: Callable[[], Metrics], patience: float = 10.0) -> None
 _BUSY = ("running", "waiting")
 
 
-def machine_of(metrics: Metrics, name: str, source: str, transfer: Transfer) -> Machine:
+def machine_of(metrics: MetricSamples, name: str, source: str, transfer: Transfer) -> Machine:
     """The profile that the metrics of a driven server give.
 
     Raises:

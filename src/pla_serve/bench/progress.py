@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pla_serve.bench.load import Record
 from pla_serve.bench.report import Objectives
-from pla_serve.bench.workload import Workload
+from pla_serve.bench.workload import BenchWorkload
 
 REFRESH = 4
 """A second; each costs the client about a millisecond."""
@@ -85,7 +85,7 @@ class ProgressView:
     ) -> None:
         self._progress.stop()
 
-    def observe(self, title: str, workload: Workload) -> RunObserver:
+    def observe(self, title: str, workload: BenchWorkload) -> RunObserver:
         observer = RunObserver(self._objectives)
         for task in self._progress.tasks:
             self._progress.stop_task(task.id)

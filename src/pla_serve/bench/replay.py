@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pla_serve.bench.text import Piece
-from pla_serve.bench.workload import Session, Turn, Workload
+from pla_serve.bench.text import FillerPart
+from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session
 from pla_serve.traces.arrivals import poisson
 from pla_serve.traces.blocks import SeenBlocks, block_size
 from pla_serve.traces.clock import common_clock
@@ -57,7 +57,7 @@ class TraceOptions:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> Workload:
+def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> BenchWorkload:
     """A workload from a file of any format that `traces.files` reads.
 
     Raises:
@@ -85,7 +85,7 @@ def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> Workload:
         "max_input_tokens": options.max_input_tokens,
         **fate,
     }
-    return Workload(path.name, sessions, parameters)
+    return BenchWorkload(path.name, sessions, parameters)
 
 
 def _fit(rows: list[Row], options: TraceOptions) -> tuple[list[Row], dict[str, object]]:
@@ -98,7 +98,7 @@ def _fit(rows: list[Row], options: TraceOptions) -> tuple[list[Row], dict[str, o
     return rows, {"dropped_too_long": 0, "clipped": over}
 
 
-def _turns(rows: list[Row], block: int | None, options: TraceOptions) -> list[Turn]:
+def _turns(rows: list[Row], block: int | None, options: TraceOptions) -> list[BenchTurn]:
     """Requests in the order of the rows. Where the trace does not say how much of a prompt was
     cached, new tokens are planned as if all blocks before were."""
     seen = SeenBlocks()
@@ -113,9 +113,11 @@ def _turns(rows: list[Row], block: int | None, options: TraceOptions) -> list[Tu
     return turns
 
 
-def _turn(row: Row, pieces: tuple[Piece, ...], cached: int, options: TraceOptions) -> Turn:
+def _turn(
+    row: Row, pieces: tuple[FillerPart, ...], cached: int, options: TraceOptions
+) -> BenchTurn:
     limit = options.max_input_tokens or row.input_tokens
-    return Turn(
+    return BenchTurn(
         f"r{row.index}",
         "trace",
         beginning(pieces, limit),
@@ -124,13 +126,13 @@ def _turn(row: Row, pieces: tuple[Piece, ...], cached: int, options: TraceOption
     )
 
 
-def _prompts(rows: list[Row], block: int | None) -> Iterator[tuple[tuple[Piece, ...], int]]:
+def _prompts(rows: list[Row], block: int | None) -> Iterator[tuple[tuple[FillerPart, ...], int]]:
     """Prompts in the order of the rows, prefixes shared as the trace says, and the tokens that one
     without blocks has of its session's prompt before.
 
     No more than that prompt is shared: filler holds no answers, though a trace may count them.
     """
-    last: dict[str, tuple[Piece, ...]] = {}
+    last: dict[str, tuple[FillerPart, ...]] = {}
     for row in rows:
         own = f"row{row.index}"
         if row.blocks is not None and block is not None:
@@ -139,32 +141,36 @@ def _prompts(rows: list[Row], block: int | None) -> Iterator[tuple[tuple[Piece, 
         shared = beginning(last.get(row.session or "", ()), row.cached_tokens or 0)
         tokens = sum(piece.tokens for piece in shared)
         rest = row.input_tokens - tokens
-        pieces = (*shared, Piece(own, rest)) if rest > 0 else beginning(shared, row.input_tokens)
+        pieces = (
+            (*shared, FillerPart(own, rest)) if rest > 0 else beginning(shared, row.input_tokens)
+        )
         if row.session is not None:
             last[row.session] = pieces
         yield pieces, min(tokens, row.input_tokens)
 
 
-def _from_blocks(row: Row, blocks: tuple[range, ...], block: int, own: str) -> tuple[Piece, ...]:
-    pieces = [Piece(f"block{number}", block) for run in blocks for number in run]
+def _from_blocks(
+    row: Row, blocks: tuple[range, ...], block: int, own: str
+) -> tuple[FillerPart, ...]:
+    pieces = [FillerPart(f"block{number}", block) for run in blocks for number in run]
     tail = row.input_tokens - len(pieces) * block
     if tail > 0:
-        pieces.append(Piece(own, tail))
+        pieces.append(FillerPart(own, tail))
     return beginning(tuple(pieces), row.input_tokens)
 
 
-def beginning(pieces: tuple[Piece, ...], tokens: int) -> tuple[Piece, ...]:
+def beginning(pieces: tuple[FillerPart, ...], tokens: int) -> tuple[FillerPart, ...]:
     """The first ``tokens`` tokens of a prompt; all of it if it has fewer."""
-    kept: list[Piece] = []
+    kept: list[FillerPart] = []
     for piece in pieces:
         if tokens <= 0:
             break
-        kept.append(Piece(piece.key, min(piece.tokens, tokens)))
+        kept.append(FillerPart(piece.key, min(piece.tokens, tokens)))
         tokens -= piece.tokens
     return tuple(kept)
 
 
-def _by_arrivals(rows: list[Row], turns: list[Turn], speed: float) -> tuple[Session, ...]:
+def _by_arrivals(rows: list[Row], turns: list[BenchTurn], speed: float) -> tuple[Session, ...]:
     """Every request at its own time, whatever became of the ones before."""
     single = [
         Session((row.arrival or 0.0) / speed, (turn,), remembers=False)
@@ -174,12 +180,12 @@ def _by_arrivals(rows: list[Row], turns: list[Turn], speed: float) -> tuple[Sess
 
 
 def _by_sessions(
-    rows: list[Row], turns: list[Turn], options: TraceOptions, name: str
+    rows: list[Row], turns: list[BenchTurn], options: TraceOptions, name: str
 ) -> tuple[tuple[Session, ...], str]:
     """Sessions at drawn times, and how that was done in words for the record."""
     if options.rate is None:
         raise TraceError(f"{name} has no common clock: give the sessions' starts with --rate")
-    groups: dict[str, list[tuple[Row, Turn]]] = {}
+    groups: dict[str, list[tuple[Row, BenchTurn]]] = {}
     for row, turn in zip(rows, turns, strict=True):
         groups.setdefault(row.session or f"row{row.index}", []).append((row, turn))
     times = poisson(len(groups), options.rate, 1, random.Random(f"{options.seed}/starts"))
@@ -192,17 +198,17 @@ def _by_sessions(
     return tuple(sessions), f"session starts drawn, Poisson, {options.rate:g}/s; then the session's"
 
 
-def _session(start: float, members: list[tuple[Row, Turn]], speed: float) -> Session:
+def _session(start: float, members: list[tuple[Row, BenchTurn]], speed: float) -> Session:
     """Sub-agents of a session share its clock; a turn never precedes the answer before it."""
     first = (members[0][0].arrival or 0.0) / speed
     turns = tuple(_timed(row, turn, first, speed) for row, turn in members)
     return Session(start + first, turns, remembers=False)
 
 
-def _timed(row: Row, turn: Turn, first: float, speed: float) -> Turn:
+def _timed(row: Row, turn: BenchTurn, first: float, speed: float) -> BenchTurn:
     """With a recorded think time that counts; else the recorded arrival does."""
     offset = 0.0 if row.think is not None else max(0.0, (row.arrival or 0.0) / speed - first)
-    return Turn(
+    return BenchTurn(
         turn.id,
         turn.kind,
         turn.pieces,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from pla_serve.bench.experiment import Outcome, Run
+from pla_serve.bench.experiment import BenchRun, ExperimentResult
 from pla_serve.bench.load import Record
 from pla_serve.bench.summary import Summary
 from pla_serve.environment import describe
@@ -16,7 +16,7 @@ from pla_serve.environment import describe
 
 def save_json(
     path: Path,
-    outcome: Outcome,
+    outcome: ExperimentResult,
     summaries: Sequence[Summary],
     parameters: dict[str, object],
     *,
@@ -41,7 +41,7 @@ def write_json(path: Path, content: object) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
 
 
-def _run(run: Run, records: bool) -> dict[str, object]:
+def _run(run: BenchRun, records: bool) -> dict[str, object]:
     entry: dict[str, object] = {
         "entry": run.entry,
         "repetition": run.repetition,

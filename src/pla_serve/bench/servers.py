@@ -33,18 +33,18 @@ class ServerError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ServerEntry:
     """One policy with its knobs, as in ``fcfs:max-batch-tokens=512:long-chunk-tokens=256``."""
 
     label: str
     flags: tuple[str, ...]
 
 
-Open = Callable[[Entry], AbstractContextManager[str]]
+Open = Callable[[ServerEntry], AbstractContextManager[str]]
 """Gives the base URL of a server for an entry, while entered."""
 
 
-def parse_entries(text: str) -> tuple[Entry, ...]:
+def parse_entries(text: str) -> tuple[ServerEntry, ...]:
     """Comma-separated entries.
 
     Raises:
@@ -58,7 +58,7 @@ def parse_entries(text: str) -> tuple[Entry, ...]:
     return entries
 
 
-def _parse_entry(text: str) -> Entry:
+def _parse_entry(text: str) -> ServerEntry:
     policy, *knobs = text.split(":")
     if not _KNOB.fullmatch(policy):
         raise ValueError(f"an entry starts with a policy's name, as in fcfs: {text!r}")
@@ -74,14 +74,14 @@ def _parse_entry(text: str) -> Entry:
         else:
             flag = "--" + name.replace("_", "-")
             flags += [flag, value] if equals else [flag]
-    return Entry(text, ("--policy", spec, *flags))
+    return ServerEntry(text, ("--policy", spec, *flags))
 
 
 def running(base_url: str) -> Open:
     """A server that is there already; it is left as it is."""
 
     @contextmanager
-    def open_server(entry: Entry) -> Iterator[str]:
+    def open_server(entry: ServerEntry) -> Iterator[str]:
         yield base_url
 
     return open_server
@@ -91,7 +91,7 @@ def fresh(serve_args: Sequence[str]) -> Open:
     """A new ``pla-serve serve`` each time, on a free port of the loopback interface."""
 
     @contextmanager
-    def open_server(entry: Entry) -> Iterator[str]:
+    def open_server(entry: ServerEntry) -> Iterator[str]:
         port = free_port()
         command = [sys.executable, "-m", "pla_serve", "serve", *serve_args, *entry.flags]
         with started([*command, "--port", str(port)], f"http://127.0.0.1:{port}") as server:

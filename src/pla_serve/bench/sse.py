@@ -22,15 +22,15 @@ class Usage(msgspec.Struct):
         return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
 
 
-class Delta(msgspec.Struct):
+class StreamedDelta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
 
 
-class Choice(msgspec.Struct):
+class StreamedChoice(msgspec.Struct):
     """Of a chat (``delta``) or of a completion (``text``)."""
 
-    delta: Delta | None = None
+    delta: StreamedDelta | None = None
     text: str | None = None
     finish_reason: str | None = None
 
@@ -44,7 +44,7 @@ class Choice(msgspec.Struct):
 class Event(msgspec.Struct):
     """One ``data:`` payload; fields that are not needed here are skipped, not kept."""
 
-    choices: list[Choice] = []
+    choices: list[StreamedChoice] = []
     usage: Usage | None = None
     error: Any = None
 

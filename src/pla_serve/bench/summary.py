@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from pla_serve.bench.experiment import Outcome, Run
+from pla_serve.bench.experiment import BenchRun, ExperimentResult
 from pla_serve.bench.report import ALL, LONG, SHORT, Percentiles
 
 
@@ -20,7 +20,7 @@ class Summary:
     """To the baseline's medians."""
 
 
-def summaries(outcome: Outcome, baseline: str) -> list[Summary]:
+def summaries(outcome: ExperimentResult, baseline: str) -> list[Summary]:
     """One for each entry that ran, in the order of the runs."""
     entries = list(dict.fromkeys(run.entry for run in outcome.runs))
     values = {entry: _medians(outcome.of(entry)) for entry in entries}
@@ -36,7 +36,7 @@ def summaries(outcome: Outcome, baseline: str) -> list[Summary]:
     ]
 
 
-def headline(run: Run) -> dict[str, float | None]:
+def headline(run: BenchRun) -> dict[str, float | None]:
     """The numbers of one run that are compared."""
     numbers: dict[str, float | None] = {}
     for name in (SHORT, LONG, ALL):
@@ -59,7 +59,7 @@ def headline(run: Run) -> dict[str, float | None]:
     return numbers
 
 
-def _medians(runs: list[Run]) -> dict[str, float | None]:
+def _medians(runs: list[BenchRun]) -> dict[str, float | None]:
     columns: dict[str, list[float]] = {}
     for run in runs:
         for name, value in headline(run).items():

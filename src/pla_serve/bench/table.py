@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pla_serve.bench.experiment import Run
+from pla_serve.bench.experiment import BenchRun
 from pla_serve.bench.report import ALL, LONG, SHORT, ClassReport, Objectives, Percentiles
 from pla_serve.bench.summary import Summary
 
@@ -17,7 +17,7 @@ NOTHING = "-"
 _TIMES = {"TTFT": "ttft", "ITL": "itl", "end to end": "latency"}
 
 
-def run_table(run: Run, objectives: Objectives) -> RenderableType:
+def run_table(run: BenchRun, objectives: Objectives) -> RenderableType:
     """One run: a column for each class."""
     table = _table(run.entry, "")
     parts = [run.report.classes[name] for name in (SHORT, LONG, ALL)]
@@ -91,7 +91,7 @@ def _class_name(name: str, objectives: Objectives) -> str:
     return f"{name} ({sign} {objectives.short_tokens} new)" if sign else name
 
 
-def _notes(run: Run) -> list[str]:
+def _notes(run: BenchRun) -> list[str]:
     report = run.report
     lag = f", send lag P99 {report.send_lag.p99 * 1000:.0f} ms" if report.send_lag else ""
     notes = [f"{report.sent} requests in {report.seconds:.1f} s{lag}"]

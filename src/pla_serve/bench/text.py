@@ -81,17 +81,17 @@ _FIRST_PLAIN_ID = 1000
 class Filler(Protocol):
     """Makes prompts; pure, apart from the salt that it was made with."""
 
-    def words(self, pieces: Iterable[Piece]) -> str:
+    def words(self, pieces: Iterable[FillerPart]) -> str:
         """Text of about as many tokens as the pieces say, one after another."""
         ...
 
-    def ids(self, pieces: Iterable[Piece]) -> list[int]:
+    def ids(self, pieces: Iterable[FillerPart]) -> list[int]:
         """Exactly as many token ids as the pieces say."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FillerPart:
     """``tokens`` tokens of the endless filler named ``key``, from its start."""
 
     key: str
@@ -113,10 +113,10 @@ class WordFiller:
     tokens_per_word: float = 1.0
     vocabulary_size: int = 30_000
 
-    def words(self, pieces: Iterable[Piece]) -> str:
+    def words(self, pieces: Iterable[FillerPart]) -> str:
         return " ".join(word for piece in pieces for word in self._draw(piece))
 
-    def ids(self, pieces: Iterable[Piece]) -> list[int]:
+    def ids(self, pieces: Iterable[FillerPart]) -> list[int]:
         known: Sequence[int] = self.token_ids or range(_FIRST_PLAIN_ID, self.vocabulary_size)
         return [
             token
@@ -124,11 +124,11 @@ class WordFiller:
             for token in self._random(piece).choices(known, k=piece.tokens)
         ]
 
-    def _draw(self, piece: Piece) -> list[str]:
+    def _draw(self, piece: FillerPart) -> list[str]:
         count = max(1, round(piece.tokens / self.tokens_per_word))
         return self._random(piece).choices(self.vocabulary, k=count)
 
-    def _random(self, piece: Piece) -> random.Random:
+    def _random(self, piece: FillerPart) -> random.Random:
         return random.Random(f"{self.salt}/{piece.key}")
 
 

@@ -17,7 +17,7 @@ IDLE_SECONDS = 2.0
 """Servers close idle connections after five seconds or more."""
 
 
-class Transport(Protocol):
+class RequestTransport(Protocol):
     """Posts a body and streams what comes back. Tests put a scripted one here."""
 
     def post(

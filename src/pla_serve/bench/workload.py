@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pla_serve.bench.text import Piece
+from pla_serve.bench.text import FillerPart
 from pla_serve.traces.arrivals import poisson
 from pla_serve.traces.lengths import ChatLengths, Lmsys, Uniform
 
@@ -20,14 +20,14 @@ Mix = Literal["chat+documents", "chat", "documents"]
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class BenchTurn:
     """One request."""
 
     id: str
     kind: str
     """Where it comes from: ``chat``, ``document`` or ``trace``. Classes go by new tokens, not by
     this."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FillerPart, ...]
     """The user's message, or the whole prompt of a trace."""
     new_tokens: int
     """New tokens as planned; the server's usage, where it tells them, is what counts."""
@@ -44,13 +44,13 @@ class Session:
 
     start: float
     """Seconds after the start of the run."""
-    turns: tuple[Turn, ...]
+    turns: tuple[BenchTurn, ...]
     remembers: bool = True
     """Whether a prompt holds the turns and real answers before it. A trace's prompts are whole."""
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class BenchWorkload:
     """Sessions in the order of their starts."""
 
     name: str
@@ -59,7 +59,7 @@ class Workload:
     """How it was made, for the record."""
 
     @property
-    def turns(self) -> Iterator[Turn]:
+    def turns(self) -> Iterator[BenchTurn]:
         return (turn for session in self.sessions for turn in session.turns)
 
     @property
@@ -120,7 +120,7 @@ class WorkloadConfig:
                 raise ValueError(f"{name} must be a range of at least 1, not {low}-{high}")
 
 
-def generate(config: WorkloadConfig) -> Workload:
+def generate(config: WorkloadConfig) -> BenchWorkload:
     """Draws the workload; equal configs give equal workloads.
 
     Sizes and order are drawn apart from times, so changing the rate changes nothing but times.
@@ -130,10 +130,10 @@ def generate(config: WorkloadConfig) -> Workload:
     session_rate = config.rate * len(shapes) / turns
     starts = poisson(len(shapes), session_rate, config.burst, random.Random(f"{config.seed}/times"))
     sessions = tuple(Session(start, turns) for start, turns in zip(starts, shapes, strict=True))
-    return Workload(config.mix, sessions, _parameters(config))
+    return BenchWorkload(config.mix, sessions, _parameters(config))
 
 
-def _sessions(config: WorkloadConfig) -> list[tuple[Turn, ...]]:
+def _sessions(config: WorkloadConfig) -> list[tuple[BenchTurn, ...]]:
     rng = random.Random(f"{config.seed}/sizes")
     share = {"chat": 0.0, "documents": 1.0}.get(config.mix, config.document_share)
     documents = round(share * config.requests)
@@ -147,13 +147,15 @@ def _sessions(config: WorkloadConfig) -> list[tuple[Turn, ...]]:
     return sessions
 
 
-def _document(config: WorkloadConfig, name: str, rng: random.Random) -> tuple[Turn, ...]:
+def _document(config: WorkloadConfig, name: str, rng: random.Random) -> tuple[BenchTurn, ...]:
     tokens = rng.randint(*config.document_tokens)
     answer = rng.randint(*config.output_tokens)
-    return (Turn(f"{name}.0", "document", (Piece(name, tokens),), tokens, answer),)
+    return (BenchTurn(f"{name}.0", "document", (FillerPart(name, tokens),), tokens, answer),)
 
 
-def _chat(config: WorkloadConfig, name: str, most: int, rng: random.Random) -> tuple[Turn, ...]:
+def _chat(
+    config: WorkloadConfig, name: str, most: int, rng: random.Random
+) -> tuple[BenchTurn, ...]:
     lengths = ChatLengths(
         message=config.message,
         answer=Uniform(*config.output_tokens),
@@ -162,7 +164,9 @@ def _chat(config: WorkloadConfig, name: str, most: int, rng: random.Random) -> t
         think_seconds=config.think_seconds,
     )
     return tuple(
-        Turn(f"{name}.{i}", "chat", (Piece(f"{name}.{i}", new),), new, answer, think=think)
+        BenchTurn(
+            f"{name}.{i}", "chat", (FillerPart(f"{name}.{i}", new),), new, answer, think=think
+        )
         for i, (new, answer, think) in enumerate(lengths.session(rng))
     )
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pla_serve.policy.config import PolicyConfig
 
-AttentionBackend = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
+AttentionBackendName = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 NO_SHAPES = "none"
 DType = Literal["auto", "float32", "bfloat16"]
@@ -45,7 +45,7 @@ class EngineConfig:
     """CPU threads of all ranks together; None takes all cores."""
     policy: str = "length-aware"
     policy_config: PolicyConfig = field(default_factory=PolicyConfig)
-    attention_backend: AttentionBackend = "auto"
+    attention_backend: AttentionBackendName = "auto"
     """auto: the first that gives what the reference gives, tried at start."""
     capture_shapes: str | None = None
     """Shapes that short batches run on as a whole: auto, paper, none, or tokens x requests such as

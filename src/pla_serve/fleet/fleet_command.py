@@ -134,10 +134,12 @@ def _plan(spec: Any, forwarded: Forwarded, log_level: str, log_format: Any) -> A
         ValueError: a process would refuse its flags.
         OSError: no ports are free.
     """
-    from pla_serve.fleet.supervisor.launch import Plan
+    from pla_serve.fleet.supervisor.launch import LaunchPlan
 
     logs = ["--log-level", log_level, "--log-format", log_format]
-    plan = Plan(spec, (*forwarded.serve, *logs), (*forwarded.route, *logs), log_level, log_format)
+    plan = LaunchPlan(
+        spec, (*forwarded.serve, *logs), (*forwarded.route, *logs), log_level, log_format
+    )
     try:
         for name, command in plan.commands():
             check_words(name, command)

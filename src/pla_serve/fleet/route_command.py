@@ -18,7 +18,8 @@ from pla_serve.fleet import route_flags
 from pla_serve.fleet.router.circuit import CircuitOptions
 from pla_serve.fleet.router.contract import FleetOptions
 from pla_serve.logs import LogFormat, configure
-from pla_serve.server import flags, tracing
+from pla_serve.server import flags
+from pla_serve.server.records import tracing
 from pla_serve.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -139,8 +140,8 @@ def start(
     log_format: LogFormat,
 ) -> int:
     """Load the tokenizer, connect, route, drain; returns the exit status."""
-    from pla_serve.server.backend import EngineStartError
     from pla_serve.server.command import load_for_api
+    from pla_serve.server.engine.backend import EngineStartError
     from pla_serve.server.run import listen, run
 
     configure(log_level, log_format, "router")
@@ -185,7 +186,7 @@ def build(
     from pla_serve.fleet.router.observers import WithControl
     from pla_serve.fleet.status import ControlMetrics, FleetStatus
     from pla_serve.policy.routing.registry import parse_routing
-    from pla_serve.server.guard import Keys
+    from pla_serve.server.api.guard import Keys
     from pla_serve.server.run import ApiServer
 
     client: FleetClient

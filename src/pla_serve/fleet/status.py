@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from pla_serve.fleet.control.control import FleetControl
 from pla_serve.fleet.router.client import FleetClient
-from pla_serve.fleet.router.instances import Instance
-from pla_serve.server.errors import ApiError, json_response
-from pla_serve.server.guard import Keys
+from pla_serve.fleet.router.fleet_instance import FleetInstance
+from pla_serve.server.api.errors import ApiError, json_response
+from pla_serve.server.api.guard import Keys
 
 
 class FleetStatus:
@@ -70,7 +70,7 @@ class FleetStatus:
             "instances": [self._instance(instance, now) for instance in instances],
         }
 
-    def _instance(self, instance: Instance, now: float) -> dict[str, Any]:
+    def _instance(self, instance: FleetInstance, now: float) -> dict[str, Any]:
         requests, seconds = self._client.fleet.dispatcher.outstanding(instance.name)
         return {
             "url": instance.name,
@@ -100,7 +100,7 @@ class FleetStatus:
         }
 
 
-def _facts(instance: Instance) -> dict[str, Any] | None:
+def _facts(instance: FleetInstance) -> dict[str, Any] | None:
     if instance.facts is None:
         return None
     facts: dict[str, Any] = msgspec.to_builtins(instance.facts)

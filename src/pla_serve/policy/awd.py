@@ -33,7 +33,7 @@ class Short(Protocol):
     def deadline(self) -> float | None: ...
 
 
-class Mode(StrEnum):
+class WindowMode(StrEnum):
     """What ends a round besides its window."""
 
     DEADLINE = "deadline"
@@ -62,7 +62,7 @@ class AwdOptions:
         ValueError: a field is out of range; the message names the field and the range.
     """
 
-    mode: Mode = Mode.DEADLINE
+    mode: WindowMode = WindowMode.DEADLINE
     window: float = 0.007
     """W of the first round, and of a round that neither deadlines nor a rate decide."""
     window_min: float = 0.0
@@ -198,7 +198,7 @@ class AdaptiveWaitDepth:
 
     def _set_window(self, pending: Sequence[Short], depth: int, service: float, now: float) -> None:
         """W = clip(min(W_SLA, W_GR)), where one of the two is known."""
-        if self._options.mode is not Mode.DEADLINE:
+        if self._options.mode is not WindowMode.DEADLINE:
             return
         deadlines = [short.deadline for short in pending if short.deadline is not None]
         by_deadline = min(deadlines, default=inf) - now - service - self._options.delta
@@ -210,7 +210,7 @@ class AdaptiveWaitDepth:
 
     def _most_urgent(self, pending: Sequence[Short], service: float) -> tuple[Short | None, float]:
         """The earliest deadline, and when its slack is down to sigma."""
-        if self._options.mode is not Mode.DEADLINE:
+        if self._options.mode is not WindowMode.DEADLINE:
             return None, inf
         due = [(short.deadline, short) for short in pending if short.deadline is not None]
         if not due:
@@ -220,7 +220,7 @@ class AdaptiveWaitDepth:
 
     def _reached(self, group: list[Short]) -> Cause | None:
         lengths = [short.new_tokens for short in group]
-        if self._options.mode is Mode.TOKEN_MAX:
+        if self._options.mode is WindowMode.TOKEN_MAX:
             if sum(lengths) >= self._options.token_target:
                 return Cause.TOKENS
         elif len(group) >= self._depth:

@@ -21,7 +21,7 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.express import ExpressWindow
 from pla_serve.policy.fairness import ShareAccount, burst_seconds, passing_window
-from pla_serve.policy.longs import SWITCH_MARGIN, Flights, LongQueue, Spread
+from pla_serve.policy.longs import SWITCH_MARGIN, LongQueue, RunningPrefills, Spread
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
@@ -87,7 +87,7 @@ class LengthAware:
         self._book = RequestBook(config, cost, self._shorts, self._longs)
         self._assembler = Assembler(self._book)
         self._account = ShareAccount(config.long_share, partial(burst_seconds, config, cost))
-        self._flights = Flights()
+        self._flights = RunningPrefills()
         self._spread = Spread()
         self._offered = ArrivalRate(memory=LOAD_MEMORY)
         held = config.express_wait_seconds if config.interruptible else 0.0

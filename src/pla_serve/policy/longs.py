@@ -116,7 +116,7 @@ class Spread:
 
 
 @dataclass(slots=True)
-class Flight:
+class RunningPrefill:
     """A batch of longs that is being computed."""
 
     pending: Pending
@@ -143,27 +143,27 @@ class Flight:
         return max(0.0, self.pending.seconds - self.ran)
 
 
-class Flights:
+class RunningPrefills:
     """Batches that run inside one another, outermost first; only the last one makes progress."""
 
     def __init__(self) -> None:
-        self._flights: list[Flight] = []
+        self._flights: list[RunningPrefill] = []
 
     def __len__(self) -> int:
         return len(self._flights)
 
-    def __iter__(self) -> Iterator[Flight]:
+    def __iter__(self) -> Iterator[RunningPrefill]:
         return iter(self._flights)
 
     @property
-    def top(self) -> Flight | None:
+    def top(self) -> RunningPrefill | None:
         """The one that runs, or would but for express work."""
         return self._flights[-1] if self._flights else None
 
     def take_off(self, pending: Pending, batch: Batch, seconds: float) -> None:
         """A batch begins, for the sake of ``pending``."""
         members = {chunk.request_id for chunk in batch.prefills}
-        self._flights.append(Flight(pending, members, seconds))
+        self._flights.append(RunningPrefill(pending, members, seconds))
 
     def board(self, riders: Iterable[Chunk]) -> None:
         """Decode steps ride along with the last one."""

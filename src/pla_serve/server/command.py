@@ -17,13 +17,14 @@ import typer
 from pla_serve.engine.config import NO_SHAPES, EngineConfig
 from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.server import flags, tracing
+from pla_serve.server import flags
+from pla_serve.server.records import tracing
 from pla_serve.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from pla_serve.engine.loading import ModelSource
-    from pla_serve.engine.messages import EngineReady, Grammar
-    from pla_serve.server.endpoints import GrammarCheck
+    from pla_serve.server.api.endpoints import GrammarCheck
+    from pla_serve.wire.engine import EngineReady, Grammar
 
 log = logging.getLogger(__name__)
 
@@ -189,10 +190,10 @@ def start(
 
     ``engine`` is a factory as of `EngineSpec`, in the place of the engine's own.
     """
-    from pla_serve.engine.process import CORE
-    from pla_serve.server.backend import EngineStartError
-    from pla_serve.server.engine_process import EngineSpec, spawn
-    from pla_serve.server.run import Instance, listen, run
+    from pla_serve.engine.host.process import CORE
+    from pla_serve.server.engine.backend import EngineStartError
+    from pla_serve.server.engine.process import EngineSpec, spawn
+    from pla_serve.server.run import InstanceServer, listen, run
 
     configure(log_level, log_format, "server")
     try:
@@ -207,8 +208,8 @@ def start(
             source, tokenizer, check_grammar = load_for_api(config)
             found = replace(spec, config=_located(config, source))
 
-            def instance() -> Instance:
-                return Instance(
+            def instance() -> InstanceServer:
+                return InstanceServer(
                     settings,
                     found,
                     tokenizer,
@@ -239,7 +240,7 @@ def load_for_api(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
         load_tokenizer,
         resolve,
     )
-    from pla_serve.server.numbers import numbers_tokenizer
+    from pla_serve.server.generation.numbers_tokenizer import numbers_tokenizer
 
     try:
         source = resolve(config.model, config.load_format, progress=ConsoleProgress())

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from pla_serve.engine.config import NO_SHAPES, EngineConfig
-from pla_serve.engine.config import AttentionBackend as AttentionBackends
+from pla_serve.engine.config import AttentionBackendName as AttentionBackends
 from pla_serve.engine.config import DType as DTypes
 from pla_serve.engine.config import LoadFormat as LoadFormats
 from pla_serve.logs import LogFormat as LogFormats
-from pla_serve.server.link_messages import Role as Roles
+from pla_serve.wire.link import Role as Roles
 
 MODEL = "Model"
 CACHE = "KV cache"
@@ -36,7 +36,7 @@ def _known_policy(text: str) -> str:
 def _known_shapes(text: str | None) -> str | None:
     if text is None or text == NO_SHAPES:
         return text
-    from pla_serve.engine.graphs.choice import parse_shapes  # as above
+    from pla_serve.engine.run.graphs.choice import parse_shapes  # as above
 
     try:
         parse_shapes(text)

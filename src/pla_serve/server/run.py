@@ -15,20 +15,20 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from pla_serve.server.app import build_app
-from pla_serve.server.backend import Backend, EngineStartError
-from pla_serve.server.detokenize import TokenBytes
-from pla_serve.server.endpoints import GrammarCheck, Service
-from pla_serve.server.engine_client import EngineClient
-from pla_serve.server.engine_process import EngineProcess, EngineSpec
-from pla_serve.server.guard import Keys, Traffic
-from pla_serve.server.journal import Journals, LogJournal
-from pla_serve.server.link import LinkHub
-from pla_serve.server.logprobs import TokenNames
-from pla_serve.server.metrics import Metrics
-from pla_serve.server.prompts import PromptEncoder
+from pla_serve.server.api.app import build_app
+from pla_serve.server.api.endpoints import GrammarCheck, Service
+from pla_serve.server.api.guard import Keys, Traffic
+from pla_serve.server.api.logprobs import TokenNames
+from pla_serve.server.engine.backend import Backend, EngineStartError
+from pla_serve.server.engine.client import EngineClient
+from pla_serve.server.engine.process import EngineProcess, EngineSpec
+from pla_serve.server.generation.detokenize import TokenBytes
+from pla_serve.server.generation.prompts import PromptEncoder
+from pla_serve.server.link.hub import LinkHub
+from pla_serve.server.records.journal import Journals, LogJournal
+from pla_serve.server.records.metrics import Metrics
+from pla_serve.server.records.tracing import configured, open_tracing
 from pla_serve.server.settings import ServerSettings
-from pla_serve.server.tracing import configured, open_tracing
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """uvicorn, but the first signal drains and the second one quits."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
@@ -152,7 +152,7 @@ class ApiServer:
             server_header=False,
             proxy_headers=False,  # nothing here asks where a request comes from
         )
-        self.http = Server(config, self.stop)
+        self.http = DrainingServer(config, self.stop)
         self._drain_task: asyncio.Task[None] | None = None
 
     async def run(self, listener: socket.socket) -> int:
@@ -212,7 +212,7 @@ class ApiServer:
             self._tracing.close()
 
 
-class Instance(ApiServer):
+class InstanceServer(ApiServer):
     """The API in front of one engine, which it starts."""
 
     def __init__(

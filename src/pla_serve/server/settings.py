@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from pla_serve.server.link_messages import Role
+from pla_serve.wire.link import Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ Prompt = Sequence[range]
 """Tokens as ranges of ids: equal ids are equal tokens after equal tokens."""
 
 
-class PrefixCache:
+class SimulatedPrefixCache:
     """Keeps the KV of prompts; the least recently used tokens go first, from the end of a prompt.
 
     The same as a least-recently-used list of single tokens in which a prompt is touched from its
@@ -114,9 +114,9 @@ class Holders:
     """
 
     def __init__(self) -> None:
-        self._by_first: dict[int, dict[str, PrefixCache]] = {}
+        self._by_first: dict[int, dict[str, SimulatedPrefixCache]] = {}
 
-    def insert(self, name: str, cache: PrefixCache, prompt: Prompt) -> None:
+    def insert(self, name: str, cache: SimulatedPrefixCache, prompt: Prompt) -> None:
         """The cache of this name takes a prompt."""
         if prompt and cache.capacity:
             cache.insert(prompt)

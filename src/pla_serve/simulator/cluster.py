@@ -9,21 +9,21 @@ from itertools import count
 from math import inf, isfinite
 from typing import Any
 
-from pla_serve.policy.pools.protocol import Controller, Pool
+from pla_serve.policy.pools.protocol import Pool, PoolController
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.routing.least_loaded import LeastLoaded
 from pla_serve.policy.routing.registry import parse_routing
 from pla_serve.policy.routing.request import FleetModel, RouteRequest
 from pla_serve.policy.routing.router import Router
-from pla_serve.simulator.caches import Holders, PrefixCache
+from pla_serve.simulator.caches import Holders, SimulatedPrefixCache
 from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
 from pla_serve.simulator.control import PoolControl
 from pla_serve.simulator.faults import Fault
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost, Machine
 from pla_serve.simulator.node import Node
-from pla_serve.simulator.turns import Source, Turn
+from pla_serve.simulator.request import SimulatedRequest
+from pla_serve.simulator.turns import SimulatedTurn, TurnSource
 
 NOTHING: Mapping[str, int] = {}
 
@@ -48,12 +48,12 @@ class Cluster:
         options: ClusterOptions,
         machine: Machine,
         make_policy: Callable[[], PrefillPolicy],
-        turns: Sequence[Turn],
-        source: Source,
+        turns: Sequence[SimulatedTurn],
+        source: TurnSource,
         *,
-        controller: Controller | None = None,
+        controller: PoolController | None = None,
         faults: Sequence[Fault] = (),
-        deadline: Callable[[Turn], float | None] | None = None,
+        deadline: Callable[[SimulatedTurn], float | None] | None = None,
     ) -> None:
         if controller is not None and not options.short_instances:
             raise ValueError("a pool controller needs short_instances of at least 1 to begin with")
@@ -71,11 +71,11 @@ class Cluster:
         self._router = self._new_router(parse_routing(options.routing))
         self._decode_router = self._new_router(LeastLoaded("tokens"))
         self._nodes: dict[str, Node] = {}
-        self._stranded: list[Job] = []
+        self._stranded: list[SimulatedRequest] = []
         """Requests for which there is no prefill instance."""
-        self._kv_stranded: list[tuple[Job, Node, int]] = []
+        self._kv_stranded: list[tuple[SimulatedRequest, Node, int]] = []
         """Prefilled, but there is no decode instance."""
-        self._jobs: list[Job | None] = [None] * len(turns)
+        self._jobs: list[SimulatedRequest | None] = [None] * len(turns)
         self._left = len(turns)
         self._heard_at = 0.0
         """When instances last gave an account of their queues."""
@@ -155,14 +155,14 @@ class Cluster:
 
     def _add_node(self, name: str, pool: Pool) -> None:
         capacity = 0 if pool is Pool.DECODE else self._options.cache_tokens
-        node = Node(name, pool, None, PrefixCache(capacity))  # type: ignore[arg-type]
+        node = Node(name, pool, None, SimulatedPrefixCache(capacity))  # type: ignore[arg-type]
         node.instance = self._new_instance(node)
         self._nodes[name] = node
         self._router_of(node).added(name, pool, 0.0)
 
-    def _new_instance(self, node: Node) -> Instance:
+    def _new_instance(self, node: Node) -> SimulatedInstance:
         options = self._options
-        return Instance(
+        return SimulatedInstance(
             self._make_policy(),
             self._true_cost,
             self._machine.layers if options.interruptible else 1,
@@ -193,9 +193,9 @@ class Cluster:
             node.instance.advance(now)
         self._schedule(node)
 
-    def _arrive(self, turn: Turn, now: float) -> None:
+    def _arrive(self, turn: SimulatedTurn, now: float) -> None:
         due = self._deadline(turn) if self._deadline is not None else None
-        job = Job(
+        job = SimulatedRequest(
             str(turn.index),
             now,
             turn.prompt_tokens,
@@ -207,7 +207,7 @@ class Cluster:
         self._jobs[turn.index] = job
         self._place(job, now)
 
-    def _place(self, job: Job, now: float) -> None:
+    def _place(self, job: SimulatedRequest, now: float) -> None:
         """Send a request to a prefill instance: all of its prompt, and its tokens so far."""
         turn = self._turns[job.row]
         cached = self._holders.cached(turn.prompt) if turn.history is None else NOTHING
@@ -247,12 +247,14 @@ class Cluster:
                 queue = node.instance.policy.state(now)
                 self._router.reported(node.id, queue.seconds, queue.short_seconds, now)
 
-    def _send(self, job: Job, node: Node, until: float, then: Callable[[Any, float], None]) -> None:
+    def _send(
+        self, job: SimulatedRequest, node: Node, until: float, then: Callable[[Any, float], None]
+    ) -> None:
         """KV goes to or from ``node``; if that fails meanwhile, its next life knows nothing."""
         node.transfers[job.id] = job
         self._push(until, then, (job, node, node.life))
 
-    def _deliver(self, sent: tuple[Job, Node, int], now: float) -> None:
+    def _deliver(self, sent: tuple[SimulatedRequest, Node, int], now: float) -> None:
         """A fetched prefix has arrived."""
         job, node, life = sent
         if node.life != life:
@@ -261,7 +263,7 @@ class Cluster:
         node.instance.submit(job, now)
         self._schedule(node)
 
-    def _prefilled(self, node: Node, job: Job, now: float) -> None:
+    def _prefilled(self, node: Node, job: SimulatedRequest, now: float) -> None:
         self._router.prefilled(job.id, now)
         turn = self._turns[job.row]
         if turn.prompt:
@@ -270,7 +272,7 @@ class Cluster:
             node.lateness += now - job.deadline
             node.first_tokens += 1
 
-    def _finished(self, node: Node, job: Job, now: float) -> None:
+    def _finished(self, node: Node, job: SimulatedRequest, now: float) -> None:
         self._router_of(node).finished(job.id, now)
         options = self._options
         if options.decode == "apart" and job.produced < job.output_tokens:
@@ -287,7 +289,7 @@ class Cluster:
         for time, later in self._source.answered(turn, answered):
             self._push(time, self._arrive, later)
 
-    def _hand_over(self, sent: tuple[Job, Node, int], now: float) -> None:
+    def _hand_over(self, sent: tuple[SimulatedRequest, Node, int], now: float) -> None:
         """A prompt's KV has been sent to a decode instance, which is chosen only now."""
         job, node, life = sent
         if node.life != life:
@@ -324,7 +326,7 @@ class Cluster:
         for job in lost:
             self._restart(job, now)
 
-    def _restart(self, job: Job, now: float) -> None:
+    def _restart(self, job: SimulatedRequest, now: float) -> None:
         self._result.restarts += 1
         self._place(job, now)
 
@@ -356,7 +358,7 @@ class Cluster:
         """Send again what waits on moved instances, and in the pools that they joined."""
         if not self._options.recalls:
             return
-        jobs: list[Job] = []
+        jobs: list[SimulatedRequest] = []
         for node in self._nodes.values():
             if node.alive and (node.pool in joined or node in moved):
                 jobs += node.instance.recall(now)

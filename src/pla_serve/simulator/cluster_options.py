@@ -7,8 +7,8 @@ from math import isfinite
 from typing import Literal
 
 from pla_serve.policy.pools.protocol import Move
-from pla_serve.simulator.job import Job
 from pla_serve.simulator.node import Totals
+from pla_serve.simulator.request import SimulatedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class ClusterOptions:
 class ClusterResult:
     """What became of it all."""
 
-    jobs: list[Job]
+    jobs: list[SimulatedRequest]
     """By place in the workload."""
     end: float
     """When the last answer was complete."""

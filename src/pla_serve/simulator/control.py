@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pla_serve.policy.pools.protocol import Controller, InstanceReport, Move
+from pla_serve.policy.pools.protocol import Move, PoolController, PoolReport
 from pla_serve.policy.routing.router import Router
 from pla_serve.simulator.node import Node
 
@@ -22,7 +22,7 @@ class PoolControl:
     """
 
     def __init__(
-        self, controller: Controller, period: float, *, interruptible: bool, recalls: bool
+        self, controller: PoolController, period: float, *, interruptible: bool, recalls: bool
     ) -> None:
         if not period > 0:
             raise ValueError(f"a control period must be positive, not {period}")
@@ -46,7 +46,7 @@ class PoolControl:
             self.moves.append((now, move))
         return moves
 
-    def _report(self, node: Node, router: Router, now: float) -> InstanceReport:
+    def _report(self, node: Node, router: Router, now: float) -> PoolReport:
         entry = router.view.entry(node.id)
         oldest = next(iter(entry.waiting.values()), None)
         drain, draining = 0.0, False
@@ -54,7 +54,7 @@ class PoolControl:
             draining = oldest.at < node.moved_at
             drain = oldest.seconds if self._recalls else router.view.wait(entry.index, False, now)
         busy = node.instance.busy_seconds - node.busy_before
-        report = InstanceReport(
+        report = PoolReport(
             node.id,
             node.pool,
             queued_short=entry.express_work,

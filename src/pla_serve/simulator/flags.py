@@ -16,7 +16,7 @@ from pla_serve.simulator.machine import Machine, load_machine
 from pla_serve.simulator.parallel import in_order
 from pla_serve.simulator.report import RunReport, run_and_report, save
 from pla_serve.simulator.run import SHORT_TOKENS
-from pla_serve.simulator.setting import Fleet, Mode, Objective, Setting
+from pla_serve.simulator.setting import DecodeMode, FleetSetting, Objective, Setting
 from pla_serve.simulator.sweep import Sweep
 from pla_serve.simulator.table import tables
 from pla_serve.traces.load import Trace, load_trace
@@ -38,7 +38,7 @@ class Flags:
     requests: int | None
     max_input_tokens: int | None
     machine: str
-    mode: Mode
+    mode: DecodeMode
     preemption: bool
     kv_tokens: str | None
     clients: int | None
@@ -100,7 +100,7 @@ def setting_of(flags: Flags) -> Setting:
     machine = load_machine(flags.machine)
     if flags.down_seconds is not None and flags.fail_every is None:
         raise ValueError("--down-seconds needs --fail-every")
-    fleet = Fleet(
+    fleet = FleetSetting(
         instances=flags.instances,
         decode_instances=flags.decode_instances,
         routing=flags.routing,

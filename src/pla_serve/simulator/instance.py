@@ -12,16 +12,16 @@ from math import ceil, inf
 
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, PrefillRequest, Run
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.request import SimulatedRequest
 
-Heard = Callable[[Job, float], None]
+RequestCallback = Callable[[SimulatedRequest, float], None]
 """Told of a job and the time."""
 SLACK = 1e-3
 """Of a layer: a moment this close after a boundary is at it. Covers rounding of long times."""
 
 
 @dataclass(slots=True)
-class Pass:
+class SimulatedPass:
     """A batch that is computed."""
 
     batch: Batch
@@ -42,7 +42,7 @@ class Pass:
         return self.resumed + (layer - self.done) * self.layer
 
 
-class Instance:
+class SimulatedInstance:
     """Owns a policy and the jobs that were given to it.
 
     Args:
@@ -61,13 +61,13 @@ class Instance:
         policy: PrefillPolicy,
         cost: CostModel,
         layers: int,
-        prefilled: Heard,
-        finished: Heard,
+        prefilled: RequestCallback,
+        finished: RequestCallback,
         *,
         decodes: bool = False,
     ) -> None:
         self.policy = policy
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, SimulatedRequest] = {}
         self.wake_at = inf
         self.busy_seconds = 0.0
         """Spent computing so far; a pass counts when it ends."""
@@ -82,12 +82,12 @@ class Instance:
         self._prefilled = prefilled
         self._finished = finished
         self._decodes = decodes
-        self._passes: list[Pass] = []
+        self._passes: list[SimulatedPass] = []
         """Each runs inside the one before it; the last one is computed now."""
         self._ready = 0
         """Jobs that no running batch computes: while it is 0 the policy has nothing to decide."""
 
-    def submit(self, job: Job, now: float) -> None:
+    def submit(self, job: SimulatedRequest, now: float) -> None:
         """Take a job; its numbers are those of this instance's cache."""
         self.jobs[job.id] = job
         job.computed = job.history
@@ -100,7 +100,7 @@ class Instance:
         )
         self._plan(now)
 
-    def adopt(self, job: Job, now: float) -> None:
+    def adopt(self, job: SimulatedRequest, now: float) -> None:
         """Take a job whose prompt was prefilled elsewhere and whose KV has arrived: it decodes."""
         self.jobs[job.id] = job
         job.computed = job.prompt_tokens
@@ -108,7 +108,7 @@ class Instance:
         self.policy.start_decode(job.id, job.computed, job.arrival, now)
         self._plan(now)
 
-    def recall(self, now: float) -> list[Job]:
+    def recall(self, now: float) -> list[SimulatedRequest]:
         """Take back the jobs of which nothing was computed here, in order of submission."""
         begun = {c.request_id for p in self._passes for c in (*p.batch.prefills, *p.batch.decodes)}
         jobs = [
@@ -122,7 +122,7 @@ class Instance:
             self._plan(now)
         return jobs
 
-    def withdraw(self) -> list[Job]:
+    def withdraw(self) -> list[SimulatedRequest]:
         """The instance dies: all jobs that it held, and it holds none any more."""
         jobs = list(self.jobs.values())
         for job in jobs:
@@ -170,7 +170,7 @@ class Instance:
             assert decision.until > now, "a wait that is over already would never end"
             self.wake_at = decision.until
 
-    def _at_boundary(self, top: Pass, now: float) -> None:
+    def _at_boundary(self, top: SimulatedPass, now: float) -> None:
         layer = top.boundary(now)
         batch = None
         if self._ready and self._interruptible and layer < self._layers:
@@ -182,7 +182,7 @@ class Instance:
         self.express_batches += 1
         self._start(batch, now)
 
-    def _go_on(self, top: Pass, layer: int) -> None:
+    def _go_on(self, top: SimulatedPass, layer: int) -> None:
         """To ``layer`` if the policy may have something to decide there, else to the end."""
         asks = self._ready and self._interruptible
         self.wake_at = top.begins(layer if asks else self._layers)
@@ -190,10 +190,10 @@ class Instance:
     def _start(self, batch: Batch, now: float) -> None:
         self._ready -= len(batch.prefills) + len(batch.decodes)
         seconds = self._cost.seconds(batch)
-        self._passes.append(Pass(batch, seconds, seconds / self._layers, now))
+        self._passes.append(SimulatedPass(batch, seconds, seconds / self._layers, now))
         self._go_on(self._passes[-1], 0)
 
-    def _complete(self, done: Pass, now: float) -> None:
+    def _complete(self, done: SimulatedPass, now: float) -> None:
         batch = done.batch
         self.busy_seconds += done.seconds
         self.batches += 1

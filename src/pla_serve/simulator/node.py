@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from math import inf
 
 from pla_serve.policy.pools.protocol import Pool
-from pla_serve.simulator.caches import PrefixCache
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.caches import SimulatedPrefixCache
+from pla_serve.simulator.instance import SimulatedInstance
+from pla_serve.simulator.request import SimulatedRequest
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Totals:
     express_batches: int = 0
     failures: int = 0
 
-    def add(self, instance: Instance) -> None:
+    def add(self, instance: SimulatedInstance) -> None:
         """Count a life that is over."""
         self.busy_seconds += instance.busy_seconds
         self.computed_tokens += instance.computed_tokens
@@ -31,12 +31,12 @@ class Totals:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A place in the fleet; after a failure another `Instance` takes it."""
+    """A place in the fleet; after a failure another `SimulatedInstance` takes it."""
 
     id: str
     pool: Pool
-    instance: Instance
-    cache: PrefixCache
+    instance: SimulatedInstance
+    cache: SimulatedPrefixCache
     alive: bool = True
     life: int = 0
     """Grows with each failure: what was on its way to an earlier life is lost."""
@@ -44,7 +44,7 @@ class Node:
     """Time of the earliest event that wakes it."""
     moved_at: float = -inf
     """When it last changed its pool."""
-    transfers: dict[str, Job] = field(default_factory=dict)
+    transfers: dict[str, SimulatedRequest] = field(default_factory=dict)
     """Whose KV is on its way to it (fetched), or from it (to be decoded elsewhere)."""
     totals: Totals = field(default_factory=Totals)
     busy_before: float = 0.0

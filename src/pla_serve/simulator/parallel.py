@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Work = Callable[[Item, Callable[[int], None]], Result]
+WorkFunction = Callable[[Item, Callable[[int], None]], Result]
 """Takes an item and a function to call with its progress."""
-Heard = Callable[[int, int], None]
+ItemProgress = Callable[[int, int], None]
 """Told which item made how much progress."""
 
 
@@ -24,7 +24,7 @@ class WorkerError(RuntimeError):
 
 
 def in_order(
-    work: Work[Item, Result], items: Iterable[Item], jobs: int, heard: Heard
+    work: WorkFunction[Item, Result], items: Iterable[Item], jobs: int, heard: ItemProgress
 ) -> Generator[Result, None, None]:
     """Results in the order of the items, whichever is done first.
 
@@ -49,14 +49,14 @@ def in_order(
         crew.dismiss()
 
 
-def _bound(heard: Heard, number: int) -> Callable[[int], None]:
+def _bound(heard: ItemProgress, number: int) -> Callable[[int], None]:
     return lambda progress: heard(number, progress)
 
 
 class _Crew(Generic[Item, Result]):
     """Worker processes, which start as they are needed and take one item after another."""
 
-    def __init__(self, work: Work[Item, Result], heard: Heard) -> None:
+    def __init__(self, work: WorkFunction[Item, Result], heard: ItemProgress) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._work = work
         self._heard = heard
@@ -129,7 +129,7 @@ class _Crew(Generic[Item, Result]):
         raise value if kind == "refused" else WorkerError(value)
 
 
-def _worker(work: Work[Any, Any], connection: Connection) -> None:
+def _worker(work: WorkFunction[Any, Any], connection: Connection) -> None:
     """In the worker process, until the parent is gone. An interrupt is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(EOFError, ConnectionError):

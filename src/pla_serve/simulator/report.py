@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pla_serve.policy.cost import CostModel
 from pla_serve.simulator.machine import KnownCost
-from pla_serve.simulator.run import SHORT_TOKENS, Outcome, Progress, simulate
+from pla_serve.simulator.run import SHORT_TOKENS, RequestsDone, SimulationResult, simulate
 from pla_serve.simulator.setting import Objective, RunSpec
 
 CLASSES = ("short", "long", "all")
@@ -37,7 +37,7 @@ class ByClass(msgspec.Struct, frozen=True):
     all: Times
 
 
-class Shares(msgspec.Struct, frozen=True):
+class ClassShares(msgspec.Struct, frozen=True):
     """Of each class; None where it has no request."""
 
     short: float | None
@@ -61,7 +61,7 @@ class RunReport(msgspec.Struct, frozen=True):
     throughput_tokens_per_s: float
     """Prompt tokens computed, so not cached ones, a second of the makespan."""
     ttft_s: ByClass
-    slo_violation: Shares
+    slo_violation: ClassShares
     wait_longest_s: float
     """The largest TTFT less what that request takes alone."""
     utilisation: float
@@ -88,12 +88,12 @@ class RunReport(msgspec.Struct, frozen=True):
     fetched_tokens: int = 0
 
 
-def run_and_report(spec: RunSpec, progress: Progress) -> RunReport:
+def run_and_report(spec: RunSpec, progress: RequestsDone) -> RunReport:
     """What a worker does."""
     return report(spec, simulate(spec, progress))
 
 
-def report(spec: RunSpec, outcome: Outcome) -> RunReport:
+def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
     """The numbers of a run."""
     setting, workload, jobs = spec.setting, spec.workload, outcome.jobs
     cost = KnownCost(setting.machine.profile)
@@ -117,7 +117,7 @@ def report(spec: RunSpec, outcome: Outcome) -> RunReport:
         makespan_s=makespan,
         throughput_tokens_per_s=outcome.prefill.computed_tokens / makespan,
         ttft_s=_by_class(ttft, short),
-        slo_violation=Shares(*(_share(late[mask]) for mask in _masks(short))),
+        slo_violation=ClassShares(*(_share(late[mask]) for mask in _masks(short))),
         wait_longest_s=max(0.0, float((ttft - alone).max())),
         utilisation=outcome.prefill.busy_seconds / makespan / fleet.instances,
         idle_ttft_s=_by_class(alone, short),
@@ -141,7 +141,7 @@ def report(spec: RunSpec, outcome: Outcome) -> RunReport:
     )
 
 
-def time_alone(outcome: Outcome, cost: CostModel) -> Array:
+def time_alone(outcome: SimulationResult, cost: CostModel) -> Array:
     """Seconds that each prompt takes alone, in one pass, with what was cached where it ran."""
     return np.array([cost.prefill_seconds(job.new_tokens, job.history) for job in outcome.jobs])
 
@@ -196,7 +196,7 @@ def _share(flags: Mask) -> float | None:
     return float(flags.mean()) if len(flags) else None
 
 
-def _tpot(outcome: Outcome) -> Array:
+def _tpot(outcome: SimulationResult) -> Array:
     found = [
         (job.finished - job.first_token) / (job.output_tokens - 1) if job.output_tokens > 1 else nan
         for job in outcome.jobs

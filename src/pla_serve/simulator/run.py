@@ -8,33 +8,33 @@ from dataclasses import dataclass
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.pools.balance import BalanceController
 from pla_serve.policy.pools.pressure import PressureController
-from pla_serve.policy.pools.protocol import Controller
+from pla_serve.policy.pools.protocol import PoolController
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.spec import parse_policy
 from pla_serve.policy.temporal import PrefillFirst
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions
 from pla_serve.simulator.faults import Fault, draw_faults
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost
 from pla_serve.simulator.node import Totals
+from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.setting import RunSpec, Setting
 from pla_serve.simulator.solo import serve
-from pla_serve.simulator.turns import ClosedLoop, OpenLoop, Source, Turn, turns_of
-from pla_serve.simulator.workload import Workload, uncached
+from pla_serve.simulator.turns import ClosedLoop, OpenLoop, SimulatedTurn, TurnSource, turns_of
+from pla_serve.simulator.workload import TraceWorkload, uncached
 
-Progress = Callable[[int], None]
+RequestsDone = Callable[[int], None]
 """Told now and then how many requests are behind."""
 SHORT_TOKENS = 256
 """At most so many uncached tokens are short in reports, and for routers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SimulationResult:
     """What became of a workload."""
 
-    jobs: list[Job]
+    jobs: list[SimulatedRequest]
     """In order of the workload, each with its times."""
     end: float
     """Seconds of virtual time at which the last answer was complete."""
@@ -47,7 +47,7 @@ class Outcome:
     fetched_tokens: int = 0
 
 
-def simulate(spec: RunSpec, progress: Progress | None = None) -> Outcome:
+def simulate(spec: RunSpec, progress: RequestsDone | None = None) -> SimulationResult:
     """Serve all requests to their end.
 
     Raises:
@@ -81,11 +81,11 @@ def policy_maker(text: str, setting: Setting, cost: CostModel) -> Callable[[], P
 def _solo(
     policy: PrefillPolicy,
     setting: Setting,
-    workload: Workload,
-    progress: Progress | None,
-) -> Outcome:
+    workload: TraceWorkload,
+    progress: RequestsDone | None,
+) -> SimulationResult:
     """One instance, and no arrival waits for an answer: without the bookkeeping of a fleet."""
-    instance = Instance(
+    instance = SimulatedInstance(
         policy,
         setting.machine.cost,
         setting.machine.layers if setting.preemption else 1,
@@ -97,20 +97,20 @@ def _solo(
     end = serve(instance, jobs, progress)
     totals = Totals()
     totals.add(instance)
-    return Outcome(jobs, end, totals, Totals())
+    return SimulationResult(jobs, end, totals, Totals())
 
 
-def _ignore(job: Job, now: float) -> None:
+def _ignore(job: SimulatedRequest, now: float) -> None:
     """Nobody waits for it."""
 
 
 def _cluster(
     make: Callable[[], PrefillPolicy],
     setting: Setting,
-    workload: Workload,
+    workload: TraceWorkload,
     cost: CostModel,
-    progress: Progress | None,
-) -> Outcome:
+    progress: RequestsDone | None,
+) -> SimulationResult:
     fleet = setting.fleet
     turns = _turns(setting, workload)
     options = ClusterOptions(
@@ -140,7 +140,7 @@ def _cluster(
     prefill, decode = Totals(), Totals()
     for name, totals in result.nodes.items():
         _sum(decode if name.startswith("d") else prefill, totals)
-    return Outcome(
+    return SimulationResult(
         result.jobs,
         result.end,
         prefill,
@@ -151,7 +151,7 @@ def _cluster(
     )
 
 
-def _turns(setting: Setting, workload: Workload) -> list[Turn]:
+def _turns(setting: Setting, workload: TraceWorkload) -> list[SimulatedTurn]:
     turns = turns_of(workload.rows, workload.stretch)
     if setting.kv_tokens is None:
         for turn, row in zip(turns, workload.rows, strict=True):
@@ -160,7 +160,7 @@ def _turns(setting: Setting, workload: Workload) -> list[Turn]:
     return turns
 
 
-def _source(setting: Setting, turns: list[Turn]) -> Source:
+def _source(setting: Setting, turns: list[SimulatedTurn]) -> TurnSource:
     if setting.clients is not None:
         return ClosedLoop(turns, setting.clients)
     return OpenLoop(turns, wait=setting.wait_for_answers)
@@ -174,13 +174,13 @@ def _token_seconds(setting: Setting, cost: CostModel) -> float:
     return cost.work_seconds(1, 0, 0, 1, 1)
 
 
-def _controller(setting: Setting) -> Controller | None:
+def _controller(setting: Setting) -> PoolController | None:
     if setting.fleet.controller is None:
         return None
     return PressureController() if setting.fleet.controller == "pressure" else BalanceController()
 
 
-def _faults(setting: Setting, workload: Workload) -> list[Fault]:
+def _faults(setting: Setting, workload: TraceWorkload) -> list[Fault]:
     """Until twice the time in which the workload should be over."""
     fleet = setting.fleet
     if fleet.fail_every is None:

@@ -9,9 +9,9 @@ from typing import Literal
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.routing.registry import parse_routing
 from pla_serve.simulator.machine import Machine
-from pla_serve.simulator.workload import Workload
+from pla_serve.simulator.workload import TraceWorkload
 
-Mode = Literal["prefill", "mix", "pd-temporal", "pd-spatial"]
+DecodeMode = Literal["prefill", "mix", "pd-temporal", "pd-spatial"]
 """Where answers decode: elsewhere; in the batches of prefills; on the same instance in turns with
 them; on decode instances to which the KV is sent."""
 
@@ -35,7 +35,7 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class FleetSetting:
     """What only matters among several instances.
 
     Raises:
@@ -92,8 +92,8 @@ class Setting:
     """
 
     machine: Machine
-    fleet: Fleet = field(default_factory=Fleet)
-    mode: Mode = "prefill"
+    fleet: FleetSetting = field(default_factory=FleetSetting)
+    mode: DecodeMode = "prefill"
     seed: int = 0
     preemption: bool = True
     """The machine can leave a prefill at a layer boundary."""
@@ -151,7 +151,7 @@ class Setting:
 class RunSpec:
     """One run."""
 
-    workload: Workload
+    workload: TraceWorkload
     policy: str
     """As `policy.spec.parse_policy` reads it."""
     load: float | None

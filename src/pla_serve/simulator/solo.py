@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pla_serve.simulator.instance import Instance
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.instance import SimulatedInstance
+from pla_serve.simulator.request import SimulatedRequest
 
 
 def serve(
-    instance: Instance, jobs: Sequence[Job], progress: Callable[[int], None] | None = None
+    instance: SimulatedInstance,
+    jobs: Sequence[SimulatedRequest],
+    progress: Callable[[int], None] | None = None,
 ) -> float:
     """Run all jobs, which are sorted by arrival, to their end; returns the time of the end.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pla_serve.policy.spec import parse_policy
 from pla_serve.simulator.machine import KnownCost
 from pla_serve.simulator.setting import RunSpec, Setting
-from pla_serve.simulator.workload import Workload, at_load, sessions_at_load, work_seconds
+from pla_serve.simulator.workload import TraceWorkload, at_load, sessions_at_load, work_seconds
 from pla_serve.traces.load import Trace
 
 
@@ -46,13 +46,13 @@ class Sweep:
                 for policy in self.policies:
                     yield RunSpec(workload, policy, load, self.setting)
 
-    def _workload(self, trace: Trace, load: float | None) -> Workload:
+    def _workload(self, trace: Trace, load: float | None) -> TraceWorkload:
         setting = self.setting
         cost = KnownCost(setting.machine.profile)
         batch = setting.decode_batch
         if load is None:
             work = work_seconds(trace.rows, cost, decode_batch=batch)
-            return Workload(trace.name, trace.rows, 1.0, work, f"{setting.clients} clients")
+            return TraceWorkload(trace.name, trace.rows, 1.0, work, f"{setting.clients} clients")
         count = setting.fleet.instances
         if trace.recorded:
             return sessions_at_load(
@@ -67,7 +67,7 @@ class Sweep:
         made = at_load(trace.name, trace.rows, cost, load, instances=count, decode_batch=batch)
         return replace(made, clock=f"{trace.clock}, all gaps times {made.stretch:.6g}")
 
-    def _lean(self, workload: Workload) -> Workload:
+    def _lean(self, workload: TraceWorkload) -> TraceWorkload:
         """Without blocks where no cache asks for them: workers get it faster."""
         if self.setting.kv_tokens is not None:
             return workload

@@ -14,7 +14,7 @@ _APART = 1 << 48
 
 
 @dataclass(slots=True, eq=False)
-class Turn:
+class SimulatedTurn:
     """One request. Times are seconds of virtual time."""
 
     index: int
@@ -36,7 +36,7 @@ class Turn:
     """The tokens of its answer, where a later turn may begin with them; empty if unknown."""
 
 
-def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[Turn]:
+def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[SimulatedTurn]:
     """Rows in order of arrival as turns; ``stretch`` multiplies arrivals.
 
     A turn waits for the one before it in its session. Prompts are told apart by their blocks. Where
@@ -44,7 +44,7 @@ def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[Turn]:
     as many tokens as its row says that were cached; the first turns' cached tokens are one prefix
     that all share.
     """
-    last: dict[str, Turn] = {}
+    last: dict[str, SimulatedTurn] = {}
     blocks = _BlockIds(rows)
     fresh = 0
     turns = []
@@ -59,7 +59,7 @@ def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[Turn]:
             if prompt:
                 answer = (range(fresh, fresh + row.output_tokens),)
                 fresh += row.output_tokens
-        turn = Turn(
+        turn = SimulatedTurn(
             index,
             (row.arrival or 0.0) * stretch,
             row.input_tokens,
@@ -118,7 +118,7 @@ class _BlockIds:
         return tuple(runs)
 
 
-def _grown(row: Row, before: Turn | None, fresh: int) -> tuple[range, ...]:
+def _grown(row: Row, before: SimulatedTurn | None, fresh: int) -> tuple[range, ...]:
     """The beginning of the turn before, or the common prefix, and new tokens from ``fresh`` on."""
     cached = min(row.cached_tokens or 0, row.input_tokens - 1)
     if row.session is None and not cached:
@@ -134,14 +134,14 @@ def _grown(row: Row, before: Turn | None, fresh: int) -> tuple[range, ...]:
     return tuple(runs)
 
 
-class Source(Protocol):
+class TurnSource(Protocol):
     """When turns arrive: each method returns turns with the times at which they do."""
 
-    def start(self) -> Iterable[tuple[float, Turn]]:
+    def start(self) -> Iterable[tuple[float, SimulatedTurn]]:
         """Those that wait for nothing, in order of time."""
         ...
 
-    def answered(self, turn: Turn, now: float) -> Iterable[tuple[float, Turn]]:
+    def answered(self, turn: SimulatedTurn, now: float) -> Iterable[tuple[float, SimulatedTurn]]:
         """Those that the end of this turn's answer lets come."""
         ...
 
@@ -150,17 +150,17 @@ class OpenLoop:
     """Arrivals by the clock; a later turn of a session also waits for the answer before it and a
     thought (``wait`` False: it does not)."""
 
-    def __init__(self, turns: Sequence[Turn], *, wait: bool = True) -> None:
+    def __init__(self, turns: Sequence[SimulatedTurn], *, wait: bool = True) -> None:
         self._first = sorted(
             (turn for turn in turns if turn.after < 0 or not wait),
             key=lambda turn: (turn.time, turn.index),
         )
         self._next = {turn.after: turn for turn in turns if turn.after >= 0 and wait}
 
-    def start(self) -> Iterable[tuple[float, Turn]]:
+    def start(self) -> Iterable[tuple[float, SimulatedTurn]]:
         return [(turn.time, turn) for turn in self._first]
 
-    def answered(self, turn: Turn, now: float) -> Iterable[tuple[float, Turn]]:
+    def answered(self, turn: SimulatedTurn, now: float) -> Iterable[tuple[float, SimulatedTurn]]:
         later = self._next.get(turn.index)
         return () if later is None else ((max(later.time, now + later.think), later),)
 
@@ -173,18 +173,18 @@ class ClosedLoop:
         ValueError: there is no client.
     """
 
-    def __init__(self, turns: Sequence[Turn], clients: int) -> None:
+    def __init__(self, turns: Sequence[SimulatedTurn], clients: int) -> None:
         if clients < 1:
             raise ValueError(f"a closed loop needs at least 1 client, not {clients}")
         self._clients = clients
         self._waiting = deque(turn for turn in turns if turn.after < 0)
         self._next = {turn.after: turn for turn in turns if turn.after >= 0}
 
-    def start(self) -> Iterable[tuple[float, Turn]]:
+    def start(self) -> Iterable[tuple[float, SimulatedTurn]]:
         first = min(self._clients, len(self._waiting))
         return [(0.0, self._waiting.popleft()) for _ in range(first)]
 
-    def answered(self, turn: Turn, now: float) -> Iterable[tuple[float, Turn]]:
+    def answered(self, turn: SimulatedTurn, now: float) -> Iterable[tuple[float, SimulatedTurn]]:
         later = self._next.get(turn.index)
         if later is not None:
             return ((now, later),)

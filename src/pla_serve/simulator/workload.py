@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import inf
 
 from pla_serve.policy.cost import CostModel
-from pla_serve.simulator.job import Job
+from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.traces.load import Trace
 from pla_serve.traces.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class TraceWorkload:
     """Requests in order of arrival, on one clock, in seconds of virtual time."""
 
     name: str
@@ -31,13 +31,13 @@ class Workload:
         """Seconds from the first arrival to the last."""
         return ((self.rows[-1].arrival or 0.0) - (self.rows[0].arrival or 0.0)) * self.stretch
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[SimulatedRequest]:
         """Fresh jobs; the history of each is what the trace says was cached."""
         jobs = []
         for number, row in enumerate(self.rows):
             new, history = uncached(row)
             jobs.append(
-                Job(
+                SimulatedRequest(
                     id=str(number),
                     arrival=(row.arrival or 0.0) * self.stretch,
                     new_tokens=new,
@@ -83,7 +83,7 @@ def at_load(
     *,
     instances: int = 1,
     decode_batch: int = 0,
-) -> Workload:
+) -> TraceWorkload:
     """The trace at ``load``: offered work (`work_seconds`) over what ``instances`` could do in the
     same time. The gaps between arrivals are stretched alike.
 
@@ -97,7 +97,7 @@ def at_load(
     if last <= first:
         raise ValueError(f"{name}: all requests arrive at once, so that it has no load")
     stretch = work / (load * instances) / (last - first)
-    return Workload(name, ordered, stretch, work)
+    return TraceWorkload(name, ordered, stretch, work)
 
 
 def sessions_at_load(
@@ -109,7 +109,7 @@ def sessions_at_load(
     instances: int = 1,
     decode_batch: int = 0,
     max_pause: float = inf,
-) -> Workload:
+) -> TraceWorkload:
     """A trace whose sessions have clocks of their own: not its pauses are stretched, but the time
     over which sessions start, until it is `work_seconds` over load and instances.
 
@@ -124,7 +124,7 @@ def sessions_at_load(
         work = work_seconds(trace.rows, cost, decode_batch=decode_batch)
         trace = trace.restarted(work / (load * instances), seed, max_pause=max_pause)
     work = work_seconds(trace.rows, cost, decode_batch=decode_batch)
-    return Workload(trace.name, trace.rows, 1.0, work, trace.clock)
+    return TraceWorkload(trace.name, trace.rows, 1.0, work, trace.clock)
 
 
 def _check(load: float) -> None:

@@ -73,7 +73,7 @@ class Uniform:
         return rng.randint(self.low, self.high)
 
 
-class Message(NamedTuple):
+class TurnLengths(NamedTuple):
     """One turn of a conversation."""
 
     new_tokens: int
@@ -104,13 +104,13 @@ class ChatLengths:
         if self.think_seconds < 0:
             raise ValueError(f"think_seconds must not be negative, not {self.think_seconds}")
 
-    def session(self, rng: random.Random) -> list[Message]:
+    def session(self, rng: random.Random) -> list[TurnLengths]:
         """One conversation."""
-        messages: list[Message] = []
+        messages: list[TurnLengths] = []
         goes_on = True
         while goes_on and len(messages) < self.max_turns:
             new = self.message.sample(rng)
             think = rng.expovariate(1.0) * self.think_seconds if messages else 0.0
-            messages.append(Message(new, self.answer.sample(rng), think))
+            messages.append(TurnLengths(new, self.answer.sample(rng), think))
             goes_on = rng.random() >= 1 / self.mean_turns
         return messages

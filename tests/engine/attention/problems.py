@@ -8,9 +8,9 @@ from random import Random
 import torch
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
-from pla_serve.engine.forward import FlatBatch, SpanRequest, slot_runs
-from pla_serve.engine.kv.blocks import Run, extend_runs
-from pla_serve.engine.staging import Capacity, Scratch, capacity_of, pack, unpack
+from pla_serve.engine.batch.flat import FlatBatch, SpanRequest, slot_runs
+from pla_serve.engine.batch.staging import Capacity, Scratch, capacity_of, pack, unpack
+from pla_serve.engine.kv.blocks import BlockRun, extend_runs
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def make_problem(
     cache.values[0].fill_(torch.nan)
     requests = []
     for new, history in lengths:
-        runs: list[Run] = []
+        runs: list[BlockRun] = []
         extend_runs(runs, [blocks.pop() for _ in range(-(-(new + history) // block))])
         requests.append(SpanRequest([1] * new, history, runs, True))
         for start, end in slot_runs(runs, new + history, block):

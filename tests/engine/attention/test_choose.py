@@ -9,8 +9,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.engine.attention.problems import make_problem
-
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.choose import choose_backend, probe
 from pla_serve.engine.attention.padded import PaddedAttention
@@ -18,8 +16,9 @@ from pla_serve.engine.attention.paged import PagedAttention, Tile
 from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.attention.tuning import forms
 from pla_serve.engine.attention.varlen import rectangle
-from pla_serve.engine.forward import FlatBatch, Paged
-from pla_serve.engine.graphs.capture import NoCapture, Pass
+from pla_serve.engine.batch.flat import FlatBatch, Paged
+from pla_serve.engine.run.graphs.capture import FixedPass, NoCapture
+from tests.engine.attention.problems import make_problem
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(3, 2, 16, torch.float32)
@@ -70,13 +69,13 @@ def test_backends_that_are_wrong_are_found_out() -> None:
 class Frozen(NoCapture):
     """Replays what was computed at the capture, as a graph does whose inputs were left outside."""
 
-    def capture(self, run: Pass) -> Pass:
+    def capture(self, run: FixedPass) -> FixedPass:
         output = run()
         return lambda: output
 
 
 class Refusing(NoCapture):
-    def capture(self, run: Pass) -> Pass:
+    def capture(self, run: FixedPass) -> FixedPass:
         raise RuntimeError("operation not permitted when stream is capturing")
 
 

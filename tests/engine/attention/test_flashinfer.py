@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.attention.problems import Problem, make_problem
-from tests.engine.fake_device import FakeDevice
 
 from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.attention.choose import CAPTURABLE, probe
 from pla_serve.engine.attention.flashinfer import FlashInferAttention, Wrapper
 from pla_serve.engine.attention.padded import PaddedAttention
+from tests.engine.attention.problems import Problem, make_problem
+from tests.engine.fake_device import FakeDevice
 
 CPU = torch.device("cpu")
 

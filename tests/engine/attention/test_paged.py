@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from tests.engine.attention.problems import make_problem
-
 from pla_serve.engine.attention.paged import PagedAttention, Tile
+from tests.engine.attention.problems import make_problem
 
 LENGTHS = st.lists(
     st.tuples(st.sampled_from((1, 2, 3, 4, 5, 15, 16, 17)), st.sampled_from((0, 1, 3, 4, 31, 70))),

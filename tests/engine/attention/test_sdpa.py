@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
-from pla_serve.engine.forward import FlatBatch, SpanRequest, build, slot_runs
-from pla_serve.engine.kv.blocks import Run, extend_runs
+from pla_serve.engine.batch.flat import FlatBatch, SpanRequest, build, slot_runs
+from pla_serve.engine.kv.blocks import BlockRun, extend_runs
 
 BLOCK = 4
 CPU = torch.device("cpu")
 
 
-def runs_of(blocks: list[int]) -> list[Run]:
-    runs: list[Run] = []
+def runs_of(blocks: list[int]) -> list[BlockRun]:
+    runs: list[BlockRun] = []
     extend_runs(runs, blocks)
     return runs
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.attention.problems import make_problem
 
 from pla_serve.engine.attention import varlen
 from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
+from tests.engine.attention.problems import make_problem
 
 
 def attend(

@@ -10,10 +10,10 @@ from filelock import FileLock
 
 from pla_serve.engine.loading.cache import build_once, cache_root
 from pla_serve.engine.loading.errors import ModelUnavailable
-from pla_serve.engine.loading.progress import Silent
+from pla_serve.engine.loading.progress import NoLoadingProgress
 
 
-class Said(Silent):
+class Said(NoLoadingProgress):
     """Keeps what was announced, and lets a test wait for it."""
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ def test_it_is_built_once(tmp_path: Path) -> None:
         calls.append(folder)
         fill(folder)
 
-    first = build_once("m", build, Silent(), root=tmp_path)
-    again = build_once("m", build, Silent(), root=tmp_path)
+    first = build_once("m", build, NoLoadingProgress(), root=tmp_path)
+    again = build_once("m", build, NoLoadingProgress(), root=tmp_path)
     assert first == again == tmp_path / "models" / "m"
     assert (first / "weights").read_text() == "all of them"
     assert len(calls) == 1
@@ -54,9 +54,9 @@ def test_a_build_that_fails_leaves_nothing_and_is_tried_again(tmp_path: Path) ->
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        build_once("m", broken, Silent(), root=tmp_path)
+        build_once("m", broken, NoLoadingProgress(), root=tmp_path)
     assert names(tmp_path) == set()
-    assert build_once("m", fill, Silent(), root=tmp_path).is_dir()
+    assert build_once("m", fill, NoLoadingProgress(), root=tmp_path).is_dir()
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (leftover / "half").write_text("x")
     other = tmp_path / "models" / ".other.abc123"
     other.mkdir()
-    build_once("m", fill, Silent(), root=tmp_path)
+    build_once("m", fill, NoLoadingProgress(), root=tmp_path)
     assert names(tmp_path) == {"m", ".other.abc123"}
 
 
@@ -82,10 +82,12 @@ def test_two_that_ask_at_once_build_once(tmp_path: Path) -> None:
     results: list[Path] = []
     second = Said()
 
-    def ask(progress: Silent) -> None:
+    def ask(progress: NoLoadingProgress) -> None:
         results.append(build_once("m", slow, progress, root=tmp_path))
 
-    threads = [threading.Thread(target=ask, args=(progress,)) for progress in (Silent(), second)]
+    threads = [
+        threading.Thread(target=ask, args=(progress,)) for progress in (NoLoadingProgress(), second)
+    ]
     threads[0].start()
     assert building.wait(30)
     threads[1].start()
@@ -102,13 +104,13 @@ def test_a_lock_that_is_never_released_is_an_error_with_a_cure(tmp_path: Path) -
     (tmp_path / "models").mkdir()
     lock = tmp_path / "models" / "m.lock"
     with FileLock(lock), pytest.raises(ModelUnavailable, match="delete that file"):
-        build_once("m", fill, Silent(), root=tmp_path, lock_timeout=0.01)
+        build_once("m", fill, NoLoadingProgress(), root=tmp_path, lock_timeout=0.01)
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_cure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ModelUnavailable, match="PLA_SERVE_CACHE"):
-        build_once("m", fill, Silent(), root=tmp_path / "file")
+        build_once("m", fill, NoLoadingProgress(), root=tmp_path / "file")
 
 
 def test_the_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

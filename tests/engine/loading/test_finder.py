@@ -13,9 +13,8 @@ from pla_serve.engine.config import LoadFormat
 from pla_serve.engine.loading import ModelUnavailable, UnsupportedModel, load_tokenizer, resolve
 from pla_serve.engine.loading.finder import DEFAULT_MODEL
 from pla_serve.engine.loading.hub import Hub, HubUnreachable
-from pla_serve.engine.loading.progress import Progress
-
-from . import tiny
+from pla_serve.engine.loading.progress import LoadingProgress
+from tests.engine.loading import tiny
 
 
 class FakeHub(Hub):
@@ -25,12 +24,12 @@ class FakeHub(Hub):
         self.folder = folder
         self.asked_for_weights = False
 
-    def settings(self, repo: str, progress: Progress) -> Path:
+    def settings(self, repo: str, progress: LoadingProgress) -> Path:
         if self.folder is None:
             raise HubUnreachable("no route")
         return self.folder
 
-    def weights(self, repo: str, progress: Progress) -> Path:
+    def weights(self, repo: str, progress: LoadingProgress) -> Path:
         self.asked_for_weights = True
         return self.settings(repo, progress)
 
@@ -45,11 +44,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
-def gives(folder: Path) -> Callable[[Progress], Path]:
+def gives(folder: Path) -> Callable[[LoadingProgress], Path]:
     return lambda progress: folder
 
 
-def refuses(progress: Progress) -> Path:
+def refuses(progress: LoadingProgress) -> Path:
     raise ModelUnavailable("pip could not download it.")
 
 

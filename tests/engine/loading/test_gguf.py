@@ -16,9 +16,8 @@ from pla_serve.engine.loading import ModelSource, UnsupportedModel, eos_token_id
 from pla_serve.engine.loading import gguf as gguf_cache
 from pla_serve.engine.loading.convert import _config, _read, convert
 from pla_serve.engine.loading.errors import ModelUnavailable
-from pla_serve.engine.loading.progress import Silent
-
-from . import tiny
+from pla_serve.engine.loading.progress import NoLoadingProgress
+from tests.engine.loading import tiny
 
 TOKENS = torch.arange(3, 33)[None]
 
@@ -142,7 +141,7 @@ def test_a_refusal_crosses_the_process(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path / "cache"))
     written(tmp_path / "m.gguf", expert_count=8)
     with pytest.raises(UnsupportedModel, match=r"m\.gguf: its metadata sets expert_count"):
-        gguf_cache.converted(tmp_path / "m.gguf", Silent())
+        gguf_cache.converted(tmp_path / "m.gguf", NoLoadingProgress())
     left = [path.name for path in (tmp_path / "cache" / "models").iterdir()]
     assert all(name.endswith(".lock") for name in left)
 
@@ -152,7 +151,7 @@ def test_a_crash_of_the_converter_is_no_refusal(
 ) -> None:
     monkeypatch.setattr("sys.executable", shutil.which("false") or "/bin/false")
     with pytest.raises(ModelUnavailable, match="exit status 1"):
-        gguf_cache.convert(tmp_path / "m.gguf", tmp_path, Silent())
+        gguf_cache.convert(tmp_path / "m.gguf", tmp_path, NoLoadingProgress())
 
 
 def test_a_changed_file_is_converted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +160,8 @@ def test_a_changed_file_is_converted_anew(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(gguf_cache, "convert", lambda path, *_: seen.append(path.read_bytes()))
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF one")
-    first = gguf_cache.converted(file, Silent())
-    assert gguf_cache.converted(file, Silent()) == first
+    first = gguf_cache.converted(file, NoLoadingProgress())
+    assert gguf_cache.converted(file, NoLoadingProgress()) == first
     file.write_bytes(b"GGUF, two")
-    assert gguf_cache.converted(file, Silent()) != first
+    assert gguf_cache.converted(file, NoLoadingProgress()) != first
     assert seen == [b"GGUF one", b"GGUF, two"]

@@ -13,7 +13,7 @@ from huggingface_hub import errors
 
 from pla_serve.engine.loading.errors import ModelUnavailable
 from pla_serve.engine.loading.hub import SETTINGS, WEIGHTS, Hub, HubUnreachable
-from pla_serve.engine.loading.progress import Silent
+from pla_serve.engine.loading.progress import NoLoadingProgress
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "onnx/model.onnx")
 
@@ -71,13 +71,13 @@ def http(kind: type[errors.HfHubHTTPError], status: int) -> Exception:
 
 def test_only_the_files_that_are_needed_are_fetched_of_one_commit(folder: Path) -> None:
     client = FakeClient(folder)
-    assert hub(client).weights("a/b", Silent()) == folder
+    assert hub(client).weights("a/b", NoLoadingProgress()) == folder
     assert client.fetched == [("c0ffee", SETTINGS + WEIGHTS)]
 
 
 def test_settings_are_fetched_without_weights(folder: Path) -> None:
     client = FakeClient(folder)
-    hub(client).settings("a/b", Silent())
+    hub(client).settings("a/b", NoLoadingProgress())
     assert client.fetched == [("c0ffee", SETTINGS)]
 
 
@@ -86,7 +86,7 @@ def test_an_unreachable_hub_is_asked_once(folder: Path) -> None:
     asked = hub(client)
     for _ in range(3):
         with pytest.raises(HubUnreachable, match="Name or service not known"):
-            asked.weights("a/b", Silent())
+            asked.weights("a/b", NoLoadingProgress())
     assert client.look_ups == 1
 
 
@@ -100,13 +100,13 @@ def test_a_hub_that_never_answers_is_given_up_on(folder: Path) -> None:
 
     asked = Hub(Hanging(folder), offline=False, timeout=0.04)
     with pytest.raises(HubUnreachable, match="no answer"):
-        asked.weights("a/b", Silent())
+        asked.weights("a/b", NoLoadingProgress())
     hang.set()
 
 
 def test_without_a_hub_the_cache_serves(folder: Path) -> None:
     client = FakeClient(folder, error=ConnectionError("down"), cached=True)
-    assert hub(client).weights("a/b", Silent()) == folder
+    assert hub(client).weights("a/b", NoLoadingProgress()) == folder
     assert client.fetched == []
 
 
@@ -114,13 +114,13 @@ def test_a_cache_that_is_incomplete_does_not_serve(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     client = FakeClient(folder, error=ConnectionError("down"), cached=True)
     with pytest.raises(HubUnreachable, match="down"):
-        hub(client).weights("a/b", Silent())
+        hub(client).weights("a/b", NoLoadingProgress())
 
 
 def test_offline_mode_asks_nobody(folder: Path) -> None:
     client = FakeClient(folder)
     with pytest.raises(HubUnreachable, match="HF_HUB_OFFLINE"):
-        hub(client, offline=True).weights("a/b", Silent())
+        hub(client, offline=True).weights("a/b", NoLoadingProgress())
     assert client.look_ups == 0
 
 
@@ -138,28 +138,28 @@ def test_what_the_hub_refuses_is_said_and_not_taken_for_an_outage(
     client = FakeClient(folder, error=error)
     asked = hub(client)
     with pytest.raises(ModelUnavailable, match=message):
-        asked.weights("a/b", Silent())
+        asked.weights("a/b", NoLoadingProgress())
     client.error = None
-    assert asked.weights("a/b", Silent()) == folder
+    assert asked.weights("a/b", NoLoadingProgress()) == folder
 
 
 def test_a_server_error_counts_as_unreachable(folder: Path) -> None:
     client = FakeClient(folder, error=http(errors.HfHubHTTPError, 503))
     with pytest.raises(HubUnreachable):
-        hub(client).weights("a/b", Silent())
+        hub(client).weights("a/b", NoLoadingProgress())
 
 
 def test_a_repository_without_safetensors_is_refused_before_fetching(folder: Path) -> None:
     client = FakeClient(folder, files=("config.json", "pytorch_model.bin"))
     with pytest.raises(ModelUnavailable, match="holds no safetensors"):
-        hub(client).weights("a/b", Silent())
+        hub(client).weights("a/b", NoLoadingProgress())
     client = FakeClient(folder, files=("m-Q4.gguf",))
     with pytest.raises(ModelUnavailable, match=r"hf download a/b m-Q4\.gguf"):
-        hub(client).weights("a/b", Silent())
+        hub(client).weights("a/b", NoLoadingProgress())
     assert client.fetched == []
 
 
 def test_a_download_that_breaks_off_says_so(folder: Path) -> None:
     client = FakeClient(folder, broken=True)
     with pytest.raises(ModelUnavailable, match=r"broke off: the line went dead .*start again"):
-        hub(client).weights("a/b", Silent())
+        hub(client).weights("a/b", NoLoadingProgress())

@@ -17,8 +17,7 @@ from pla_serve.engine.loading import (
     check_supported,
     decoder_layers,
 )
-
-from . import tiny
+from tests.engine.loading import tiny
 
 GPT2 = {"n_positions": 64, "n_inner": 48}
 LLAMA3_ROPE = {

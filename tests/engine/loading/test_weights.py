@@ -21,8 +21,7 @@ from pla_serve.engine.loading import (
     resolve_device,
     resolve_dtype,
 )
-
-from . import tiny
+from tests.engine.loading import tiny
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 23)[None]

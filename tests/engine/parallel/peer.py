@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import torch
 
+from pla_serve.engine.build.model import Loaded, load
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.loaded import Loaded, load
-from pla_serve.engine.loading import Silent, resolve
+from pla_serve.engine.loading import NoLoadingProgress, resolve
 from pla_serve.engine.parallel.commands import CommandReceiver, End
 from pla_serve.engine.parallel.following import follow
 from pla_serve.engine.parallel.ranks import Ranks, TorchRanks
@@ -30,7 +30,7 @@ def load_all(config: EngineConfig, ranks: Ranks) -> dict[str, Loaded]:
     loaded = {}
     for folder in sorted(Path(config.model).iterdir()):
         own = replace(config, model=str(folder), capture_shapes=SHAPES.get(folder.name))
-        source = resolve(own.model, own.load_format, progress=Silent())
+        source = resolve(own.model, own.load_format, progress=NoLoadingProgress())
         loaded[folder.name] = load(own, source, CPU, time.monotonic, ranks)
     return loaded
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.build.model import Loaded
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.forward import SpanRequest
 from pla_serve.engine.kv.sizing import GIB
-from pla_serve.engine.loaded import Loaded
 from pla_serve.engine.parallel.commands import CommandSender, End
 from pla_serve.engine.parallel.leading import LeadingExecutor
 from pla_serve.engine.parallel.team import Team
@@ -27,7 +26,6 @@ from tests.engine.parallel.peer import command_folder, load_all
 from tests.engine.test_outputs import assert_at_rest, serve_at_random
 from tests.engine.tiny import BLOCK, Engine, expected, make_engine, reference_model, write_tokenizer
 
-ROOT = Path(__file__).parents[3]
 MODELS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "captured": "llama"}
 """Name on the ranks, and the reference that it must equal."""
 BLOCKS = 256
@@ -58,8 +56,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         kv_cache_gib=BLOCKS * BLOCK * 2 * 3 * 2 * 16 * 4 / GIB,
         tensor_parallel_size=2,
     )
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.engine.parallel import peer"
-    team = Team(config, program=("-c", f"{start}; peer.main()"))
+    start = "from tests.engine.parallel import peer; peer.main()"
+    team = Team(config, program=("-c", start))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

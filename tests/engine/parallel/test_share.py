@@ -18,17 +18,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from pla_serve.engine import cpu, gpu
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.sdpa import SdpaReference
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.staging import DirectUploader
+from pla_serve.engine.build.engine import EngineCore
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.core import EngineCore
-from pla_serve.engine.executor import stage
-from pla_serve.engine.forward import SpanRequest
-from pla_serve.engine.gpu.operations import TorchOperations
-from pla_serve.engine.graphs.agreed import AgreedCapture
-from pla_serve.engine.graphs.capture import NoCapture, Pass
+from pla_serve.engine.layers import cpu, gpu
+from pla_serve.engine.layers.gpu.operations import TorchOperations
 from pla_serve.engine.loading import (
     ModelSource,
     ModelUnavailable,
@@ -40,8 +38,10 @@ from pla_serve.engine.loading import (
 from pla_serve.engine.parallel.ranks import agree, least
 from pla_serve.engine.parallel.share import check_divides, share_of_heads
 from pla_serve.engine.parallel.weights import load_share
-from pla_serve.engine.runner import ModelRunner
-from pla_serve.engine.staging import DirectUploader
+from pla_serve.engine.run.executor import stage
+from pla_serve.engine.run.graphs.agreed import AgreedCapture
+from pla_serve.engine.run.graphs.capture import FixedPass, NoCapture
+from pla_serve.engine.run.runner import ModelRunner
 from tests.engine.parallel.thread_ranks import Meeting, ThreadRanks, on_each
 
 CPU = torch.device("cpu")
@@ -217,7 +217,7 @@ def test_facts_at_start() -> None:
 
 def test_a_capture_counts_if_it_works_on_each_rank() -> None:
     class Fails(NoCapture):
-        def capture(self, run: Pass) -> Pass:
+        def capture(self, run: FixedPass) -> FixedPass:
             raise RuntimeError("no memory left")
 
     def capture(ranks: ThreadRanks) -> str:

@@ -14,13 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pla_serve.engine.device import Device, HostDevice
-from pla_serve.engine.executor import Executed
-from pla_serve.engine.forward import SpanRequest
-from pla_serve.engine.graphs.counts import GridCounts
+from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.parallel.commands import (
     Abandon,
-    Begin,
+    BeginPass,
     Command,
     CommandReceiver,
     CommandSender,
@@ -29,7 +26,10 @@ from pla_serve.engine.parallel.commands import (
 )
 from pla_serve.engine.parallel.following import OutOfStep, follow
 from pla_serve.engine.parallel.leading import LeadingExecutor
-from pla_serve.engine.runner import AtBoundary
+from pla_serve.engine.run.device import Device, HostDevice
+from pla_serve.engine.run.executor import Executed
+from pla_serve.engine.run.graphs.counts import GridCounts
+from pla_serve.engine.run.runner import AtBoundary
 
 LAYERS = 4
 WHOLE = 9
@@ -123,7 +123,7 @@ def test_the_leader_speaks_before_it_computes() -> None:
 
     class Checked(Recorder):
         def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
-            assert commands == [Begin(0, list(requests))]
+            assert commands == [BeginPass(0, list(requests))]
             at_boundary()
             assert commands[1:] == [Go(0, 0)]
             return Executed(torch.empty(0), False)
@@ -135,11 +135,11 @@ def test_the_leader_speaks_before_it_computes() -> None:
     ("commands", "message"),
     [
         ([Go(0, 0)], "between batches"),
-        ([Begin(1, [request(0)])], "at depth 0"),
-        ([Begin(0, [request(0)]), Go(0, 1)], "before layer 0 at depth 0"),
-        ([Begin(0, [request(0)]), Abandon(1)], "before layer 0 at depth 0"),
-        ([Begin(0, [request(0)]), Begin(0, [request(1)])], "at depth 1"),
-        ([Begin(0, [request(0)]), End()], "before layer 0"),
+        ([BeginPass(1, [request(0)])], "at depth 0"),
+        ([BeginPass(0, [request(0)]), Go(0, 1)], "before layer 0 at depth 0"),
+        ([BeginPass(0, [request(0)]), Abandon(1)], "before layer 0 at depth 0"),
+        ([BeginPass(0, [request(0)]), BeginPass(0, [request(1)])], "at depth 1"),
+        ([BeginPass(0, [request(0)]), End()], "before layer 0"),
     ],
 )
 def test_what_does_not_fit_is_not_guessed_at(commands: list[Command], message: str) -> None:
@@ -160,7 +160,7 @@ def test_ranks_with_other_layers_are_found_out(layers: int) -> None:
 def test_commands_arrive_in_order_at_each_rank(tmp_path: Path) -> None:
     receivers = [CommandReceiver(tmp_path, rank) for rank in (1, 2)]
     send = CommandSender(tmp_path, 3)
-    sent: list[Command] = [Begin(0, [request(i)]) for i in range(500)] + [End()]
+    sent: list[Command] = [BeginPass(0, [request(i)]) for i in range(500)] + [End()]
     for command in sent:
         send(command)
     for receive in receivers:

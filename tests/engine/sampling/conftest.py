@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pla_serve.engine.messages import SamplingParams
 from pla_serve.engine.sampling import GrammarCompiler, Sampler, SequenceSampling
+from pla_serve.wire.engine import SamplingParams
 
 EOS = 1
 TEXTS = ['{"name": "bob", "age": 12, "tags": ["a", "b"]}', "true false null", "hello world 3.5e-7"]

@@ -17,7 +17,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pla_serve.engine.messages import SamplingParams
 from pla_serve.engine.sampling import draw as module
 from pla_serve.engine.sampling.draw import (
     RESOLUTION,
@@ -29,6 +28,7 @@ from pla_serve.engine.sampling.draw import (
     scale,
     to_weights,
 )
+from pla_serve.wire.engine import SamplingParams
 
 seeds = st.integers(0, 2**31)
 temperatures = st.floats(0.05, 5)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from pla_serve.engine.messages import Grammar, SamplingParams
 from pla_serve.engine.sampling import GrammarCompiler, GrammarError, Sampler, SequenceSampling
 from pla_serve.engine.sampling import grammar as module
+from pla_serve.wire.engine import Grammar, SamplingParams
 
 EOS = 1
 Start = Callable[..., SequenceSampling]

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.engine.messages import Grammar, SamplingParams
 from pla_serve.engine.sampling import GrammarError, Sampler, SamplingError, SequenceSampling
+from pla_serve.wire.engine import Grammar, SamplingParams
 
 VOCAB = 300
 EOS = frozenset({1, 2})

@@ -14,10 +14,17 @@ from uuid import uuid4
 import msgspec
 import torch
 import zmq
-from tests.engine import tiny
 
+from pla_serve.engine.build.parts import EngineParts
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.messages import (
+from pla_serve.engine.host.process import Launch
+from pla_serve.engine.transfer.exchange import PeerExchange, assemble
+from pla_serve.engine.transfer.layout import KVLayout
+from pla_serve.engine.transfer.nixl import NixlTransport
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.registry import create_policy
+from pla_serve.wire.engine import (
     AddRequest,
     EngineFailed,
     FromEngine,
@@ -29,14 +36,7 @@ from pla_serve.engine.messages import (
     ToEngine,
     TransferStats,
 )
-from pla_serve.engine.parts import Parts
-from pla_serve.engine.process import Launch
-from pla_serve.engine.transfer.exchange import KVExchange, assemble
-from pla_serve.engine.transfer.layout import KVLayout
-from pla_serve.engine.transfer.nixl import NixlTransport
-from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.cost import CostModel
-from pla_serve.policy.registry import create_policy
+from tests.engine import tiny
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 120.0
@@ -44,7 +44,7 @@ PATIENCE = 120.0
 
 
 class TinyCore:
-    """What `pla_serve.engine.process` runs in a peer."""
+    """What `pla_serve.engine.host.process` runs in a peer."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class TinyCore:
         torch.set_num_threads(1)
         runner = tiny.runner("llama")
 
-        def exchange(parts: Parts) -> KVExchange:
+        def exchange(parts: EngineParts) -> PeerExchange:
             layout = KVLayout.of(runner._cache, tiny.BLOCK, "llama")
             made, _ = assemble(
                 layout, parts.kv, parts.gate, parts.intake, life=uuid4(), transport=NixlTransport
@@ -91,7 +91,7 @@ class Peer:
         self._in = context.socket(zmq.PUSH)
         self._in.connect(inbound)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pla_serve.engine.process", f"{__name__}:TinyCore"],
+            [sys.executable, "-m", "pla_serve.engine.host.process", f"{__name__}:TinyCore"],
             stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"},
         )

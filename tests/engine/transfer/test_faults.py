@@ -9,11 +9,8 @@ from random import Random
 import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.engine.chaos import ChaosPolicy
-from tests.engine.tiny import BLOCK, VOCABULARY, expected
-from tests.engine.transfer.world import Node, World, at_rest, request, reserve, watch
 
-from pla_serve.engine.messages import (
+from pla_serve.wire.engine import (
     AbortRequest,
     Accepted,
     Begin,
@@ -23,6 +20,9 @@ from pla_serve.engine.messages import (
     Rejected,
     Release,
 )
+from tests.engine.chaos import ChaosPolicy
+from tests.engine.tiny import BLOCK, VOCABULARY, expected
+from tests.engine.transfer.world import Node, World, at_rest, request, reserve, watch
 
 PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOKENS = 6

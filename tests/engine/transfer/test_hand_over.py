@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 import pytest
+
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.registry import create_policy
+from pla_serve.wire.engine import (
+    AbortRequest,
+    Accepted,
+    Begin,
+    EngineStats,
+    Output,
+    Rejected,
+    Release,
+)
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.tiny import BLOCK, expected
 from tests.engine.transfer.world import (
@@ -17,20 +31,6 @@ from tests.engine.transfer.world import (
     reserve,
     watch,
 )
-
-from pla_serve.engine.messages import (
-    AbortRequest,
-    Accepted,
-    Begin,
-    EngineStats,
-    Output,
-    Rejected,
-    Release,
-)
-from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import PrefillPolicy
-from pla_serve.policy.registry import create_policy
 
 PROMPT = tuple(range(1, 71))
 

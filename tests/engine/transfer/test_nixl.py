@@ -10,11 +10,11 @@ from itertools import count
 
 import pytest
 import zmq
+
+from pla_serve.wire.engine import Begin, Lend, Output, Release, Reserve
 from tests.engine.tiny import BLOCK, VOCABULARY, expected
 from tests.engine.transfer.peer import Peer
 from tests.engine.transfer.world import request
-
-from pla_serve.engine.messages import Begin, Lend, Output, Release, Reserve
 
 TOKENS = 8
 LONG = 400

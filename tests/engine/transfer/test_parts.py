@@ -8,21 +8,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.engine.chaos import ChaosPolicy
-from tests.engine.tiny import BLOCK, expected, make_engine
-from tests.engine.transfer.world import LEASE, World, at_rest, offer_of, request, reserve, watch
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
-from pla_serve.engine.kv.blocks import Run
+from pla_serve.engine.kv.blocks import BlockRun
 from pla_serve.engine.kv.manager import BlockTable, KVManager
-from pla_serve.engine.messages import Begin
 from pla_serve.engine.transfer import installed, nixl
-from pla_serve.engine.transfer.layout import KVLayout, Source, fingerprint
-from pla_serve.engine.transfer.ledger import Progress, Slots
+from pla_serve.engine.transfer.layout import KVLayout, KVSource, fingerprint
+from pla_serve.engine.transfer.ledger import LedgerReading, Slots
 from pla_serve.engine.transfer.offers import Offers
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.registry import create_policy
+from pla_serve.wire.engine import Begin
+from tests.engine.chaos import ChaosPolicy
+from tests.engine.tiny import BLOCK, expected, make_engine
+from tests.engine.transfer.world import LEASE, World, at_rest, offer_of, request, reserve, watch
 
 SHAPE = KVShape(layers=2, heads=2, head_dim=4, dtype=torch.float32)
 
@@ -31,11 +31,11 @@ def layout(cache: KVCache) -> KVLayout:
     return KVLayout.of(cache, BLOCK, "w")
 
 
-def source_of(layout: KVLayout, runs: list[Run], tokens: int) -> Source:
-    return Source(layout.kind, "a", b"", 0, 1, tokens, runs, layout.keys, layout.values)
+def source_of(layout: KVLayout, runs: list[BlockRun], tokens: int) -> KVSource:
+    return KVSource(layout.kind, "a", b"", 0, 1, tokens, runs, layout.keys, layout.values)
 
 
-def scattered(blocks: Sequence[int]) -> list[Run]:
+def scattered(blocks: Sequence[int]) -> list[BlockRun]:
     return [(block, block + 1) for block in blocks]
 
 
@@ -75,7 +75,7 @@ def test_neighbours_move_as_one() -> None:
 @given(st.integers(0, 2**62), st.integers(0, 2**24), st.integers(0, 2**24), st.integers(0, 2**15))
 def test_a_slot_says_what_was_written(generation: int, whole: int, chunk: int, layers: int) -> None:
     slots = Slots(3)
-    progress = Progress(generation, whole, chunk, layers)
+    progress = LedgerReading(generation, whole, chunk, layers)
     slots.write(1, progress)
     assert slots.read(1) == progress
     assert slots.read(0) is None
@@ -86,15 +86,15 @@ def test_a_slot_says_what_was_written(generation: int, whole: int, chunk: int, l
 def test_a_torn_slot_is_nothing(cut: int, before: int, after: int) -> None:
     """A reader that sees some bytes of one state and some of the next sees neither."""
     slots = Slots(3)
-    slots.write(0, Progress(5, before, 0, 0))
-    slots.write(1, Progress(5, after, 0, 0))
+    slots.write(0, LedgerReading(5, before, 0, 0))
+    slots.write(1, LedgerReading(5, after, 0, 0))
     old, new = (bytes(slots.rows[row].view("uint8")[:32]) for row in (0, 1))
     slots.rows[2].view("uint8")[:32] = list(new[:cut] + old[cut:])
     assert slots.read(2) in (None, slots.read(0), slots.read(1))
 
 
 def test_a_claim_covers_computed_layers_only() -> None:
-    progress = Progress(1, whole=8, chunk=20, layers=2)
+    progress = LedgerReading(1, whole=8, chunk=20, layers=2)
     assert [progress.available(layer) for layer in range(3)] == [20, 20, 8]
 
 

@@ -8,11 +8,14 @@ from functools import cache
 from uuid import UUID
 
 import torch
-from tests.engine import tiny
-from tests.engine.chaos import ChaosPolicy
-from tests.engine.transfer.wire import Wire, WireTransport
 
-from pla_serve.engine.messages import (
+from pla_serve.engine.build.parts import EngineParts
+from pla_serve.engine.run.runner import ModelRunner
+from pla_serve.engine.transfer.exchange import PeerExchange, assemble
+from pla_serve.engine.transfer.layout import Copy, KVLayout
+from pla_serve.engine.transfer.reader import Reader
+from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.wire.engine import (
     AddRequest,
     HandOver,
     Lend,
@@ -23,12 +26,9 @@ from pla_serve.engine.messages import (
     Reserve,
     SamplingParams,
 )
-from pla_serve.engine.parts import Parts
-from pla_serve.engine.runner import ModelRunner
-from pla_serve.engine.transfer.exchange import KVExchange, assemble
-from pla_serve.engine.transfer.layout import Copy, KVLayout
-from pla_serve.engine.transfer.reader import Reader
-from pla_serve.policy.protocol import PrefillPolicy
+from tests.engine import tiny
+from tests.engine.chaos import ChaosPolicy
+from tests.engine.transfer.wire import Wire, WireTransport
 
 LEASE = 5.0
 
@@ -53,7 +53,7 @@ class Node:
     """An engine, its side of the exchange, and what a router has not yet read of its messages."""
 
     engine: tiny.Engine
-    exchange: KVExchange
+    exchange: PeerExchange
     reader: Reader
     layout: KVLayout
     name: str
@@ -98,9 +98,9 @@ class World:
             memory.fill_(torch.nan)
         self.lives += 1
         life = UUID(int=(self.lives << 100) | number)
-        made: list[tuple[KVExchange, Reader, KVLayout]] = []
+        made: list[tuple[PeerExchange, Reader, KVLayout]] = []
 
-        def exchange(parts: Parts) -> KVExchange:
+        def exchange(parts: EngineParts) -> PeerExchange:
             layout = KVLayout.of(kv, tiny.BLOCK, self.model)
             exchange, reader = assemble(
                 layout,

@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults import Fault, Injector, draw
-from leaks import count_descriptors, find_leaks
-from load import Load, Question, Tally, learn, make_questions
-from tiny_fleet import TinyFleet, start_alone, start_fleet, write_model
+from tests.fleet.chaos.faults import Fault, Injector, draw
+from tests.fleet.chaos.leaks import count_descriptors, find_leaks
+from tests.fleet.chaos.load import Load, Question, Tally, learn, make_questions
+from tests.fleet.chaos.tiny_fleet import TinyFleet, start_alone, start_fleet, write_model
 
 QUESTIONS = 24
 

@@ -13,8 +13,9 @@ from math import inf
 from random import Random
 
 import httpx
-from load import Question, Tally, ask
-from tiny_fleet import Process, TinyFleet, is_ready
+
+from tests.fleet.chaos.load import Question, Tally, ask
+from tests.fleet.chaos.tiny_fleet import Process, TinyFleet, is_ready
 
 
 class Kind(StrEnum):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_fleet import Process, TinyFleet
+
+from tests.fleet.chaos.tiny_fleet import Process, TinyFleet
 
 HELD = (
     "vllm:kv_cache_usage_perc",

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 import httpx
-from tiny_fleet import VOCABULARY
+
+from tests.fleet.chaos.tiny_fleet import VOCABULARY
 
 TRIES = 20
 """Of one request, over router restarts."""

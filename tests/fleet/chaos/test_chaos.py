@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the modules that tests share
-
-import campaign
-from faults import Kind, draw
+from tests.fleet.chaos import campaign
+from tests.fleet.chaos.faults import Kind, draw
 
 
 def test_faults_cost_no_answer_and_leak_nothing(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ class TinyFleet:
     def _describe(self, child: psutil.Process) -> Process | None:
         try:
             words = child.cmdline()
-            engines = [c.pid for c in child.children() if "pla_serve.engine.process" in c.cmdline()]
+            engines = [
+                c.pid for c in child.children() if "pla_serve.engine.host.process" in c.cmdline()
+            ]
         except psutil.Error:
             return None
         if "--port" not in words:

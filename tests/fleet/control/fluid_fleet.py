@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pla_serve.fleet.control.control import ControlOptions, FleetControl
 from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, RequestMessage, Role
-from pla_serve.policy.pools.protocol import Controller, Move, Pool
+from pla_serve.policy.pools.protocol import Move, Pool, PoolController
 from pla_serve.policy.pools.stages import StageController
 
 FACTS = InstanceFacts(
@@ -83,7 +83,7 @@ class FluidFleet:
     def __init__(
         self,
         roles: list[Role],
-        controller: Controller | None,
+        controller: PoolController | None,
         *,
         stages: StageController | None = None,
         period: float = 1.0,

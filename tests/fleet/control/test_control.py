@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the module that tests share
-
-from fluid_fleet import FakeLink, FluidFleet
 
 from pla_serve.fleet.control.control import FleetControl
 from pla_serve.fleet.link.protocol import Role
@@ -19,6 +12,7 @@ from pla_serve.policy.pools.balance import BalanceController
 from pla_serve.policy.pools.pressure import PressureController
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.pools.registry import parse_controller
+from tests.fleet.control.fluid_fleet import FakeLink, FluidFleet
 
 ROLES = ("short", "long", "decode")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +11,14 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from starlette.testclient import TestClient
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the module that tests share
-
-from fluid_fleet import FACTS, FakeLink
-
 from pla_serve.fleet.control.control import FleetControl
 from pla_serve.fleet.router.client import FleetClient
 from pla_serve.fleet.router.metrics import FleetMetrics
 from pla_serve.fleet.status import ControlMetrics, FleetStatus
 from pla_serve.fleet.status_view import show
 from pla_serve.policy.pools.balance import BalanceController
-from pla_serve.server.guard import Keys
+from pla_serve.server.api.guard import Keys
+from tests.fleet.control.fluid_fleet import FACTS, FakeLink
 
 
 class Fleet:
@@ -91,7 +86,7 @@ def test_signal_is_a_metric() -> None:
 
 @pytest.mark.parametrize(("key", "code"), [(None, 401), ("wrong", 401), ("secret", 200)])
 def test_page_asks_for_a_key_where_there_are_keys(key: str | None, code: int) -> None:
-    from pla_serve.server.app import _add_errors
+    from pla_serve.server.api.app import _add_errors
 
     app = FastAPI()
     _add_errors(app)

@@ -12,9 +12,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from server_harness import DEADLINE, HERE
-
-from pla_serve.engine.messages import Accepted, AddRequest, Output, Rejected, SamplingParams
 from pla_serve.fleet.link.liveness import Backoff
 from pla_serve.fleet.link.own import InstanceLink
 from pla_serve.fleet.link.protocol import (
@@ -24,6 +21,8 @@ from pla_serve.fleet.link.protocol import (
     LinkEvents,
     NewsMessage,
 )
+from pla_serve.wire.engine import Accepted, AddRequest, Output, Rejected, SamplingParams
+from tests.server.server_harness import DEADLINE, ENGINE_PATH
 
 FAST = Backoff(0.01, 0.05)
 
@@ -124,10 +123,10 @@ class Process:
 
     def __init__(self, drain_seconds: float = 5.0, **env: str) -> None:
         self.child = subprocess.Popen(
-            [sys.executable, str(HERE / "serve_fake.py"), str(drain_seconds)],
+            [sys.executable, "-m", "tests.server.serve_fake", str(drain_seconds)],
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **env},
+            env={**os.environ, "PYTHONPATH": ENGINE_PATH, **env},
         )
         assert self.child.stdout is not None
         port, engine = self.child.stdout.readline().split()

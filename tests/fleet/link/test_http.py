@@ -9,10 +9,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from fake_http import FakeServer, serving, sglang_events, vllm_events
-from link_harness import FAST, Recorder, add, running
 
-from pla_serve.engine.messages import (
+from pla_serve.fleet.link.http import Dialect, HttpLink
+from pla_serve.fleet.link.mapping import Unmappable, samples
+from pla_serve.fleet.link.protocol import LinkDown, LinkRefused
+from pla_serve.fleet.link.sglang import SglangDialect
+from pla_serve.fleet.link.vllm import VllmDialect
+from pla_serve.wire.engine import (
     AbortRequest,
     AddRequest,
     Begin,
@@ -23,11 +26,8 @@ from pla_serve.engine.messages import (
     Reserve,
     SamplingParams,
 )
-from pla_serve.fleet.link.http import Dialect, HttpLink
-from pla_serve.fleet.link.mapping import Unmappable, samples
-from pla_serve.fleet.link.protocol import LinkDown, LinkRefused
-from pla_serve.fleet.link.sglang import SglangDialect
-from pla_serve.fleet.link.vllm import VllmDialect
+from tests.fleet.link.fake_http import FakeServer, serving, sglang_events, vllm_events
+from tests.fleet.link.link_harness import FAST, Recorder, add, running
 
 DIALECTS: dict[str, tuple[Dialect, Any]] = {
     "vllm": (VllmDialect(), vllm_events),

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pla_serve.fleet.link.liveness import Backoff, Silence
-from pla_serve.server.frames import FRAME_BYTES, Outbox, Overflow
+from pla_serve.fleet.link.liveness import Backoff, PeerSilence
+from pla_serve.wire.frames import FRAME_BYTES, Outbox, Overflow
 
 
 @given(st.lists(st.floats(0.01, 0.25), min_size=1, max_size=200))
 def test_a_peer_is_lost_after_its_seconds_and_not_before(steps: list[float]) -> None:
-    silence = Silence(2.0, 0.0)
+    silence = PeerSilence(2.0, 0.0)
     now = 0.0
     for step in steps:
         now += step
@@ -23,7 +23,7 @@ def test_a_peer_is_lost_after_its_seconds_and_not_before(steps: list[float]) -> 
 
 
 def test_a_word_begins_the_count_anew() -> None:
-    silence = Silence(2.0, 0.0)
+    silence = PeerSilence(2.0, 0.0)
     ticks = [0.25 * index for index in range(1, 9)]
     assert not any(silence.tick(now) for now in ticks)
     silence.heard()
@@ -32,7 +32,7 @@ def test_a_word_begins_the_count_anew() -> None:
 
 
 def test_time_in_which_this_process_stood_still_is_not_silence() -> None:
-    silence = Silence(2.0, 0.0)
+    silence = PeerSilence(2.0, 0.0)
     silence.tick(0.25)
     assert not silence.tick(1000.0)
     silence.heard()
@@ -40,7 +40,7 @@ def test_time_in_which_this_process_stood_still_is_not_silence() -> None:
 
 
 def test_but_a_peer_that_stays_silent_after_it_is_lost() -> None:
-    silence = Silence(2.0, 0.0)
+    silence = PeerSilence(2.0, 0.0)
     silence.tick(1000.0)
     now, ticks = 1000.0, 0
     while not silence.tick(now):
@@ -55,7 +55,7 @@ def test_backoff_doubles_to_its_bound() -> None:
     with pytest.raises(ValueError, match="0 < base <= most"):
         Backoff(3.0, 2.0)
     with pytest.raises(ValueError, match="must be positive"):
-        Silence(0.0, 0.0)
+        PeerSilence(0.0, 0.0)
 
 
 @given(st.lists(st.integers(0, 400), max_size=70))

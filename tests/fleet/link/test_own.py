@@ -10,15 +10,15 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_core import EOS, REJECT_SEED, SILENT_SEED
-from link_harness import FAST, Process, Recorder, add, linked, running
 from msgspec.structs import replace
-from server_harness import MODEL, Live, until
 
-from pla_serve.engine.messages import AbortRequest, Begin, Release
 from pla_serve.fleet.link.own import InstanceLink
 from pla_serve.fleet.link.protocol import LinkDown, LinkRefused
 from pla_serve.server.run import listen
+from pla_serve.wire.engine import AbortRequest, Begin, Release
+from tests.fleet.link.link_harness import FAST, Process, Recorder, add, linked, running
+from tests.server.fake_core import EOS, REJECT_SEED, SILENT_SEED
+from tests.server.server_harness import MODEL, Live, until
 
 SILENT = {"seed": SILENT_SEED}
 

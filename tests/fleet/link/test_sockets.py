@@ -10,15 +10,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_core import SILENT_SEED
-from link_harness import FAST, Recorder, add, linked, running
-from server_harness import DEADLINE, Live, until
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from pla_serve.fleet.link.own import InstanceLink
-from pla_serve.server import link as server_link
-from pla_serve.server.link_messages import PATH, SUBPROTOCOL, Alive
+from pla_serve.server.link import hub as server_link
+from pla_serve.wire.link import PATH, SUBPROTOCOL, Alive
+from tests.fleet.link.link_harness import FAST, Recorder, add, linked, running
+from tests.server.fake_core import SILENT_SEED
+from tests.server.server_harness import DEADLINE, Live, until
 
 
 @pytest.fixture

@@ -12,7 +12,10 @@ from itertools import count
 from typing import Any
 from zlib import crc32
 
-from pla_serve.engine.messages import (
+from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, LinkDown
+from pla_serve.fleet.router.contract import FleetOptions
+from pla_serve.fleet.router.fleet import Fleet
+from pla_serve.wire.engine import (
     AbortRequest,
     Accepted,
     AddRequest,
@@ -25,10 +28,7 @@ from pla_serve.engine.messages import (
     Reserve,
     SamplingParams,
 )
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, LinkDown
-from pla_serve.fleet.router.contract import FleetOptions
-from pla_serve.fleet.router.fleet import Fleet
-from pla_serve.server.link_messages import NewsMessage
+from pla_serve.wire.link import NewsMessage
 
 VOCABULARY = 1000
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fake_fleet import FakeLink, Recorder, oracle
-
-from pla_serve.engine.messages import AddRequest, SamplingParams
 from pla_serve.fleet.link.protocol import LinkRefused
 from pla_serve.fleet.router.client import FleetClient
-from pla_serve.server.backend import EngineStartError, EngineUnavailableError
-from pla_serve.server.session import EngineDiedError, SlowReaderError
+from pla_serve.server.engine.backend import EngineStartError, EngineUnavailableError
+from pla_serve.server.engine.session import EngineDiedError, SlowReaderError
+from pla_serve.wire.engine import AddRequest, SamplingParams
+from tests.fleet.router.fake_fleet import FakeLink, Recorder, oracle
 
 
 class LiveLink(FakeLink):

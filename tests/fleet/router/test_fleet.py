@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import msgspec
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fake_fleet import Bench, FakeLink, oracle
-
-from pla_serve.engine.messages import AbortRequest, AddRequest, Lend, Reserve
 from pla_serve.fleet.router.prefixes import Chain
+from pla_serve.wire.engine import AbortRequest, AddRequest, Lend, Reserve
+from tests.fleet.router.fake_fleet import Bench, FakeLink, oracle
 
 PROMPT = list(range(40))
 

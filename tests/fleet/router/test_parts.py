@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pla_serve.fleet.router.circuit import Circuit, CircuitOptions, CircuitState
 from pla_serve.fleet.router.costs import FleetCost
-from pla_serve.fleet.router.keys import IDLE_SECONDS, Shares
+from pla_serve.fleet.router.keys import IDLE_SECONDS, KeyShares
 from pla_serve.fleet.router.prefixes import BLOCK, Chain, PrefixRecord
 
 # Circuit
@@ -67,7 +67,7 @@ def test_circuit_options_are_checked(wrong: dict[str, float]) -> None:
 
 
 def test_each_active_key_has_an_equal_part() -> None:
-    shares = Shares()
+    shares = KeyShares()
     shares.charge("a", "1", 4.0, 0.0)
     assert not shares.entitled("a", 1.0, 4.0, 0.0)
     assert shares.entitled("b", 2.0, 4.0, 0.0)
@@ -77,7 +77,7 @@ def test_each_active_key_has_an_equal_part() -> None:
 
 
 def test_a_key_that_was_idle_for_a_while_has_no_part() -> None:
-    shares = Shares()
+    shares = KeyShares()
     shares.charge("a", "1", 1.0, 0.0)
     shares.discharge("a", "1", 0.0)
     assert not shares.entitled("b", 3.0, 4.0, 1.0)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fake_fleet import VOCABULARY, Client, Clock, Recorder
-
-from pla_serve.engine.messages import Accepted, AddRequest, Output, SamplingParams
 from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
 from pla_serve.fleet.router.fleet import Fleet
+from pla_serve.wire.engine import Accepted, AddRequest, Output, SamplingParams
+from tests.fleet.router.fake_fleet import VOCABULARY, Client, Clock, Recorder
 
 SECONDS_PER_TOKEN = 1e-3
 COST = {"token": SECONDS_PER_TOKEN, "attention": 0.0, "kv": 0.0, "sequence": 0.0, "launch": 0.0}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,17 +16,14 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "server"))
-
-from fake_core import GATED_SEED, REJECT_SEED
-from server_harness import DEADLINE, MODEL, Live, check_grammar, make_tokenizer, until
-
 from pla_serve.cli import app
 from pla_serve.fleet.link import http, own
 from pla_serve.fleet.route_command import RouteSettings, build, make_links
 from pla_serve.fleet.router.contract import FleetOptions
 from pla_serve.server.run import listen
 from pla_serve.server.settings import ServerSettings
+from tests.server.fake_core import GATED_SEED, REJECT_SEED
+from tests.server.server_harness import DEADLINE, MODEL, Live, check_grammar, make_tokenizer, until
 
 KEY = "between us"
 

@@ -7,19 +7,14 @@ nothing is left of it anywhere.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fake_fleet import Bench, FakeLink, oracle
-
-from pla_serve.engine.messages import AddRequest, Reserve
 from pla_serve.fleet.router.dispatch import BLAME_SECONDS
+from pla_serve.wire.engine import AddRequest, Reserve
+from tests.fleet.router.fake_fleet import Bench, FakeLink, oracle
 
 # "fetch" is no role: the instances can exchange KV.
 ROLES = [

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from pla_serve.cli import app
 from pla_serve.fleet.fleet_flags import Forwarded, split
 from pla_serve.fleet.supervisor import launch
-from pla_serve.fleet.supervisor.launch import Plan
+from pla_serve.fleet.supervisor.launch import LaunchPlan
 
 
 def free_port() -> str:
@@ -22,15 +22,15 @@ def free_port() -> str:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LaunchPlan]]:
     """Plans that would have been run."""
-    found: list[Plan] = []
+    found: list[LaunchPlan] = []
 
-    def run(self: Plan) -> int:
+    def run(self: LaunchPlan) -> int:
         found.append(self)
         return 0
 
-    monkeypatch.setattr(Plan, "run", run)
+    monkeypatch.setattr(LaunchPlan, "run", run)
     yield found
     for plan in found:
         plan.close()
@@ -40,7 +40,7 @@ def fleet(*args: str) -> Result:
     return CliRunner().invoke(app, ["fleet", *args])
 
 
-def words_of(plan: Plan) -> tuple[list[list[str]], list[str]]:
+def words_of(plan: LaunchPlan) -> tuple[list[list[str]], list[str]]:
     """Of the instances, and of the router."""
     commands = list(plan.commands())
     return [words for name, words in commands if name == "serve"], commands[-1][1]
@@ -50,7 +50,7 @@ def value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
-def test_flags_go_to_whom_they_belong(plans: list[Plan]) -> None:
+def test_flags_go_to_whom_they_belong(plans: list[LaunchPlan]) -> None:
     result = fleet(
         "org/model", "--short", "2", "--long", "1", "--port", free_port(), "--threads", "3",
         "--kv-cache-gib", "0.5", "--no-prefix-cache", "--policy=fcfs", "--routing", "round-robin",
@@ -78,7 +78,7 @@ def test_flags_go_to_whom_they_belong(plans: list[Plan]) -> None:
     assert len(set(urls)) == 3
 
 
-def test_file_and_flags_go_together(plans: list[Plan], tmp_path: Path) -> None:
+def test_file_and_flags_go_together(plans: list[LaunchPlan], tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     path.write_text(
         "model: a\ninstances: {mixed: 3}\nserve: {seed: 3}\nroute: {controller: off}\n"
@@ -95,7 +95,7 @@ def test_file_and_flags_go_together(plans: list[Plan], tmp_path: Path) -> None:
 
 
 def test_instances_on_a_cpu_share_its_memory(
-    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+    plans: list[LaunchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Memory:
         available = 10 * 2**30
@@ -109,7 +109,7 @@ def test_instances_on_a_cpu_share_its_memory(
 
 
 def test_decode_instances_exchange_kv_where_it_is_possible(
-    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+    plans: list[LaunchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("m", "--mixed", "1", "--decode", "1", "--port")
     for there in ("nixl_cu13", None):
@@ -132,7 +132,7 @@ def test_decode_instances_exchange_kv_where_it_is_possible(
         (["m", "--mixed", "1", "--config", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
 )
-def test_mistakes_are_one_line(plans: list[Plan], args: list[str], message: str) -> None:
+def test_mistakes_are_one_line(plans: list[LaunchPlan], args: list[str], message: str) -> None:
     result = fleet(*args, "--port", free_port())
     assert result.exit_code == 1
     assert message in result.stderr
@@ -140,7 +140,7 @@ def test_mistakes_are_one_line(plans: list[Plan], args: list[str], message: str)
     assert plans == []
 
 
-def test_unknown_flags_are_usage_errors(plans: list[Plan]) -> None:
+def test_unknown_flags_are_usage_errors(plans: list[LaunchPlan]) -> None:
     assert fleet("m", "--mixed", "1", "--nonsense", "3").exit_code == 2
     assert plans == []
 
@@ -166,7 +166,7 @@ def test_status_without_a_router_says_so() -> None:
     assert "nobody answers" in result.stderr
 
 
-def test_example_is_a_fleet(plans: list[Plan]) -> None:
+def test_example_is_a_fleet(plans: list[LaunchPlan]) -> None:
     example = Path(__file__).parents[3] / "examples" / "fleet.yaml"
     result = fleet("--config", str(example), "--port", free_port())
     assert result.exit_code == 0, result.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pla_serve.fleet.supervisor.restarts import Restarts, Silence
+from pla_serve.fleet.supervisor.restarts import HangDetector, Restarts
 from pla_serve.fleet.supervisor.spec import Health
 
 HEALTH = Health(base_seconds=1.0, most_seconds=8.0, steady_seconds=60.0)
@@ -45,7 +45,7 @@ def test_no_wait_is_longer_than_the_longest(lives: list[float]) -> None:
 
 
 def test_silence_is_patient_before_the_first_answer() -> None:
-    silence = Silence(Health(hang_seconds=5, start_seconds=100), 10.0)
+    silence = HangDetector(Health(hang_seconds=5, start_seconds=100), 10.0)
     assert not silence.hangs(109.0)
     assert silence.hangs(110.0)
     silence.answered(50.0)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pla_serve.fleet.supervisor.log_lines import write_line
-from pla_serve.fleet.supervisor.member import FleetStartError, Member, Recipe, State
+from pla_serve.fleet.supervisor.member import FleetMember, FleetStartError, MemberState, Recipe
 from pla_serve.fleet.supervisor.ports import ReservedPort
 from pla_serve.fleet.supervisor.spec import Health
 from pla_serve.fleet.supervisor.supervisor import Supervisor
@@ -34,21 +34,21 @@ class Fleet:
         self.ports: list[ReservedPort] = []
         self.lines: list[tuple[str, str]] = []
 
-    def member(self, name: str, *words: str, health: Health = QUICK) -> Member:
+    def member(self, name: str, *words: str, health: Health = QUICK) -> FleetMember:
         port = ReservedPort()
         self.ports.append(port)
         command = [sys.executable, str(SERVER), str(port.number), *words]
         recipe = Recipe(
             name, command, f"http://127.0.0.1:{port.number}", has_engine="mute" in words
         )
-        return Member(recipe, health, lambda who, line: self.lines.append((who, line)))
+        return FleetMember(recipe, health, lambda who, line: self.lines.append((who, line)))
 
     def lives(self, name: str) -> int:
         return sum(who == name and line.startswith("life") for who, line in self.lines)
 
 
 @asynccontextmanager
-async def running(*members: Member) -> AsyncIterator[Supervisor]:
+async def running(*members: FleetMember) -> AsyncIterator[Supervisor]:
     """The last one is the router."""
     supervisor = Supervisor(members[:-1], members[-1], drain_seconds=5)
     task = asyncio.create_task(supervisor.run())
@@ -149,7 +149,7 @@ def test_stop_ends_a_process_that_will_not_leave() -> None:
         pid = one.pid
         assert pid is not None
         supervisor.stop()
-        await until(lambda: router.state is State.STOPPED and router.pid is None)
+        await until(lambda: router.state is MemberState.STOPPED and router.pid is None)
         assert psutil.pid_exists(pid)  # still has its time to drain
         supervisor.stop()  # a second signal does not wait
         await asyncio.wait_for(task, DEADLINE)
@@ -169,7 +169,7 @@ def test_stop_while_waiting_for_the_next_life_does_not_wait(tmp_path: Path) -> N
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
                 await until(lambda pid=pid: one.pid != pid)  # type: ignore[misc]
-            await until(lambda: one.state is State.WAITING)
+            await until(lambda: one.state is MemberState.WAITING)
 
     run(test)
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from pla_serve.plugins.vllm import LengthAwareScheduler
-from pla_serve.plugins.vllm.options import Options, read_options
+from pla_serve.plugins.vllm.options import PluginOptions, read_options
 from pla_serve.plugins.vllm.versions import check_version, installed_version
 from tests.plugins.vllm.harness import make_scheduler
 
 
 def test_no_section_is_all_defaults() -> None:
-    assert read_options({}) == Options()
-    assert read_options({"gdn_prefill_backend": "auto"}) == Options()
+    assert read_options({}) == PluginOptions()
+    assert read_options({"gdn_prefill_backend": "auto"}) == PluginOptions()
 
 
 def test_values_arrive() -> None:
     found = read_options({"pla_serve": {"long_share": 0.3, "boundary_tokens": 512, "patience": 0}})
-    assert found == Options(long_share=0.3, boundary_tokens=512, patience=0)
+    assert found == PluginOptions(long_share=0.3, boundary_tokens=512, patience=0)
     assert found.policy(100, 10).long_share == 0.3
 
 
@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_refused_by_name(additional: object, message: str) 
 
 
 def test_a_hardware_plugin_may_have_sections_of_its_own() -> None:
-    assert read_options({"ascend": {"x": 1}}, foreign_keys=True) == Options()
+    assert read_options({"ascend": {"x": 1}}, foreign_keys=True) == PluginOptions()
     with pytest.raises(ValueError, match="belongs into its section"):
         read_options({"long_share": 0.5}, foreign_keys=True)
 

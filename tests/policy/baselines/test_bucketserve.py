@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from pla_serve.policy.baselines.bucketserve import BucketOptions, BucketQueue
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.pending import Pending
-
-from .helpers import add, make, step
+from tests.policy.baselines.helpers import add, make, step
 
 OPTIONS = BucketOptions(longest_tokens=1024)
 

@@ -8,8 +8,7 @@ from pla_serve.policy.baselines.fastserve import FeedbackOptions, FeedbackQueue
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
-
-from .helpers import add, make, run, shape, step
+from tests.policy.baselines.helpers import add, make, run, shape, step
 
 OPTIONS = FeedbackOptions(levels=4, quantum_seconds=0.1, ratio=2.0, starve_seconds=5.0)
 SPEC = "fastserve:levels=4:quantum_seconds=0.1:ratio=2:starve_seconds=5"

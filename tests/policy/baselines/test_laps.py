@@ -11,9 +11,9 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import BatchClass, Idle, PrefillPolicy, Wait
 from pla_serve.policy.registry import create_policy
+from tests.policy.baselines.helpers import MILLISECOND_A_TOKEN, add, make, run, shape, step
 
 from ..executor import Executor, Job
-from .helpers import MILLISECOND_A_TOKEN, add, make, run, shape, step
 
 CONFIG = PolicyConfig(boundary_tokens=256, max_batch_requests=8)
 

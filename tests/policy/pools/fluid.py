@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from pla_serve.policy.pools.protocol import Controller, InstanceReport, Move, Pool
+from pla_serve.policy.pools.protocol import Move, Pool, PoolController, PoolReport
 
 JOBS_A_SECOND = 64
 """Arrivals of each class; so many that they are next to even."""
@@ -16,7 +16,7 @@ JOBS_A_SECOND = 64
 class FluidFleet:
     """Instances work on their own class only; a moved one is there at once."""
 
-    controller: Controller
+    controller: PoolController
     short: int
     long: int
     period: float = 1.0
@@ -55,15 +55,12 @@ class FluidFleet:
         assert self.long >= 1
         self.sizes.append(self.short)
 
-    def reports(self) -> list[InstanceReport]:
+    def reports(self) -> list[PoolReport]:
         short, long = self.queued[Pool.SHORT], self.queued[Pool.LONG]
         return [
-            InstanceReport(f"s{n}", Pool.SHORT, queued_short=short / self.short)
+            PoolReport(f"s{n}", Pool.SHORT, queued_short=short / self.short)
             for n in range(self.short)
-        ] + [
-            InstanceReport(f"l{n}", Pool.LONG, queued_long=long / self.long)
-            for n in range(self.long)
-        ]
+        ] + [PoolReport(f"l{n}", Pool.LONG, queued_long=long / self.long) for n in range(self.long)]
 
 
 def changes(sizes: list[int]) -> int:
@@ -71,7 +68,7 @@ def changes(sizes: list[int]) -> int:
     return sum(a != b for a, b in pairwise(sizes))
 
 
-def apply(moves: list[Move], reports: list[InstanceReport]) -> dict[str, Pool]:
+def apply(moves: list[Move], reports: list[PoolReport]) -> dict[str, Pool]:
     """Pools after the moves."""
     pools = {report.id: report.pool for report in reports}
     for move in moves:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pla_serve.policy.pools.balance import BalanceController, BalanceOptions, Demand
-from pla_serve.policy.pools.protocol import InstanceReport, Pool
+from pla_serve.policy.pools.balance import BalanceController, BalanceOptions, ClassDemand
+from pla_serve.policy.pools.protocol import Pool, PoolReport
 from tests.policy.pools.fluid import FluidFleet, apply, changes
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -150,7 +150,7 @@ def test_a_little_queue_on_a_nearly_full_fleet_moves_nothing_to_and_fro(
 
 reports = st.lists(
     st.builds(
-        InstanceReport,
+        PoolReport,
         st.uuids().map(str),
         st.sampled_from([Pool.SHORT, Pool.LONG]),
         queued_short=st.floats(0, 50),
@@ -164,10 +164,10 @@ reports = st.lists(
 
 @given(reports)
 @settings(deadline=None)
-def test_one_decision_against_brute_force(instances: list[InstanceReport]) -> None:
+def test_one_decision_against_brute_force(instances: list[PoolReport]) -> None:
     """Without drains it lands on the best of all splits, and only if that is worth it."""
     free = [
-        InstanceReport(r.id, r.pool, queued_short=r.queued_short, queued_long=r.queued_long)
+        PoolReport(r.id, r.pool, queued_short=r.queued_short, queued_long=r.queued_long)
         for r in instances
     ]
     controller = BalanceController(BalanceOptions(horizon_seconds=10, dead_band=0.1))
@@ -198,9 +198,8 @@ def test_an_instance_moves_only_if_it_is_free_before_it_is_too_late(instances) -
 
 
 def test_the_soonest_free_go() -> None:
-    instances = [InstanceReport("s", Pool.SHORT, queued_short=500.0)] + [
-        InstanceReport(f"l{n}", Pool.LONG, queued_long=1.0, drain_seconds=10.0 - n)
-        for n in range(5)
+    instances = [PoolReport("s", Pool.SHORT, queued_short=500.0)] + [
+        PoolReport(f"l{n}", Pool.LONG, queued_long=1.0, drain_seconds=10.0 - n) for n in range(5)
     ]
     moves = BalanceController().decide(0.0, instances)
     assert [move.instance_id for move in moves] == ["l4", "l3", "l2", "l1"]
@@ -208,8 +207,8 @@ def test_the_soonest_free_go() -> None:
 
 def test_spare_instances_stay_where_they_are() -> None:
     """One short on four instances and three quarters of an instance of longs: all is well."""
-    instances = [InstanceReport(f"s{n}", Pool.SHORT, queued_short=0.1) for n in range(4)]
-    instances.append(InstanceReport("l", Pool.LONG, queued_long=7.5))
+    instances = [PoolReport(f"s{n}", Pool.SHORT, queued_short=0.1) for n in range(4)]
+    instances.append(PoolReport("l", Pool.LONG, queued_long=7.5))
     assert BalanceController().decide(0.0, instances) == ()
 
 
@@ -217,35 +216,35 @@ def test_spare_instances_stay_where_they_are() -> None:
 def test_none_comes_after_the_burst_is_over(drain: float, moved: int) -> None:
     """The short pool recovers within 20 s without help."""
     instances = [
-        InstanceReport("s", Pool.SHORT, queued_short=20.0),
-        InstanceReport("l0", Pool.LONG, drain_seconds=drain),
-        InstanceReport("l1", Pool.LONG, drain_seconds=30.0),
+        PoolReport("s", Pool.SHORT, queued_short=20.0),
+        PoolReport("l0", Pool.LONG, drain_seconds=drain),
+        PoolReport("l1", Pool.LONG, drain_seconds=30.0),
     ]
     assert len(BalanceController().decide(0.0, instances)) == moved
 
 
 def test_a_pool_that_lost_all_its_instances_is_given_one() -> None:
-    instances = [InstanceReport(f"l{n}", Pool.LONG, drain_seconds=5.0) for n in range(3)]
+    instances = [PoolReport(f"l{n}", Pool.LONG, drain_seconds=5.0) for n in range(3)]
     moves = BalanceController().decide(0.0, instances)
     assert [(move.instance_id, move.target) for move in moves] == [("l0", Pool.SHORT)]
 
 
 def test_an_idle_fleet_and_other_pools_are_left_alone() -> None:
     instances = [
-        InstanceReport("s", Pool.SHORT),
-        InstanceReport("l", Pool.LONG),
-        InstanceReport("d", Pool.DECODE, queued_short=100.0, queued_long=1.0),
-        InstanceReport("m", Pool.MIXED),
+        PoolReport("s", Pool.SHORT),
+        PoolReport("l", Pool.LONG),
+        PoolReport("d", Pool.DECODE, queued_short=100.0, queued_long=1.0),
+        PoolReport("m", Pool.MIXED),
     ]
     assert BalanceController().decide(0.0, instances) == ()
 
 
 def test_demand() -> None:
-    demand = Demand(queued=30.0, rate=1.5)
+    demand = ClassDemand(queued=30.0, rate=1.5)
     assert demand.instances(10.0) == 4.5
     assert demand.recovery(4) == 12.0
     assert demand.recovery(1) == inf
-    assert Demand(0.0, 5.0).recovery(1) == 0.0
+    assert ClassDemand(0.0, 5.0).recovery(1) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pla_serve.policy.pools.pressure import PressureController, PressureOptions, percentile
-from pla_serve.policy.pools.protocol import InstanceReport, Pool
+from pla_serve.policy.pools.protocol import Pool, PoolReport
 from tests.policy.pools.fluid import FluidFleet
 
 numbers = st.floats(-1e3, 1e3)
@@ -26,7 +26,7 @@ def test_percentile_of_nothing() -> None:
 
 pools = st.lists(
     st.builds(
-        InstanceReport,
+        PoolReport,
         st.uuids().map(str),
         st.sampled_from([Pool.SHORT, Pool.LONG]),
         queued_short=st.floats(0, 50),
@@ -65,11 +65,10 @@ def _p90(values: Sequence[float]) -> float:
     return percentile(values, 0.9) if values else float("inf")
 
 
-def loaded(short: int, long: int, *, draining: bool = False) -> list[InstanceReport]:
+def loaded(short: int, long: int, *, draining: bool = False) -> list[PoolReport]:
     return [
-        InstanceReport(f"s{n}", Pool.SHORT, queued_short=100.0, draining=draining)
-        for n in range(short)
-    ] + [InstanceReport(f"l{n}", Pool.LONG, queued_long=1.0) for n in range(long)]
+        PoolReport(f"s{n}", Pool.SHORT, queued_short=100.0, draining=draining) for n in range(short)
+    ] + [PoolReport(f"l{n}", Pool.LONG, queued_long=1.0) for n in range(long)]
 
 
 def test_one_move_in_a_cooldown() -> None:
@@ -91,7 +90,7 @@ def test_a_pool_gives_none_below_its_least_size() -> None:
 
 
 def test_an_empty_pool_is_given_one() -> None:
-    moves = PressureController().decide(0.0, [InstanceReport(f"l{n}", Pool.LONG) for n in range(2)])
+    moves = PressureController().decide(0.0, [PoolReport(f"l{n}", Pool.LONG) for n in range(2)])
     assert [move.target for move in moves] == [Pool.SHORT]
 
 
@@ -100,8 +99,8 @@ def test_as_published_equal_negative_pressures_never_come_to_rest() -> None:
     controller = PressureController(PressureOptions(cooldown_seconds=1.0))
     short, long, sizes = 4, 4, []
     for second in range(10):
-        instances = [InstanceReport(f"s{n}", Pool.SHORT, utilisation=0.5) for n in range(short)]
-        instances += [InstanceReport(f"l{n}", Pool.LONG, utilisation=0.5) for n in range(long)]
+        instances = [PoolReport(f"s{n}", Pool.SHORT, utilisation=0.5) for n in range(short)]
+        instances += [PoolReport(f"l{n}", Pool.LONG, utilisation=0.5) for n in range(long)]
         for move in controller.decide(float(second), instances):
             long += 1 if move.target is Pool.LONG else -1
             short = 8 - long

@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pla_serve.policy.pools.balance import Demand
-from pla_serve.policy.pools.protocol import InstanceReport, Pool
+from pla_serve.policy.pools.balance import ClassDemand
+from pla_serve.policy.pools.protocol import Pool, PoolReport
 from pla_serve.policy.pools.stages import StageController, StageOptions
 
 pools = st.lists(st.sampled_from([Pool.SHORT, Pool.LONG, Pool.DECODE]), min_size=1, max_size=12)
 loads = st.floats(0, 12)
 
 
-def reports(members: list[Pool], decode: float) -> list[InstanceReport]:
+def reports(members: list[Pool], decode: float) -> list[PoolReport]:
     """``decode``: KV in use, in full instances, spread evenly."""
     decoders = max(1, members.count(Pool.DECODE))
     usage = min(1.0, decode / decoders)
     return [
-        InstanceReport(f"i{n}", pool, kv_usage=usage if pool is Pool.DECODE else 0.0)
+        PoolReport(f"i{n}", pool, kv_usage=usage if pool is Pool.DECODE else 0.0)
         for n, pool in enumerate(members)
     ]
 
@@ -30,7 +30,7 @@ def reports(members: list[Pool], decode: float) -> list[InstanceReport]:
 def test_under_demands_that_stay_moves_end_and_no_pool_is_emptied(
     members: list[Pool], short: float, long: float, decode: float
 ) -> None:
-    demands = {Pool.SHORT: Demand(0.0, short), Pool.LONG: Demand(0.0, long)}
+    demands = {Pool.SHORT: ClassDemand(0.0, short), Pool.LONG: ClassDemand(0.0, long)}
     controller, directions = StageController(), []
     for _ in range(30):
         moves = controller.decide(reports(members, decode), demands)
@@ -51,9 +51,9 @@ def test_under_demands_that_stay_moves_end_and_no_pool_is_emptied(
 
 def test_nothing_moves_while_one_drains() -> None:
     crowd = reports([Pool.SHORT, Pool.SHORT, Pool.LONG], 0.0)
-    idle = {Pool.SHORT: Demand(0.0, 0.0), Pool.LONG: Demand(0.0, 0.0)}
+    idle = {Pool.SHORT: ClassDemand(0.0, 0.0), Pool.LONG: ClassDemand(0.0, 0.0)}
     assert len(StageController().decide(crowd, idle)) == 1
-    crowd[0] = InstanceReport("i0", Pool.SHORT, draining=True)
+    crowd[0] = PoolReport("i0", Pool.SHORT, draining=True)
     assert not StageController().decide(crowd, idle)
 
 

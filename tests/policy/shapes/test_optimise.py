@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.policy.shapes.histogram import Demand, Seen
+from pla_serve.policy.shapes.histogram import ShapeDemand, SizeCount
 from pla_serve.policy.shapes.ladder import Footprint, Ladder, Layout, Shape, grid
 from pla_serve.policy.shapes.optimise import (
     RESOLUTION,
@@ -30,15 +30,15 @@ cells = st.builds(Shape, st.sampled_from([1, 3, 8, 9, 30]), st.sampled_from([1, 
 fills = st.tuples(st.integers(1, 20), st.floats(0.1, 1))
 
 
-def filled(cells: Mapping[Shape, tuple[int, float]]) -> Demand:
+def filled(cells: Mapping[Shape, tuple[int, float]]) -> ShapeDemand:
     """A share of each batch's slots is real."""
     return {
-        size: Seen(float(weight), size.tokens * size.batch * share)
+        size: SizeCount(float(weight), size.tokens * size.batch * share)
         for size, (weight, share) in cells.items()
     }
 
 
-def full(cells: Mapping[Shape, float]) -> Demand:
+def full(cells: Mapping[Shape, float]) -> ShapeDemand:
     """No batch has padding of its own."""
     return filled({size: (weight, 1.0) for size, weight in cells.items()})
 
@@ -46,7 +46,7 @@ def full(cells: Mapping[Shape, float]) -> Demand:
 demands = st.dictionaries(cells, fills, min_size=1, max_size=7).map(filled)
 
 
-def rows_seconds(shapes: tuple[Shape, ...], demand: Demand) -> float:
+def rows_seconds(shapes: tuple[Shape, ...], demand: ShapeDemand) -> float:
     """What the rule of rows gives: the band's batch size is the next one that has shapes."""
     total = 0.0
     for size, seen in demand.items():
@@ -58,7 +58,7 @@ def rows_seconds(shapes: tuple[Shape, ...], demand: Demand) -> float:
     return total / sum(seen.weight for seen in demand.values())
 
 
-def subsets(demand: Demand, most: int) -> Iterator[tuple[Shape, ...]]:
+def subsets(demand: ShapeDemand, most: int) -> Iterator[tuple[Shape, ...]]:
     tokens = {size.tokens for size in demand}
     batches = {size.batch for size in demand}
     every = [Shape(*pair) for pair in product(tokens, batches)]
@@ -68,7 +68,7 @@ def subsets(demand: Demand, most: int) -> Iterator[tuple[Shape, ...]]:
 
 @settings(max_examples=60, deadline=None)
 @given(demands, st.integers(0, 3))
-def test_no_ladder_of_rows_is_cheaper(demand: Demand, most: int) -> None:
+def test_no_ladder_of_rows_is_cheaper(demand: ShapeDemand, most: int) -> None:
     choice = optimise(demand, cost, eager, Budget(shapes=most))
     best = min(rows_seconds(shapes, demand) for shapes in subsets(demand, most))
     assert len(choice.ladder.shapes) <= most
@@ -78,7 +78,7 @@ def test_no_ladder_of_rows_is_cheaper(demand: Demand, most: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(demands, st.integers(0, 3))
 def test_a_server_gets_no_less_and_no_ladder_at_all_is_much_better(
-    demand: Demand, most: int
+    demand: ShapeDemand, most: int
 ) -> None:
     choice = optimise(demand, cost, eager, Budget(shapes=most), structure=Structure.BEST)
     real = expected_seconds(choice.ladder, demand)
@@ -97,7 +97,7 @@ def test_a_server_gets_no_less_and_no_ladder_at_all_is_much_better(
 
 @settings(max_examples=60, deadline=None)
 @given(demands, st.integers(0, 3))
-def test_columns_are_rows_with_the_axes_swapped(demand: Demand, most: int) -> None:
+def test_columns_are_rows_with_the_axes_swapped(demand: ShapeDemand, most: int) -> None:
     demand = full({size: seen.weight for size, seen in demand.items()})
     swapped = {Shape(size.batch, size.tokens): seen for size, seen in demand.items()}
     one = optimise(demand, cost, eager, Budget(shapes=most), structure=Structure.COLUMNS)
@@ -110,7 +110,7 @@ def test_columns_are_rows_with_the_axes_swapped(demand: Demand, most: int) -> No
 @settings(max_examples=60, deadline=None)
 @given(demands, st.integers(0, 400), st.integers(0, 60))
 def test_budgets_in_bytes_and_seconds_hold_and_are_used(
-    demand: Demand, memory: int, seconds: int
+    demand: ShapeDemand, memory: int, seconds: int
 ) -> None:
     """The footprint is in whole units of the budget, so that rounding up changes nothing."""
     footprint = Footprint(16.0, 2.0, bytes_per_slot=1.0)
@@ -141,9 +141,9 @@ def test_a_footprint_that_is_the_same_for_all_is_a_number_of_shapes() -> None:
 
 def test_flat_shapes_are_chosen_by_total_tokens() -> None:
     demand = {
-        Shape(100, 4): Seen(5.0, 100),
-        Shape(120, 4): Seen(5.0, 120),
-        Shape(700, 9): Seen(1.0, 700),
+        Shape(100, 4): SizeCount(5.0, 100),
+        Shape(120, 4): SizeCount(5.0, 120),
+        Shape(700, 9): SizeCount(1.0, 700),
     }
     choice = optimise(
         demand,
@@ -164,7 +164,7 @@ def test_all_shapes_it_may_have_leave_no_padding() -> None:
 
 def test_it_is_better_than_the_grid_with_as_many_shapes() -> None:
     demand = {
-        Shape(tokens, batch): Seen(1 / (tokens * batch), 0.7 * tokens * batch)
+        Shape(tokens, batch): SizeCount(1 / (tokens * batch), 0.7 * tokens * batch)
         for tokens in range(4, 257, 4)
         for batch in range(1, 17)
     }

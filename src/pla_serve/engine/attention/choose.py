@@ -20,11 +20,11 @@ from pla_serve.engine.attention.interface import AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
 from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
-from pla_serve.engine.device import device_of
-from pla_serve.engine.forward import FlatBatch, SpanRequest
-from pla_serve.engine.graphs.capture import Capturer
-from pla_serve.engine.staging import Capacity, Scratch, capacity_of, pack, unpack
-from pla_serve.engine.tiles import Tiles
+from pla_serve.engine.batch.flat import FlatBatch, SpanRequest
+from pla_serve.engine.batch.staging import Capacity, Scratch, capacity_of, pack, unpack
+from pla_serve.engine.layers.amx import Tiles
+from pla_serve.engine.run.device import device_of
+from pla_serve.engine.run.graphs.capture import Capturer
 
 log = logging.getLogger(__name__)
 

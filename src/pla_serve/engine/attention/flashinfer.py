@@ -28,8 +28,8 @@ from typing import Any, Protocol
 import torch
 
 from pla_serve.engine.attention.cache import KVCache
-from pla_serve.engine.device import Device, Mark
-from pla_serve.engine.forward import FlatBatch
+from pla_serve.engine.batch.flat import FlatBatch
+from pla_serve.engine.run.device import Device, DeviceMark
 
 WRAPPERS = 4
 """Batches that keep their plan at the same time; 8 MiB each on the device and in pinned memory."""
@@ -93,7 +93,7 @@ class _Slot:
     wrapper: Wrapper
     batch: FlatBatch | None = None
     scaling: float = 0.0
-    copied: Mark | None = None
+    copied: DeviceMark | None = None
     """Behind the copy of the plan to the device."""
 
 

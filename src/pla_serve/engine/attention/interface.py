@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface
 
 from pla_serve.engine.attention.cache import KVCache
-from pla_serve.engine.forward import FlatBatch
+from pla_serve.engine.batch.flat import FlatBatch
 
 IMPLEMENTATION = "pla_serve_paged"
 """Value of ``attn_implementation`` for models that the engine runs.

@@ -6,7 +6,7 @@ import torch
 
 from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.attention.interface import AttentionBackend
-from pla_serve.engine.forward import FlatBatch
+from pla_serve.engine.batch.flat import FlatBatch
 
 
 class PaddedAttention:

@@ -9,7 +9,7 @@ import torch
 
 from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.attention.kernels import attend_kernel, merge_kernel
-from pla_serve.engine.forward import FlatBatch, Paged
+from pla_serve.engine.batch.flat import FlatBatch, Paged
 
 SPLITS = (16, 4)
 """How often a context may be split; few numbers, because each is a kernel to compile."""

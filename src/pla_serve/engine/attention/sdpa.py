@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pla_serve.engine.attention.cache import KVCache
-from pla_serve.engine.forward import FlatBatch, Span
-from pla_serve.engine.kv.blocks import Run
-from pla_serve.engine.tiles import Tiles
+from pla_serve.engine.batch.flat import FlatBatch, Span
+from pla_serve.engine.kv.blocks import BlockRun
+from pla_serve.engine.layers.amx import Tiles
 
 TILED_TOKENS = 64
 """New tokens of a sequence from which rearranging its context for the matrix unit pays."""
@@ -88,7 +88,7 @@ class SdpaCpu:
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
-def context(memory: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
+def context(memory: torch.Tensor, runs: Sequence[BlockRun]) -> torch.Tensor:
     """Rows of ``memory`` (slots, ...) in these runs; a view where it is one run."""
     if len(runs) == 1:
         start, end = runs[0]
@@ -96,7 +96,7 @@ def context(memory: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
     return torch.cat([memory[start:end] for start, end in runs])
 
 
-def _for_groups(memory: torch.Tensor, runs: Sequence[Run], groups: int) -> torch.Tensor:
+def _for_groups(memory: torch.Tensor, runs: Sequence[BlockRun], groups: int) -> torch.Tensor:
     """The context in ``runs`` as (kv heads, groups, slots, dim), groups by a stride of zero.
 
     One call makes the view: a decode step makes many, and each costs a microsecond.

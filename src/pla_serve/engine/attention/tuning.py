@@ -17,10 +17,10 @@ from pla_serve.engine.attention.paged import (
     PagedAttention,
     Tile,
 )
-from pla_serve.engine.device import CudaDevice
-from pla_serve.engine.executor import stage
-from pla_serve.engine.forward import SpanRequest
-from pla_serve.engine.staging import DirectUploader, PinnedUploader
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.staging import DirectUploader, PinnedUploader
+from pla_serve.engine.run.device import CudaDevice
+from pla_serve.engine.run.executor import stage
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pla_serve.engine.attention.cache import KVCache
-from pla_serve.engine.forward import FlatBatch
+from pla_serve.engine.batch.flat import FlatBatch
 
 
 def varlen_missing() -> str | None:

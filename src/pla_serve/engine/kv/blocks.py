@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-Run = tuple[int, int]
+BlockRun = tuple[int, int]
 """Neighbours from the first up to, not including, the second."""
 
 
-def extend_runs(runs: list[Run], blocks: Iterable[int]) -> None:
+def extend_runs(runs: list[BlockRun], blocks: Iterable[int]) -> None:
     """Append ``blocks`` to ``runs``, joined where they are neighbours."""
     for block in blocks:
         if runs and runs[-1][1] == block:

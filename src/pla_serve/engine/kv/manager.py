@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pla_serve.engine.kv.blocks import BlockPool, Run, extend_runs
+from pla_serve.engine.kv.blocks import BlockPool, BlockRun, extend_runs
 from pla_serve.engine.kv.prefix import PrefixTree
 
 GROWTH_BLOCKS = 16
@@ -19,11 +19,11 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     inserted: int = 0
     """Leading blocks that the prefix cache has been told of."""
-    _runs: list[Run] = field(default_factory=list)
+    _runs: list[BlockRun] = field(default_factory=list)
     _in_runs: int = 0
     """Leading blocks that ``_runs`` covers."""
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[BlockRun]:
         """The blocks as the fewest runs of neighbours; costs only what was added since."""
         extend_runs(self._runs, self.blocks[self._in_runs :])
         self._in_runs = len(self.blocks)

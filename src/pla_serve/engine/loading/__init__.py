@@ -7,7 +7,7 @@ engine process gets the resulting ``ModelSource`` and calls ``load_model``.
 from pla_serve.engine.loading.config import eos_token_ids, load_config, load_tokenizer
 from pla_serve.engine.loading.errors import LoadingError, ModelUnavailable, UnsupportedModel
 from pla_serve.engine.loading.finder import resolve
-from pla_serve.engine.loading.progress import ConsoleProgress, Progress, Silent
+from pla_serve.engine.loading.progress import ConsoleProgress, LoadingProgress, NoLoadingProgress
 from pla_serve.engine.loading.source import ModelSource
 from pla_serve.engine.loading.support import (
     AttentionShape,
@@ -21,10 +21,10 @@ __all__ = [
     "AttentionShape",
     "ConsoleProgress",
     "LoadingError",
+    "LoadingProgress",
     "ModelSource",
     "ModelUnavailable",
-    "Progress",
-    "Silent",
+    "NoLoadingProgress",
     "UnsupportedModel",
     "check_config",
     "check_supported",

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pla_serve.engine.loading.errors import ModelUnavailable
-from pla_serve.engine.loading.progress import Progress
+from pla_serve.engine.loading.progress import LoadingProgress
 
 
 def cache_root() -> Path:
@@ -30,7 +30,7 @@ def cache_root() -> Path:
 def build_once(
     key: str,
     build: Callable[[Path], None],
-    progress: Progress,
+    progress: LoadingProgress,
     *,
     root: Path | None = None,
     lock_timeout: float = 1800.0,
@@ -74,7 +74,7 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _locked(path: Path, progress: Progress, timeout: float) -> Iterator[None]:
+def _locked(path: Path, progress: LoadingProgress, timeout: float) -> Iterator[None]:
     lock = FileLock(path)
     try:
         with _writable(path.parent):

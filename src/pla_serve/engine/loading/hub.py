@@ -18,7 +18,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils.tqdm import tqdm
 
 from pla_serve.engine.loading.errors import ModelUnavailable
-from pla_serve.engine.loading.progress import Progress
+from pla_serve.engine.loading.progress import LoadingProgress
 from pla_serve.engine.loading.source import require_weights
 
 T = TypeVar("T")
@@ -55,11 +55,11 @@ class Hub:
         self._timeout = timeout
         self._down = "HF_HUB_OFFLINE is set" if offline else None
 
-    def settings(self, repo: str, progress: Progress) -> Path:
+    def settings(self, repo: str, progress: LoadingProgress) -> Path:
         """A folder with at least the config and the tokenizer files. Raises as ``weights`` does."""
         return self._get(repo, SETTINGS, progress)
 
-    def weights(self, repo: str, progress: Progress) -> Path:
+    def weights(self, repo: str, progress: LoadingProgress) -> Path:
         """A folder with config, tokenizer and safetensors.
 
         Raises:
@@ -69,7 +69,7 @@ class Hub:
         """
         return self._get(repo, SETTINGS + WEIGHTS, progress)
 
-    def _get(self, repo: str, patterns: Sequence[str], progress: Progress) -> Path:
+    def _get(self, repo: str, patterns: Sequence[str], progress: LoadingProgress) -> Path:
         found = self._look_up(repo)
         if found is None:
             return self._cached(repo, patterns)

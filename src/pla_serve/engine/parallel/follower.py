@@ -19,9 +19,9 @@ from typing import IO
 
 import msgspec
 
-from pla_serve.engine.child import await_end_of_parent
-from pla_serve.engine.loaded import device_of_rank, load, use_threads
-from pla_serve.engine.loading import LoadingError, Silent, resolve
+from pla_serve.engine.build.model import device_of_rank, load, use_threads
+from pla_serve.engine.host.child import await_end_of_parent
+from pla_serve.engine.loading import LoadingError, NoLoadingProgress, resolve
 from pla_serve.engine.parallel.commands import CommandReceiver
 from pla_serve.engine.parallel.following import follow
 from pla_serve.engine.parallel.ranks import TorchRanks
@@ -38,7 +38,7 @@ def serve(launch: FollowerLaunch) -> None:
     receive = CommandReceiver(folder, launch.rank)
     device = device_of_rank(config, launch.rank)
     ranks = TorchRanks(folder, launch.rank, config.tensor_parallel_size, device)
-    source = resolve(config.model, config.load_format, progress=Silent())
+    source = resolve(config.model, config.load_format, progress=NoLoadingProgress())
     loaded = load(config, source, device, time.monotonic, ranks)
     follow(loaded.execution.executor, receive)
     ranks.close()

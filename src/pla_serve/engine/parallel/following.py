@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from pla_serve.engine.executor import Executor
 from pla_serve.engine.parallel.commands import (
     Abandon,
-    Begin,
+    BeginPass,
     Command,
     End,
     Go,
-    Receiver,
+    ReceiveCommand,
     UseIdleTime,
 )
+from pla_serve.engine.run.executor import Executor
 
 
 class OutOfStep(Exception):
@@ -24,7 +24,7 @@ class _Abandoned(Exception):
     """The innermost batch is left at the layer boundary where it stands."""
 
 
-def follow(executor: Executor, receive: Receiver) -> None:
+def follow(executor: Executor, receive: ReceiveCommand) -> None:
     """Do what rank 0 says until it says `End`.
 
     Raises:
@@ -34,7 +34,7 @@ def follow(executor: Executor, receive: Receiver) -> None:
         command = receive()
         if isinstance(command, End):
             return
-        if isinstance(command, Begin):
+        if isinstance(command, BeginPass):
             _run(executor, receive, command, 0)
         elif isinstance(command, UseIdleTime):
             executor.use_idle_time()
@@ -42,7 +42,7 @@ def follow(executor: Executor, receive: Receiver) -> None:
             raise _unexpected(command, "between batches")
 
 
-def _run(executor: Executor, receive: Receiver, begin: Begin, depth: int) -> None:
+def _run(executor: Executor, receive: ReceiveCommand, begin: BeginPass, depth: int) -> None:
     """One batch, and those that rank 0 runs inside it."""
     if begin.depth != depth:
         raise _unexpected(begin, f"at depth {depth}")
@@ -52,7 +52,7 @@ def _run(executor: Executor, receive: Receiver, begin: Begin, depth: int) -> Non
         nonlocal layer
         while True:
             command = receive()
-            if isinstance(command, Begin):
+            if isinstance(command, BeginPass):
                 _run(executor, receive, command, depth + 1)
             elif command == Go(depth, layer):
                 layer += 1

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from pla_serve.engine.device import Device
-from pla_serve.engine.executor import Executed, Executor
-from pla_serve.engine.forward import SpanRequest
-from pla_serve.engine.graphs.counts import GridCounts
-from pla_serve.engine.parallel.commands import Abandon, Begin, Go, Sender, UseIdleTime
-from pla_serve.engine.runner import AtBoundary
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.parallel.commands import Abandon, BeginPass, Go, SendCommand, UseIdleTime
+from pla_serve.engine.run.device import Device
+from pla_serve.engine.run.executor import Executed, Executor
+from pla_serve.engine.run.graphs.counts import GridCounts
+from pla_serve.engine.run.runner import AtBoundary
 
 
 class LeadingExecutor:
@@ -26,7 +26,7 @@ class LeadingExecutor:
     carries = False
     """Tokens that only the device knows so far are on rank 0's alone."""
 
-    def __init__(self, executor: Executor, send: Sender) -> None:
+    def __init__(self, executor: Executor, send: SendCommand) -> None:
         self.device: Device = executor.device
         self._executor = executor
         self._send = send
@@ -49,7 +49,7 @@ class LeadingExecutor:
             self._send(Go(depth, layer))
             layer += 1
 
-        self._send(Begin(depth, list(requests)))
+        self._send(BeginPass(depth, list(requests)))
         self._depth = depth + 1
         try:
             return self._executor.forward(requests, decide)

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 import msgspec
 import torch
 
-from pla_serve.engine.child import private_folder, tell
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.host.child import private_folder, tell
 from pla_serve.engine.parallel.commands import Command, CommandSender, End
 from pla_serve.engine.parallel.ranks import TorchRanks
 from pla_serve.logs import LogFormat, in_use

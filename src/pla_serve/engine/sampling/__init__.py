@@ -2,15 +2,15 @@
 
 from pla_serve.engine.sampling.errors import GrammarError, SamplingError
 from pla_serve.engine.sampling.grammar import GrammarCompiler
-from pla_serve.engine.sampling.sampler import Choice, Sampler
+from pla_serve.engine.sampling.sampler import Sampler, TokenChoice
 from pla_serve.engine.sampling.sequence import Sampled, SequenceSampling
 
 __all__ = [
-    "Choice",
     "GrammarCompiler",
     "GrammarError",
     "Sampled",
     "Sampler",
     "SamplingError",
     "SequenceSampling",
+    "TokenChoice",
 ]

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pla_serve.engine.messages import SamplingParams
 from pla_serve.engine.sampling.transfer import to_device
+from pla_serve.wire.engine import SamplingParams
 
 RESOLUTION = 2.0**34
 BLOCK = 128

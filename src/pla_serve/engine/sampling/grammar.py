@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pla_serve.engine.messages import Grammar
 from pla_serve.engine.sampling.errors import GrammarError
+from pla_serve.wire.engine import Grammar
 
 MAX_SPEC_CHARACTERS = 256 * 1024
 MAX_COMPILE_SECONDS = 1.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pla_serve.engine.messages import TokenLogprob
+from pla_serve.wire.engine import TokenLogprob
 
 
 def token_logprobs(

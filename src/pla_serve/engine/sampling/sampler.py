@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pla_serve.engine.messages import SamplingParams, TokenLogprob
 from pla_serve.engine.sampling.draw import draw
 from pla_serve.engine.sampling.errors import GrammarError
 from pla_serve.engine.sampling.grammar import GrammarCompiler, forbid
@@ -17,6 +16,7 @@ from pla_serve.engine.sampling.penalties import add_to_logits, penalise
 from pla_serve.engine.sampling.rowmax import row_max
 from pla_serve.engine.sampling.sequence import Sampled, SequenceSampling
 from pla_serve.engine.sampling.transfer import to_device, to_host
+from pla_serve.wire.engine import SamplingParams, TokenLogprob
 
 NOT_FINITE = -1
 NOTHING_LEFT = -2
@@ -28,7 +28,7 @@ ERRORS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class TokenChoice:
     """The tokens of a batch, chosen on the device and on their way to the host."""
 
     sequences: Sequence[SequenceSampling]
@@ -110,7 +110,7 @@ class Sampler:
             torch.cuda.current_stream(self._device).synchronize()
         return self.accept(choice)
 
-    def choose(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> Choice:
+    def choose(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> TokenChoice:
         """Enqueue the choice of a token for each sequence; changes no state of theirs.
 
         Waits for the device only for sequences that want log-probabilities. Arguments and errors
@@ -123,7 +123,7 @@ class Sampler:
             )
         if not sequences:
             nothing = torch.empty(0, dtype=torch.int64)
-            return Choice(sequences, nothing, nothing, {})
+            return TokenChoice(sequences, nothing, nothing, {})
         top, tokens = row_max(logits)
         tokens = torch.where(top.isfinite(), tokens, NOT_FINITE)
         special = [row for row, sequence in enumerate(sequences) if not sequence.plain]
@@ -136,9 +136,9 @@ class Sampler:
             )
             tokens[index] = chosen
         logprobs = self._logprobs(logits, tokens, sequences)
-        return Choice(sequences, tokens, to_host(tokens), logprobs)
+        return TokenChoice(sequences, tokens, to_host(tokens), logprobs)
 
-    def accept(self, choice: Choice) -> list[Sampled]:
+    def accept(self, choice: TokenChoice) -> list[Sampled]:
         """Advance each sequence by its token; the device must have finished the choice."""
         return [
             sequence.accept(token, choice.logprobs.get(row))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pla_serve.engine.messages import SamplingParams, TokenLogprob
 from pla_serve.engine.sampling.errors import SamplingError
 from pla_serve.engine.sampling.grammar import GrammarMatcher
 from pla_serve.engine.sampling.noise import uniform
 from pla_serve.engine.sampling.penalties import Penalties
+from pla_serve.wire.engine import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM."""

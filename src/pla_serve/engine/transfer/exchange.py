@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from uuid import UUID
 
-from pla_serve.engine.intake import Intake
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.memory import MemoryGate
-from pla_serve.engine.messages import (
+from pla_serve.engine.requests.admission import Intake
+from pla_serve.engine.requests.memory import MemoryGate
+from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.transfer.layout import KVLayout
+from pla_serve.engine.transfer.ledger import Slots
+from pla_serve.engine.transfer.offers import Offers
+from pla_serve.engine.transfer.protocol import Arrival
+from pla_serve.engine.transfer.reader import Reader, ReaderThread
+from pla_serve.engine.transfer.reservations import Reservations
+from pla_serve.engine.transfer.transport import KVTransport
+from pla_serve.wire.engine import (
     Accepted,
     AddRequest,
     Begin,
@@ -18,14 +26,6 @@ from pla_serve.engine.messages import (
     Reserve,
     TransferStats,
 )
-from pla_serve.engine.sequence import Sequence
-from pla_serve.engine.transfer.layout import KVLayout
-from pla_serve.engine.transfer.ledger import Slots
-from pla_serve.engine.transfer.offers import Offers
-from pla_serve.engine.transfer.protocol import Arrival
-from pla_serve.engine.transfer.reader import Reader, ReaderThread
-from pla_serve.engine.transfer.reservations import Reservations
-from pla_serve.engine.transfer.transport import Transport
 
 OFFERS = 4096
 """Most that can stand at once."""
@@ -35,7 +35,7 @@ POLL_SECONDS = 0.001
 """Between two looks at what the reader reports, while the engine has nothing to compute."""
 
 
-class KVExchange:
+class PeerExchange:
     """See `Exchange`. Made by `connect`, or from parts."""
 
     def __init__(
@@ -152,9 +152,9 @@ def assemble(
     intake: Intake,
     *,
     life: UUID,
-    transport: Callable[[str, list[tuple[int, int]]], Transport],
+    transport: Callable[[str, list[tuple[int, int]]], KVTransport],
     threaded: bool = True,
-) -> tuple[KVExchange, Reader]:
+) -> tuple[PeerExchange, Reader]:
     """An exchange, and its reader, over a transport that is made of a name and memory regions.
 
     Args:
@@ -176,6 +176,6 @@ def assemble(
     )
     reader = Reader(link, layout, rows)
     thread = ReaderThread(reader) if threaded else None
-    return KVExchange(
+    return PeerExchange(
         offers, Reservations(reader, layout, intake, gate, kv), reader, thread
     ), reader

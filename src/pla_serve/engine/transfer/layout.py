@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from pla_serve.engine.attention.cache import KVCache
-from pla_serve.engine.kv.blocks import Run
+from pla_serve.engine.kv.blocks import BlockRun
 
 SAMPLES = 64
 """Values of each weight tensor that go into a fingerprint."""
@@ -25,7 +25,7 @@ class Copy(NamedTuple):
     size: int
 
 
-class Source(msgspec.Struct, frozen=True, array_like=True):
+class KVSource(msgspec.Struct, frozen=True, array_like=True):
     """What a reader has to know of an offer; `Offer.source` is this in MessagePack."""
 
     kind: str
@@ -40,7 +40,7 @@ class Source(msgspec.Struct, frozen=True, array_like=True):
     """What that slot holds as long as the offer stands."""
     tokens: int
     """Tokens whose KV is, or will be, there."""
-    runs: list[Run]
+    runs: list[BlockRun]
     """Its blocks, in the order of the tokens."""
     keys: list[int]
     """Address of the keys of block 0, by layer."""
@@ -97,7 +97,7 @@ class KVLayout:
         return [(address, size) for address in (*self.keys, *self.values)]
 
     def copies(
-        self, runs: Sequence[Run], source: Source, layer: int, start: int, stop: int
+        self, runs: Sequence[BlockRun], source: KVSource, layer: int, start: int, stop: int
     ) -> list[Copy]:
         """What to fetch for tokens ``start`` to ``stop`` of a layer, into these runs of blocks."""
         here = _spans(runs, start, stop, self.block_tokens)
@@ -124,9 +124,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _spans(runs: Iterable[Run], start: int, stop: int, block_tokens: int) -> list[Run]:
+def _spans(runs: Iterable[BlockRun], start: int, stop: int, block_tokens: int) -> list[BlockRun]:
     """Token slots (first, end) of tokens ``start`` to ``stop`` of what lies in these runs."""
-    spans: list[Run] = []
+    spans: list[BlockRun] = []
     before = 0
     for first, end in runs:
         length = (end - first) * block_tokens
@@ -137,7 +137,7 @@ def _spans(runs: Iterable[Run], start: int, stop: int, block_tokens: int) -> lis
     return spans
 
 
-def _common(here: list[Run], there: list[Run]) -> list[tuple[int, int, int]]:
+def _common(here: list[BlockRun], there: list[BlockRun]) -> list[tuple[int, int, int]]:
     """Pieces that have no gap on either side, as (slot here, slot there, tokens)."""
     pieces: list[tuple[int, int, int]] = []
     i = j = a = b = 0

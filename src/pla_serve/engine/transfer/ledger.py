@@ -20,7 +20,7 @@ _LAYER_BITS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class LedgerReading:
     """One reading of a slot. Each of its claims stays true as long as the generation stands."""
 
     generation: int
@@ -66,14 +66,16 @@ class Slots:
         """Address and bytes of all rows."""
         return self.address(0), self.rows.nbytes
 
-    def read(self, row: int) -> Progress | None:
+    def read(self, row: int) -> LedgerReading | None:
         """What a row holds; None if it is caught in the middle of a change, or was never set."""
         generation, whole, packed, check = (int(word) for word in self.rows[row, :4])
         if check != _check(generation, whole, packed):
             return None
-        return Progress(generation, whole, packed >> _LAYER_BITS, packed & ((1 << _LAYER_BITS) - 1))
+        return LedgerReading(
+            generation, whole, packed >> _LAYER_BITS, packed & ((1 << _LAYER_BITS) - 1)
+        )
 
-    def write(self, row: int, progress: Progress) -> None:
+    def write(self, row: int, progress: LedgerReading) -> None:
         packed = (progress.chunk << _LAYER_BITS) | progress.layers
         check = _check(progress.generation, progress.whole, packed)
         # In any order: a reader that sees a mixture sees a wrong check.

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pla_serve.engine.kv.blocks import Run, extend_runs
+from pla_serve.engine.kv.blocks import BlockRun, extend_runs
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.transfer.layout import KVLayout, Source
-from pla_serve.engine.transfer.ledger import Progress, Slots
+from pla_serve.engine.transfer.layout import KVLayout, KVSource
+from pla_serve.engine.transfer.ledger import LedgerReading, Slots
 
 
 @dataclass(slots=True)
 class _Offer:
     slot: int
-    progress: Progress
+    progress: LedgerReading
     pinned: list[list[int]] = field(default_factory=list)
     """Blocks held for it, each list in the order of the tokens."""
     until: float | None = None
@@ -78,14 +78,14 @@ class Offers:
         """All layers of the first ``tokens`` tokens are there."""
         offer = self._offers.get(request_id)
         if offer is not None:
-            self._publish(offer, Progress(offer.progress.generation, tokens, 0, 0))
+            self._publish(offer, LedgerReading(offer.progress.generation, tokens, 0, 0))
 
     def layers_computed(self, request_id: str, tokens: int, layers: int) -> None:
         """The first ``layers`` layers of the first ``tokens`` tokens are there."""
         offer = self._offers.get(request_id)
         if offer is not None:
             whole = offer.progress.whole
-            self._publish(offer, Progress(offer.progress.generation, whole, tokens, layers))
+            self._publish(offer, LedgerReading(offer.progress.generation, whole, tokens, layers))
 
     def keep(self, request_id: str, blocks: Sequence[int], until: float) -> None:
         """Its sequence ends with these blocks, and the offer stands until then."""
@@ -108,7 +108,7 @@ class Offers:
         if offer is None:
             return
         # In this order: whoever still finds the slot as it was has read blocks that were held.
-        self._publish(offer, Progress(0, 0, 0, 0))
+        self._publish(offer, LedgerReading(0, 0, 0, 0))
         self._slots.give_back(offer.slot)
         while offer.pinned:
             self._kv.unpin(offer.pinned.pop())
@@ -127,13 +127,13 @@ class Offers:
             self._kv.unpin(blocks)
             return b""
         self._generation += 1
-        offer = _Offer(slot, Progress(self._generation, computed, 0, 0), [blocks])
+        offer = _Offer(slot, LedgerReading(self._generation, computed, 0, 0), [blocks])
         self._offers[request_id] = offer
         self._publish(offer, offer.progress)
-        runs: list[Run] = []
+        runs: list[BlockRun] = []
         extend_runs(runs, blocks)
         return msgspec.msgpack.encode(
-            Source(
+            KVSource(
                 kind=self._layout.kind,
                 agent=self._agent,
                 metadata=self._metadata,
@@ -146,6 +146,6 @@ class Offers:
             )
         )
 
-    def _publish(self, offer: _Offer, progress: Progress) -> None:
+    def _publish(self, offer: _Offer, progress: LedgerReading) -> None:
         offer.progress = progress
         self._slots.write(offer.slot, progress)

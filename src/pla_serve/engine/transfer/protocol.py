@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from pla_serve.engine.messages import (
+from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.wire.engine import (
     Accepted,
     AddRequest,
     Begin,
@@ -17,7 +18,6 @@ from pla_serve.engine.messages import (
     Reserve,
     TransferStats,
 )
-from pla_serve.engine.sequence import Sequence
 
 TransferMessage = Reserve | Begin | Lend | Release
 
@@ -30,7 +30,7 @@ class Arrival(NamedTuple):
     """Set: it ends with this. None: it goes on; ``computed`` says what KV it has."""
 
 
-class Exchange(Protocol):
+class KVExchange(Protocol):
     """KV transfer of one engine. Nothing here waits for another engine."""
 
     def refuses(self, request: AddRequest) -> Rejected | None:
@@ -103,7 +103,7 @@ class Exchange(Protocol):
 
 
 def receive(
-    exchange: Exchange, message: TransferMessage, now: float
+    exchange: KVExchange, message: TransferMessage, now: float
 ) -> tuple[Accepted | Offer | Rejected | None, Sequence | None]:
     """Hand a message on; the answer, and the sequence that was reserved."""
     if isinstance(message, Reserve):
@@ -116,7 +116,7 @@ def receive(
     return None, None
 
 
-class NoExchange:
+class NoKVExchange:
     """An engine without KV transfer: refuses what needs it."""
 
     def refuses(self, request: AddRequest) -> Rejected | None:

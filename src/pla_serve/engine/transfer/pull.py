@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pla_serve.engine.kv.blocks import Run
-from pla_serve.engine.transfer.layout import Copy, KVLayout, Source
-from pla_serve.engine.transfer.ledger import SLOT_BYTES, Progress, Slots
-from pla_serve.engine.transfer.transport import Operation, Transport, TransportError
+from pla_serve.engine.kv.blocks import BlockRun
+from pla_serve.engine.transfer.layout import Copy, KVLayout, KVSource
+from pla_serve.engine.transfer.ledger import SLOT_BYTES, LedgerReading, Slots
+from pla_serve.engine.transfer.transport import KVTransport, Operation, TransportError
 
 READ_BYTES = 4 * 2**20
 """Most bytes in one read: what a cancelled pull may still have to wait for."""
@@ -24,8 +24,8 @@ class PullRequest:
 
     key: int
     """Told with all that is reported of it."""
-    source: Source
-    runs: list[Run]
+    source: KVSource
+    runs: list[BlockRun]
     """Blocks here, in the order of the tokens."""
     skip: int
     """Leading tokens whose KV is here already."""
@@ -66,7 +66,7 @@ class Pull:
         """By layer: leading tokens that have been read."""
         self._looked: list[int] = []
         """``_read`` when the look under way began."""
-        self._seen: Progress | None = None
+        self._seen: LedgerReading | None = None
         self._operation: Operation | None = None
         self._reading: list[tuple[int, int]] = []
         """Layers of the read under way, and the tokens that they will then have."""
@@ -90,7 +90,7 @@ class Pull:
         """Begin nothing more; a read that is under way still ends in its own time."""
         self._cancelled = True
 
-    def step(self, transport: Transport) -> bool:
+    def step(self, transport: KVTransport) -> bool:
         """Whether anything has come of it; if not, ask again a little later."""
         try:
             if self._operation is None:
@@ -115,7 +115,7 @@ class Pull:
     def _over(self) -> bool:
         return self._cancelled or self.failure is not None or self.confirmed >= self._source.tokens
 
-    def _begin(self, transport: Transport) -> Operation:
+    def _begin(self, transport: KVTransport) -> Operation:
         copies = self._next_copies()
         if not copies:
             self._looked = self._read.copy()

@@ -10,7 +10,7 @@ from collections import deque
 from pla_serve.engine.transfer.layout import KVLayout
 from pla_serve.engine.transfer.ledger import Slots
 from pla_serve.engine.transfer.pull import Pull, PullReport, PullRequest
-from pla_serve.engine.transfer.transport import Transport
+from pla_serve.engine.transfer.transport import KVTransport
 
 BUSY_SECONDS = 0.0002
 """Pause while a read is under way: the transport moves only when it is asked."""
@@ -27,7 +27,7 @@ class Reader:
         rows: for looks; as many pulls can run at once, the others wait.
     """
 
-    def __init__(self, transport: Transport, layout: KVLayout, rows: Slots) -> None:
+    def __init__(self, transport: KVTransport, layout: KVLayout, rows: Slots) -> None:
         self._transport = transport
         self._layout = layout
         self._rows = rows

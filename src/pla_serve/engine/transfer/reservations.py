@@ -11,10 +11,15 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pla_serve.engine.intake import Intake
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.memory import MemoryGate
-from pla_serve.engine.messages import (
+from pla_serve.engine.requests.admission import Intake
+from pla_serve.engine.requests.memory import MemoryGate
+from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.transfer.layout import KVLayout, KVSource
+from pla_serve.engine.transfer.protocol import Arrival
+from pla_serve.engine.transfer.pull import PullReport, PullRequest
+from pla_serve.engine.transfer.reader import Reader
+from pla_serve.wire.engine import (
     Accepted,
     Begin,
     FinishReason,
@@ -22,11 +27,6 @@ from pla_serve.engine.messages import (
     Rejected,
     Reserve,
 )
-from pla_serve.engine.sequence import Sequence
-from pla_serve.engine.transfer.layout import KVLayout, Source
-from pla_serve.engine.transfer.protocol import Arrival
-from pla_serve.engine.transfer.pull import PullReport, PullRequest
-from pla_serve.engine.transfer.reader import Reader
 
 RETRY_SECONDS = 0.5
 """After a refusal for want of memory."""
@@ -128,12 +128,12 @@ class Reservations:
         """When the next lease ends, or something goes on without it."""
         return min((r.until for r in self._reservations.values()), default=None)
 
-    def _source(self, message: Reserve) -> Source | str | None:
+    def _source(self, message: Reserve) -> KVSource | str | None:
         """What is to be read; None if nothing is, a text if it cannot be."""
         if not message.source:
             return None
         try:
-            source = msgspec.msgpack.decode(message.source, type=Source)
+            source = msgspec.msgpack.decode(message.source, type=KVSource)
         except msgspec.MsgspecError as error:
             return f"the source is not one of this version's offers: {error}"
         if source.kind != self._layout.kind:
@@ -145,7 +145,7 @@ class Reservations:
             return "the offer is of more tokens than the prompt has"
         return source
 
-    def _start(self, reservation: _Reservation, source: Source) -> None:
+    def _start(self, reservation: _Reservation, source: KVSource) -> None:
         self._keys += 1
         sequence = reservation.sequence
         reservation.key = self._keys

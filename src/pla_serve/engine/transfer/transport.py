@@ -26,7 +26,7 @@ class Operation(Protocol):
         ...
 
 
-class Transport(Protocol):
+class KVTransport(Protocol):
     """All calls come from one thread."""
 
     @property

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pla_serve.fleet.link.protocol import InstanceReport as LinkReport
-from pla_serve.fleet.link.protocol import Link
-from pla_serve.policy.pools.protocol import InstanceReport, Pool
+from pla_serve.fleet.link.protocol import InstanceReport, Link
+from pla_serve.policy.pools.protocol import Pool, PoolReport
 
 
 @dataclass(slots=True)
-class Seen:
+class InstanceCensus:
     """One instance during a control period."""
 
     reports: int = 0
@@ -27,28 +26,28 @@ class Census:
     """Counts what happens to each instance between two decisions."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, InstanceCensus] = {}
 
-    def report(self, url: str, report: LinkReport) -> None:
+    def report(self, url: str, report: InstanceReport) -> None:
         """A heartbeat came."""
-        seen = self._seen.setdefault(url, Seen())
+        seen = self._seen.setdefault(url, InstanceCensus())
         seen.reports += 1
         seen.busy += bool(report.requests or report.running or report.waiting_tokens)
 
     def first_token(self, url: str, lateness: float) -> None:
         """Of a request with a deadline, so many seconds after it (negative: before)."""
-        seen = self._seen.setdefault(url, Seen())
+        seen = self._seen.setdefault(url, InstanceCensus())
         seen.lateness += lateness
         seen.first_tokens += 1
 
     def moved(self, url: str, source: Pool) -> None:
-        self._seen.setdefault(url, Seen()).moved_from = source
+        self._seen.setdefault(url, InstanceCensus()).moved_from = source
 
-    def close(self, link: Link, pool: Pool) -> InstanceReport:
+    def close(self, link: Link, pool: Pool) -> PoolReport:
         """End the control period of an instance that is connected and has reported."""
         report = link.last_report
         assert report is not None
-        seen = self._seen.pop(link.url, None) or Seen()
+        seen = self._seen.pop(link.url, None) or InstanceCensus()
         # One that interrupts a prefill serves its new class at once, whatever it still holds.
         express = link.facts is not None and link.facts.express
         held = _held(report, pool)
@@ -56,8 +55,8 @@ class Census:
         if seen.moved_from is not None and not express:
             draining = _held(report, seen.moved_from) > 0 and seen.moved_from is not pool
         if draining:
-            self._seen[link.url] = Seen(moved_from=seen.moved_from)
-        return InstanceReport(
+            self._seen[link.url] = InstanceCensus(moved_from=seen.moved_from)
+        return PoolReport(
             link.url,
             pool,
             queued_short=report.queued_short_seconds,
@@ -74,7 +73,7 @@ class Census:
         self._seen.pop(url, None)
 
 
-def _held(report: LinkReport, pool: Pool) -> float:
+def _held(report: InstanceReport, pool: Pool) -> float:
     """Seconds of prefill of a class that an instance still has to do."""
     if pool is Pool.SHORT:
         return report.queued_short_seconds

@@ -11,7 +11,7 @@ from pla_serve.fleet.control.census import Census
 from pla_serve.fleet.control.demand import DemandMeter, Desired
 from pla_serve.fleet.link.protocol import InstanceReport, Link
 from pla_serve.policy.pools import protocol
-from pla_serve.policy.pools.protocol import Controller, Move, Pool
+from pla_serve.policy.pools.protocol import Move, Pool, PoolController
 from pla_serve.policy.pools.stages import StageController
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class FleetControl:
     def __init__(
         self,
         links: Callable[[], Iterable[Link]],
-        controller: Controller | None,
+        controller: PoolController | None,
         options: ControlOptions | None = None,
         *,
         stages: StageController | None = None,
@@ -129,7 +129,7 @@ class FleetControl:
         self._on_decision(self)
         return moves
 
-    def _decide(self, now: float, reports: list[protocol.InstanceReport]) -> Sequence[Move]:
+    def _decide(self, now: float, reports: list[protocol.PoolReport]) -> Sequence[Move]:
         if self._controller is None:
             return ()
         moves: list[Move] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pla_serve.policy.pools.balance import Demand
-from pla_serve.policy.pools.protocol import InstanceReport, Pool
+from pla_serve.policy.pools.balance import ClassDemand
+from pla_serve.policy.pools.protocol import Pool, PoolReport
 from pla_serve.policy.pools.rates import WorkRate
 from pla_serve.policy.pools.scaling import Scaler, ScalingOptions
 
@@ -21,7 +21,7 @@ class Desired:
     """That prefill: short, long and mixed ones together."""
     decode: int
     """0 without a decode pool."""
-    demands: dict[Pool, Demand]
+    demands: dict[Pool, ClassDemand]
     """Of the classes SHORT and LONG."""
     held_seconds: float
     """Prefill that the router holds back; part of what `prefill` counts."""
@@ -47,17 +47,17 @@ class DemandMeter:
         """Work of a class, SHORT or LONG, came."""
         self._rates[pool].add(seconds, now)
 
-    def demands(self, instances: Sequence[InstanceReport]) -> dict[Pool, Demand]:
+    def demands(self, instances: Sequence[PoolReport]) -> dict[Pool, ClassDemand]:
         """Of both classes, with the rates of the last `desired`."""
         short = sum(report.queued_short for report in instances)
         long = sum(report.queued_long for report in instances)
         return {
-            Pool.SHORT: Demand(short, self._rates[Pool.SHORT].rate),
-            Pool.LONG: Demand(long, self._rates[Pool.LONG].rate),
+            Pool.SHORT: ClassDemand(short, self._rates[Pool.SHORT].rate),
+            Pool.LONG: ClassDemand(long, self._rates[Pool.LONG].rate),
         }
 
     def desired(
-        self, now: float, instances: Sequence[InstanceReport], held_seconds: float = 0.0
+        self, now: float, instances: Sequence[PoolReport], held_seconds: float = 0.0
     ) -> Desired:
         """Ends a control period."""
         for rate in self._rates.values():
@@ -65,7 +65,7 @@ class DemandMeter:
         demands = self.demands(instances)
         prefills = [report for report in instances if report.pool is not Pool.DECODE]
         decodes = [report for report in instances if report.pool is Pool.DECODE]
-        held = [Demand(held_seconds, 0.0)] if held_seconds else []
+        held = [ClassDemand(held_seconds, 0.0)] if held_seconds else []
         by_work = self._prefill.desired(now, [*demands.values(), *held])
         by_memory = self._prefill_memory.desired(now, [_memory(prefills)])
         return Desired(
@@ -76,6 +76,6 @@ class DemandMeter:
         )
 
 
-def _memory(instances: Sequence[InstanceReport]) -> Demand:
+def _memory(instances: Sequence[PoolReport]) -> ClassDemand:
     """KV memory in use, in instances that are full; the scaler leaves room above it."""
-    return Demand(0.0, sum(report.kv_usage for report in instances))
+    return ClassDemand(0.0, sum(report.kv_usage for report in instances))

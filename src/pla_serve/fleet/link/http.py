@@ -12,16 +12,6 @@ from typing import Any, Literal, Protocol
 import httpx
 import msgspec
 
-from pla_serve.engine.messages import (
-    AbortRequest,
-    Accepted,
-    AddRequest,
-    Begin,
-    Output,
-    Rejected,
-    Release,
-    Reserve,
-)
 from pla_serve.fleet.link.liveness import Backoff, Retries
 from pla_serve.fleet.link.mapping import Unmappable, refusal, samples
 from pla_serve.fleet.link.protocol import (
@@ -33,6 +23,16 @@ from pla_serve.fleet.link.protocol import (
     NewsMessage,
     RequestMessage,
     Role,
+)
+from pla_serve.wire.engine import (
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    Begin,
+    Output,
+    Rejected,
+    Release,
+    Reserve,
 )
 
 log = logging.getLogger(__name__)

@@ -58,7 +58,7 @@ class Retries:
                 await self._closing.wait()
 
 
-class Silence:
+class PeerSilence:
     """How long a peer has said nothing, without the time in which this process did not run.
 
     `tick` is asked in steps of ``interval``. A step that took longer counts as two of them: this

@@ -7,7 +7,7 @@ from contextlib import suppress
 import httpx
 import msgspec
 
-from pla_serve.engine.messages import AddRequest, Output, Rejected, TokenLogprob
+from pla_serve.wire.engine import AddRequest, Output, Rejected, TokenLogprob
 
 RETRY_SECONDS = 1.0
 """After a refusal that may be taken back, if the server does not say."""

@@ -15,8 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.typing import Subprotocol
 
-from pla_serve.engine.messages import AddRequest, Reserve
-from pla_serve.fleet.link.liveness import Backoff, Retries, Silence
+from pla_serve.fleet.link.liveness import Backoff, PeerSilence, Retries
 from pla_serve.fleet.link.protocol import (
     LIVENESS_SECONDS,
     InstanceFacts,
@@ -27,8 +26,9 @@ from pla_serve.fleet.link.protocol import (
     RequestMessage,
     Role,
 )
-from pla_serve.server.frames import Outbox, Overflow
-from pla_serve.server.link_messages import (
+from pla_serve.wire.engine import AddRequest, Reserve
+from pla_serve.wire.frames import Outbox, Overflow
+from pla_serve.wire.link import (
     ALIVE_SECONDS,
     PATH,
     SUBPROTOCOL,
@@ -168,7 +168,7 @@ class InstanceLink:
             self._ask(SetRole(self._role))
         if self._drain is not None:
             self._ask(Drain(self._drain))
-        silence = Silence(self._liveness, self._clock())
+        silence = PeerSilence(self._liveness, self._clock())
         tasks = [
             asyncio.create_task(work)
             for work in (self._read(socket, silence), self._write(socket), self._watch(silence))
@@ -213,7 +213,7 @@ class InstanceLink:
             "version, and the API key one of its keys."
         )
 
-    async def _read(self, socket: ClientConnection, silence: Silence) -> None:
+    async def _read(self, socket: ClientConnection, silence: PeerSilence) -> None:
         try:
             while True:
                 frame = await socket.recv(decode=False)
@@ -253,7 +253,7 @@ class InstanceLink:
         except ConnectionClosed:
             pass  # the reader says why
 
-    async def _watch(self, silence: Silence) -> None:
+    async def _watch(self, silence: PeerSilence) -> None:
         """The two heartbeats: ours goes out, theirs is missed when it stays away."""
         alive_at = self._clock()
         while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pla_serve.server.link_messages import (
+from pla_serve.wire.link import (
     InstanceFacts,
     InstanceReport,
     NewsMessage,

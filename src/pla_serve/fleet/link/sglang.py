@@ -13,7 +13,10 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
-from pla_serve.engine.messages import (
+from pla_serve.fleet.link.http import Broken
+from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
+from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
+from pla_serve.wire.engine import (
     AddRequest,
     FinishReason,
     Grammar,
@@ -22,9 +25,6 @@ from pla_serve.engine.messages import (
     SamplingParams,
     TokenLogprob,
 )
-from pla_serve.fleet.link.http import Broken
-from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
 
 LOWEST = float("-inf")
 _Entry = tuple[float | None, int, str | None]

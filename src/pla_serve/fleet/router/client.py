@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from pla_serve.engine.messages import AddRequest, EngineReady, Inbound
 from pla_serve.fleet.link.protocol import InstanceFacts, Link, LinkEvents, LinkRefused
-from pla_serve.fleet.router.contract import FleetOptions, Observer
+from pla_serve.fleet.router.contract import FleetOptions, RoutingObserver
 from pla_serve.fleet.router.fleet import Fleet
-from pla_serve.fleet.router.instances import Instance
+from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.policy.routing.protocol import RoutingPolicy
-from pla_serve.server.backend import EngineStartError, EngineUnavailableError
-from pla_serve.server.session import EngineDiedError, EngineSession, Receiver
+from pla_serve.server.engine.backend import EngineStartError, EngineUnavailableError
+from pla_serve.server.engine.session import EngineDiedError, EngineSession, NewsReceiver
+from pla_serve.wire.engine import AddRequest, EngineReady, Inbound
 
 if TYPE_CHECKING:
     from pla_serve.fleet.control.control import FleetControl
@@ -44,7 +44,7 @@ class FleetClient:
     def __init__(
         self,
         links: Sequence[MakeLink],
-        observer: Observer,
+        observer: RoutingObserver,
         *,
         options: FleetOptions | None = None,
         routing: RoutingPolicy | None = None,
@@ -77,7 +77,7 @@ class FleetClient:
         self._was_ready = False
 
     @property
-    def instances(self) -> Sequence[Instance]:
+    def instances(self) -> Sequence[FleetInstance]:
         """For `/fleet`, the controller and metrics; only the fleet changes them."""
         return self.fleet.instances
 
@@ -205,9 +205,9 @@ class _Door:
     def __init__(self, client: FleetClient, tenant: str) -> None:
         self._client = client
         self._tenant = tenant
-        self._receivers: dict[str, Receiver] = {}
+        self._receivers: dict[str, NewsReceiver] = {}
 
-    def open_route(self, id: str, session: Receiver) -> None:
+    def open_route(self, id: str, session: NewsReceiver) -> None:
         if self._client.status == "stopped":
             raise EngineDiedError("the router is shutting down")
         self._receivers[id] = session

@@ -8,13 +8,13 @@ from typing import Protocol
 
 from pla_serve.fleet.link.protocol import InstanceReport, Link
 from pla_serve.fleet.router.circuit import CircuitOptions
-from pla_serve.fleet.router.flight import Leg, Timer
+from pla_serve.fleet.router.routed_request import Leg, Timer
 
 Later = Callable[[float, Callable[[], None]], Timer]
 """Call a function after so many seconds."""
 
 
-class Observer(Protocol):
+class RoutingObserver(Protocol):
     """What the metrics are told."""
 
     def decided(self, seconds: float) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from pla_serve.fleet.link.protocol import InstanceReport
 from pla_serve.fleet.router.costs import FleetCost
-from pla_serve.fleet.router.flight import Flight, Leg
-from pla_serve.fleet.router.instances import Instance
+from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.prefixes import PrefixRecord
+from pla_serve.fleet.router.routed_request import Leg, RoutedRequest
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.class_pools import ClassPools
 from pla_serve.policy.routing.least_loaded import LeastLoaded
@@ -40,10 +40,10 @@ class ByRoles:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DispatchPlan:
     """Where a request would go, and what it would find there. Seconds are predicted."""
 
-    instance: Instance
+    instance: FleetInstance
     stage: Router
     request: RouteRequest
     place: Placement
@@ -62,7 +62,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        instances: Callable[[str], Instance],
+        instances: Callable[[str], FleetInstance],
         routing: RoutingPolicy | None = None,
     ) -> None:
         """
@@ -78,14 +78,14 @@ class Dispatcher:
         self._express: dict[str, bool] = {}
         self._prefill = Router(routing or ByRoles(), self._model())
         self._decode = Router(LeastLoaded("tokens"), self._model())
-        self._odd: dict[str, Instance] = {}
+        self._odd: dict[str, FleetInstance] = {}
         """Those that may not be sent to just now: closed, or with a circuit that is not."""
         self._forgetful: set[str] = set()
         """Those that may continue a stream with other tokens (`InstanceFacts.resumes`)."""
 
     # Instances
 
-    def join(self, instance: Instance, now: float) -> None:
+    def join(self, instance: FleetInstance, now: float) -> None:
         """It is connected; its facts are known."""
         facts = instance.facts
         assert facts is not None
@@ -101,7 +101,7 @@ class Dispatcher:
         self._renew()
         self.note(instance)
 
-    def leave(self, instance: Instance) -> None:
+    def leave(self, instance: FleetInstance) -> None:
         """It is gone; so are all accounts there."""
         for stage in (self._prefill, self._decode):
             if instance.name in stage.view:
@@ -111,7 +111,7 @@ class Dispatcher:
         self._transfers.pop(instance.name, None)
         self.cost.gone(instance.name)
 
-    def reported(self, instance: Instance, report: InstanceReport, now: float) -> None:
+    def reported(self, instance: FleetInstance, report: InstanceReport, now: float) -> None:
         """``instance.report`` is new."""
         name = instance.name
         stage = self._stage(instance)
@@ -132,7 +132,7 @@ class Dispatcher:
             stage.reported(name, short + report.queued_long_seconds, short, at)
         self.note(instance)
 
-    def note(self, instance: Instance) -> None:
+    def note(self, instance: FleetInstance) -> None:
         """It opened or closed, or its circuit did."""
         if instance.open and instance.circuit.closed:
             self._odd.pop(instance.name, None)
@@ -145,7 +145,7 @@ class Dispatcher:
 
     # Requests
 
-    def plan(self, flight: Flight, id: str, now: float) -> Plan | None:
+    def plan(self, flight: RoutedRequest, id: str, now: float) -> DispatchPlan | None:
         """The best of those that may have it, or None if there is nobody."""
         request = self._route_request(flight, id)
         for exclude in self._exclusions(flight, now):
@@ -159,7 +159,7 @@ class Dispatcher:
                 return self._plan(stage, request, name, now)
         return None
 
-    def charge(self, flight: Flight, plan: Plan, now: float) -> Leg:
+    def charge(self, flight: RoutedRequest, plan: DispatchPlan, now: float) -> Leg:
         """The request is sent as planned."""
         instance = plan.instance
         plan.stage.dispatched(plan.request, instance.name, now)
@@ -190,7 +190,7 @@ class Dispatcher:
         else:
             self.cost.saw(leg.id, *leg.alone, now - leg.sent)
 
-    def grown(self, flight: Flight, leg: Leg) -> None:
+    def grown(self, flight: RoutedRequest, leg: Leg) -> None:
         """The instance keeps the KV of its output as well."""
         flight.extend_chain()
         self.prefixes.extend(leg.instance.name, flight.chain)
@@ -211,7 +211,9 @@ class Dispatcher:
                 return len(entry.waiting) + len(entry.running), entry.work
         return 0, 0.0
 
-    def plan_decode(self, flight: Flight, id: str, exclude: set[str], now: float) -> Plan | None:
+    def plan_decode(
+        self, flight: RoutedRequest, id: str, exclude: set[str], now: float
+    ) -> DispatchPlan | None:
         """The decode instance that has least to do, to take a prefilled request over."""
         if not self._decode.view.entries:
             return None
@@ -224,7 +226,7 @@ class Dispatcher:
             return None
         return self._plan(self._decode, request, name, now)
 
-    def uncached_seconds(self, flights: Iterable[Flight]) -> float:
+    def uncached_seconds(self, flights: Iterable[RoutedRequest]) -> float:
         """Predicted prefill of all their tokens."""
         return sum(
             self.cost.prefill_seconds(len(flight.request.prompt) + len(flight.tokens), 0)
@@ -236,7 +238,7 @@ class Dispatcher:
         """Requests on all accounts."""
         return int(self._prefill.view.requests.sum() + self._decode.view.requests.sum())
 
-    def _route_request(self, flight: Flight, id: str) -> RouteRequest:
+    def _route_request(self, flight: RoutedRequest, id: str) -> RouteRequest:
         flight.extend_chain()
         cached = self.prefixes.match(flight.chain)
         for name, tokens in cached.items():
@@ -246,7 +248,7 @@ class Dispatcher:
         tokens = len(flight.request.prompt) + len(flight.tokens)
         return RouteRequest(id, tokens, cached, deadline=flight.request.deadline)
 
-    def _exclusions(self, flight: Flight, now: float) -> Iterator[frozenset[str]]:
+    def _exclusions(self, flight: RoutedRequest, now: float) -> Iterator[frozenset[str]]:
         """What to leave out: first all that had better not have it, last those that cannot."""
         never = {name for name, instance in self._odd.items() if not instance.open}
         never |= flight.refused.keys()
@@ -265,14 +267,16 @@ class Dispatcher:
         if rather_not:
             yield frozenset(never)
 
-    def _plan(self, stage: Router, request: RouteRequest, name: str, now: float) -> Plan:
+    def _plan(self, stage: Router, request: RouteRequest, name: str, now: float) -> DispatchPlan:
         place = stage.place(request, name)
         view, entry = stage.view, stage.view.entry(name)
         short = view.is_short(place.new_tokens)
         wait = view.wait(entry.index, short, now)
-        return Plan(self._instances(name), stage, request, place, wait, short, not entry.waiting)
+        return DispatchPlan(
+            self._instances(name), stage, request, place, wait, short, not entry.waiting
+        )
 
-    def _stage(self, instance: Instance) -> Router:
+    def _stage(self, instance: FleetInstance) -> Router:
         return self._decode if instance.pool is Pool.DECODE else self._prefill
 
     def _model(self) -> FleetModel:

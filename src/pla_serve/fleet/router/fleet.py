@@ -11,13 +11,6 @@ from math import ceil, inf
 
 import msgspec
 
-from pla_serve.engine.messages import (
-    AbortRequest,
-    Accepted,
-    AddRequest,
-    Output,
-    Rejected,
-)
 from pla_serve.fleet.link.protocol import (
     InstanceFacts,
     InstanceReport,
@@ -25,17 +18,24 @@ from pla_serve.fleet.link.protocol import (
     LinkDown,
     NewsMessage,
 )
-from pla_serve.fleet.router.contract import FleetOptions, Later, Observer
-from pla_serve.fleet.router.dispatch import BLAME_SECONDS, Dispatcher, Plan
-from pla_serve.fleet.router.flight import Blame, Flight, Leg, with_seed
+from pla_serve.fleet.router.contract import FleetOptions, Later, RoutingObserver
+from pla_serve.fleet.router.dispatch import BLAME_SECONDS, Dispatcher, DispatchPlan
+from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.hand_over import HandOvers
-from pla_serve.fleet.router.instances import Instance
-from pla_serve.fleet.router.keys import Shares
+from pla_serve.fleet.router.instance_table import InstanceTable
+from pla_serve.fleet.router.keys import KeyShares
 from pla_serve.fleet.router.parking import Parking
 from pla_serve.fleet.router.prefixes import Chain
-from pla_serve.fleet.router.roster import Roster
+from pla_serve.fleet.router.routed_request import Blame, Leg, RoutedRequest, with_seed
 from pla_serve.policy.routing.protocol import RoutingPolicy
-from pla_serve.server.session import EngineDiedError, Receiver
+from pla_serve.server.engine.session import EngineDiedError, NewsReceiver
+from pla_serve.wire.engine import (
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    Output,
+    Rejected,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Fleet:
         self,
         clock: Callable[[], float],
         later: Later,
-        observer: Observer,
+        observer: RoutingObserver,
         *,
         options: FleetOptions | None = None,
         routing: RoutingPolicy | None = None,
@@ -72,17 +72,17 @@ class Fleet:
         self._options = options = options or FleetOptions()
         self._on_change = on_change
         self._timer = timer or clock
-        self._roster = Roster(self._options.circuit)
-        self._flights: dict[str, Flight] = {}
+        self._roster = InstanceTable(self._options.circuit)
+        self._flights: dict[str, RoutedRequest] = {}
         self._parking = Parking(later, self.place)
         self._hands = HandOvers(self, options.lease_seconds)
         self.dispatcher = Dispatcher(self._roster.__getitem__, routing)
-        self.shares = Shares()
+        self.shares = KeyShares()
 
     # For others to look at
 
     @property
-    def instances(self) -> Sequence[Instance]:
+    def instances(self) -> Sequence[FleetInstance]:
         return self._roster.all
 
     @property
@@ -104,7 +104,7 @@ class Fleet:
         """Some instance takes requests."""
         return any(instance.open for instance in self._roster.all)
 
-    def attach(self, link: Link) -> Instance:
+    def attach(self, link: Link) -> FleetInstance:
         """An instance of the fleet, before its link runs.
 
         Raises:
@@ -114,9 +114,9 @@ class Fleet:
 
     # Requests
 
-    def submit(self, request: AddRequest, receiver: Receiver, tenant: str) -> None:
+    def submit(self, request: AddRequest, receiver: NewsReceiver, tenant: str) -> None:
         """News goes to ``receiver`` until the request has ended or `close` is called."""
-        flight = Flight(with_seed(request), receiver, tenant, Chain(request.prompt))
+        flight = RoutedRequest(with_seed(request), receiver, tenant, Chain(request.prompt))
         self._flights[request.id] = flight
         self.place(flight)
 
@@ -197,7 +197,9 @@ class Fleet:
 
     # For `HandOvers`
 
-    def send(self, instance: Instance, message: AddRequest | AbortRequest | msgspec.Struct) -> bool:
+    def send(
+        self, instance: FleetInstance, message: AddRequest | AbortRequest | msgspec.Struct
+    ) -> bool:
         """False: it is not connected, and `lost` has been told or will be."""
         if not instance.connected:
             return False
@@ -207,20 +209,20 @@ class Fleet:
             return False
         return True
 
-    def accepted(self, flight: Flight, cached_tokens: int | None) -> None:
+    def accepted(self, flight: RoutedRequest, cached_tokens: int | None) -> None:
         """Tell the client side, once."""
         if not flight.told:
             flight.told = True
             flight.receiver.take(Accepted(flight.request.id, cached_tokens))
 
-    def settle(self, flight: Flight, leg: Leg) -> None:
+    def settle(self, flight: RoutedRequest, leg: Leg) -> None:
         """Its stay there is over; if it was a probe and nothing was learnt, another may be one."""
         leg.instance.flights.pop(leg.id, None)
         leg.instance.circuit.withdrawn(leg.id)
         self.dispatcher.finished(leg, self.clock())
         flight.leg = None
 
-    def move(self, flight: Flight, reason: str) -> None:
+    def move(self, flight: RoutedRequest, reason: str) -> None:
         """An instance failed it: elsewhere, or the end if that happened too often."""
         leg, now = flight.leg, self.clock()
         if leg is not None:
@@ -237,7 +239,7 @@ class Fleet:
         flight.refused.clear()
         self.place(flight)
 
-    def deliver(self, flight: Flight, leg: Leg, output: Output) -> None:
+    def deliver(self, flight: RoutedRequest, leg: Leg, output: Output) -> None:
         """Give the client tokens, and the end if it is one."""
         if not leg.first and (output.tokens or output.finish_reason):
             leg.first = True
@@ -256,7 +258,7 @@ class Fleet:
 
     # Inside
 
-    def place(self, flight: Flight) -> None:
+    def place(self, flight: RoutedRequest) -> None:
         """Send it somewhere, park it, or refuse it."""
         self._parking.leave(flight)
         while True:
@@ -272,7 +274,7 @@ class Fleet:
             if self._sent(flight, plan, now):
                 return
 
-    def _sent(self, flight: Flight, plan: Plan, now: float) -> bool:
+    def _sent(self, flight: RoutedRequest, plan: DispatchPlan, now: float) -> bool:
         instance = plan.instance
         leg = self.dispatcher.charge(flight, plan, now)
         flight.leg = leg
@@ -286,7 +288,7 @@ class Fleet:
         self.observer.dispatched(instance.name, plan.short, plan.place.seconds, now)
         return True
 
-    def _beyond_share(self, flight: Flight, plan: Plan, now: float) -> bool:
+    def _beyond_share(self, flight: RoutedRequest, plan: DispatchPlan, now: float) -> bool:
         """Refuses it if the fleet is over its capacity and its key has had its part."""
         most = self._options.max_predicted_wait
         if most is None or plan.wait <= most:
@@ -299,7 +301,7 @@ class Fleet:
         self._refuse(flight, reason, plan.wait - most)
         return True
 
-    def _nowhere(self, flight: Flight, now: float) -> None:
+    def _nowhere(self, flight: RoutedRequest, now: float) -> None:
         """No instance may have it now."""
         if flight.stalled is None:
             flight.stalled = now
@@ -321,7 +323,7 @@ class Fleet:
         self._on_change()
         self._parking.wake_all()
 
-    def _output(self, flight: Flight, leg: Leg, output: Output) -> None:
+    def _output(self, flight: RoutedRequest, leg: Leg, output: Output) -> None:
         if output.finish_reason not in ("error", "abort", "handed_over"):
             self.deliver(flight, leg, output)
             return
@@ -337,7 +339,7 @@ class Fleet:
         self.observer.moved(leg.instance.name, "error", bool(flight.tokens))
         self.move(flight, f"{leg.instance.name} failed it: {reason}")
 
-    def _first(self, flight: Flight, leg: Leg, output: Output) -> None:
+    def _first(self, flight: RoutedRequest, leg: Leg, output: Output) -> None:
         now = self.clock()
         flight.stalled, flight.fruitless = None, 0
         due = flight.request.deadline
@@ -352,7 +354,7 @@ class Fleet:
             self.dispatcher.note(leg.instance)
             self._changed()
 
-    def _rejected(self, flight: Flight, leg: Leg, rejected: Rejected) -> None:
+    def _rejected(self, flight: RoutedRequest, leg: Leg, rejected: Rejected) -> None:
         """No room there, or it never can: elsewhere, and only then back to the client."""
         instance = leg.instance
         self.settle(flight, leg)
@@ -368,11 +370,11 @@ class Fleet:
             flight.refused[instance.name] = rejected.retry_after
         self.place(flight)
 
-    def _refuse(self, flight: Flight, reason: str, seconds: float) -> None:
+    def _refuse(self, flight: RoutedRequest, reason: str, seconds: float) -> None:
         seconds = float(ceil(max(seconds, 1.0))) if seconds < inf else 5.0
         self._reject(flight, Rejected(id=flight.request.id, reason=reason, retry_after=seconds))
 
-    def _reject(self, flight: Flight, rejected: Rejected) -> None:
+    def _reject(self, flight: RoutedRequest, rejected: Rejected) -> None:
         """The end: as refused if the client does not know better yet, else as an error."""
         if flight.told:
             self._fail(flight, rejected.reason)
@@ -380,7 +382,7 @@ class Fleet:
         self._end(flight)
         flight.receiver.take(msgspec.structs.replace(rejected, id=flight.request.id))
 
-    def _fail(self, flight: Flight, reason: str) -> None:
+    def _fail(self, flight: RoutedRequest, reason: str) -> None:
         leg = flight.leg
         self._hands.dropped(flight)
         self._end(flight)
@@ -389,7 +391,7 @@ class Fleet:
         log.error("request %s failed: %s", flight.request.id, reason)
         flight.receiver.fail(EngineDiedError(reason))
 
-    def _end(self, flight: Flight) -> None:
+    def _end(self, flight: RoutedRequest) -> None:
         """Forget it, with all that is charged for it."""
         self._flights.pop(flight.request.id, None)
         self._parking.leave(flight)

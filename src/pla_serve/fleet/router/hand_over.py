@@ -17,7 +17,15 @@ from typing import Protocol
 
 import msgspec
 
-from pla_serve.engine.messages import (
+from pla_serve.fleet.link.protocol import NewsMessage
+from pla_serve.fleet.router.contract import RoutingObserver
+from pla_serve.fleet.router.dispatch import Dispatcher
+from pla_serve.fleet.router.fleet_instance import FleetInstance
+from pla_serve.fleet.router.instance_table import InstanceTable
+from pla_serve.fleet.router.routed_request import Hand, Leg, RoutedRequest
+from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.routing.router import Placement
+from pla_serve.wire.engine import (
     AbortRequest,
     Accepted,
     Begin,
@@ -29,14 +37,6 @@ from pla_serve.engine.messages import (
     Release,
     Reserve,
 )
-from pla_serve.fleet.link.protocol import NewsMessage
-from pla_serve.fleet.router.contract import Observer
-from pla_serve.fleet.router.dispatch import Dispatcher
-from pla_serve.fleet.router.flight import Flight, Hand, Leg
-from pla_serve.fleet.router.instances import Instance
-from pla_serve.fleet.router.roster import Roster
-from pla_serve.policy.pools.protocol import Pool
-from pla_serve.policy.routing.router import Placement
 
 
 class Carrier(Protocol):
@@ -44,14 +44,14 @@ class Carrier(Protocol):
 
     dispatcher: Dispatcher
     clock: Callable[[], float]
-    observer: Observer
+    observer: RoutingObserver
 
-    def send(self, instance: Instance, message: msgspec.Struct) -> bool: ...
-    def accepted(self, flight: Flight, cached_tokens: int | None) -> None: ...
-    def settle(self, flight: Flight, leg: Leg) -> None: ...
-    def move(self, flight: Flight, reason: str) -> None: ...
-    def place(self, flight: Flight) -> None: ...
-    def deliver(self, flight: Flight, leg: Leg, output: Output) -> None: ...
+    def send(self, instance: FleetInstance, message: msgspec.Struct) -> bool: ...
+    def accepted(self, flight: RoutedRequest, cached_tokens: int | None) -> None: ...
+    def settle(self, flight: RoutedRequest, leg: Leg) -> None: ...
+    def move(self, flight: RoutedRequest, reason: str) -> None: ...
+    def place(self, flight: RoutedRequest) -> None: ...
+    def deliver(self, flight: RoutedRequest, leg: Leg, output: Output) -> None: ...
 
 
 class HandOvers:
@@ -61,7 +61,9 @@ class HandOvers:
         self._carrier = carrier
         self._lease = lease_seconds
 
-    def start(self, flight: Flight, leg: Leg, place: Placement, instances: Roster) -> bool:
+    def start(
+        self, flight: RoutedRequest, leg: Leg, place: Placement, instances: InstanceTable
+    ) -> bool:
         """Send the request to the instance of ``leg``, by way of a hand-over if there is one.
 
         Returns whether it could be sent.
@@ -85,7 +87,7 @@ class HandOvers:
             return sent
         return send(leg.instance, flight.message(leg.id))
 
-    def message(self, flight: Flight, instance: Instance, message: NewsMessage) -> bool:
+    def message(self, flight: RoutedRequest, instance: FleetInstance, message: NewsMessage) -> bool:
         """News of a flight; returns whether that was all there is to do."""
         hand = flight.hand
         if hand is None:
@@ -97,7 +99,7 @@ class HandOvers:
             return self._of_target(flight, hand, message)
         return self._of_source(flight, hand, message)
 
-    def lost(self, flight: Flight, instance: Instance, id: str) -> bool:
+    def lost(self, flight: RoutedRequest, instance: FleetInstance, id: str) -> bool:
         """An instance is gone; returns whether the flight goes on without being moved."""
         hand = flight.hand
         if hand is None:
@@ -128,7 +130,7 @@ class HandOvers:
             self._begin(flight, hand)
         return True
 
-    def dropped(self, flight: Flight) -> None:
+    def dropped(self, flight: RoutedRequest) -> None:
         """The flight ends, or goes on without its hand-over."""
         hand = flight.hand
         if hand is None:
@@ -141,7 +143,7 @@ class HandOvers:
 
     # Inside
 
-    def _apart(self, flight: Flight, source: Instance) -> bool:
+    def _apart(self, flight: RoutedRequest, source: FleetInstance) -> bool:
         """Whether another instance should decode it."""
         facts = source.facts
         if flight.whole:
@@ -154,7 +156,7 @@ class HandOvers:
         plan = self._carrier.dispatcher.plan_decode(flight, flight.request.id, set(), now)
         return plan is not None and _alike(source, plan.instance)
 
-    def _offered(self, flight: Flight, hand: Hand, offer: Offer) -> None:
+    def _offered(self, flight: RoutedRequest, hand: Hand, offer: Offer) -> None:
         if hand.offer is not None or hand.begun:
             return
         hand.offer = offer.source
@@ -168,7 +170,7 @@ class HandOvers:
         elif not self._reserve(flight, hand, hand.target):
             self._close(flight, hand)  # the target is being lost
 
-    def _next_target(self, flight: Flight, hand: Hand) -> None:
+    def _next_target(self, flight: RoutedRequest, hand: Hand) -> None:
         """Another instance to decode it; without one, wherever it is soonest continued."""
         carrier = self._carrier
         now = carrier.clock()
@@ -194,7 +196,7 @@ class HandOvers:
             self._close(flight, hand)
             carrier.place(flight)
 
-    def _reserve(self, flight: Flight, hand: Hand, leg: Leg) -> bool:
+    def _reserve(self, flight: RoutedRequest, hand: Hand, leg: Leg) -> bool:
         assert hand.offer is not None
         hand.carried = len(flight.tokens)
         request = flight.message(leg.id)
@@ -203,7 +205,7 @@ class HandOvers:
             Reserve(request=request, source=hand.offer, lease_seconds=self._lease),
         )
 
-    def _of_source(self, flight: Flight, hand: Hand, message: NewsMessage) -> bool:
+    def _of_source(self, flight: RoutedRequest, hand: Hand, message: NewsMessage) -> bool:
         if hand.lent:
             if isinstance(message, (Rejected, Output)):
                 assert hand.target is not None
@@ -231,7 +233,7 @@ class HandOvers:
             self._next_target(flight, hand)
         return True
 
-    def _of_target(self, flight: Flight, hand: Hand, message: NewsMessage) -> bool:
+    def _of_target(self, flight: RoutedRequest, hand: Hand, message: NewsMessage) -> bool:
         target = hand.target
         assert target is not None
         if isinstance(message, Accepted):
@@ -261,7 +263,7 @@ class HandOvers:
             self._next_target(flight, hand)
         return True
 
-    def _begin(self, flight: Flight, hand: Hand) -> None:
+    def _begin(self, flight: RoutedRequest, hand: Hand) -> None:
         target = hand.target
         assert target is not None
         hand.begun = True
@@ -273,7 +275,7 @@ class HandOvers:
         if self._carrier.send(target.instance, Begin(id=target.id, tokens=tokens)):
             self._carrier.observer.handed_over("begun")
 
-    def _plainly(self, flight: Flight, target: Leg, why: str) -> bool:
+    def _plainly(self, flight: RoutedRequest, target: Leg, why: str) -> bool:
         """No KV comes: the target computes all of it."""
         self._carrier.observer.handed_over(why)
         flight.hand = None
@@ -282,7 +284,7 @@ class HandOvers:
         self._carrier.send(target.instance, flight.message(target.id))
         return True
 
-    def _leave_source(self, flight: Flight, hand: Hand) -> None:
+    def _leave_source(self, flight: RoutedRequest, hand: Hand) -> None:
         hand.source.flights.pop(hand.source_id, None)
         leg = flight.leg
         if leg is not None and leg.instance is hand.source:
@@ -294,7 +296,7 @@ class HandOvers:
             target.instance.flights.pop(target.id, None)
             self._carrier.dispatcher.finished(target, self._carrier.clock())
 
-    def _close(self, flight: Flight, hand: Hand) -> None:
+    def _close(self, flight: RoutedRequest, hand: Hand) -> None:
         """Let the source free its KV."""
         flight.hand = None
         if hand.lent:
@@ -303,7 +305,7 @@ class HandOvers:
             self._carrier.send(hand.source, Release(hand.source_id))
 
 
-def _alike(source: Instance, target: Instance) -> bool:
+def _alike(source: FleetInstance, target: FleetInstance) -> bool:
     """Whether they can exchange KV."""
     return (
         source.facts is not None

@@ -16,7 +16,7 @@ class _Account:
     requests: dict[str, float] = field(default_factory=dict)
 
 
-class Shares:
+class KeyShares:
     """Predicted seconds of waiting work by tenant.
 
     While there is room nobody is counted out. When there is none, each tenant that was heard of

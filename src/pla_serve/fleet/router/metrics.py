@@ -9,9 +9,9 @@ from prometheus_client import Counter, Gauge, Histogram
 from pla_serve.fleet.link.protocol import InstanceReport, Link
 from pla_serve.fleet.router.circuit import CircuitState
 from pla_serve.fleet.router.fleet import Fleet
-from pla_serve.fleet.router.flight import Leg
-from pla_serve.fleet.router.instances import Instance
-from pla_serve.server.metrics import Metrics
+from pla_serve.fleet.router.fleet_instance import FleetInstance
+from pla_serve.fleet.router.routed_request import Leg
+from pla_serve.server.records.metrics import Metrics
 
 DECISION_SECONDS = (
     *(0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05),
@@ -162,7 +162,7 @@ class FleetMetrics(Metrics):
             self._of_pool["pool_instances"].labels(self._model, role).set(count)
             self._of_pool["pool_queued_seconds"].labels(self._model, role).set(seconds)
 
-    def _show(self, fleet: Fleet, instance: Instance) -> None:
+    def _show(self, fleet: Fleet, instance: FleetInstance) -> None:
         report = instance.report
         values = {
             "instance_up": float(instance.connected),
@@ -194,6 +194,6 @@ class FleetMetrics(Metrics):
         return metric if labels else metric.labels(self._model)
 
 
-def _queued(instance: Instance) -> float:
+def _queued(instance: FleetInstance) -> float:
     report = instance.report
     return report.queued_short_seconds + report.queued_long_seconds if report else 0.0

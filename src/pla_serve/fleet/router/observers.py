@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pla_serve.fleet.link.protocol import InstanceReport, Link
-from pla_serve.fleet.router.contract import Observer
-from pla_serve.fleet.router.flight import Leg
+from pla_serve.fleet.router.contract import RoutingObserver
+from pla_serve.fleet.router.routed_request import Leg
 
 if TYPE_CHECKING:
     from pla_serve.fleet.control.control import FleetControl
 
 
 class WithControl:
-    """An `Observer` that tells the pool controller what it needs as well."""
+    """An `RoutingObserver` that tells the pool controller what it needs as well."""
 
-    def __init__(self, metrics: Observer, control: FleetControl) -> None:
+    def __init__(self, metrics: RoutingObserver, control: FleetControl) -> None:
         self._control = control
         self.decided = metrics.decided
         self.moved = metrics.moved

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from pla_serve.fleet.router.contract import Later
-from pla_serve.fleet.router.flight import Flight
+from pla_serve.fleet.router.routed_request import RoutedRequest
 
 
 class Parking:
     """They are placed again when their time has come, or when the fleet has changed."""
 
-    def __init__(self, later: Later, place: Callable[[Flight], None]) -> None:
+    def __init__(self, later: Later, place: Callable[[RoutedRequest], None]) -> None:
         self._later = later
         self._place = place
-        self._parked: dict[str, Flight] = {}
+        self._parked: dict[str, RoutedRequest] = {}
 
     def __len__(self) -> int:
         return len(self._parked)
 
-    def __iter__(self) -> Iterator[Flight]:
+    def __iter__(self) -> Iterator[RoutedRequest]:
         return iter(list(self._parked.values()))
 
-    def park(self, flight: Flight, seconds: float) -> None:
+    def park(self, flight: RoutedRequest, seconds: float) -> None:
         """Try again after so long."""
 
         def wake() -> None:
@@ -33,7 +33,7 @@ class Parking:
         self._parked[flight.request.id] = flight
         flight.timer = self._later(seconds, wake)
 
-    def leave(self, flight: Flight) -> None:
+    def leave(self, flight: RoutedRequest) -> None:
         """It is placed, or has ended; unknown ones are ignored."""
         self._parked.pop(flight.request.id, None)
         if flight.timer is not None:

@@ -42,7 +42,7 @@ class Chain:
 
 
 @dataclass(slots=True)
-class Mark:
+class PrefixMark:
     """One prompt in the record of one instance, to take back or to confirm."""
 
     stamp: int
@@ -120,7 +120,7 @@ class PrefixRecord:
             self._note(found, here, depth + 1)
         return found
 
-    def insert(self, name: str, chain: Chain) -> Mark:
+    def insert(self, name: str, chain: Chain) -> PrefixMark:
         """The instance is given this prompt. `confirm` or `undo` must follow.
 
         Raises:
@@ -137,7 +137,7 @@ class PrefixRecord:
         if kept is not None:
             self._use(kept, chain)
 
-    def confirm(self, name: str, mark: Mark, cached_tokens: int | None) -> None:
+    def confirm(self, name: str, mark: PrefixMark, cached_tokens: int | None) -> None:
         """It was prefilled, and so many of its tokens had been cached (None: unknown).
 
         If that is less than was believed, whatever was used no later than the first block that was
@@ -155,7 +155,7 @@ class PrefixRecord:
             while kept.blocks and next(iter(kept.blocks.values())) <= floor:
                 self._drop(kept, kept.blocks.popitem(last=False)[0])
 
-    def undo(self, name: str, mark: Mark) -> None:
+    def undo(self, name: str, mark: PrefixMark) -> None:
         """It will not be prefilled there: what nobody else has used since is not held."""
         kept = self._instances.get(name)
         if kept is None or mark.stamp not in kept.pending:
@@ -166,7 +166,7 @@ class PrefixRecord:
                 del kept.blocks[block]
                 self._drop(kept, block)
 
-    def _use(self, kept: _Kept, chain: Chain) -> Mark:
+    def _use(self, kept: _Kept, chain: Chain) -> PrefixMark:
         self._stamp += 1
         hashes = chain.hashes[: kept.capacity]
         blocks, before, new = kept.blocks, [], []
@@ -181,7 +181,7 @@ class PrefixRecord:
                 self._holders[block] = self._holders.get(block, 0) | kept.bit
             blocks[block] = self._stamp
         self._trim(kept)
-        return Mark(self._stamp, new, before)
+        return PrefixMark(self._stamp, new, before)
 
     def _trim(self, kept: _Kept) -> None:
         while len(kept.blocks) > kept.capacity:

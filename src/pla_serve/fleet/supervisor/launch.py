@@ -21,7 +21,7 @@ from pla_serve.fleet.supervisor.commands import (
     threads_each,
 )
 from pla_serve.fleet.supervisor.log_lines import write_line
-from pla_serve.fleet.supervisor.member import FleetStartError, Member, Recipe
+from pla_serve.fleet.supervisor.member import FleetMember, FleetStartError, Recipe
 from pla_serve.fleet.supervisor.ports import ReservedPort
 from pla_serve.fleet.supervisor.spec import FleetSpec, Option
 from pla_serve.fleet.supervisor.supervisor import Supervisor
@@ -38,7 +38,7 @@ MOST_GIB = 4.0
 """KV of one instance, unless a flag says otherwise; the same as without a fleet."""
 
 
-class Plan:
+class LaunchPlan:
     """All command lines of a fleet, and `run`.
 
     Args:
@@ -102,7 +102,7 @@ class Plan:
         spec, on_line = self._spec, write_line(self._log_format)
         key = secrets.token_hex(16)
         instances = [
-            Member(
+            FleetMember(
                 Recipe(
                     name,
                     words,
@@ -118,7 +118,7 @@ class Plan:
         front = f"http://{_reachable(spec.host)}:{spec.port}"
         fds = (self._listener.fileno(),)
         recipe = Recipe("router", self._router, front, env={KEY_VARIABLE: key}, fds=fds)
-        router = Member(recipe, spec.health, on_line)
+        router = FleetMember(recipe, spec.health, on_line)
         supervisor = Supervisor(instances, router, drain_seconds=spec.drain_seconds)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,7 +12,7 @@ from enum import StrEnum
 import httpx
 
 from pla_serve.fleet.supervisor.process import Child
-from pla_serve.fleet.supervisor.restarts import Restarts, Silence
+from pla_serve.fleet.supervisor.restarts import HangDetector, Restarts
 from pla_serve.fleet.supervisor.spec import Health
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class FleetStartError(Exception):
     """A process ended before anything worked; the message says which, and its log why."""
 
 
-class State(StrEnum):
+class MemberState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     WAITING = "waiting"
@@ -50,7 +50,7 @@ class Recipe:
     """File descriptors that each life gets."""
 
 
-class Member:
+class FleetMember:
     """One process over all its lives. All methods belong to one event loop.
 
     Args:
@@ -68,7 +68,7 @@ class Member:
     ) -> None:
         """``on_line`` gets the name of the process and a line of its log."""
         self.recipe = recipe
-        self.state = State.STARTING
+        self.state = MemberState.STARTING
         self.ready = asyncio.Event()
         self._health = health
         self._on_line = on_line
@@ -110,7 +110,7 @@ class Member:
             else:
                 wait = max(0.0, due - self._clock())
                 log.error("%s %s; starting it again in %.1f s", name, _describe(status), wait)
-            self.state = State.WAITING
+            self.state = MemberState.WAITING
             await self._pause(max(0.0, due - self._clock()))
 
     async def stop(self, drain_seconds: float) -> None:
@@ -135,11 +135,11 @@ class Member:
             self._child.kill()
 
     def _stop(self) -> None:
-        self.state = State.STOPPED
+        self.state = MemberState.STOPPED
         self._end_asked.set()
 
     def _stopped(self) -> bool:
-        return self.state is State.STOPPED
+        return self.state is MemberState.STOPPED
 
     async def _pause(self, seconds: float) -> None:
         """Wait for the next life, or for the end."""
@@ -178,7 +178,7 @@ class Member:
         if self._stopped():  # it was stopped while it was being started
             child.kill()
         else:
-            self.state = State.STARTING
+            self.state = MemberState.STARTING
             log.info("%s started, process %d", name, child.pid)
         watch = asyncio.create_task(self._watch(child))
         try:
@@ -194,7 +194,7 @@ class Member:
 
     async def _watch(self, child: Child) -> None:
         """Ask it how it is, and kill it when it hangs."""
-        silence = Silence(self._health, self._clock())
+        silence = HangDetector(self._health, self._clock())
         patience = min(ANSWER_SECONDS, self._health.hang_seconds)
         async with httpx.AsyncClient(trust_env=False, timeout=patience) as client:
             while True:
@@ -233,7 +233,7 @@ class Member:
         if not self.ready.is_set():
             log.info("%s is ready", self.recipe.name)
         self._worked = True
-        self.state = State.READY
+        self.state = MemberState.READY
         self.ready.set()
 
 

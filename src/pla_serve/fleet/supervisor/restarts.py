@@ -30,7 +30,7 @@ class Restarts:
         return now + float(min(wait, health.most_seconds))
 
 
-class Silence:
+class HangDetector:
     """Whether a process that should answer hangs."""
 
     def __init__(self, health: Health, now: float) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from pla_serve.fleet.supervisor.member import Member
+from pla_serve.fleet.supervisor.member import FleetMember
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class Supervisor:
     """
 
     def __init__(
-        self, instances: Sequence[Member], router: Member, *, drain_seconds: float
+        self, instances: Sequence[FleetMember], router: FleetMember, *, drain_seconds: float
     ) -> None:
         self._instances = instances
         self._router = router

@@ -24,7 +24,7 @@ VLLM_KEYS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class PluginOptions:
     """The section ``pla_serve`` of ``--additional-config``.
 
     Raises:
@@ -92,7 +92,7 @@ _NUMBERS = {
 _REQUIRED = ("long_share", "patience", "spare_share")
 
 
-def read_options(additional: object, *, foreign_keys: bool = False) -> Options:
+def read_options(additional: object, *, foreign_keys: bool = False) -> PluginOptions:
     """The options in vLLM's ``additional_config``.
 
     Args:
@@ -104,7 +104,7 @@ def read_options(additional: object, *, foreign_keys: bool = False) -> Options:
     """
     if not isinstance(additional, Mapping):
         raise ValueError("--additional-config must be a JSON object for this scheduler to read it")
-    known = [field.name for field in fields(Options)]
+    known = [field.name for field in fields(PluginOptions)]
     for key in additional:
         if key == SECTION or key in VLLM_KEYS:
             continue
@@ -127,4 +127,4 @@ def read_options(additional: object, *, foreign_keys: bool = False) -> Options:
             f"{SECTION} in --additional-config has no option {unknown[0]!r}; "
             f"it has: {', '.join(known)}"
         )
-    return Options(**section)
+    return PluginOptions(**section)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, inf, isfinite
 
-from pla_serve.policy.pools.protocol import InstanceReport, Move, Pool, other_class
+from pla_serve.policy.pools.protocol import Move, Pool, PoolReport, other_class
 from pla_serve.policy.pools.rates import WorkRate
 
 
@@ -47,7 +47,7 @@ class BalanceOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class ClassDemand:
     """What one class asks of its pool."""
 
     queued: float
@@ -103,7 +103,7 @@ class BalanceController:
         other_class(pool)
         self._rates[pool].add(seconds, now)
 
-    def decide(self, now: float, instances: Sequence[InstanceReport]) -> Sequence[Move]:
+    def decide(self, now: float, instances: Sequence[PoolReport]) -> Sequence[Move]:
         """All moves to the best split, fewest seconds to drain first."""
         demands = self._demands(now, instances)
         sizes = {pool: sum(r.pool is pool for r in instances) for pool in demands}
@@ -124,22 +124,24 @@ class BalanceController:
         )
         return tuple(Move(r.id, r.pool, receiver) for r in donors[: abs(change)])
 
-    def demands(self, instances: Sequence[InstanceReport]) -> dict[Pool, Demand]:
+    def demands(self, instances: Sequence[PoolReport]) -> dict[Pool, ClassDemand]:
         """Both classes as of now, with the rates of the last `decide`; for metrics and scaling."""
         return {
-            Pool.SHORT: Demand(
+            Pool.SHORT: ClassDemand(
                 sum(r.queued_short for r in instances), self._rates[Pool.SHORT].rate
             ),
-            Pool.LONG: Demand(sum(r.queued_long for r in instances), self._rates[Pool.LONG].rate),
+            Pool.LONG: ClassDemand(
+                sum(r.queued_long for r in instances), self._rates[Pool.LONG].rate
+            ),
         }
 
-    def _demands(self, now: float, instances: Sequence[InstanceReport]) -> dict[Pool, Demand]:
+    def _demands(self, now: float, instances: Sequence[PoolReport]) -> dict[Pool, ClassDemand]:
         for rate in self._rates.values():
             rate.close(now)
         return self.demands(instances)
 
     def _target(
-        self, demands: dict[Pool, Demand], asked: tuple[float, float], sizes: dict[Pool, int]
+        self, demands: dict[Pool, ClassDemand], asked: tuple[float, float], sizes: dict[Pool, int]
     ) -> int:
         """The best number of short instances; the present one if nothing speaks against it."""
         total, present, least = sum(sizes.values()), sizes[Pool.SHORT], self._options.min_instances
@@ -159,7 +161,7 @@ class BalanceController:
             ),
         )
 
-    def _asked(self, demands: dict[Pool, Demand], total: int) -> tuple[float, float]:
+    def _asked(self, demands: dict[Pool, ClassDemand], total: int) -> tuple[float, float]:
         """How many instances shorts ask for, and longs."""
         options, horizon = self._options, self._options.horizon_seconds
         short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
@@ -172,7 +174,7 @@ class BalanceController:
 
     def _worth_it(
         self,
-        demands: dict[Pool, Demand],
+        demands: dict[Pool, ClassDemand],
         asked: tuple[float, float],
         sizes: dict[Pool, int],
         target: int,
@@ -186,6 +188,6 @@ class BalanceController:
         return before > 1 and after <= (1 - margin) * before
 
 
-def _keeps_up(demands: dict[Pool, Demand], short: int, long: int) -> bool:
+def _keeps_up(demands: dict[Pool, ClassDemand], short: int, long: int) -> bool:
     """Whether so many instances do what arrives."""
     return demands[Pool.SHORT].rate <= short and demands[Pool.LONG].rate <= long

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, isfinite
 
-from pla_serve.policy.pools.protocol import InstanceReport, Move, Pool, other_class
+from pla_serve.policy.pools.protocol import Move, Pool, PoolReport, other_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class PressureController:
     def arrived(self, pool: Pool, seconds: float, now: float) -> None:
         """Not used by this algorithm."""
 
-    def decide(self, now: float, instances: Sequence[InstanceReport]) -> Sequence[Move]:
+    def decide(self, now: float, instances: Sequence[PoolReport]) -> Sequence[Move]:
         """None or one move."""
         if now - self._last_move < self._options.cooldown_seconds:
             return ()
@@ -79,7 +79,7 @@ class PressureController:
                 return (move,)
         return ()
 
-    def psi(self, report: InstanceReport) -> float:
+    def psi(self, report: PoolReport) -> float:
         """The pressure of one instance."""
         options = self._options
         return (
@@ -88,7 +88,7 @@ class PressureController:
             - options.gamma * report.utilisation
         )
 
-    def _move(self, target: Pool, instances: Sequence[InstanceReport]) -> Move | None:
+    def _move(self, target: Pool, instances: Sequence[PoolReport]) -> Move | None:
         source = other_class(target)
         donors = [report for report in instances if report.pool is source]
         if len(donors) <= self._options.min_instances:
@@ -99,7 +99,7 @@ class PressureController:
         goes = min(donors, key=lambda report: (self.psi(report), report.id))
         return Move(goes.id, source, target)
 
-    def _pressure(self, pool: Sequence[InstanceReport]) -> float:
+    def _pressure(self, pool: Sequence[PoolReport]) -> float:
         return percentile([self.psi(report) for report in pool], 0.9) if pool else inf
 
 

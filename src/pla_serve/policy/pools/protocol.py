@@ -32,7 +32,7 @@ def other_class(pool: Pool) -> Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class InstanceReport:
+class PoolReport:
     """One instance at one moment. All times are seconds."""
 
     id: str
@@ -68,7 +68,7 @@ class Move:
     target: Pool
 
 
-class Controller(Protocol):
+class PoolController(Protocol):
     """Decides which instances change between the short and the long pool.
 
     Asked once in a control period. Deterministic in its calls; reads no clock.
@@ -78,6 +78,6 @@ class Controller(Protocol):
         """A request of this class (SHORT or LONG) came, with ``seconds`` of predicted prefill."""
         ...
 
-    def decide(self, now: float, instances: Sequence[InstanceReport]) -> Sequence[Move]:
+    def decide(self, now: float, instances: Sequence[PoolReport]) -> Sequence[Move]:
         """The moves to make now. Instances of other pools than SHORT and LONG are left alone."""
         ...

@@ -8,14 +8,14 @@ from typing import TypeVar
 from pla_serve.policy.knobs import read_knobs
 from pla_serve.policy.pools.balance import BalanceController, BalanceOptions
 from pla_serve.policy.pools.pressure import PressureController, PressureOptions
-from pla_serve.policy.pools.protocol import Controller
+from pla_serve.policy.pools.protocol import PoolController
 
 CONTROLLERS = ("balance", "pressure")
 
-Options = TypeVar("Options", BalanceOptions, PressureOptions)
+ControllerOptions = TypeVar("ControllerOptions", BalanceOptions, PressureOptions)
 
 
-def parse_controller(text: str) -> Controller:
+def parse_controller(text: str) -> PoolController:
     """A fresh controller from ``name:knob=value``, as ``balance:horizon_seconds=5``.
 
     Raises:
@@ -29,7 +29,7 @@ def parse_controller(text: str) -> Controller:
     raise ValueError(f"unknown controller {name!r}; known are: {', '.join(CONTROLLERS)}")
 
 
-def _options(kind: type[Options], text: str) -> Options:
+def _options(kind: type[ControllerOptions], text: str) -> ControllerOptions:
     defaults = kind()
     values = {}
     for key, value in read_knobs("controller", text, [f.name for f in fields(kind)]).items():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, isfinite
 
-from pla_serve.policy.pools.balance import Demand
+from pla_serve.policy.pools.balance import ClassDemand
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Scaler:
         self._recent: deque[tuple[float, int]] = deque()
         """Times and values that may still be the highest of the calm while; falling values."""
 
-    def desired(self, now: float, demands: Iterable[Demand]) -> int:
+    def desired(self, now: float, demands: Iterable[ClassDemand]) -> int:
         """How many instances there should be for these classes together."""
         options = self._options
         wanted = sum(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from pla_serve.policy.pools.balance import Demand
-from pla_serve.policy.pools.protocol import InstanceReport, Move, Pool
+from pla_serve.policy.pools.balance import ClassDemand
+from pla_serve.policy.pools.protocol import Move, Pool, PoolReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class StageController:
         self._options = options or StageOptions()
 
     def decide(
-        self, instances: Sequence[InstanceReport], demands: dict[Pool, Demand]
+        self, instances: Sequence[PoolReport], demands: dict[Pool, ClassDemand]
     ) -> Sequence[Move]:
         """None or one move.
 
@@ -79,7 +79,7 @@ class StageController:
         return ()
 
     def _to_decode(
-        self, pools: dict[Pool, list[InstanceReport]], demands: dict[Pool, Demand]
+        self, pools: dict[Pool, list[PoolReport]], demands: dict[Pool, ClassDemand]
     ) -> Sequence[Move]:
         """From the class that is least pressed, and there the one that drains first."""
         horizon, least = self._options.horizon_seconds, self._options.min_prefill
@@ -92,10 +92,10 @@ class StageController:
 
     def _to_prefill(
         self,
-        decoders: Sequence[InstanceReport],
+        decoders: Sequence[PoolReport],
         load: float,
-        pools: dict[Pool, list[InstanceReport]],
-        demands: dict[Pool, Demand],
+        pools: dict[Pool, list[PoolReport]],
+        demands: dict[Pool, ClassDemand],
     ) -> Sequence[Move]:
         """To the class that is most pressed; the one that holds least KV."""
         left = len(decoders) - 1

@@ -29,7 +29,7 @@ ARRAYS = ("requests", "tokens", "assigned", "short_waiting", "ready", "express_r
 class Charge:
     """A dispatched request, on the account of its instance."""
 
-    entry: Entry
+    entry: InstanceView
     tokens: int
     """New tokens."""
     seconds: float
@@ -40,7 +40,7 @@ class Charge:
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class InstanceView:
     """One instance."""
 
     id: str
@@ -69,7 +69,7 @@ class FleetView:
 
     def __init__(self, model: FleetModel) -> None:
         self.model = model
-        self.entries: list[Entry] = []
+        self.entries: list[InstanceView] = []
         self.requests: Counts = np.zeros(0, np.int64)
         """Dispatched and not finished."""
         self.tokens: Counts = np.zeros(0, np.int64)
@@ -82,7 +82,7 @@ class FleetView:
         self.express_ready: Floats = np.zeros(0)
         self.waiting = 0
         """Requests without their first token, on all instances."""
-        self._by_id: dict[str, Entry] = {}
+        self._by_id: dict[str, InstanceView] = {}
         self._members: dict[Pool, Counts] = {}
 
     def __len__(self) -> int:
@@ -91,7 +91,7 @@ class FleetView:
     def __contains__(self, instance_id: str) -> bool:
         return instance_id in self._by_id
 
-    def entry(self, instance_id: str) -> Entry:
+    def entry(self, instance_id: str) -> InstanceView:
         """Raises:
         KeyError: there is no such instance; the message says so.
         """
@@ -102,7 +102,7 @@ class FleetView:
 
     def join(self, instance_id: str, pool: Pool, now: float) -> None:
         """A new instance without work."""
-        entry = Entry(instance_id, len(self.entries), pool)
+        entry = InstanceView(instance_id, len(self.entries), pool)
         self.entries.append(entry)
         self._by_id[instance_id] = entry
         least = int(self.assigned.min()) if len(self.assigned) else 0
@@ -114,7 +114,7 @@ class FleetView:
         self.express_ready = np.append(self.express_ready, now)
         self._members.clear()
 
-    def leave(self, entry: Entry) -> None:
+    def leave(self, entry: InstanceView) -> None:
         """Forget an instance; the indices behind it fall by one."""
         self.waiting -= len(entry.waiting)
         del self._by_id[entry.id]
@@ -137,7 +137,7 @@ class FleetView:
             setattr(view, name, getattr(self, name)[kept])
         return view
 
-    def change_pool(self, entry: Entry, pool: Pool) -> None:
+    def change_pool(self, entry: InstanceView, pool: Pool) -> None:
         """It belongs to ``pool`` now, with all that it holds."""
         entry.pool = pool
         self._members.clear()
@@ -224,7 +224,7 @@ class FleetView:
         """By the boundary."""
         return new_tokens <= self.model.boundary_tokens
 
-    def charge(self, entry: Entry, request_id: str, charge: Charge) -> None:
+    def charge(self, entry: InstanceView, request_id: str, charge: Charge) -> None:
         """Put a dispatched request on an account."""
         index, seconds, now = entry.index, charge.seconds, charge.at
         entry.waiting[request_id] = charge
@@ -239,7 +239,7 @@ class FleetView:
             entry.express_work += seconds
             self.express_ready[index] = max(float(self.express_ready[index]), now) + seconds
 
-    def discharge(self, entry: Entry, charge: Charge, now: float) -> None:
+    def discharge(self, entry: InstanceView, charge: Charge, now: float) -> None:
         """A request was prefilled, or will never be: what is left is what others wait for."""
         index = entry.index
         self.waiting -= 1
@@ -255,7 +255,9 @@ class FleetView:
                 float(self.express_ready[index]), entry.express_work, now
             )
 
-    def correct(self, entry: Entry, seconds: float, express_seconds: float, at: float) -> None:
+    def correct(
+        self, entry: InstanceView, seconds: float, express_seconds: float, at: float
+    ) -> None:
         """The instance itself says how much it had before it at ``at``; later dispatches add."""
         for charge in reversed(entry.waiting.values()):
             if charge.at <= at:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pla_serve.policy.shapes.ladder import Shape
 
 
-class Seen(NamedTuple):
+class SizeCount(NamedTuple):
     """What was seen of one batch size."""
 
     weight: float
@@ -19,7 +19,7 @@ class Seen(NamedTuple):
     """Mean real tokens of the whole batch: what ordinary kernels compute."""
 
 
-Demand = dict[Shape, Seen]
+ShapeDemand = dict[Shape, SizeCount]
 
 RESCALE_AT = 1e100
 
@@ -82,13 +82,13 @@ class ShapeHistogram:
             self._outside /= self._unit
             self._unit = 1.0
 
-    def demand(self) -> Demand:
+    def demand(self) -> ShapeDemand:
         """Weights in units of the newest batch."""
-        seen: Demand = {}
+        seen: ShapeDemand = {}
         for row, column in np.argwhere(self._counts).tolist():
             count = float(self._counts[row, column])
             mean = float(self._tokens[row, column]) / count
-            seen[Shape((row + 1) * self._step, column + 1)] = Seen(count / self._unit, mean)
+            seen[Shape((row + 1) * self._step, column + 1)] = SizeCount(count / self._unit, mean)
         return seen
 
     @property

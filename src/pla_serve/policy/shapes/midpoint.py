@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pla_serve.policy.shapes.histogram import Seen
+from pla_serve.policy.shapes.histogram import SizeCount
 from pla_serve.policy.shapes.ladder import Shape
 
 THETA = 0.5
 
 
-class Bucket(NamedTuple):
+class MidpointBucket(NamedTuple):
     """Lengths ``low`` <= length < ``high``, in tokens."""
 
     low: int
@@ -30,7 +30,7 @@ def midpoint_split(
     capacity: float = 0.0,
     most: int | None = None,
     theta: float = THETA,
-) -> tuple[Bucket, ...]:
+) -> tuple[MidpointBucket, ...]:
     """Split again and again, from one bucket for all lengths up to ``longest``.
 
     Args:
@@ -48,7 +48,7 @@ def midpoint_split(
         raise ValueError(f"longest and most must be at least 1, not {longest} and {most}")
     if not 0 <= theta <= 1:
         raise ValueError(f"theta must lie in 0..1, not {theta}")
-    buckets = [Bucket(0, longest + 1)]
+    buckets = [MidpointBucket(0, longest + 1)]
     while most is None or len(buckets) < most:
         ranked = sorted(buckets, key=lambda bucket: -_weight(lengths, bucket))
         chosen = next((b for b in ranked if _splits(lengths, b, capacity, theta)), None)
@@ -56,12 +56,15 @@ def midpoint_split(
             break
         middle = (chosen.low + chosen.high) // 2
         at = buckets.index(chosen)
-        buckets[at : at + 1] = [Bucket(chosen.low, middle), Bucket(middle, chosen.high)]
+        buckets[at : at + 1] = [
+            MidpointBucket(chosen.low, middle),
+            MidpointBucket(middle, chosen.high),
+        ]
     return tuple(buckets)
 
 
 def midpoint_shapes(
-    demand: Mapping[Shape, Seen], count: int, batches: Sequence[int], *, theta: float = THETA
+    demand: Mapping[Shape, SizeCount], count: int, batches: Sequence[int], *, theta: float = THETA
 ) -> tuple[Shape, ...]:
     """At most ``count`` shapes: the buckets' longest lengths, each with all ``batches``.
 
@@ -79,13 +82,15 @@ def midpoint_shapes(
     return tuple(Shape(tokens, batch) for tokens in levels for batch in batches)
 
 
-def _weight(lengths: Mapping[int, float], bucket: Bucket) -> float:
+def _weight(lengths: Mapping[int, float], bucket: MidpointBucket) -> float:
     return sum(w for length, w in lengths.items() if bucket.low <= length < bucket.high)
 
 
-def _splits(lengths: Mapping[int, float], bucket: Bucket, capacity: float, theta: float) -> bool:
+def _splits(
+    lengths: Mapping[int, float], bucket: MidpointBucket, capacity: float, theta: float
+) -> bool:
     weight = _weight(lengths, bucket)
     middle = (bucket.low + bucket.high) // 2
     if weight <= capacity or middle - bucket.low < 1 or bucket.high - bucket.low <= 2:
         return False
-    return _weight(lengths, Bucket(bucket.low, middle)) > theta * weight
+    return _weight(lengths, MidpointBucket(bucket.low, middle)) > theta * weight

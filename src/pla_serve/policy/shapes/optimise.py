@@ -27,7 +27,7 @@ from math import floor, inf, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from pla_serve.policy.shapes.histogram import Seen
+from pla_serve.policy.shapes.histogram import SizeCount
 from pla_serve.policy.shapes.ladder import (
     EagerCost,
     Footprint,
@@ -79,7 +79,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ShapeChoice:
     """The best ladder of its structure."""
 
     ladder: Ladder
@@ -87,7 +87,7 @@ class Choice:
     """Predicted mean time of a batch under the structure's rule; the ladder's own is no larger."""
 
 
-def expected_seconds(ladder: Ladder, demand: Mapping[Shape, Seen]) -> float:
+def expected_seconds(ladder: Ladder, demand: Mapping[Shape, SizeCount]) -> float:
     """Mean predicted time of a batch when each runs where `Ladder.fit_size` puts it.
 
     Raises:
@@ -101,14 +101,14 @@ def expected_seconds(ladder: Ladder, demand: Mapping[Shape, Seen]) -> float:
 
 
 def optimise(
-    demand: Mapping[Shape, Seen],
+    demand: Mapping[Shape, SizeCount],
     cost: ShapeCost,
     eager: EagerCost,
     budget: Budget,
     *,
     layout: Layout = Layout.PADDED,
     structure: Structure = Structure.ROWS,
-) -> Choice:
+) -> ShapeChoice:
     """The shapes that minimise the expected time of a batch, within the budget.
 
     Exact within ``structure``. A limit in bytes or seconds is exact where all shapes take the
@@ -137,7 +137,7 @@ def optimise(
         seconds, shapes = problem.solve()
         found.append((seconds / total, Ladder(shapes, cost, eager=eager, layout=layout)))
     seconds, ladder = min(found, key=lambda pair: pair[0])
-    return Choice(ladder, seconds)
+    return ShapeChoice(ladder, seconds)
 
 
 class _Problem:
@@ -145,7 +145,7 @@ class _Problem:
 
     def __init__(
         self,
-        cells: Mapping[Shape, Seen],
+        cells: Mapping[Shape, SizeCount],
         cost: ShapeCost,
         eager: EagerCost,
         budget: Budget,

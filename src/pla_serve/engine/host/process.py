@@ -1,0 +1,187 @@
+"""The process that hosts one engine core: ``python -m pla_serve.engine.host.process FACTORY``.
+
+It imports the factory, which takes seconds, and then reads one line of JSON, a `Launch`, from its
+standard input. It ends when that input does: the pipe closes with the parent, however the parent
+died. SIGINT and SIGTERM are ignored, because a terminal or a service manager sends them to the
+whole group while the parent still drains.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.host.child import await_end_of_parent
+from pla_serve.logs import LogFormat, configure
+from pla_serve.wire.engine import (
+    EngineFailed,
+    FromEngine,
+    Inbound,
+    Outbound,
+    Ping,
+    Pong,
+    Shutdown,
+    ToEngine,
+)
+
+log = logging.getLogger(__name__)
+
+CORE = "pla_serve.engine.build.engine:EngineCore"
+MOST_AT_ONCE = 128
+"""Messages taken in one go: a flood of them must not hold up the batch that is under way."""
+LONGEST_PAUSE = 3600.0
+LINGER_SECONDS = 2.0
+"""How long a process that ends waits for its last messages to leave."""
+
+
+class Core(Protocol):
+    """What the process drives; see `pla_serve.engine.build.engine.EngineCore`."""
+
+    def step(self) -> float | None:
+        """Run at most one batch; returns how long it may be left alone, None: until a message."""
+        ...
+
+
+class CoreFactory(Protocol):
+    def __call__(
+        self,
+        config: EngineConfig,
+        *,
+        inbox: Callable[[], Iterable[Inbound]],
+        emit: Callable[[Outbound], None],
+        clock: Callable[[], float],
+    ) -> Core: ...
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parent writes to the child's standard input, as one line of JSON."""
+
+    config: EngineConfig
+    inbound: str
+    """ZeroMQ address where the child listens for `ToEngine`."""
+    outbound: str
+    """ZeroMQ address where the parent listens for `FromEngine`."""
+    log_level: str = "INFO"
+    log_format: LogFormat = "text"
+
+
+class Channel:
+    """The child's two sockets. Sending never blocks: the parent reads all the time."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._context = zmq.Context()
+        self._in = self._context.socket(zmq.PULL)
+        self._out = self._context.socket(zmq.PUSH)
+        for socket in (self._in, self._out):
+            socket.set_hwm(0)
+        self._in.bind(launch.inbound)
+        self._out.connect(launch.outbound)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+        self.closing = False
+        """True once a `Shutdown` came in."""
+
+    def inbox(self) -> Iterable[Inbound]:
+        """Messages that have arrived, up to MOST_AT_ONCE; never blocks."""
+        arrived: list[Inbound] = []
+        for _ in range(MOST_AT_ONCE):
+            try:
+                message = self._decode(self._in.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                break
+            if isinstance(message, Shutdown):
+                self.closing = True
+            elif isinstance(message, Ping):
+                self.emit(Pong())
+            else:
+                arrived.append(message)
+        return arrived
+
+    def emit(self, message: FromEngine) -> None:
+        self._out.send(self._encode(message), zmq.NOBLOCK)
+
+    def wait(self, seconds: float | None) -> None:
+        """Block until a message is there, or for ``seconds``; None: however long it takes."""
+        # Rounded up: a pause cut short by the poller's milliseconds would spin. A longer one than
+        # it can count is cut: who waits is asked again.
+        self._in.poll(None if seconds is None else int(min(seconds, LONGEST_PAUSE) * 1000) + 1)
+
+    def close(self) -> None:
+        self._in.close(linger=0)
+        self._out.close(linger=int(LINGER_SECONDS * 1000))
+        self._context.term()
+
+
+def load_factory(name: str) -> CoreFactory:
+    module, _, attribute = name.partition(":")
+    factory: CoreFactory = getattr(importlib.import_module(module), attribute)
+    return factory
+
+
+def serve(factory: str, launch: Launch, channel: Channel) -> int:
+    """Run the core until `Shutdown` or a crash, which it reports. Returns the exit status."""
+    starting = True
+    try:
+        core = load_factory(factory)(
+            launch.config, inbox=channel.inbox, emit=channel.emit, clock=time.monotonic
+        )
+        starting = False
+        while not channel.closing:
+            pause = core.step()
+            if not channel.closing and (pause is None or pause > 0):
+                channel.wait(pause)
+    except Exception as error:
+        # A model that cannot be served is the user's to mend: its message says how.
+        expected = starting and _is_expected(error)
+        log.log(logging.DEBUG if expected else logging.ERROR, "engine core failed", exc_info=True)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        channel.emit(EngineFailed(error=text, starting=starting))
+        return 1
+    return 0
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message alone says what to do."""
+    loading = sys.modules.get("pla_serve.engine.loading.errors")  # heavy, and maybe not needed
+    kinds = (ValueError, OSError, *([loading.LoadingError] if loading else []))
+    return isinstance(error, kinds)
+
+
+def exit_with_parent() -> None:
+    """Blocks until the parent is gone, then ends this process wherever it is."""
+    await_end_of_parent()
+    os._exit(1)
+
+
+def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    factory = sys.argv[1]
+    with suppress(Exception):  # it is raised again where it can be reported
+        load_factory(factory)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1  # the parent is gone, or has no use for an engine
+    launch = msgspec.json.decode(line, type=Launch)
+    configure(launch.log_level, launch.log_format, "engine")
+    threading.Thread(target=exit_with_parent, name="parent-watch", daemon=True).start()
+    channel = Channel(launch)
+    status = serve(factory, launch, channel)
+    channel.close()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Faster CPU modules in place of stock ones; same parameters, same results up to rounding."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.layers.amx import Tiles
+from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
+from pla_serve.engine.layers.cpu.linear import PackedLinear, packs
+from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
+from pla_serve.engine.layers.cpu.probe import same_results
+
+__all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
+
+
+def optimise(model: nn.Module, tiles: Tiles | None = None, keep: nn.Module | None = None) -> int:
+    """Replace the modules of ``model``, on the CPU, that have a faster equal; returns how many of
+    them are whole decoder layers.
+
+    Args:
+        tiles: what linears of many float32 tokens are computed with, where they fit it.
+        keep: a part of the model that stays as it is.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        fused = _fuse_layers(model, tiles) if keep is None else 0
+        _replace(model, tiles, keep)
+    return fused
+
+
+def _fuse_layers(model: nn.Module, tiles: Tiles | None) -> int:
+    """Whole decoder layers, each if it gives what the stock one gives; they need our attention."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
+        return 0
+    owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module)]
+    if len(owners) != 1 or not packs(next(model.parameters()).dtype):
+        return 0
+    owner: Any = owners[0]
+    rotary = owner.rotary_emb = TurningRotary(owner.rotary_emb)
+    replaced = 0
+    for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for index, stock in enumerate(layers):
+            fused = _fused(stock, tiles)
+            if fused is not None and same_results(stock, fused, rotary):
+                layers[index] = fused
+                replaced += 1
+    return replaced
+
+
+def _fused(stock: nn.Module, tiles: Tiles | None) -> FusedLayer | None:
+    try:
+        return FusedLayer(stock, tiles)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _replace(parent: nn.Module, tiles: Tiles | None, keep: nn.Module | None) -> None:
+    for name, child in parent.named_children():
+        if child is keep or isinstance(child, FusedLayer):
+            continue
+        if type(child) is nn.Linear and packs(child.weight.dtype):
+            setattr(parent, name, PackedLinear.of(child, tiles=tiles))
+        elif (epsilon := rms_epsilon(child)) is not None:
+            setattr(parent, name, FusedRMSNorm(cast("torch.Tensor", child.weight), epsilon))
+        else:
+            _replace(child, tiles, keep)

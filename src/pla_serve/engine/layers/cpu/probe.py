@@ -1,0 +1,47 @@
+"""Whether a fused decoder layer computes what the stock one does, told by running both."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pla_serve.engine.attention.cache import KVCache, KVShape
+from pla_serve.engine.attention.interface import ForwardContext
+from pla_serve.engine.attention.sdpa import SdpaReference
+from pla_serve.engine.batch.flat import SpanRequest, build
+from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
+
+TOKENS = 20
+"""Of each sequence: enough that linears take the way of many tokens."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Of the largest output: far above what reordered sums make, far below an error."""
+
+
+def same_results(stock: nn.Module, fused: FusedLayer, rotary: TurningRotary) -> bool:
+    """Both layers on the same random hidden states, on two sequences of TOKENS tokens."""
+    cpu = torch.device("cpu")
+    dtype = next(stock.parameters()).dtype
+    width = len(fused.before_attention.weight)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2 * TOKENS, width, generator=generator).to(dtype)
+    slots = ((0, TOKENS), (TOKENS, 2 * TOKENS))
+    requests = [SpanRequest([0] * TOKENS, 0, [run], True) for run in slots]
+    batch = build(requests, 1, cpu)
+    shape = KVShape(fused.layer_idx + 1, fused.kv_heads, fused.head_dim, dtype)
+    positions = batch.positions.unsqueeze(0)
+    results = []
+    for layer in (stock, fused):
+        context = ForwardContext(batch, KVCache(shape, 2 * TOKENS, cpu), SdpaReference())
+        result = layer(
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=rotary(hidden, positions),
+            forward_context=context,
+        )
+        results.append(result)
+    expected, got = results
+    if expected.shape != got.shape:
+        return False
+    tolerance = TOLERANCE[dtype] * expected.abs().max()
+    return bool((expected - got).abs().max() <= tolerance)

@@ -1,0 +1,1 @@
+"""The engine's loop: requests in, batches decided and run, tokens out."""

@@ -1,0 +1,1 @@
+"""Running a batch: the model runner, executors, captured shapes, compiled layers."""

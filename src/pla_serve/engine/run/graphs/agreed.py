@@ -1,0 +1,43 @@
+"""Captures that count only if they work on every rank."""
+
+from __future__ import annotations
+
+from pla_serve.engine.parallel.ranks import Ranks
+from pla_serve.engine.run.graphs.capture import Capturer, FixedPass, WarmUpFailed
+
+
+class Unagreed(Exception):
+    """This rank failed where the others wait for it, so that it can only end."""
+
+
+class AgreedCapture:
+    """Wraps the capturer of each rank: all ranks have a shape, or none has."""
+
+    def __init__(self, capturer: Capturer, ranks: Ranks) -> None:
+        self._capturer = capturer
+        self._ranks = ranks
+
+    def capture(self, run: FixedPass) -> FixedPass:
+        """See `Capturer`.
+
+        Raises:
+            RuntimeError: it failed on some rank.
+            Unagreed: it failed in a warm-up, which computes sums with the other ranks: they are in
+                the middle of one and cannot be asked.
+        """
+        made: FixedPass | None = None
+        said = ""
+        try:
+            made = self._capturer.capture(run)
+        except WarmUpFailed as error:
+            raise Unagreed(f"a pass before a capture failed: {error}") from error
+        except RuntimeError as error:
+            said = f"{type(error).__name__}: {error}"
+        reasons = [(rank, text) for rank, text in enumerate(self._ranks.exchange(said)) if text]
+        if reasons or made is None:
+            raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in reasons))
+        return made
+
+    def bytes_held(self) -> int:
+        """See `Capturer`."""
+        return self._capturer.bytes_held()

@@ -1,0 +1,65 @@
+"""The instances that a router was given, by link and by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pla_serve.fleet.link.protocol import InstanceFacts, Link
+from pla_serve.fleet.router.circuit import Circuit, CircuitOptions
+from pla_serve.fleet.router.fleet_instance import FleetInstance
+
+
+class InstanceTable:
+    """Instances come before their links run, and stay."""
+
+    def __init__(self, circuit: CircuitOptions) -> None:
+        self._circuit = circuit
+        self._by_link: dict[int, FleetInstance] = {}
+        self._by_name: dict[str, FleetInstance] = {}
+
+    def __getitem__(self, name: str) -> FleetInstance:
+        return self._by_name[name]
+
+    @property
+    def all(self) -> Sequence[FleetInstance]:
+        """In the order in which they were attached."""
+        return list(self._by_name.values())
+
+    def of(self, link: Link) -> FleetInstance:
+        """Raises:
+        KeyError: it was not attached.
+        """
+        return self._by_link[id(link)]
+
+    def attach(self, link: Link) -> FleetInstance:
+        """Raises:
+        ValueError: there is one with the same URL.
+        """
+        if link.url in self._by_name:
+            raise ValueError(f"the instance {link.url} was named twice")
+        instance = FleetInstance(link, Circuit(self._circuit), link.url)
+        self._by_link[id(link)] = self._by_name[link.url] = instance
+        return instance
+
+    def connected(self, instance: FleetInstance, facts: InstanceFacts) -> bool:
+        """A connection begins; returns whether it is to another life of the instance."""
+        instance.facts, instance.report = facts, None
+        instance.connected = True
+        instance.epoch += 1
+        instance.unfit = self._unfit(instance, facts)
+        other = instance.boot != facts.boot
+        instance.boot = facts.boot
+        return other
+
+    def _unfit(self, instance: FleetInstance, facts: InstanceFacts) -> str:
+        """Why its tokens would mean something else than those of the others."""
+        for other in self._by_name.values():
+            known = other.facts.vocab_size if other.facts else 0
+            if other is instance or not other.connected or not known or not facts.vocab_size:
+                continue
+            if facts.vocab_size != known:
+                return (
+                    f"its vocabulary has {facts.vocab_size} tokens and that of {other.name} "
+                    f"{known}; all instances of a fleet must serve the same model"
+                )
+        return ""

@@ -1,0 +1,1 @@
+"""The HTTP surface: routes, schemas, guards, and how answers are written."""

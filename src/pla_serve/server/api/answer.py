@@ -1,0 +1,134 @@
+"""Writes the answer of one request: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from pla_serve.server.api.errors import ApiError
+from pla_serve.server.api.formats import ChoicePart, Format, Json
+from pla_serve.server.api.schema import StreamOptions
+from pla_serve.server.generation.generation import ChoiceDelta, Generation
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What every chunk of one answer repeats."""
+
+    id: str
+    created: int
+    model: str
+
+
+async def whole(generation: Generation, form: Format, header: Header) -> Json:
+    """Raises:
+    ApiError: the generation failed.
+    """
+    pieces: dict[int, ChoicePart] = {}
+    async with aclosing(generation.deltas()) as news:
+        async for deltas in news:
+            for delta in deltas:
+                _add(pieces, delta)
+    return {
+        "id": header.id,
+        "object": form.object,
+        "created": header.created,
+        "model": header.model,
+        "choices": [form.whole(pieces[index]) for index in sorted(pieces)],
+        "usage": generation.usage(),
+        "system_fingerprint": None,
+    }
+
+
+class EventWriter:
+    """Turns deltas into events. Text that is still empty waits, and its logprobs with it."""
+
+    def __init__(
+        self, generation: Generation, form: Format, header: Header, options: StreamOptions | None
+    ) -> None:
+        self._generation = generation
+        self._form = form
+        self._options = options or StreamOptions()
+        self._encode = msgspec.json.Encoder().encode
+        self._opened: set[int] = set()
+        self._held: dict[int, ChoicePart] = {}
+        self._frame: Json = {
+            "id": header.id,
+            "object": form.chunk_object,
+            "created": header.created,
+            "model": header.model,
+            "choices": [],
+        }
+        if self._options.include_usage:
+            self._frame["usage"] = None
+
+    async def events(
+        self, keep_alive: float, clock: Callable[[], float] = time.monotonic
+    ) -> AsyncGenerator[bytes, None]:
+        """Bytes to send; a comment whenever ``keep_alive`` seconds passed without any.
+
+        A failure becomes an event with an error and ends the stream, without ``[DONE]``.
+        """
+        sent = clock()
+        try:
+            async with aclosing(self._generation.deltas(keep_alive)) as news:
+                async for deltas in news:
+                    block = b"".join(map(self._write, deltas))
+                    if not block and clock() - sent >= keep_alive:
+                        block = KEEP_ALIVE
+                    if block:
+                        sent = clock()
+                        yield block
+        except ApiError as error:
+            yield self._event(error.body())
+            return
+        yield self._ending()
+
+    def _write(self, delta: ChoiceDelta) -> bytes:
+        piece = _add(self._held, delta)
+        if not piece.text and piece.finish_reason is None:
+            return b""
+        del self._held[delta.index]
+        block = b""
+        if delta.index not in self._opened:
+            self._opened.add(delta.index)
+            opening = self._form.opening(delta.index)
+            if opening is not None:
+                block = self._chunk(opening)
+        return block + self._chunk(self._form.chunk(piece))
+
+    def _chunk(self, choice: Json) -> bytes:
+        frame = self._frame
+        frame["choices"] = [choice]
+        if self._options.continuous_usage_stats:
+            frame["usage"] = self._generation.usage()
+        return self._event(frame)
+
+    def _ending(self) -> bytes:
+        if not self._options.include_usage:
+            return DONE
+        usage = {"choices": [], "usage": self._generation.usage()}
+        return self._event({**self._frame, **usage}) + DONE
+
+    def _event(self, content: Any) -> bytes:
+        return b"data: " + self._encode(content) + b"\n\n"
+
+
+def _add(pieces: dict[int, ChoicePart], delta: ChoiceDelta) -> ChoicePart:
+    piece = pieces.get(delta.index)
+    if piece is None:
+        piece = pieces[delta.index] = ChoicePart(delta.index)
+    piece.text += delta.text
+    piece.tokens += delta.tokens
+    piece.logprobs += delta.logprobs
+    piece.finish_reason = delta.finish_reason
+    piece.stop_reason = delta.stop_reason
+    return piece

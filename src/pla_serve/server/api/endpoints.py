@@ -1,0 +1,231 @@
+"""The endpoints: what happens to a request from its body to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pla_serve.logs import request_id
+from pla_serve.server.api.answer import EventWriter, Header, whole
+from pla_serve.server.api.body import read_json
+from pla_serve.server.api.errors import ApiError, invalid, json_response, too_long, unavailable
+from pla_serve.server.api.event_stream import EventStream
+from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
+from pla_serve.server.api.guard import tenant
+from pla_serve.server.api.logprobs import TokenNames
+from pla_serve.server.api.params import sampling_params
+from pla_serve.server.api.schema import MAX_SEQUENCES, ChatRequest, CompletionRequest
+from pla_serve.server.engine.backend import Backend, EngineUnavailableError
+from pla_serve.server.generation.detokenize import TokenBytes
+from pla_serve.server.generation.generation import Generation, GenerationPlan
+from pla_serve.server.generation.prompts import PromptEncoder, check_tokens
+from pla_serve.server.records.journal import Journal, JournalEntry
+from pla_serve.server.records.metrics import Metrics
+from pla_serve.server.records.tracing import TRACE_HEADERS
+from pla_serve.server.settings import ServerSettings
+from pla_serve.wire.engine import EngineReady, Grammar
+
+COMPLETION_TOKENS = 16
+"""Default max_tokens of /v1/completions, as OpenAI and vLLM have it."""
+
+GrammarCheck = Callable[[Grammar], None]
+"""Raises ValueError with what is wrong with the grammar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the endpoints work with."""
+
+    settings: ServerSettings
+    engine: Backend
+    token_bytes: TokenBytes
+    encoder: PromptEncoder
+    names: TokenNames
+    metrics: Metrics
+    check_grammar: GrammarCheck
+    journal: Journal
+    started: int
+    """Unix seconds, for the list of models."""
+
+
+class Endpoints:
+    """One method a route. Answers are ready responses, errors are raised as `ApiError`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        # One thread: hostile grammars take a second each, and shall not take all cores for it.
+        self._grammars = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    async def chat(self, request: Request) -> Response:
+        arrival = time.monotonic()
+        service = self._service
+        body = await read_json(request, ChatRequest, service.settings.max_body_bytes)
+        model = self._model(body.model)
+        info = await self._engine()
+        prompt = await service.encoder.chat(body, limit=info.max_model_len)
+        header = self._header("chatcmpl", model)
+        plan = self._plan(body, header.id, arrival, [prompt], body.output_limit, info)
+        form = ChatFormat(service.names, logprobs=bool(body.logprobs))
+        return await self._answer(request, body, plan, form, header)
+
+    async def complete(self, request: Request) -> Response:
+        arrival = time.monotonic()
+        service = self._service
+        body = await read_json(request, CompletionRequest, service.settings.max_body_bytes)
+        model = self._model(body.model)
+        info = await self._engine()
+        prompts = [await self._prompt(item, body, info) for item in body.prompt]
+        header = self._header("cmpl", model)
+        limit = body.max_tokens or COMPLETION_TOKENS
+        plan = self._plan(body, header.id, arrival, prompts, limit, info)
+        echoes = [self._echo(item) for item in body.prompt] if body.echo else []
+        wants = body.logprobs is not None
+        form = CompletionFormat(service.names, logprobs=wants, echoes=echoes, n=plan.n)
+        return await self._answer(request, body, plan, form, header)
+
+    async def models(self, request: Request) -> Response:
+        names = self._service.settings.model_names
+        return json_response({"object": "list", "data": [self._card(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        return json_response(self._card(self._model(request.path_params["model"])))
+
+    async def _answer(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        plan: GenerationPlan,
+        form: Format,
+        header: Header,
+    ) -> Response:
+        service, settings = self._service, self._service.settings
+        grammar = plan.sampling[0].grammar
+        if grammar is not None:
+            await self._check(grammar)
+        session = service.engine.session(settings.max_unread_tokens, tenant(request.scope))
+        trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
+        entry = JournalEntry(request_id.get() or plan.id, plan.arrival, trace)
+        generation = Generation(
+            plan, session, service.token_bytes, service.metrics, entry, service.journal
+        )
+        streams = False
+        try:
+            await generation.admit()
+            if not body.stream:
+                return json_response(await whole(generation, form, header))
+            streams = True
+        finally:
+            if not streams:
+                generation.close()
+        writer = EventWriter(generation, form, header, body.stream_options)
+        return EventStream(
+            writer.events(settings.keep_alive_seconds),
+            on_end=generation.close,
+            stall_seconds=settings.stall_seconds,
+        )
+
+    def _plan(
+        self,
+        body: ChatRequest | CompletionRequest,
+        id: str,
+        arrival: float,
+        prompts: list[list[int]],
+        max_tokens: int | None,
+        info: EngineReady,
+    ) -> GenerationPlan:
+        n = body.n or 1
+        if len(prompts) * n > MAX_SEQUENCES:
+            raise invalid(f"at most {MAX_SEQUENCES} choices in one request, over all prompts", "n")
+        sampling = []
+        for prompt in prompts:
+            limit = output_limit(len(prompt), max_tokens, info.max_model_len)
+            sampling.append(sampling_params(body, limit, info.vocab_size))
+        return GenerationPlan(
+            id=id,
+            prompts=prompts,
+            sampling=sampling,
+            n=n,
+            arrival=arrival,
+            ttft_slo=body.ttft_slo_ms / 1000 if body.ttft_slo_ms else None,
+            priority=body.priority,
+            stop=body.stop,
+            include_stop=body.include_stop_str_in_output,
+            skip_special=body.skip_special_tokens,
+        )
+
+    async def _prompt(
+        self, item: str | list[int], body: CompletionRequest, info: EngineReady
+    ) -> list[int]:
+        limit = info.max_model_len
+        if isinstance(item, list):
+            return check_tokens(item, info.vocab_size, limit)
+        special = body.add_special_tokens
+        return await self._service.encoder.text(item, limit=limit, add_special_tokens=special)
+
+    def _echo(self, item: str | list[int]) -> str:
+        return item if isinstance(item, str) else self._service.encoder.decode(item)
+
+    async def _check(self, grammar: Grammar) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(
+                self._grammars, self._service.check_grammar, grammar
+            )
+        except ValueError as error:
+            raise invalid(f"the constraint cannot be used: {error}", "response_format") from None
+
+    async def _engine(self) -> EngineReady:
+        try:
+            return await self._service.engine.wait_ready(self._service.settings.restart_wait)
+        except EngineUnavailableError as error:
+            raise unavailable(str(error), error.retry_after) from None
+
+    def _model(self, name: str | None) -> str:
+        names = self._service.settings.model_names
+        if name is None:
+            return names[0]
+        if name not in names:
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} does not exist; this server has {', '.join(names)}",
+                code="model_not_found",
+                param="model",
+            )
+        return name
+
+    def _header(self, prefix: str, model: str) -> Header:
+        return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+
+    def _card(self, name: str) -> dict[str, Any]:
+        info = self._service.engine.info
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._service.started,
+            "owned_by": "pla-serve",
+            "root": self._service.settings.model_root,
+            "parent": None,
+            "max_model_len": info.max_model_len if info else None,
+        }
+
+
+def output_limit(prompt: int, asked: int | None, context: int) -> int:
+    """How many tokens a prompt of so many may make.
+
+    Raises:
+        ApiError: an empty prompt, or one that leaves too little of the context.
+    """
+    if prompt == 0:
+        raise invalid("the prompt is empty", "prompt")
+    if prompt >= context:
+        raise too_long(prompt, context)
+    if asked is not None and prompt + asked > context:
+        raise too_long(prompt, context, output=asked)
+    return asked or context - prompt

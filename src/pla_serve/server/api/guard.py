@@ -1,0 +1,159 @@
+"""What stands before the endpoints under /v1: keys, draining, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import uuid
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pla_serve.logs import request_id
+from pla_serve.server.api.errors import ApiError, unavailable
+from pla_serve.server.records.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+TENANT = "pla_serve.tenant"
+"""Key in the ASGI scope."""
+
+ID = re.compile(r"[!-~]{1,128}")
+"""Request ids that are taken over: printable, and no longer than anybody needs."""
+
+
+class Keys:
+    """The API keys, compared in constant time; without any, everybody may come in."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [self._digest(key.encode()) for key in keys]
+
+    def admit(self, authorization: bytes | None) -> str | None:
+        """Who it is, a text that does not give the key away; None: nobody who may come in."""
+        if not self._digests:
+            return ""
+        scheme, _, key = (authorization or b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return None
+        offered = self._digest(key.strip())
+        # All are compared, so that the time does not tell which one matched.
+        matches = [hmac.compare_digest(offered, digest) for digest in self._digests]
+        return f"key-{matches.index(True)}" if any(matches) else None
+
+    @staticmethod
+    def _digest(key: bytes) -> bytes:
+        return hashlib.sha256(key).digest()
+
+
+class Traffic:
+    """Counts what is in flight, and closes the door for the drain."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.draining = False
+        self._in_flight = 0
+        self._metrics = metrics
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    def change(self, by: int) -> None:
+        self._in_flight += by
+        self._metrics.set("pla_serve:http_requests_in_flight", self._in_flight)
+        if self._in_flight:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    async def drain(self, seconds: float) -> bool:
+        """Let nobody in any more; True once all are out, False if some are left after a while."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Guard:
+    """ASGI middleware. A request whose client disconnects is cancelled, wherever it is."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, traffic: Traffic) -> None:
+        self._app = app
+        self._keys = keys
+        self._traffic = traffic
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        send = name_answers(scope, send)
+        who = self._keys.admit(dict(scope["headers"]).get(b"authorization"))
+        refusal = self._refusal(who)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send)
+            return
+        scope[TENANT] = who
+        self._traffic.change(+1)
+        try:
+            await run_while_connected(self._app, scope, receive, send)
+        finally:
+            self._traffic.change(-1)
+
+    def _refusal(self, who: str | None) -> ApiError | None:
+        if who is None:
+            return ApiError(401, "wrong or missing API key", code="invalid_api_key")
+        if self._traffic.draining:
+            return unavailable("the server is shutting down", 5.0)
+        return None
+
+
+def name_answers(scope: Scope, send: Send) -> Send:
+    """Give the request its id, the client's if it sent a decent one, and answer with it."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    id = given if ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    request_id.set(id)
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (b"x-request-id", id.encode("latin-1"))]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return named
+
+
+def tenant(scope: Scope) -> str:
+    """Who makes this request, as `Keys.admit` calls it."""
+    who: str = scope.get(TENANT, "")
+    return who
+
+
+async def run_while_connected(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run ``app`` until it is done, or cancel it when the client disconnects."""
+    inbox: asyncio.Queue[Message] = asyncio.Queue(maxsize=1)
+    task = asyncio.ensure_future(app(scope, inbox.get, send))
+
+    async def pump() -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                task.cancel()
+                return
+            await inbox.put(message)
+
+    pumping = asyncio.ensure_future(pump())
+    try:
+        await asyncio.wait({task})
+    finally:
+        # Also when the server itself cancels this request on its way out.
+        pumping.cancel()
+        task.cancel()
+    if not task.cancelled():
+        task.result()

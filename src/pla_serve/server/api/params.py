@@ -1,0 +1,142 @@
+"""From the fields of a request to the engine's `SamplingParams`."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from pla_serve.server.api.errors import invalid
+from pla_serve.server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
+from pla_serve.wire.engine import Grammar, SamplingParams
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy: dividing by it would overflow."""
+
+
+def sampling_params(
+    request: ChatRequest | CompletionRequest, max_tokens: int, vocab_size: int
+) -> SamplingParams:
+    """Raises:
+    ApiError: a token id outside the vocabulary, or fields that contradict each other.
+    """
+    if request.min_tokens > max_tokens:
+        raise invalid(
+            f"min_tokens ({request.min_tokens}) exceeds max_tokens ({max_tokens})", "min_tokens"
+        )
+    temperature = _or(request.temperature, 1.0)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=request.min_tokens,
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_p=_or(request.top_p, 1.0),
+        top_k=max(request.top_k or 0, 0),
+        min_p=_or(request.min_p, 0.0),
+        seed=request.seed,
+        presence_penalty=_or(request.presence_penalty, 0.0),
+        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        logit_bias=_logit_bias(request.logit_bias, vocab_size),
+        stop_token_ids=_stop_ids(request.stop_token_ids, vocab_size),
+        ignore_eos=request.ignore_eos,
+        logprobs=logprobs_wanted(request),
+        grammar=grammar(request),
+    )
+
+
+def logprobs_wanted(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def grammar(request: GenerationRequest) -> Grammar | None:
+    """The one constraint that the request names, in whichever of the three ways."""
+    found = [*_from_format(request), *_from_structured(request), *_from_guided(request)]
+    if len(found) > 1:
+        raise invalid("give only one of response_format, structured_outputs and guided_*")
+    return found[0] if found else None
+
+
+def _from_format(request: GenerationRequest) -> list[Grammar]:
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return []
+    if wanted.json_schema is None:
+        return [Grammar("json_object")]
+    return [_schema(wanted.json_schema.schema_)]
+
+
+def _from_structured(request: GenerationRequest) -> list[Grammar]:
+    wanted = request.structured_outputs
+    if wanted is None:
+        return []
+    found = _constraints(wanted.json_, wanted.regex, wanted.choice, wanted.grammar)
+    if wanted.json_object:
+        found.append(Grammar("json_object"))
+    if len(found) != 1:
+        raise invalid("give exactly one constraint", "structured_outputs")
+    return found
+
+
+def _from_guided(request: GenerationRequest) -> list[Grammar]:
+    return _constraints(
+        request.guided_json, request.guided_regex, request.guided_choice, request.guided_grammar
+    )
+
+
+def _constraints(
+    schema: dict[str, Any] | str | None,
+    regex: str | None,
+    choice: list[str] | None,
+    lark: str | None,
+) -> list[Grammar]:
+    found = []
+    if schema is not None:
+        found.append(_schema(schema))
+    if regex is not None:
+        found.append(Grammar("regex", regex))
+    if choice is not None:
+        found.append(Grammar("regex", "|".join(f"({re.escape(item)})" for item in choice)))
+    if lark is not None:
+        found.append(Grammar("lark", lark))
+    return found
+
+
+def _schema(schema: dict[str, Any] | str) -> Grammar:
+    if isinstance(schema, dict):
+        return Grammar("json_schema", json.dumps(schema))
+    try:
+        parsed = json.loads(schema)
+    except ValueError as error:
+        raise invalid(f"the JSON schema is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise invalid("a JSON schema must be an object")
+    return Grammar("json_schema", schema)
+
+
+def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, float] | None:
+    if not bias:
+        return None
+    return {_bias_id(key, vocab_size): value for key, value in bias.items()}
+
+
+def _bias_id(key: str, vocab_size: int) -> int:
+    # isdecimal alone would let other scripts' digits through.
+    if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < vocab_size):
+        raise invalid(
+            f"the keys of logit_bias must be token ids below {vocab_size}, not {key[:50]!r}",
+            "logit_bias",
+        )
+    return int(key)
+
+
+def _stop_ids(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
+    for token in ids or ():
+        if token >= vocab_size:
+            raise invalid(f"token ids must be below {vocab_size}, not {token}", "stop_token_ids")
+    return tuple(ids or ())
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

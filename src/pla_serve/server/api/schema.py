@@ -1,0 +1,286 @@
+"""The bodies of requests. Strict: no coercion, no unknown fields, no NaN.
+
+A field that OpenAI clients send by default and that cannot change the answer is accepted and not
+used (`Ignored`); every other field that the server does not have is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_STOPS = 16
+MAX_SEQUENCES = 256
+"""Most sequences of one HTTP request: prompts times n."""
+MAX_LOGPROBS = 20
+
+Content = str | None
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+def refuse(param: str, message: str) -> PydanticCustomError:
+    """Ends as `unsupported_parameter`."""
+    return PydanticCustomError("unsupported", "{reason}", {"reason": message, "param": param})
+
+
+def wrong(param: str, message: str) -> PydanticCustomError:
+    """A fault that only several fields together show; ``param`` is the one to mend."""
+    return PydanticCustomError("wrong", "{reason}", {"reason": message, "param": param})
+
+
+def read_prompts(value: object) -> list[str | list[int]]:
+    """Any of the four shapes of ``prompt`` as a list of texts and token lists.
+
+    By hand, because a union of lists reports every item that does not fit every member.
+    """
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("give a string, token ids, or a non-empty list of one of these")
+    if _all_ints(value):
+        return [value]
+    if len(value) > MAX_SEQUENCES:
+        raise ValueError(f"at most {MAX_SEQUENCES} prompts in one request, not {len(value)}")
+    for index, item in enumerate(value):
+        if not isinstance(item, str) and not (isinstance(item, list) and _all_ints(item)):
+            raise ValueError(f"item {index} is neither a string nor a list of token ids")
+    return list(value)
+
+
+def _all_ints(items: list[Any]) -> bool:
+    return set(map(type, items)) <= {int}  # a bool is an int to isinstance
+
+
+def read_content(value: object) -> str | None:
+    """Text, or parts of type text joined by newlines."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("content must be a string or a list of parts")
+    return "\n".join(_read_part(part) for part in value)
+
+
+def _read_part(part: object) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise ValueError("a content part must be an object with a type")
+    if part["type"] != "text":
+        raise refuse(
+            "messages", f"content parts of type {part['type'][:50]} are not supported, only text"
+        )
+    if not isinstance(part.get("text"), str):
+        raise ValueError("a content part of type text must have a string text")
+    return str(part["text"])
+
+
+def read_stop(value: object) -> tuple[str, ...]:
+    stops = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("stop must be a string or a list of strings")
+    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= 1000 for stop in stops):
+        raise ValueError(f"at most {MAX_STOPS} stop strings of 1 to 1000 characters")
+    return tuple(stops)
+
+
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(read_prompts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TOKENS, _TEXTS, {**_TEXTS, "items": _TOKENS}]}),
+]
+TextContent = Annotated[
+    str | None,
+    PlainValidator(read_content),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "null"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                    },
+                },
+            ]
+        }
+    ),
+]
+Stop = Annotated[
+    tuple[str, ...],
+    PlainValidator(read_stop),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, {"type": "null"}]}),
+]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Usage so far in every chunk."""
+    include_obfuscation: bool = False
+    """Accepted, not used."""
+
+
+class JsonSchemaFormat(Strict):
+    name: str = Field(max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given with type json_schema, and only with it")
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's field of this name: exactly one constraint."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+    grammar: str | None = None
+
+
+class Ignored(Strict):
+    """Fields that do not change the answer."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # Added to every request by the routers of SGLang and vLLM.
+    no_stop_trim: Literal[False] | None = None
+    return_hidden_states: Literal[False] | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    include_reasoning: bool | None = None
+
+
+class GenerationRequest(Ignored):
+    """What both endpoints share. Fields that OpenAI lacks are vLLM's where it has them."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1)
+    n: int | None = Field(None, ge=1, le=MAX_SEQUENCES)
+    best_of: int | None = None
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    """-1 and 0 keep all."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: Stop = ()
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=256)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, min_length=1)
+    guided_grammar: str | None = None
+    priority: int = Field(0, ge=-(2**31), le=2**31 - 1)
+    """Smaller is sooner."""
+    ttft_slo_ms: float | None = Field(None, gt=0, le=1e9)
+    """The first token is due this many milliseconds after arrival."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerationRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise refuse("best_of", "best_of is only supported if it equals n")
+        if self.stream_options is not None and not self.stream:
+            raise wrong("stream_options", "stream_options needs stream: true")
+        return self
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompts
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True
+    """Whether the tokenizer adds its own (BOS) to text prompts."""
+
+    @model_validator(mode="after")
+    def _echoes(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise refuse("echo", "echo with logprobs is not supported: prompts have no logprobs")
+        return self
+
+
+class ChatMessage(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: TextContent = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} must have content")
+        return self
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    """Chat templates write their special tokens themselves."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    """Only with tool_choice none: shown to the template, calls are not parsed."""
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _chats(self) -> ChatRequest:
+        if self.tools and self.tool_choice != "none":
+            raise refuse(
+                "tools",
+                "tools are not supported: tool calls are not parsed out of the answer. "
+                "With tool_choice none they are shown to the model",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise wrong("top_logprobs", "top_logprobs needs logprobs: true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong("continue_final_message", "set add_generation_prompt: false beside it")
+        if self.continue_final_message and self.messages[-1].content is None:
+            raise wrong("continue_final_message", "the last message has no content")
+        return self
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens

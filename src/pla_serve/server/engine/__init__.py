@@ -1,0 +1,1 @@
+"""The server's side of its engine: process, client, sessions."""

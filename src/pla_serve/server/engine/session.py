@@ -1,0 +1,205 @@
+"""The conversation of one HTTP request with the engine: sequences out, their news back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from pla_serve.wire.engine import (
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    FinishReason,
+    Inbound,
+    Offer,
+    Output,
+    Rejected,
+    TokenLogprob,
+)
+from pla_serve.wire.link import NewsMessage
+
+
+class EngineDiedError(Exception):
+    """The engine process ended with requests in flight. The message says why."""
+
+
+class SlowReaderError(Exception):
+    """The client left too many tokens unread; its requests were aborted."""
+
+
+class Update:
+    """News of one sequence since the last look, merged if there was more than one message."""
+
+    __slots__ = (
+        "cached_tokens",
+        "error",
+        "finish_reason",
+        "id",
+        "logprobs",
+        "queued",
+        "rejected",
+        "stop_token",
+        "tokens",
+    )
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_token: int | None = None
+        self.cached_tokens: int | None = None
+        self.queued: float | None = None
+        self.error: str | None = None
+        self.rejected: Rejected | None = None
+
+    def merge(self, output: Output) -> None:
+        self.tokens += output.tokens
+        if output.logprobs:
+            self.logprobs += output.logprobs
+        self.finish_reason = output.finish_reason
+        self.stop_token = output.stop_token
+        self.error = output.error
+        if output.cached_tokens is not None:
+            self.cached_tokens = output.cached_tokens
+        if output.queued is not None:
+            self.queued = output.queued
+
+
+class NewsReceiver(Protocol):
+    """Who gets the news of a request."""
+
+    def take(self, message: NewsMessage) -> None: ...
+
+    def fail(self, failure: Exception) -> None:
+        """Nothing more comes, of none of its requests."""
+
+
+class MessageRoutes(Protocol):
+    """The part of a backend that a session needs."""
+
+    def open_route(self, id: str, session: NewsReceiver) -> None:
+        """Raises EngineDiedError if there is no engine to send to."""
+
+    def close_route(self, id: str) -> None: ...
+
+    def send(self, message: Inbound) -> None: ...
+
+
+class EngineSession:
+    """Sends sequences and collects their news until `close`, which aborts what is unfinished.
+
+    News is merged while nobody looks, so a reader that lags costs memory for its tokens only, and
+    beyond ``max_unread_tokens`` a sequence its requests: they are aborted and `receive` raises
+    `SlowReaderError`. All methods belong to the event loop.
+    """
+
+    def __init__(self, router: MessageRoutes, max_unread_tokens: int) -> None:
+        self._router = router
+        self._max_unread = max_unread_tokens
+        self._open: set[str] = set()
+        self._news: dict[str, Update] = {}
+        self._waiter: asyncio.Future[None] | None = None
+        self._due: float | None = None
+        """When the waiter has waited long enough."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._failure: Exception | None = None
+
+    def submit(self, request: AddRequest) -> None:
+        """Raises:
+        EngineDiedError: there is no engine to send to.
+        """
+        self._router.open_route(request.id, self)
+        self._open.add(request.id)
+        self._router.send(request)
+
+    def abort(self, id: str) -> None:
+        """Stop one sequence; no further news of it comes. Unknown ids are ignored."""
+        self._news.pop(id, None)
+        if id in self._open:
+            self._forget(id)
+            self._router.send(AbortRequest(id))
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for id in list(self._open):
+            self.abort(id)
+
+    async def receive(self, timeout: float | None = None) -> list[Update]:
+        """The news since the last call, one item a sequence; empty after ``timeout`` seconds.
+
+        Raises:
+            EngineDiedError: the process is gone, and with it everything in flight.
+            SlowReaderError: the caller came back too late.
+        """
+        if not self._news and self._failure is None:
+            await self._wait(timeout)
+        if not self._news and self._failure is not None:
+            raise self._failure
+        news, self._news = self._news, {}
+        return list(news.values())
+
+    def take(self, message: NewsMessage) -> None:
+        """Called by the client for every message about a sequence of this session."""
+        if isinstance(message, Offer):
+            return  # for routers, which ask for it
+        update = self._news.get(message.id)
+        if update is None:
+            update = self._news[message.id] = Update(message.id)
+        if isinstance(message, Output):
+            update.merge(message)
+            if message.finish_reason is not None:
+                self._forget(message.id)
+            if len(update.tokens) > self._max_unread:
+                self.close()
+                self._news.clear()
+                self.fail(SlowReaderError())
+        elif isinstance(message, Accepted):
+            update.cached_tokens = message.cached_tokens
+        else:
+            update.rejected = message
+            self._forget(message.id)
+        self._wake()
+
+    def fail(self, failure: Exception) -> None:
+        """End the session: nothing more comes, and `receive` raises after what has come."""
+        for id in list(self._open):
+            self._forget(id)
+        self._failure = failure
+        self._wake()
+
+    async def _wait(self, timeout: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        if timeout is not None:
+            self._due = loop.time() + timeout
+            if self._timer is not None and self._timer.when() > self._due:
+                self._timer.cancel()
+                self._timer = None
+            if self._timer is None:
+                self._timer = loop.call_at(self._due, self._look)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = self._due = None
+
+    def _look(self) -> None:
+        """One timer for many waits: news come far more often than it fires."""
+        self._timer = None
+        if self._due is None:
+            return
+        loop = asyncio.get_running_loop()
+        if self._due <= loop.time():
+            self._wake()
+        else:
+            self._timer = loop.call_at(self._due, self._look)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _forget(self, id: str) -> None:
+        self._open.discard(id)
+        self._router.close_route(id)

@@ -1,0 +1,326 @@
+"""Runs the sequences of one HTTP request: prompts times n, stop strings, usage."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from pla_serve.server.api.errors import ApiError, failed, invalid, over_capacity, unavailable
+from pla_serve.server.engine.session import EngineDiedError, EngineSession, SlowReaderError, Update
+from pla_serve.server.generation.detokenize import Detokenizer, TokenBytes
+from pla_serve.server.records.journal import Journal, JournalEntry
+from pla_serve.server.records.metrics import Metrics
+from pla_serve.wire.engine import (
+    AddRequest,
+    FinishReason,
+    Rejected,
+    SamplingParams,
+    TokenLogprob,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationPlan:
+    """What is to be generated, all checked."""
+
+    id: str
+    prompts: list[list[int]]
+    sampling: list[SamplingParams]
+    """One for every prompt: without max_tokens each takes what its prompt leaves."""
+    n: int
+    arrival: float
+    """Monotonic seconds."""
+    ttft_slo: float | None
+    """Seconds from arrival."""
+    priority: int
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special: bool
+
+
+@dataclass(slots=True)
+class ChoiceDelta:
+    """What is new in one choice."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    """The stop string or stop token id that ended the choice; None for EOS and length."""
+
+
+@dataclass(slots=True)
+class AnswerChoice:
+    """One sequence under way."""
+
+    index: int
+    prompt: int
+    id: str
+    detokenizer: Detokenizer
+    tokens: int = 0
+    last_news: float = 0.0
+    done: bool = False
+
+
+class Generation:
+    """Call `admit`, then iterate `deltas` to the end, then `close` in any case.
+
+    Of ``n`` choices the first goes ahead and the others follow when its first token is there, so
+    that they find the prompt in the prefix cache. They count as one admission: a follower that is
+    refused for want of capacity is sent again.
+    """
+
+    def __init__(
+        self,
+        plan: GenerationPlan,
+        session: EngineSession,
+        token_bytes: TokenBytes,
+        metrics: Metrics,
+        entry: JournalEntry,
+        journal: Journal,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``entry`` is completed and written to ``journal`` by `close`."""
+        self.plan = plan
+        self._session = session
+        self._metrics = metrics
+        self._entry = entry
+        self._journal: Journal | None = journal
+        self._clock = clock
+        self._choices = {
+            choice.id: choice
+            for index in range(len(plan.prompts) * plan.n)
+            for choice in [self._choice(index, token_bytes)]
+        }
+        self._unfinished = len(self._choices)
+        self._held: list[Update] = []
+        self._cached: dict[int, int] = {}
+        self._retries: set[asyncio.TimerHandle] = set()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.plan.prompts))
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.tokens for choice in self._choices.values())
+
+    def usage(self) -> dict[str, Any]:
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+        }
+
+    async def admit(self) -> None:
+        """Returns once the engine took the first choice of every prompt.
+
+        Raises:
+            ApiError: 429 or 400 as the engine refuses, 503 if it died.
+        """
+        waiting = set()
+        for choice in self._choices.values():
+            if choice.index % self.plan.n == 0:
+                waiting.add(choice.id)
+                self._submit(choice)
+        while waiting:
+            for update in await self._receive(None):
+                if update.rejected is not None:
+                    raise self._refusal(update.rejected)
+                waiting.discard(update.id)
+                self._held.append(update)
+
+    async def deltas(self, silence: float | None = None) -> AsyncGenerator[list[ChoiceDelta], None]:
+        """What is new, until all choices are done; an empty list after ``silence`` seconds.
+
+        Raises:
+            ApiError: the engine died or failed, or the client reads too slowly.
+        """
+        news, self._held = self._held, []
+        while True:
+            found = map(self._advance, news)
+            deltas = [delta for delta in found if delta is not None]
+            if deltas:
+                yield deltas
+            if not self._unfinished:
+                return
+            news = await self._receive(silence)
+            if not news:
+                yield []
+
+    def close(self) -> None:
+        """Frees what is left of it in the engine, at once."""
+        for retry in self._retries:
+            retry.cancel()
+        self._session.close()
+        if self._journal is not None:
+            journal, self._journal = self._journal, None
+            self._complete(self._entry)
+            journal.write(self._entry)
+
+    def _complete(self, entry: JournalEntry) -> None:
+        entry.ended = self._clock()
+        entry.prompt_tokens = self.prompt_tokens
+        entry.cached_tokens = sum(self._cached.values())
+        entry.completion_tokens = self.completion_tokens
+
+    def _choice(self, index: int, token_bytes: TokenBytes) -> AnswerChoice:
+        plan = self.plan
+        detokenizer = Detokenizer(token_bytes, plan.stop, plan.include_stop, plan.skip_special)
+        return AnswerChoice(index, index // plan.n, f"{plan.id}-{index}", detokenizer)
+
+    def _submit(self, choice: AnswerChoice) -> None:
+        plan, place = self.plan, choice.index % self.plan.n
+        sampling = plan.sampling[choice.prompt]
+        if place and sampling.seed is not None:
+            sampling = msgspec.structs.replace(sampling, seed=_wrap(sampling.seed + place))
+        first = place == 0
+        request = AddRequest(
+            id=choice.id,
+            prompt=plan.prompts[choice.prompt],
+            sampling=sampling,
+            arrival=plan.arrival if first else self._clock(),
+            deadline=plan.arrival + plan.ttft_slo if first and plan.ttft_slo else None,
+            priority=plan.priority,
+            request_id=self._entry.request_id,
+        )
+        try:
+            self._session.submit(request)
+        except EngineDiedError as error:
+            self._entry.outcome = "error"
+            raise unavailable(str(error)) from None
+
+    def _advance(self, update: Update) -> ChoiceDelta | None:
+        choice = self._choices[update.id]
+        if choice.done:
+            return None
+        if update.rejected is not None:
+            self._retry(choice, update.rejected)
+            return None
+        if update.error is not None or update.finish_reason == "error":
+            self._entry.outcome = "error"
+            raise failed(f"the engine failed this request: {update.error or 'no reason given'}")
+        if update.queued is not None:
+            self._trace(choice, update.queued)
+        if update.cached_tokens is not None and choice.index % self.plan.n == 0:
+            self._cached[choice.prompt] = update.cached_tokens
+        if update.tokens or update.finish_reason is not None:
+            return self._take(choice, update)
+        return None
+
+    def _take(self, choice: AnswerChoice, update: Update) -> ChoiceDelta:
+        self._time(choice, len(update.tokens))
+        if choice.tokens == 0 and choice.index % self.plan.n == 0:
+            for follower in self._choices.values():
+                if follower.prompt == choice.prompt and follower is not choice:
+                    self._submit(follower)
+        text, stopped_by, used = self._decode(choice, update)
+        tokens, logprobs, finish = (
+            update.tokens[:used],
+            update.logprobs[:used],
+            update.finish_reason,
+        )
+        choice.tokens += used
+        if stopped_by is not None:
+            finish = "stop"
+            self._session.abort(choice.id)
+        elif finish is not None:
+            rest = choice.detokenizer.finish()
+            text, stopped_by = text + rest.text, rest.stopped_by
+        if finish is not None:
+            self._finish(choice, finish)
+        stop_reason = stopped_by if stopped_by is not None else self._stop_id(choice, update)
+        return ChoiceDelta(choice.index, text, tokens, logprobs, finish, stop_reason)
+
+    def _decode(self, choice: AnswerChoice, update: Update) -> tuple[str, str | None, int]:
+        """Text, the stop string that ended it, and how many of the tokens it took.
+
+        Token by token if there are stop strings: where an answer ends must not depend on how many
+        tokens happened to come at once.
+        """
+        shown = update.tokens
+        if update.stop_token is not None and not self.plan.include_stop:
+            shown = shown[:-1]
+        if not self.plan.stop:
+            return choice.detokenizer.push(shown).text, None, len(update.tokens)
+        text = ""
+        for used, token in enumerate(shown, 1):
+            delta = choice.detokenizer.push([token])
+            text += delta.text
+            if delta.stopped_by is not None:
+                return text, delta.stopped_by, used
+        return text, None, len(update.tokens)
+
+    def _stop_id(self, choice: AnswerChoice, update: Update) -> int | None:
+        token = update.stop_token
+        return token if token in self.plan.sampling[choice.prompt].stop_token_ids else None
+
+    def _trace(self, choice: AnswerChoice, queued: float) -> None:
+        """An instance makes its first token of this choice."""
+        entry = self._entry
+        if choice.tokens and entry.moved is None:
+            entry.moved = (choice.last_news, self._clock())
+        elif entry.prefill_began is None:
+            entry.prefill_began = self.plan.arrival + queued
+
+    def _time(self, choice: AnswerChoice, tokens: int) -> None:
+        now = self._clock()
+        if choice.tokens == 0:
+            if choice.index % self.plan.n == 0:
+                self._metrics.first_token(now - self.plan.arrival)
+            if self._entry.first_token is None:
+                self._entry.first_token = now
+        elif tokens:
+            self._metrics.next_tokens((now - choice.last_news) / tokens)
+        choice.last_news = now
+
+    def _finish(self, choice: AnswerChoice, reason: FinishReason) -> None:
+        choice.done = True
+        self._unfinished -= 1
+        if not self._unfinished:
+            self._entry.outcome = reason
+        self._metrics.finished(reason, self._clock() - self.plan.arrival)
+
+    def _retry(self, choice: AnswerChoice, rejected: Rejected) -> None:
+        if rejected.retry_after is None:
+            raise self._refusal(rejected)
+        loop = asyncio.get_running_loop()
+        self._retries.add(loop.call_later(max(rejected.retry_after, 0.05), self._again, choice))
+
+    def _again(self, choice: AnswerChoice) -> None:
+        try:
+            self._submit(choice)
+        except ApiError as error:
+            self._session.fail(EngineDiedError(error.message))
+
+    async def _receive(self, silence: float | None) -> list[Update]:
+        try:
+            return await self._session.receive(silence)
+        except EngineDiedError as error:
+            self._entry.outcome = "error"
+            raise unavailable(str(error)) from None
+        except SlowReaderError:
+            raise ApiError(
+                408, "the answer was not read, so it was ended", code="client_too_slow"
+            ) from None
+
+    def _refusal(self, rejected: Rejected) -> ApiError:
+        self._metrics.rejected(rejected)
+        self._entry.outcome = "refused"
+        if rejected.retry_after is None:
+            return invalid(rejected.reason)
+        return over_capacity(rejected.reason, rejected.retry_after)
+
+
+def _wrap(seed: int) -> int:
+    """Into the range of a signed 64-bit integer."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -1,0 +1,142 @@
+"""From texts and messages to token ids, off the event loop where it takes long."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pla_serve.server.api.errors import invalid, too_long, unsupported
+from pla_serve.server.api.schema import ChatMessage, ChatRequest
+
+INLINE_CHARACTERS = 2_000
+"""Shorter texts are tokenised on the event loop: a thread's hand-over costs more (about 0.1 ms)."""
+PROBE_CHARACTERS_PER_TOKEN = 8
+"""Of a text longer than this times the limit, only that much is tokenised at first."""
+PROTECTED_KWARGS = {"tokenize", "chat_template", "conversation", "messages", "tools"}
+
+
+class PromptEncoder:
+    """Tokenises, and renders the chat template. Holds the tokenizer and a few threads.
+
+    The tokenizer is a fast one of transformers; its backend releases the GIL while it encodes.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, chat_template: str | None = None, threads: int = 2
+    ) -> None:
+        self._tokenizer = tokenizer
+        template = chat_template or tokenizer.chat_template
+        # Some models name several; the one for tools is of no use here.
+        self._template: str | None = (
+            template.get("default") if isinstance(template, dict) else template
+        )
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def text(self, text: str, *, limit: int, add_special_tokens: bool) -> list[int]:
+        """Raises:
+        ApiError: more than ``limit`` tokens.
+        """
+        return await self._run(len(text), lambda: self._encode(text, limit, add_special_tokens))
+
+    async def chat(self, request: ChatRequest, *, limit: int) -> list[int]:
+        """Raises:
+        ApiError: no template, a template that refuses the messages, more than ``limit`` tokens.
+        """
+        size = sum(len(message.content or "") for message in request.messages)
+
+        def work() -> list[int]:
+            return self._encode(self.render(request), limit, request.add_special_tokens)
+
+        return await self._run(size, work)
+
+    def render(self, request: ChatRequest) -> str:
+        if not self._template:
+            raise invalid(
+                "this model has no chat template: use /v1/completions, or start the server with "
+                "--chat-template FILE",
+                "messages",
+            )
+        if request.tools and "tools" not in self._template:
+            raise unsupported("tools", "this model's chat template does not show tools")
+        kwargs = request.chat_template_kwargs or {}
+        if PROTECTED_KWARGS & kwargs.keys():
+            name = min(PROTECTED_KWARGS & kwargs.keys())
+            raise unsupported("chat_template_kwargs", f"{name} cannot be set by a request")
+        messages = [self._message(message) for message in request.messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                tools=request.tools,
+                chat_template=self._template,
+                tokenize=False,
+                **{
+                    "add_generation_prompt": request.add_generation_prompt,
+                    "continue_final_message": request.continue_final_message,
+                    **kwargs,
+                },
+            )
+        except Exception as error:
+            # A template may raise anything, in transformers' sandbox, and it is about the messages.
+            raise invalid(f"the chat template refuses the messages: {error}", "messages") from None
+        return text
+
+    def decode(self, tokens: list[int]) -> str:
+        """For ``echo`` of token prompts."""
+        text: str = self._tokenizer.decode(tokens)
+        return text
+
+    async def _run(self, characters: int, work: Callable[[], list[int]]) -> list[int]:
+        if characters <= INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _encode(self, text: str, limit: int, special: bool) -> list[int]:
+        """A text that cannot fit costs no more than a few times one that fills the context."""
+        probe = PROBE_CHARACTERS_PER_TOKEN * limit
+        if len(text) > 2 * probe:
+            tokens = len(self._ids(text[:probe], special))
+            # The cut may split one word in a few tokens; a wide margin keeps this a lower bound.
+            if tokens - 32 > limit:
+                raise too_long(tokens - 32, limit, at_least=True)
+        ids = self._ids(text, special)
+        if len(ids) > limit:
+            raise too_long(len(ids), limit)
+        return ids
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        backend = self._tokenizer.backend_tokenizer
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        return ids
+
+    def _message(self, message: ChatMessage) -> dict[str, Any]:
+        """As templates expect it: without empty fields, arguments of past calls as objects."""
+        fields = message.model_dump(exclude_none=True)
+        fields.setdefault("content", "")
+        if message.role == "developer" and "developer" not in (self._template or ""):
+            fields["role"] = "system"
+        for call in fields.get("tool_calls", ()):
+            function = call.get("function")
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                try:
+                    function["arguments"] = json.loads(function["arguments"])
+                except ValueError:
+                    raise invalid("arguments of a tool call are not JSON", "messages") from None
+        return fields
+
+
+def check_tokens(tokens: list[int], vocab_size: int, limit: int) -> list[int]:
+    """Raises:
+    ApiError: an id outside the vocabulary, or more than ``limit`` of them.
+    """
+    if len(tokens) > limit:
+        raise too_long(len(tokens), limit)
+    if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+        bad = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise invalid(f"token ids must lie in 0 to {vocab_size - 1}, not {bad}", "prompt")
+    return tokens

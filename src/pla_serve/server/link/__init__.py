@@ -1,0 +1,1 @@
+"""The instance's side of its links to routers."""

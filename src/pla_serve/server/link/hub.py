@@ -1,0 +1,306 @@
+"""The instance's side of its links to routers: ``/fleet/link`` and ``/fleet/instance``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from itertools import count
+
+import msgspec
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from pla_serve.server.api.errors import ApiError, invalid, json_response
+from pla_serve.server.api.guard import Keys, Traffic
+from pla_serve.server.engine.client import EngineClient
+from pla_serve.server.link.router_link import RouterLink
+from pla_serve.wire.engine import EngineReady, EngineStats
+from pla_serve.wire.link import (
+    PATH,
+    REPORT_SECONDS,
+    SUBPROTOCOL,
+    Alive,
+    Drain,
+    EngineLost,
+    InstanceFacts,
+    InstanceReport,
+    Role,
+    SetRole,
+    ToInstance,
+)
+
+log = logging.getLogger(__name__)
+
+ROUTER_SILENCE_SECONDS = 10.0
+"""A router that says nothing for so long is gone, whatever its connection looks like."""
+BAD_FRAME = 1007
+BUG = 1011
+TRY_LATER = 1013
+CLOSE_SECONDS = 1.0
+"""How long a router may take to answer the end of its connection."""
+
+
+class LinkHub:
+    """All routers of one instance. Watches the engine client; belongs to its event loop.
+
+    While a router listens the engine is pinged every `REPORT_SECONDS`. Its answers are what reports
+    are sent on, and what a new router has to wait for: of an engine that hangs nobody is told.
+
+    Args:
+        model: what clients call the model.
+        block_tokens: of the engine.
+        role: at the start.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        keys: Keys,
+        traffic: Traffic,
+        *,
+        model: str,
+        block_tokens: int,
+        role: Role,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._keys = keys
+        self._traffic = traffic
+        self._model = model
+        self._block_tokens = block_tokens
+        self._role: Role = role
+        self._draining = False
+        self._clock = clock
+        self._decode = msgspec.msgpack.Decoder(list[ToInstance]).decode
+        self._numbers = count(1)
+        self._links: set[RouterLink] = set()
+        self._facts: InstanceFacts | None = None
+        self._stats: EngineStats | None = None
+        self._stats_at = 0.0
+        self._beat: asyncio.TimerHandle | None = None
+        self._pinged = False
+        """The engine has yet to answer."""
+        self._pinged_at = 0.0
+        engine.watch(self)
+
+    def add_routes(self, app: FastAPI) -> None:
+        app.add_api_websocket_route(PATH, self.serve)
+
+        @app.get("/fleet/instance", tags=["operations"])
+        async def instance(request: Request) -> Response:
+            """What routers are told, for people."""
+            return json_response(self.describe())
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "facts": None if self._facts is None else msgspec.to_builtins(self._facts),
+            "report": msgspec.to_builtins(self._report()),
+            "routers": len(self._links),
+            "engine_silent_seconds": self._clock() - self._pinged_at if self._pinged else 0.0,
+        }
+
+    # What the engine client tells
+
+    def ready(self, info: EngineReady) -> None:
+        self._stats = None
+        self._facts = InstanceFacts(
+            boot=self._engine.boot,
+            kind="pla",
+            model=self._model,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            kv_tokens=info.kv_tokens,
+            block_tokens=self._block_tokens,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            layers=info.layers,
+            device=info.device,
+            dtype=info.dtype,
+            policy=info.policy,
+            express=info.policy.partition(":")[0] == "length-aware",
+            resumes=True,
+            transfer=info.transfer,
+        )
+        self._pinged = False
+        self._inform()
+
+    def stats(self, stats: EngineStats) -> None:
+        self._stats = stats
+        self._stats_at = self._clock()
+        self._inform()
+
+    def alive(self) -> None:
+        self._pinged = False
+        self._inform()
+
+    def lost(self, reason: str) -> None:
+        self._facts = None
+        self._pinged = False
+        for link in self._links:
+            if link.introduced:
+                link.introduced = False
+                link.say(EngineLost(reason))
+
+    def restarted(self) -> None:
+        """Routers hear of the end and of the next start."""
+
+    # Routers
+
+    async def serve(self, socket: WebSocket) -> None:
+        """One router, until either side ends it."""
+        refusal = self._refusal(socket)
+        if refusal is not None:
+            await socket.send_denial_response(refusal.response())
+            return
+        await socket.accept(SUBPROTOCOL)
+        ended: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
+
+        def end(code: int, reason: str) -> None:
+            if not ended.done():
+                ended.set_result((code, reason))
+
+        link = RouterLink(
+            next(self._numbers),
+            self._engine,
+            self._traffic,
+            lambda reason: end(TRY_LATER, reason),
+            clock=self._clock,
+        )
+        self._links.add(link)
+        if self._beat is None:
+            self._next_beat()
+        who = f"{socket.client.host}:{socket.client.port}" if socket.client else "a router"
+        log.info("linked to the router at %s", who)
+        tasks = [
+            asyncio.create_task(self._read(link, socket, end)),
+            asyncio.create_task(self._write(link, socket, end)),
+        ]
+        for task in tasks:
+            task.add_done_callback(lambda task: _report_bug(task, end))
+        try:
+            code, reason = await ended
+            log.info("the link to the router at %s ended: %s", who, reason)
+        finally:
+            self._links.discard(link)
+            link.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        await _close(socket, code, reason)
+
+    def _refusal(self, socket: WebSocket) -> ApiError | None:
+        if self._keys.admit(dict(socket.scope["headers"]).get(b"authorization")) is None:
+            return ApiError(401, "wrong or missing API key", code="invalid_api_key")
+        offered = socket.scope["subprotocols"]
+        if SUBPROTOCOL not in offered:
+            return invalid(
+                f"this instance speaks {SUBPROTOCOL}, the router {', '.join(offered) or 'nothing'};"
+                " use the same version of PLA-Serve on both sides"
+            )
+        return None
+
+    def _next_beat(self) -> None:
+        """Keeps the reports coming while somebody listens."""
+        if not self._links:
+            self._beat = None
+            return
+        self._beat = asyncio.get_running_loop().call_later(REPORT_SECONDS, self._next_beat)
+        if self._facts is None:
+            self._inform()
+        elif not self._pinged:
+            self._pinged = True
+            self._pinged_at = self._clock()
+            self._engine.ping()
+
+    async def _read(
+        self, link: RouterLink, socket: WebSocket, end: Callable[[int, str], None]
+    ) -> None:
+        try:
+            while True:
+                async with asyncio.timeout(ROUTER_SILENCE_SECONDS):
+                    frame = await socket.receive_bytes()
+                for message in self._decode(frame):
+                    self._handle(link, message)
+        except WebSocketDisconnect as error:
+            end(error.code, error.reason or "the router closed it")
+        except TimeoutError:
+            end(TRY_LATER, f"the router was silent for {ROUTER_SILENCE_SECONDS:.0f} s")
+        except (msgspec.DecodeError, KeyError) as error:
+            end(BAD_FRAME, f"not a frame of {SUBPROTOCOL}: {error}")
+
+    def _handle(self, link: RouterLink, message: ToInstance) -> None:
+        if isinstance(message, SetRole):
+            self._role = message.role
+            self._inform()
+        elif isinstance(message, Drain):
+            self._draining = message.on
+            self._inform()
+        elif not isinstance(message, Alive):
+            link.handle(message)
+
+    @staticmethod
+    async def _write(link: RouterLink, socket: WebSocket, end: Callable[[int, str], None]) -> None:
+        try:
+            while True:
+                await socket.send_bytes(await link.outbox.take())
+        except (WebSocketDisconnect, RuntimeError) as error:
+            end(TRY_LATER, f"cannot be written to: {error}")
+
+    def _inform(self) -> None:
+        """Tell all routers how things are."""
+        if not self._links:
+            return
+        report = self._report()
+        for link in self._links:
+            if self._facts is not None and not link.introduced:
+                link.introduced = True
+                link.say(self._facts)
+            link.say(report)
+
+    def _report(self) -> InstanceReport:
+        ready = self._facts is not None and not self._traffic.draining
+        base = InstanceReport(
+            role=self._role,
+            ready=ready,
+            draining=self._draining,
+            kv_tokens=self._facts.kv_tokens if self._facts else 0,
+            requests=self._traffic.in_flight,
+        )
+        stats = self._stats
+        if stats is None:
+            return base
+        return msgspec.structs.replace(
+            base,
+            age=max(0.0, self._clock() - self._stats_at),
+            short_waiting=stats.short_waiting,
+            long_waiting=stats.long_waiting,
+            running=stats.running,
+            parked=stats.parked,
+            waiting_tokens=stats.waiting_tokens,
+            queued_short_seconds=stats.queued_short_seconds,
+            queued_long_seconds=max(0.0, stats.queued_seconds - stats.queued_short_seconds),
+            kv_usage=stats.kv_usage,
+            kv_cached_tokens=stats.kv_cached_tokens,
+            boundary_tokens=stats.boundary_tokens,
+            cost=stats.cost_seconds,
+        )
+
+
+def _report_bug(task: asyncio.Task[None], end: Callable[[int, str], None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a link to a router failed", exc_info=error)
+        end(BUG, "the instance failed; its log says more")
+
+
+async def _close(socket: WebSocket, code: int, reason: str) -> None:
+    """Say goodbye, if the other side still listens."""
+    if socket.application_state is not WebSocketState.CONNECTED:
+        return
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await socket.close(code, reason[:120])
+    except (TimeoutError, RuntimeError, WebSocketDisconnect):
+        log.debug("the link was closed without goodbye")

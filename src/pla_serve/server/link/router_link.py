@@ -1,0 +1,205 @@
+"""One router's requests on this instance: names, clocks, and their end with the connection."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from pla_serve.logs import REQUESTS
+from pla_serve.server.api.guard import Traffic
+from pla_serve.server.engine.session import EngineDiedError, MessageRoutes
+from pla_serve.wire.engine import (
+    AbortRequest,
+    AddRequest,
+    Begin,
+    Inbound,
+    Lend,
+    Offer,
+    Output,
+    Rejected,
+    Release,
+    Reserve,
+)
+from pla_serve.wire.frames import Outbox, Overflow
+from pla_serve.wire.link import FromInstance, NewsMessage, RequestMessage
+
+log = logging.getLogger(REQUESTS)
+
+MOST_UNSENT_BYTES = 8 << 20
+"""What may wait for one router; beyond it the connection is cut."""
+MOST_OFFERS = 4096
+"""Offers remembered for `Release`; leases end those that are forgotten."""
+RETRY_SECONDS = 1.0
+
+
+class RouterLink:
+    """Translates between a router and the engine; implements the engine client's `Receiver`.
+
+    A request is called differently in the engine each time it is sent, so routers cannot mix up
+    theirs, and one that is sent again after an abort is never taken for the first.
+
+    Args:
+        number: of this connection, never used again.
+        cut: ends the connection; called with the reason, maybe more than once.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        engine: MessageRoutes,
+        traffic: Traffic,
+        cut: Callable[[str], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.outbox = Outbox(MOST_UNSENT_BYTES)
+        self.heard = clock()
+        """When the router was heard last."""
+        self.introduced = False
+        """The router has been told of the engine that runs now."""
+        self._number = number
+        self._serial = 0
+        self._engine = engine
+        self._traffic = traffic
+        self._cut = cut
+        self._clock = clock
+        self._request_ids: dict[str, str] = {}
+        """Of the HTTP requests that unfinished ones are part of, for the log."""
+        self._open: dict[str, str] = {}
+        """Unfinished requests: the router's name for them to the engine's."""
+        self._offers: dict[str, str] = {}
+        """The same of offers not yet released."""
+        self._lends: set[str] = set()
+        """Those that end with their `Offer`."""
+
+    @property
+    def requests(self) -> int:
+        """Unfinished ones."""
+        return len(self._open)
+
+    def handle(self, message: RequestMessage) -> None:
+        """Do what the router asks."""
+        if isinstance(message, AddRequest):
+            self._begin(message.id, lambda name: self._timed(message, name))
+            self._remember(message)
+        elif isinstance(message, AbortRequest):
+            name = self._open.get(message.id)
+            if name is not None:
+                self._forget(message.id)
+                self._engine.send(AbortRequest(name))
+            self._release(message.id)
+        elif isinstance(message, Reserve):
+            self._begin(
+                message.id,
+                lambda name: replace(message, request=self._timed(message.request, name)),
+            )
+            self._remember(message.request)
+        elif isinstance(message, Lend):
+            self._begin(message.id, lambda name: replace(message, id=name), lends=True)
+        elif isinstance(message, Begin):
+            name = self._open.get(message.id)
+            if name is None:
+                self._refuse(message.id, "nothing is reserved under this id", None)
+            else:
+                self._engine.send(replace(message, id=name))
+        else:
+            self._release(message.id)
+
+    def say(self, message: FromInstance) -> None:
+        """To the router."""
+        try:
+            self.outbox.put(message)
+        except Overflow as error:
+            self._cut(str(error))
+
+    def take(self, message: NewsMessage) -> None:
+        """From the engine."""
+        id = message.id.partition(":")[2]
+        if isinstance(message, Offer):
+            self._remember_offer(id, message)
+            if id in self._lends:
+                self._forget(id)
+        elif isinstance(message, Rejected):
+            self._forget(id, "refused")
+        elif isinstance(message, Output) and message.finish_reason is not None:
+            self._forget(id, message.finish_reason)
+        self.say(replace(message, id=id))
+
+    def fail(self, failure: Exception) -> None:
+        """The engine is gone; whoever is told of that on all links tells the router."""
+        self._traffic.change(-len(self._open))
+        self._open.clear()
+        self._request_ids.clear()
+        self._lends.clear()
+        self._offers.clear()
+
+    def close(self) -> None:
+        """The router is gone: stop its requests and free what is kept for others."""
+        for id, name in list(self._open.items()):
+            self._forget(id)
+            self._engine.send(AbortRequest(name))
+        for id in list(self._offers):
+            self._release(id)
+
+    def _begin(self, id: str, message: Callable[[str], Inbound], lends: bool = False) -> None:
+        if self._traffic.draining:
+            self._refuse(id, "the instance is shutting down", 5.0)
+            return
+        if id in self._open:
+            self._refuse(id, f"request {id} runs already; ids must be unique", None)
+            return
+        self._serial += 1
+        name = f"{self._number}.{self._serial}:{id}"
+        try:
+            self._engine.open_route(name, self)
+        except EngineDiedError as error:
+            self._refuse(id, str(error), RETRY_SECONDS)
+            return
+        self._open[id] = name
+        if lends:
+            self._lends.add(id)
+        self._traffic.change(+1)
+        self._engine.send(message(name))
+
+    def _timed(self, request: AddRequest, name: str) -> AddRequest:
+        """With this machine's times."""
+        now, deadline = self._clock(), request.deadline
+        return replace(
+            request,
+            id=name,
+            arrival=now + request.arrival,
+            deadline=None if deadline is None else now + deadline,
+        )
+
+    def _remember_offer(self, id: str, offer: Offer) -> None:
+        if not offer.source:
+            return
+        if len(self._offers) >= MOST_OFFERS:
+            del self._offers[next(iter(self._offers))]
+        self._offers[id] = offer.id
+
+    def _release(self, id: str) -> None:
+        name = self._offers.pop(id, None)
+        if name is not None:
+            self._engine.send(Release(name))
+
+    def _refuse(self, id: str, reason: str, retry_after: float | None) -> None:
+        self.say(Rejected(id=id, reason=reason, retry_after=retry_after))
+
+    def _remember(self, request: AddRequest) -> None:
+        if request.request_id and request.id in self._open:
+            self._request_ids[request.id] = request.request_id
+
+    def _forget(self, id: str, outcome: str = "aborted") -> None:
+        request_id = self._request_ids.pop(id, None)
+        if request_id is not None and log.isEnabledFor(logging.INFO):
+            extra = {"request_id": request_id, "outcome": outcome, "leg": id}
+            log.info("request of a router: %s", outcome, extra=extra)
+        self._lends.discard(id)
+        name = self._open.pop(id, None)
+        if name is not None:
+            self._engine.close_route(name)
+            self._traffic.change(-1)

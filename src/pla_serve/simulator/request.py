@@ -1,0 +1,39 @@
+"""A request on its way through the simulated machine, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, nan
+
+
+@dataclass(slots=True, eq=False)
+class SimulatedRequest:
+    """Times are seconds of virtual time. What follows ``start`` is filled in by the executor."""
+
+    id: str
+    arrival: float
+    new_tokens: int
+    """Prompt tokens to compute, as the cache stands when it is handed to an instance."""
+    history: int
+    """Prompt tokens whose KV is cached."""
+    output_tokens: int = 1
+    deadline: float | None = None
+    priority: int = 0
+    row: int = -1
+    """Its place in the workload."""
+
+    computed: int = 0
+    """Tokens whose KV is cached on its instance."""
+    produced: int = 0
+    first_token: float = nan
+    finished: float = inf
+
+    @property
+    def prompt_tokens(self) -> int:
+        """All of the prompt."""
+        return self.new_tokens + self.history
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from arrival to first token; NaN before it."""
+        return self.first_token - self.arrival

@@ -1,0 +1,1 @@
+"""Typed messages that cross process boundaries: server and engine, router and instance."""

@@ -1,0 +1,128 @@
+"""Order and bounds of who waits for KV memory."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.requests.memory import PATIENCE_SECONDS, MemoryGate
+from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.sampling import Sampler
+from pla_serve.wire.engine import AddRequest, SamplingParams
+
+BLOCK = 4
+
+
+def sequence(name: str, blocks: int, arrival: float, priority: int = 0) -> Sequence:
+    """Distinct prompts, so that nothing is shared."""
+    prompt = [hash_of(name)] * (blocks * BLOCK)
+    request = AddRequest(
+        id=name,
+        prompt=prompt,
+        sampling=SamplingParams(max_tokens=1),
+        arrival=arrival,
+        priority=priority,
+    )
+    sampler = Sampler(1000, torch.device("cpu"))
+    sampling = sampler.start(name, prompt, request.sampling, frozenset(), default_seed=0)
+    return Sequence(request, sampling, short=blocks < 3, tokens=list(prompt))
+
+
+def reserve(gate: MemoryGate, one: Sequence, *, short: bool, now: float) -> bool:
+    return gate.reserve(one, short, len(one.tokens), now)
+
+
+def hash_of(name: str) -> int:
+    return sum(ord(c) * 7**i for i, c in enumerate(name)) % 1000
+
+
+def test_longs_leave_the_reserve_to_shorts() -> None:
+    kv = KVManager(10, BLOCK)
+    gate = MemoryGate(kv, short_reserve=2)
+    assert not reserve(gate, sequence("long", 9, 0.0), short=False, now=0.0)
+    assert reserve(gate, sequence("short", 2, 1.0), short=True, now=1.0)
+    assert len(gate) == 1
+
+
+def test_parked_prompts_are_not_overtaken_within_their_class() -> None:
+    kv = KVManager(10, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    holder = sequence("holder", 6, 0.0)
+    assert reserve(gate, holder, short=False, now=0.0)
+    large, small = sequence("large", 8, 1.0), sequence("small", 3, 2.0)
+    assert not reserve(gate, large, short=False, now=1.0)
+    assert not reserve(gate, small, short=False, now=2.0), "it would fit, but came later"
+    assert gate.unpark(2.5) == []
+    gate.release(holder)
+    assert gate.unpark(3.0) == [large]
+    gate.release(large)
+    assert gate.unpark(4.0) == [small]
+    assert len(gate) == 0
+
+
+def test_a_long_that_has_waited_holds_back_later_shorts() -> None:
+    kv = KVManager(10, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    holder = sequence("holder", 6, 0.0)
+    assert reserve(gate, holder, short=False, now=0.0)
+    patient = sequence("patient", 8, 1.0)
+    assert not reserve(gate, patient, short=False, now=1.0)
+    late = 1.0 + PATIENCE_SECONDS
+    assert reserve(gate, sequence("early", 1, 2.0), short=True, now=late - 0.1)
+    assert not reserve(gate, sequence("later", 1, 3.0), short=True, now=late)
+    assert reserve(gate, sequence("before", 1, 0.5), short=True, now=late), "it is more entitled"
+    gate.release(holder)
+    assert [s.id for s in gate.unpark(late)] == ["patient"] or kv.available < 8
+
+
+def test_an_aborted_prompt_holds_nobody_back() -> None:
+    kv = KVManager(4, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    large, small = sequence("large", 5, 0.0), sequence("small", 1, 1.0)
+    assert not reserve(gate, large, short=False, now=0.0)
+    assert not reserve(gate, small, short=False, now=1.0)
+    assert gate.backlog(False) == (2, 6 * BLOCK)
+    assert gate.unpark(2.0) == []
+    gate.release(large)
+    assert gate.backlog(False) == (1, BLOCK)
+    assert gate.unpark(3.0) == [small]
+    assert gate.backlog(False) == (0, 0)
+
+
+def test_asking_again_costs_nothing_until_something_changes() -> None:
+    kv = KVManager(4, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    holder, waiting = sequence("holder", 3, 0.0), sequence("waiting", 2, 1.0)
+    assert reserve(gate, holder, short=False, now=0.0)
+    assert not reserve(gate, waiting, short=False, now=1.0)
+    assert gate.unpark(2.0) == []
+    waiting.tokens = None  # type: ignore[assignment]
+    assert gate.unpark(3.0) == [], "it was looked at"
+
+
+@given(
+    ranks=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=8),
+    growing=st.integers(0, 7),
+    flying=st.sets(st.integers(0, 7)),
+)
+def test_the_victim_is_the_least_entitled(
+    ranks: list[tuple[int, int]], growing: int, flying: set[int]
+) -> None:
+    kv = KVManager(100, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    everyone = []
+    for index, (priority, arrival) in enumerate(ranks):
+        one = sequence(f"s{index}", 1, float(arrival), priority)
+        assert reserve(gate, one, short=True, now=0.0)
+        one.in_flight = index in flying
+        everyone.append(one)
+    me = everyone[growing % len(everyone)]
+    victim = gate.victim(me)
+    worse = [s for s in everyone if s.rank > me.rank and not s.in_flight]
+    if not worse:
+        assert victim is None
+    else:
+        assert victim is not None
+        assert victim.rank == max(s.rank for s in worse)

@@ -1,0 +1,133 @@
+"""How far the host gets ahead of the device, and what express work then waits for."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pla_serve.engine.batch.staging import DirectUploader, Scratch
+from pla_serve.engine.run.device import HostDevice, RunAhead
+from pla_serve.engine.run.executor import StagedExecutor
+from pla_serve.engine.run.graphs.capture import NoCapture
+from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
+from pla_serve.engine.run.runner import ModelRunner
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.registry import create_policy
+from pla_serve.policy.shapes.ladder import Shape
+from tests.engine.chaos import ChaosPolicy
+from tests.engine.fake_device import FakeDevice
+from tests.engine.test_outputs import serve_at_random
+from tests.engine.tiny import BLOCK, Engine, make_engine, padded_runner
+
+LAYERS = 12
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@given(seed=st.integers(0, 2**32))
+def test_never_more_than_depth_layers_ahead(depth: int, seed: int) -> None:
+    """Whatever runs between the layers, and however slow the device is."""
+    rng = Random(seed)
+    device = FakeDevice()
+    ahead = RunAhead(device, depth)
+
+    def assert_bound() -> None:
+        waiting = [work for work in device.unfinished if work.startswith("layer")]
+        assert len(waiting) < depth, "express work would wait for more"
+
+    def run(name: str, layers: int) -> None:
+        def ask() -> None:
+            assert_bound()
+            if rng.random() < 0.2:
+                device.enqueue("express")
+            if name == "outer" and rng.random() < 0.2:
+                run("inner", rng.randint(1, 3))
+
+        for layer in range(layers):
+            ahead.before_layer(ask)
+            assert_bound()
+            device.enqueue(f"layer {layer} of {name}")
+            if rng.random() < 0.3:
+                device.finished = rng.randint(device.finished, len(device.enqueued))
+
+    for _ in range(3):
+        run("outer", LAYERS)
+
+
+def test_a_layer_runs_while_the_host_enqueues_the_next() -> None:
+    """With a depth of 2 the device has work at every moment but the first."""
+    device = FakeDevice()
+    ahead = RunAhead(device, 2)
+    for layer in range(LAYERS):
+        ahead.before_layer(lambda: None)
+        assert layer == 0 or device.unfinished
+        device.enqueue(f"layer {layer}")
+
+
+def test_a_host_that_computes_itself_is_not_held_up() -> None:
+    ahead = RunAhead(HostDevice(), 1)
+    asked: list[int] = []
+    for layer in range(LAYERS):
+        ahead.before_layer(lambda layer=layer: asked.append(layer))
+    assert asked == list(range(LAYERS))
+
+
+def test_depth_is_checked() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        RunAhead(FakeDevice(), 0)
+
+
+def engine_on(device: FakeDevice, policy: PrefillPolicy) -> Engine:
+    """A loop on a device that is never faster than it must be; small batches run as a whole."""
+    runner = padded_runner("llama")
+    limits = GridLimits(BLOCK, Scratch(256 * BLOCK, BLOCK), 512, 64, 1.0)
+    shapes = [Shape(4, 4), Shape(16, 4), Shape(32, 8)]
+    grid = ShapeGrid(
+        runner, NoCapture(), DirectUploader(), shapes, lambda t, b: t, limits, torch.device("cpu")
+    )
+    grid.capture_all()
+    counted = CountingRunner(runner, device)
+    executor = StagedExecutor(counted, grid, DirectUploader(), device, BLOCK)
+    return make_engine("llama", policy, executor=executor)
+
+
+class CountingRunner(ModelRunner):
+    """Tells the device of each pass, so that marks differ."""
+
+    def __init__(self, runner: ModelRunner, device: FakeDevice) -> None:
+        self._inner = runner
+        self._fake = device
+
+    def forward(self, batch, at_boundary=None):  # type: ignore[no-untyped-def]
+        self._fake.enqueue("pass")
+        return self._inner.forward(batch, at_boundary)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32), aborts=st.booleans())
+def test_tokens_that_come_late_are_the_right_ones(seed: int, aborts: bool) -> None:
+    """Express batches are booked long after they were enqueued, in the middle of others."""
+    engine = engine_on(FakeDevice(), ChaosPolicy(seed, express=0.5))
+    serve_at_random(engine, "llama", Random(seed), count=8, aborts=aborts)
+    assert not engine.loop._booking.under_way
+
+
+# Those that interrupt a prefill.
+@pytest.mark.parametrize("name", ["length-aware", "flowprefill"])
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_policies_bear_to_hear_late(name: str, seed: int) -> None:
+    rng = Random(seed)
+    config = PolicyConfig(
+        boundary_tokens=rng.choice((4, 16)),
+        max_batch_tokens=rng.choice((16, 64, 256)),
+        max_batch_requests=rng.choice((1, 3, 8)),
+    )
+    engine = engine_on(FakeDevice(), create_policy(name, config, CostModel()))
+    serve_at_random(engine, "llama", rng, count=8, aborts=True)
+    assert not engine.loop._booking.under_way
