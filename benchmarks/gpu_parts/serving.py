@@ -13,9 +13,10 @@ import numpy as np
 
 from gpu_parts.bed import BLOCK, Bed
 from gpu_parts.report import Report
+from pla_serve.engine.build.parts import EngineParts
 from pla_serve.engine.build.warm_up import warm_up
 from pla_serve.engine.kv.manager import KVManager
-from pla_serve.engine.loop.loop import EngineLoop, Parts
+from pla_serve.engine.loop.loop import EngineLoop
 from pla_serve.engine.requests.admission import Intake, Limits
 from pla_serve.engine.requests.memory import MemoryGate
 from pla_serve.engine.run.executor import StagedExecutor
@@ -83,7 +84,7 @@ class Service:
         sampler = Sampler(self._vocabulary, device)
         limits = Limits(bed.context, self._vocabulary, frozenset(), 0)
         admission = Admission(10**9, None)
-        parts = Parts(
+        parts = EngineParts(
             executor=self.executor,
             kv=kv,
             gate=gate,
