@@ -46,6 +46,15 @@ ACCEPTED = [
     ("Starcoder2", {"sliding_window": None}),
     ("GPTNeoX", {}),
     ("GPT2", GPT2),
+    ("Arcee", {}),
+    ("Helium", {}),
+    ("SeedOss", {}),
+    ("Ernie4_5", {}),
+    ("HunYuanDenseV1", {}),
+    ("Nemotron", {}),
+    ("Olmo", {}),
+    ("Glm", {}),
+    ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
 ]
 
 TOKENS = torch.arange(20, 40)[None] * 7 % 300
