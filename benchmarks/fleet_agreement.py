@@ -28,7 +28,7 @@ from tiny_fleet import TinyFleet
 
 from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.spec import parse_policy
+from pla_serve.policy.registry import parse_policy
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions
 from pla_serve.simulator.machine import KnownCost, Machine, load_machine

@@ -21,8 +21,8 @@ import numpy as np
 
 from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.registry import parse_policy
 from pla_serve.policy.routing.router import Router
-from pla_serve.policy.spec import parse_policy
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions
 from pla_serve.simulator.machine import KnownCost, load_machine
@@ -78,7 +78,7 @@ def main() -> None:
     fleet = ClusterOptions(
         instances=options.instances,
         routing=options.routing,
-        express=spec.create(config, cost).interrupts,
+        express=spec.create(config, cost).capabilities.leaves_at_layer_boundary,
         cache_tokens=machine.kv_tokens,
     )
     began = time.perf_counter()

@@ -24,7 +24,7 @@ from pla_serve.engine.sampling import Sampler
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.protocol import Batch, BatchClass
-from pla_serve.policy.spec import parse_policy
+from pla_serve.policy.registry import parse_policy
 from pla_serve.wire.engine import AbortRequest, AddRequest, Inbound, Output, SamplingParams
 
 IDS = itertools.count()

@@ -22,8 +22,8 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.pools.protocol import PoolController
 from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.policy.registry import parse_policy
 from pla_serve.policy.shapes.ladder import Layout
-from pla_serve.policy.spec import parse_policy
 from pla_serve.simulator.captured import Captured
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
@@ -101,7 +101,7 @@ def run(
     make = system.make(machine)
     options = {
         "routing": system.routing,
-        "express": make().interrupts,
+        "express": make().capabilities.leaves_at_layer_boundary,
         "short_instances": system.short_instances,
         **options,
     }

@@ -30,7 +30,7 @@ from common import (
     turns_with_history,
 )
 
-from pla_serve.policy.spec import parse_policy
+from pla_serve.policy.registry import parse_policy
 from pla_serve.policy.temporal import PrefillFirst
 from pla_serve.traces.generator import GeneratorOptions, generate_rows
 

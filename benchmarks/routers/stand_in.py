@@ -113,6 +113,7 @@ class StandInCore:
         limits = Limits(plan.max_model_len, model.vocab_size, frozenset(), config.seed)
         cost = CostModel(machine.profile)
         knobs = replace(config.policy_config, layers=machine.layers)
+        policy = create_policy(config.policy, knobs, cost)
         parts = assemble_parts(
             config,
             source,
@@ -121,7 +122,7 @@ class StandInCore:
             cost,
             plan,
             limits,
-            create_policy(config.policy, knobs, cost),
+            policy,
         )
         self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
         emit(
@@ -134,6 +135,7 @@ class StandInCore:
                 device=f"stand-in for {machine.name}",
                 dtype="none",
                 policy=config.policy,
+                capabilities=policy.capabilities,
             )
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
-from pla_serve.policy.spec import parse_policy
+from pla_serve.policy.registry import parse_policy
 
 OURS = "length-aware"
 PLAIN = "fcfs"

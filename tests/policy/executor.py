@@ -95,7 +95,7 @@ class Executor:
         self._separate = separate
         self._waits = waits
         self._interrupts = {BatchClass.LONG} if separate else set(BatchClass)
-        if not policy.interrupts:
+        if not policy.capabilities.leaves_at_layer_boundary:
             self._interrupts.clear()
 
     def run(self, until: float = float("inf")) -> Trace:

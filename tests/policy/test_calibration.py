@@ -156,7 +156,7 @@ class Foretold:
     """A policy that notes what it predicts for each request as it comes."""
 
     def __init__(self, policy: PrefillPolicy) -> None:
-        self.interrupts = policy.interrupts
+        self.capabilities = policy.capabilities
         self.calibration = Calibration()
         self.outcomes: list[tuple[Forecast, float]] = []
         self._policy = policy

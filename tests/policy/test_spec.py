@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 
-from pla_serve.policy.catalogue import POLICIES
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.spec import PolicySpec, knob_types, parse_policy
+from pla_serve.policy.declare import Kind, Registry
+from pla_serve.policy.knobs import Knob
+from pla_serve.policy.pools.registry import CONTROLLERS
+from pla_serve.policy.registry import POLICIES, PolicySpec, parse_policy
+from pla_serve.policy.routing.registry import ROUTINGS
 
 
 def test_a_name_alone_leaves_the_settings_as_they_are() -> None:
@@ -31,11 +32,8 @@ def test_knobs_are_typed_and_go_before_the_settings() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_made_with_its_defaults_named(name: str) -> None:
     """Each knob accepts its own default in words."""
-    kind = POLICIES[name]
-    defaults = {f.name: getattr(PolicyConfig(), f.name) for f in fields(PolicyConfig)}
-    if kind.options is not None:
-        defaults |= {f.name: getattr(kind.options(), f.name) for f in fields(kind.options)}
-    spec = PolicySpec(name, tuple((knob, defaults[knob]) for knob in knob_types(name)))
+    knobs = POLICIES[name].knobs
+    spec = PolicySpec(name, tuple((knob, field.default) for knob, field in knobs.items()))
     assert parse_policy(str(spec)) == spec
     assert spec.create(PolicyConfig(), CostModel()).waits_as_short(1, 0)
 
@@ -58,3 +56,37 @@ def test_every_policy_is_made_with_its_defaults_named(name: str) -> None:
 def test_what_is_wrong_is_said(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_policy(text)
+
+
+@pytest.mark.parametrize("registry", [POLICIES, ROUTINGS, CONTROLLERS])
+def test_every_knob_is_documented(registry: Registry[Kind[object]]) -> None:
+    for kind in registry.values():
+        assert kind.summary
+        assert not kind.summary.endswith(".")
+        assert f"{kind.name} ({kind.summary})" in registry.help()
+        for field in kind.knobs.values():
+            assert field.knob.help.endswith("."), f"{kind.name}: {field.name}"
+
+
+def test_bounds_are_said_in_words() -> None:
+    def words(kind: object, **bounds: float | bool) -> str:
+        return Knob("", **bounds).range(kind)  # type: ignore[arg-type]
+
+    assert words(int, least=1) == "be at least 1"
+    assert words(float, least=0) == "be finite and at least 0"
+    assert words(float | None, above=0) == "be positive and finite"
+    assert words(float, above=0, finite=False) == "be positive"
+    assert words(float, above=0, below=1) == "lie between 0 and 1"
+    assert words(float, above=0, most=1) == "be positive and at most 1"
+    assert words(float, least=0, below=1) == "be at least 0 and below 1"
+
+
+def test_two_kinds_of_one_name_are_refused() -> None:
+    module = "pla_serve.policy.baselines.fcfs"
+    with pytest.raises(ValueError, match="two declarations of policy 'fcfs'"):
+        Registry("policy", "POLICY", [module, module])
+
+
+def test_an_alias_is_found_and_not_listed() -> None:
+    assert CONTROLLERS["pla-serve"] is CONTROLLERS["pressure"]
+    assert "pla-serve" not in list(CONTROLLERS)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel, CostProfile
-from pla_serve.policy.protocol import Batch, BatchClass, Chunk, PrefillRequest, Wait
+from pla_serve.policy.protocol import Batch, BatchClass, Capabilities, Chunk, PrefillRequest, Wait
 from pla_serve.policy.step_length import LEAST_OVERHEAD, MOST_OVERHEAD, StepLength, tokens_within
 from pla_serve.policy.steps import StepPlan, StepPlanner
 
@@ -140,7 +140,7 @@ def test_new_numbers_change_the_class_and_not_the_place() -> None:
 
 def test_a_policy_that_waits_holds_everything_back() -> None:
     class Waiting:
-        interrupts = False
+        capabilities = Capabilities()
 
         def add(self, *_: object) -> None: ...
 

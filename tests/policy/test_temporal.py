@@ -52,7 +52,7 @@ def test_no_step_while_a_prefill_waits() -> None:
 
 def test_a_step_is_not_interrupted_and_delays_a_prefill_by_itself() -> None:
     policy, cost = make("length-aware")
-    assert policy.interrupts
+    assert policy.capabilities.leaves_at_layer_boundary
     policy.start_decode("a", 10, 0.0, 0.0)
     decision = policy.next(0.0)
     assert isinstance(decision, Run)

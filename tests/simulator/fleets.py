@@ -7,7 +7,7 @@ from typing import Any
 
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.protocol import PrefillPolicy
-from pla_serve.policy.spec import parse_policy
+from pla_serve.policy.registry import parse_policy
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
 from pla_serve.simulator.machine import KnownCost, Machine, Seconds

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pla_serve.policy.baselines.fcfs import fcfs
-from pla_serve.policy.catalogue import POLICIES
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostProfile
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.queueing import mean_wait, mixed_wait
-from pla_serve.policy.registry import create_policy
+from pla_serve.policy.registry import POLICIES, create_policy
 from pla_serve.policy.temporal import PrefillFirst
 from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost
@@ -76,7 +75,9 @@ def test_events_give_the_same_times_as_stepping_through_every_layer(
         )
         assert served.instance.busy_seconds == pytest.approx(stepper.busy)
         interrupted += served.instance.express_batches
-    assert (interrupted > 0) == create_policy(name, CONFIG, COST).interrupts
+    assert (interrupted > 0) == create_policy(
+        name, CONFIG, COST
+    ).capabilities.leaves_at_layer_boundary
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pla_serve.policy.catalogue import POLICIES
+from pla_serve.policy.registry import POLICIES
 from pla_serve.simulator.machine import KnownCost, load_machine
 from pla_serve.simulator.run import SimulationResult, _cluster, policy_maker, simulate
 from pla_serve.simulator.setting import FleetSetting, RunSpec, Setting

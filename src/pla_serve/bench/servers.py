@@ -17,15 +17,15 @@ from typing import IO
 
 import httpx
 
-from pla_serve.policy.catalogue import POLICIES
-from pla_serve.policy.spec import knob_types
+from pla_serve.policy.knobs import split_knobs
+from pla_serve.policy.registry import POLICIES
 
 START_SECONDS = 600.0
 """The first start may have to fetch and convert a model."""
 STOP_SECONDS = 45.0
 """A little more than the server takes to drain."""
 
-_KNOB = re.compile(r"[a-z][a-z0-9_-]*")
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 class ServerError(RuntimeError):
@@ -59,21 +59,20 @@ def parse_entries(text: str) -> tuple[ServerEntry, ...]:
 
 
 def _parse_entry(text: str) -> ServerEntry:
-    policy, *knobs = text.split(":")
-    if not _KNOB.fullmatch(policy):
+    policy, knobs = split_knobs(text)
+    if not _NAME.fullmatch(policy):
         raise ValueError(f"an entry starts with a policy's name, as in fcfs: {text!r}")
     kind = POLICIES.get(policy)
-    own = knob_types(policy).keys() - kind.settings if kind is not None else set()
+    own = kind.knobs.keys() - kind.settings if kind is not None else set()
     spec, flags = policy, []
-    for knob in knobs:
-        name, equals, value = knob.partition("=")
-        if not _KNOB.fullmatch(name) or (equals and not value):
-            raise ValueError(f"a knob is a flag of serve, as in max-batch-tokens=512: {knob!r}")
-        if name.replace("-", "_") in own:
-            spec += f":{knob}"
+    for name, value in knobs:
+        if not _NAME.fullmatch(name) or value == "":
+            raise ValueError(f"a knob is a flag of serve, as in max-batch-tokens=512: {text!r}")
+        flag = name.replace("_", "-")
+        if name in own:
+            spec += f":{flag}" if value is None else f":{flag}={value}"
         else:
-            flag = "--" + name.replace("_", "-")
-            flags += [flag, value] if equals else [flag]
+            flags += [f"--{flag}", *([] if value is None else [value])]
     return ServerEntry(text, ("--policy", spec, *flags))
 
 

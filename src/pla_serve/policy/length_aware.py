@@ -19,6 +19,7 @@ from pla_serve.policy.chunking import (
 )
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.declare import PolicyKind
 from pla_serve.policy.express import ExpressWindow
 from pla_serve.policy.fairness import ShareAccount, burst_seconds, passing_window
 from pla_serve.policy.longs import SWITCH_MARGIN, LongQueue, RunningPrefills, Spread
@@ -26,6 +27,7 @@ from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
     BatchClass,
+    Capabilities,
     Chunk,
     Decision,
     Idle,
@@ -77,9 +79,8 @@ class LengthAware:
     Every field of `PolicyConfig` is used.
     """
 
-    interrupts = True
-
     def __init__(self, config: PolicyConfig, cost: CostModel) -> None:
+        self.capabilities = Capabilities(leaves_at_layer_boundary=config.interruptible)
         self._config = config
         self._cost = cost
         self._shorts = DueQueue()
@@ -128,7 +129,11 @@ class LengthAware:
         return Run(batch) if batch is not None else Idle()
 
     def at_layer_boundary(self, now: float, running: Batch) -> Batch | None:
-        if running.kind is not BatchClass.LONG or not running.prefills:
+        if (
+            running.kind is not BatchClass.LONG
+            or not running.prefills
+            or not self._config.interruptible
+        ):
             return None
         account = self._account
         account.start_long(now)  # it stands still if express work was taken back as a whole
@@ -337,3 +342,10 @@ class LengthAware:
             goes_on = self._longs.due(flight.pending, less=flight.ran) <= self._longs.due(newcomer)
             ahead += max(flight.rest, flight.left if goes_on else 0.0)
         return min(ahead, total)
+
+
+POLICY = PolicyKind(
+    name="length-aware",
+    summary="the project's own: shorts and decode steps run between the layers of longs",
+    make=LengthAware,
+)

@@ -116,6 +116,19 @@ class QueueState:
     """The short part of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Abilities of a policy that those around it have to know; fixed once the policy is made.
+
+    An engine sends them to routers when it is ready, and the simulator asks for them.
+    """
+
+    leaves_at_layer_boundary: bool = False
+    """A running prefill may be left at a layer boundary for a more urgent one. So a short request
+    hardly waits for the long ones on the same instance, and routers predict its wait without them.
+    If False, `PrefillPolicy.at_layer_boundary` always returns None and need not be called."""
+
+
 class PrefillPolicy(Protocol):
     """Decides what runs next. Deterministic in its calls; never reads a clock.
 
@@ -124,9 +137,10 @@ class PrefillPolicy(Protocol):
     thread.
     """
 
-    interrupts: bool
-    """Whether `at_layer_boundary` ever returns a batch; an executor need not ask one that does not.
-    """
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do, beyond what every policy does."""
+        ...
 
     def add(self, request: PrefillRequest, now: float) -> None:
         """Queue a request, or replace the numbers of one that is queued and not in flight."""

@@ -29,7 +29,7 @@ class PrefillFirst:
     """
 
     def __init__(self, inner: PrefillPolicy, config: PolicyConfig, cost: CostModel) -> None:
-        self.interrupts = inner.interrupts
+        self.capabilities = inner.capabilities
         self._inner = inner
         self._cost = cost
         self._places = min(config.max_batch_requests, config.max_batch_tokens)

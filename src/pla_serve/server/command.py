@@ -163,7 +163,7 @@ def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> Polic
     Raises:
         ValueError: a flag was given that this policy does not use, or that is a knob there too.
     """
-    from pla_serve.policy.spec import parse_policy
+    from pla_serve.policy.registry import parse_policy
 
     spec = parse_policy(policy)
     for name in (field.name for field in fields(flags)):

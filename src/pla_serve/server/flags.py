@@ -24,7 +24,7 @@ LogLevels = Literal["debug", "info", "warning", "error"]
 
 
 def _known_policy(text: str) -> str:
-    from pla_serve.policy.spec import parse_policy  # with numpy, which --help can do without
+    from pla_serve.policy.registry import parse_policy  # with numpy, which --help can do without
 
     try:
         parse_policy(text)

@@ -78,7 +78,7 @@ class SimulatedInstance:
         """Batches that ran at a layer boundary of another."""
         self._cost = cost
         self._layers = layers
-        self._interruptible = layers > 1 and policy.interrupts
+        self._interruptible = layers > 1 and policy.capabilities.leaves_at_layer_boundary
         self._prefilled = prefilled
         self._finished = finished
         self._decodes = decodes

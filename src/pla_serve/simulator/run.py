@@ -10,7 +10,7 @@ from pla_serve.policy.pools.balance import BalanceController
 from pla_serve.policy.pools.pressure import PressureController
 from pla_serve.policy.pools.protocol import PoolController
 from pla_serve.policy.protocol import PrefillPolicy
-from pla_serve.policy.spec import parse_policy
+from pla_serve.policy.registry import parse_policy
 from pla_serve.policy.temporal import PrefillFirst
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions
@@ -119,7 +119,7 @@ def _cluster(
         decode={"prefill": "none", "pd-spatial": "apart"}.get(setting.mode, "same"),  # type: ignore[arg-type]
         decode_instances=fleet.decode_instances,
         routing=fleet.route,
-        express=setting.preemption and make().interrupts,
+        express=setting.preemption and make().capabilities.leaves_at_layer_boundary,
         boundary_tokens=SHORT_TOKENS,
         interruptible=setting.preemption,
         fetch_kv=fleet.fetch_kv,

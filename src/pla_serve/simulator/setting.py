@@ -153,7 +153,7 @@ class RunSpec:
 
     workload: TraceWorkload
     policy: str
-    """As `policy.spec.parse_policy` reads it."""
+    """As `policy.registry.parse_policy` reads it."""
     load: float | None
     """None in a closed loop."""
     setting: Setting

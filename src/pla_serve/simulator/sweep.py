@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pla_serve.policy.spec import parse_policy
+from pla_serve.policy.registry import parse_policy
 from pla_serve.simulator.machine import KnownCost
 from pla_serve.simulator.setting import RunSpec, Setting
 from pla_serve.simulator.workload import TraceWorkload, at_load, sessions_at_load, work_seconds

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from pla_serve.policy.protocol import Capabilities
+
 FinishReason = Literal["stop", "length", "abort", "error", "handed_over"]
 """``handed_over``: another instance makes the tokens after these; no client ever sees it."""
 
@@ -212,6 +214,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     device: str
     dtype: str
     policy: str
+    capabilities: Capabilities = Capabilities()
+    """Of the policy."""
     transfer: str | None = None
     """What KV this engine can exchange: engines with the same text can. None: with nobody."""
 

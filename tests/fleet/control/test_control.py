@@ -182,7 +182,7 @@ def test_mixed_instances_are_left_alone() -> None:
     [
         ("magic", "unknown controller 'magic'; known are: balance, pressure"),
         ("balance:depth=1", "no knob 'depth'"),
-        ("pressure:alpha=x", "knob alpha of the controller is a number"),
+        ("pressure:alpha=x", "knob alpha of controller pressure is a number"),
         ("balance:min_instances=0.5", "a whole number"),
         ("balance:dead_band=2", "dead_band"),
     ],

@@ -150,6 +150,7 @@ def build_parts(
         device=str(device),
         dtype=str(loaded.dtype).removeprefix("torch."),
         policy=config.policy,
+        capabilities=policy.capabilities,
         transfer=None if layout is None else layout.kind,
     )
     return parts, ready

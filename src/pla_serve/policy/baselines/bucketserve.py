@@ -6,11 +6,13 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
+from typing import Annotated, Literal
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.declare import CONTINUOUS_SETTINGS, PolicyKind
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.queues import SortedQueue, arrival_rank
 
@@ -23,18 +25,30 @@ class BucketOptions:
         ValueError: a field is out of range.
     """
 
-    longest_tokens: int = 131_072
-    """Upper end of the one bucket that there is at first; longer prompts are in the last one."""
-    skew: float = 0.5
-    """A bucket is split if more than this share of it lies below its midpoint, 0 to 1."""
-    order: Literal["fcfs", "sjf"] = "fcfs"
-    """Which bucket is next: that of the request that came first, or that of the shortest ones."""
+    longest_tokens: Annotated[
+        int,
+        Knob(
+            "Upper end of the one bucket that there is at first; longer prompts are in the last "
+            "bucket.",
+            unit="tokens",
+            least=1,
+        ),
+    ] = 131_072
+    skew: Annotated[
+        float,
+        Knob(
+            "A bucket is split if more than this share of its requests lies below its midpoint.",
+            least=0,
+            below=1,
+        ),
+    ] = 0.5
+    order: Annotated[
+        Literal["fcfs", "sjf"],
+        Knob("Next bucket: fcfs takes that of the request that came first, sjf the shortest."),
+    ] = "fcfs"
 
     def __post_init__(self) -> None:
-        if self.longest_tokens < 1:
-            raise ValueError(f"longest_tokens must be at least 1, not {self.longest_tokens}")
-        if not 0 <= self.skew < 1:
-            raise ValueError(f"skew must be at least 0 and below 1, not {self.skew}")
+        check_knobs(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -193,3 +207,12 @@ def bucketserve(
     options = options or BucketOptions()
     queue = BucketQueue(options, config.max_batch_requests, config.max_batch_tokens)
     return ContinuousBatching(config, cost, queue)
+
+
+POLICY = PolicyKind(
+    name="bucketserve",
+    summary="batches of similar length, after BucketServe",
+    make=bucketserve,
+    options=BucketOptions,
+    settings=CONTINUOUS_SETTINGS,
+)

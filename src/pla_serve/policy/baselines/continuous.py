@@ -9,6 +9,7 @@ from pla_serve.policy.cost import CostModel
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
+    Capabilities,
     Decision,
     Idle,
     PrefillRequest,
@@ -26,7 +27,7 @@ class ContinuousBatching:
     all other fields.
     """
 
-    interrupts = False
+    capabilities = Capabilities()
 
     def __init__(
         self,

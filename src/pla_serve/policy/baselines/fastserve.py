@@ -6,11 +6,14 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
+from typing import Annotated
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.declare import CONTINUOUS_SETTINGS, PolicyKind
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import Batch
 from pla_serve.policy.queues import Rank, SortedQueue
@@ -24,23 +27,31 @@ class FeedbackOptions:
         ValueError: a field is out of range.
     """
 
-    levels: int = 10
-    """Number of queues."""
-    quantum_seconds: float = 0.02
-    """Quantum of the first level; that of the last one has no end."""
-    ratio: float = 2.0
-    """Quantum of a level over that of the one before."""
-    starve_seconds: float = 10.0
-    """A request that has not been served for so long moves to the first level."""
+    levels: Annotated[int, Knob("Number of queues.", unit="queues", least=1)] = 10
+    quantum_seconds: Annotated[
+        float,
+        Knob(
+            "Quantum of the first level; the last level's has no end.",
+            unit="seconds",
+            above=0,
+            finite=False,
+        ),
+    ] = 0.02
+    ratio: Annotated[
+        float, Knob("Quantum of a level divided by that of the level before.", least=1)
+    ] = 2.0
+    starve_seconds: Annotated[
+        float,
+        Knob(
+            "A request that has not been served for so long moves to the first level.",
+            unit="seconds",
+            above=0,
+            finite=False,
+        ),
+    ] = 10.0
 
     def __post_init__(self) -> None:
-        if self.levels < 1:
-            raise ValueError(f"levels must be at least 1, not {self.levels}")
-        if not self.ratio >= 1 or not isfinite(self.ratio):
-            raise ValueError(f"ratio must be finite and at least 1, not {self.ratio}")
-        for name in ("quantum_seconds", "starve_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        check_knobs(self)
 
 
 @dataclass(slots=True)
@@ -173,3 +184,12 @@ class FastServe(ContinuousBatching):
         """Charges what is predicted: the order is needed before the time is known."""
         self._levels.charge(batch, self._cost.seconds(batch), now)
         super().dispatched(batch, now)
+
+
+POLICY = PolicyKind(
+    name="fastserve",
+    summary="multi-level feedback queue, after FastServe",
+    make=FastServe,
+    options=FeedbackOptions,
+    settings=CONTINUOUS_SETTINGS,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.declare import CONTINUOUS_SETTINGS, PolicyKind
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.queues import SortedQueue, arrival_rank
 
@@ -26,3 +27,11 @@ def fcfs(config: PolicyConfig, cost: CostModel) -> ContinuousBatching:
     ``--max-num-batched-tokens``. Deadlines are not used.
     """
     return ContinuousBatching(config, cost, ArrivalQueue())
+
+
+POLICY = PolicyKind(
+    name="fcfs",
+    summary="first come, first served, as in vLLM",
+    make=fcfs,
+    settings=CONTINUOUS_SETTINGS,
+)

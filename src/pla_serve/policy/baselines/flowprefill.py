@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.declare import CONTINUOUS_SETTINGS, PolicyKind
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.protocol import Batch, Decision, PrefillRequest
+from pla_serve.policy.protocol import Batch, Capabilities, Decision, PrefillRequest
 from pla_serve.policy.queues import Rank, SortedQueue
 
 
@@ -23,21 +25,41 @@ class FlowOptions:
         ValueError: a field is out of range.
     """
 
-    slo_seconds: float = 0.4
-    """A request without a deadline is due so long after its arrival, or later by the next field."""
-    slo_stretch: float = 200.0
-    """... so many times its own predicted prefill time after it, if that is more."""
-    order: Literal["s-edf", "edf"] = "s-edf"
-    """Slack-aware: who cannot make its deadline any more goes after those who can. Or plain."""
-    batch_tokens: int = 1024
-    """Others join the most urgent request only up to so many tokens together."""
+    slo_seconds: Annotated[
+        float,
+        Knob(
+            "A request without a deadline is due so long after its arrival, or later by "
+            "slo_stretch.",
+            unit="seconds",
+            least=0,
+        ),
+    ] = 0.4
+    slo_stretch: Annotated[
+        float,
+        Knob(
+            "A request without a deadline is due so many times its own predicted prefill time "
+            "after its arrival, if that is more than slo_seconds.",
+            least=0,
+        ),
+    ] = 200.0
+    order: Annotated[
+        Literal["s-edf", "edf"],
+        Knob(
+            "s-edf is aware of slack: a request that cannot meet its deadline any more goes after "
+            "those that can. edf is plain earliest deadline first."
+        ),
+    ] = "s-edf"
+    batch_tokens: Annotated[
+        int,
+        Knob(
+            "Others join the most urgent request only up to so many tokens together.",
+            unit="tokens",
+            least=1,
+        ),
+    ] = 1024
 
     def __post_init__(self) -> None:
-        for name in ("slo_seconds", "slo_stretch"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)}")
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1, not {self.batch_tokens}")
+        check_knobs(self)
 
 
 class DeadlineQueue(SortedQueue):
@@ -141,7 +163,7 @@ class FlowPrefill(ContinuousBatching):
     Uses of `PolicyConfig`: those of `ContinuousBatching`; ``max_batch_tokens`` may be large here.
     """
 
-    interrupts = True
+    capabilities = Capabilities(leaves_at_layer_boundary=True)
 
     def __init__(
         self, config: PolicyConfig, cost: CostModel, options: FlowOptions | None = None
@@ -221,3 +243,12 @@ class FlowPrefill(ContinuousBatching):
 
 def _ids(batch: Batch) -> set[str]:
     return {chunk.request_id for chunk in (*batch.prefills, *batch.decodes)}
+
+
+POLICY = PolicyKind(
+    name="flowprefill",
+    summary="earliest deadline first, preempted between layers, after FlowPrefill",
+    make=FlowPrefill,
+    options=FlowOptions,
+    settings=CONTINUOUS_SETTINGS,
+)

@@ -9,6 +9,7 @@ from math import floor, log2
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.declare import CONTINUOUS_SETTINGS, PolicyKind
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.queues import SortedQueue, arrival_rank
 
@@ -91,3 +92,11 @@ def hrrn(config: PolicyConfig, cost: CostModel) -> ContinuousBatching:
     Deadlines are not used.
     """
     return ContinuousBatching(config, cost, ResponseRatioQueue())
+
+
+POLICY = PolicyKind(
+    name="hrrn",
+    summary="highest response ratio next, as in SGLang",
+    make=hrrn,
+    settings=CONTINUOUS_SETTINGS,
+)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import inf
-from typing import Literal
+from typing import Annotated, Literal
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.baselines.fcfs import ArrivalQueue
 from pla_serve.policy.book import RequestBook
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.declare import PolicyKind
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import BatchClass, Decision, Idle, Wait
 
@@ -24,23 +25,30 @@ class LapsOptions:
         ValueError: a field is out of range.
     """
 
-    window_seconds: float = 0.007
-    """How long a short prompt waits for others, from its arrival on. 0 never waits."""
-    depth: int = 64
-    """So many shorts end the window early."""
-    chunk_tokens: int = 8192
-    """Most tokens in a batch: of a long prompt's chunk, and of shorts together."""
-    classify: Literal["raw", "uncached"] = "raw"
-    """By the whole prompt, cached tokens and all, or by the new tokens."""
+    window_seconds: Annotated[
+        float,
+        Knob(
+            "How long a short prompt waits for others, from its arrival on. 0 never waits.",
+            unit="seconds",
+            least=0,
+        ),
+    ] = 0.007
+    depth: Annotated[int, Knob("Shorts that end the window early.", unit="requests", least=1)] = 64
+    chunk_tokens: Annotated[
+        int,
+        Knob(
+            "Most tokens in a batch: of a long prompt's chunk, and of shorts together.",
+            unit="tokens",
+            least=1,
+        ),
+    ] = 8192
+    classify: Annotated[
+        Literal["raw", "uncached"],
+        Knob("raw counts the whole prompt, cached tokens and all; uncached the new tokens."),
+    ] = "raw"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.window_seconds < inf:
-            raise ValueError(
-                f"window_seconds must be finite and at least 0, not {self.window_seconds}"
-            )
-        for name in ("depth", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_knobs(self)
 
 
 class RawLengthBook(RequestBook):
@@ -120,3 +128,12 @@ class Laps(ContinuousBatching):
             ahead += rest
         head = self._shorts.first() or newcomer
         return ahead + max(0.0, self._window_ends(head) - now - rest)
+
+
+POLICY = PolicyKind(
+    name="laps",
+    summary="short first after a fixed window, the published artifact of PLA-Serve",
+    make=Laps,
+    options=LapsOptions,
+    settings=("max_batch_requests", "boundary_tokens"),
+)

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from typing import Annotated
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.declare import CONTINUOUS_SETTINGS, PolicyKind
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.queues import SortedQueue, aged_rank
 
 
 @dataclass(frozen=True, slots=True)
 class SrptOptions:
-    """Raises:
-    ValueError: ``aging`` is out of range.
+    """Knobs of `srpt`.
+
+    Raises:
+        ValueError: ``aging`` is out of range.
     """
 
-    aging: float = 1.0
-    """Seconds of remaining work that one second of waiting outweighs. At 0 it is the textbook's
-    order, in which a long prefill may be passed by shorter ones for ever."""
+    aging: Annotated[
+        float,
+        Knob(
+            "Seconds of remaining work that one second of waiting outweighs. At 0 it is the "
+            "textbook's order, in which shorter prefills may pass a long one for ever.",
+            least=0,
+        ),
+    ] = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.aging < inf:
-            raise ValueError(f"aging must be finite and at least 0, not {self.aging}")
+        check_knobs(self)
 
 
 def srpt(
@@ -35,3 +43,12 @@ def srpt(
     """
     aging = (options or SrptOptions()).aging
     return ContinuousBatching(config, cost, SortedQueue(aged_rank(aging)))
+
+
+POLICY = PolicyKind(
+    name="srpt",
+    summary="shortest remaining prefill first, aged",
+    make=srpt,
+    options=SrptOptions,
+    settings=CONTINUOUS_SETTINGS,
+)

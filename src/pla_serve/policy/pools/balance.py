@@ -4,46 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, inf, isfinite
+from math import floor, inf
+from typing import Annotated
 
-from pla_serve.policy.pools.protocol import Move, Pool, PoolReport, other_class
+from pla_serve.policy.declare import Kind
+from pla_serve.policy.knobs import Knob, check_knobs
+from pla_serve.policy.pools.protocol import Move, Pool, PoolController, PoolReport, other_class
 from pla_serve.policy.pools.rates import WorkRate
 
 
 @dataclass(frozen=True, slots=True)
 class BalanceOptions:
-    """Raises:
-    ValueError: a field is out of range.
+    """Knobs of `BalanceController`.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
-    horizon_seconds: float = 10.0
-    """A pool is large enough if it keeps up with its arrivals and clears its backlog in this time.
-    Longer than a control period and a drain, or the controller chases its own effect."""
-    memory_seconds: float = 30.0
-    """How far back the arrival rate looks while it does not change."""
-    dead_band: float = 0.1
-    """Share by which a new split must lower the worst demand an instance."""
-    min_instances: int = 1
-    """A pool of this size gives none away."""
-    short_load: float = 0.7
-    """Most that short instances are to be busy with prefills: their decode steps need time too, and
-    random arrivals room."""
-    long_load: float = 0.9
-    """So busy may long instances be for the sake of that room."""
+    horizon_seconds: Annotated[
+        float,
+        Knob(
+            "A pool is large enough if it keeps up with its arrivals and clears its backlog in "
+            "this time. Longer than a control period and a drain, or the controller chases its "
+            "own effect.",
+            unit="seconds",
+            above=0,
+        ),
+    ] = 10.0
+    memory_seconds: Annotated[
+        float,
+        Knob(
+            "How far back the arrival rate looks while it does not change.",
+            unit="seconds",
+            above=0,
+        ),
+    ] = 30.0
+    dead_band: Annotated[
+        float,
+        Knob(
+            "Share by which a new split must lower the worst demand an instance.",
+            least=0,
+            below=1,
+        ),
+    ] = 0.1
+    min_instances: Annotated[
+        int, Knob("A pool of this size gives none away.", unit="instances", least=1)
+    ] = 1
+    short_load: Annotated[
+        float,
+        Knob(
+            "Most that short instances are to be busy with prefills: their decode steps need time "
+            "too, and random arrivals room.",
+            above=0,
+            most=1,
+        ),
+    ] = 0.7
+    long_load: Annotated[
+        float,
+        Knob("Most that long instances may be busy for the sake of that room.", above=0, most=1),
+    ] = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("horizon_seconds", "memory_seconds"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, not {value}")
-        if not 0 <= self.dead_band < 1:
-            raise ValueError(f"dead_band must be at least 0 and below 1, not {self.dead_band}")
-        for name in ("short_load", "long_load"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
-        if self.min_instances < 1:
-            raise ValueError(f"min_instances must be at least 1, not {self.min_instances}")
+        check_knobs(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,3 +213,11 @@ class BalanceController:
 def _keeps_up(demands: dict[Pool, ClassDemand], short: int, long: int) -> bool:
     """Whether so many instances do what arrives."""
     return demands[Pool.SHORT].rate <= short and demands[Pool.LONG].rate <= long
+
+
+CONTROLLER: Kind[PoolController] = Kind(
+    name="balance",
+    summary="the project's own: as many moves at once as the demands of the classes call for",
+    make=BalanceController,
+    options=BalanceOptions,
+)

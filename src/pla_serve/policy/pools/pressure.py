@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, inf, isfinite
+from math import ceil, floor, inf
+from typing import Annotated
 
-from pla_serve.policy.pools.protocol import Move, Pool, PoolReport, other_class
+from pla_serve.policy.declare import Kind
+from pla_serve.policy.knobs import Knob, check_knobs
+from pla_serve.policy.pools.protocol import Move, Pool, PoolController, PoolReport, other_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,26 +24,24 @@ class PressureOptions:
         ValueError: a field is out of range.
     """
 
-    alpha: float = 1.0
-    """Weight of the backlog q, a second."""
-    beta: float = 1.0
-    """Weight of the deadline error e, a second."""
-    gamma: float = 1.0
-    """Weight of the utilisation u, 0 to 1; it lowers the pressure."""
-    tolerance: float = 0.1
-    """tau: how much more pressure one pool must have than the other."""
-    cooldown_seconds: float = 5.0
-    """T_cool: least time between two migrations."""
-    min_instances: int = 1
-    """n_min: a pool of this size gives none away."""
+    alpha: Annotated[float, Knob("Weight of the backlog q, a second.", least=0)] = 1.0
+    beta: Annotated[float, Knob("Weight of the deadline error e, a second.", least=0)] = 1.0
+    gamma: Annotated[
+        float, Knob("Weight of the utilisation u, 0 to 1; it lowers the pressure.", least=0)
+    ] = 1.0
+    tolerance: Annotated[
+        float,
+        Knob("tau: share by which one pool's pressure must exceed the other's.", least=0),
+    ] = 0.1
+    cooldown_seconds: Annotated[
+        float, Knob("T_cool: least time between two migrations.", unit="seconds", least=0)
+    ] = 5.0
+    min_instances: Annotated[
+        int, Knob("n_min: a pool of this size gives none away.", unit="instances", least=1)
+    ] = 1
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma", "tolerance", "cooldown_seconds"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and at least 0, not {value}")
-        if self.min_instances < 1:
-            raise ValueError(f"min_instances must be at least 1, not {self.min_instances}")
+        check_knobs(self)
 
 
 class PressureController:
@@ -115,3 +116,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     place = share * (len(ordered) - 1)
     low, high = ordered[floor(place)], ordered[ceil(place)]
     return low + (high - low) * (place - floor(place))
+
+
+CONTROLLER: Kind[PoolController] = Kind(
+    name="pressure",
+    summary="as published, one move at a time by instance pressure",
+    make=PressureController,
+    options=PressureOptions,
+    aliases=("pla-serve",),
+)

@@ -8,8 +8,12 @@ those of its launcher (``--cache-threshold 0.3 --balance-abs-threshold 64
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pla_serve.policy.declare import Kind, itself
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.policy.routing.request import RouteRequest
 from pla_serve.policy.routing.view import FleetView
 
@@ -28,20 +32,29 @@ class CacheAware:
         ValueError: a threshold is out of range.
     """
 
-    cache_threshold: float = 0.3
-    """Share of the prompt, 0 to 1."""
-    balance_abs: int = 64
-    """Requests."""
-    balance_rel: float = 1.5
-    """Factor."""
+    cache_threshold: Annotated[
+        float,
+        Knob("Share of the prompt that an instance must hold to be preferred.", least=0, most=1),
+    ] = 0.3
+    balance_abs: Annotated[
+        int,
+        Knob(
+            "Difference between the most and the least loaded instance up to which caches decide.",
+            unit="requests",
+            least=0,
+        ),
+    ] = 64
+    balance_rel: Annotated[
+        float,
+        Knob(
+            "Ratio of the most to the least loaded instance up to which caches decide.",
+            least=1,
+            finite=False,
+        ),
+    ] = 1.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cache_threshold <= 1:
-            raise ValueError(f"cache_threshold must lie in 0..1, not {self.cache_threshold}")
-        if self.balance_abs < 0:
-            raise ValueError(f"balance_abs must be at least 0, not {self.balance_abs}")
-        if not self.balance_rel >= 1:
-            raise ValueError(f"balance_rel must be at least 1, not {self.balance_rel}")
+        check_knobs(self)
 
     def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
         """By the three steps above."""
@@ -60,3 +73,11 @@ class CacheAware:
         if request.common > enough:
             return view.least(view.requests, pool)
         return view.least(view.assigned, pool)
+
+
+ROUTING: Kind[RoutingPolicy] = Kind(
+    name="cache-aware",
+    summary="cached prefixes first, as in SGLang's router",
+    make=itself,
+    options=CacheAware,
+)

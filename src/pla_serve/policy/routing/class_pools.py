@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
+from typing import Annotated
 
+from pla_serve.policy.declare import Kind, itself
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.predicted import Predicted
 from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.policy.routing.request import RouteRequest
 from pla_serve.policy.routing.view import FleetView
+
+
+def _other_routing(text: str) -> RoutingPolicy:
+    """Read the knob ``inner``."""
+    from pla_serve.policy.routing.registry import parse_routing  # which imports this module
+
+    if text == "class-pools":
+        raise ValueError(f"knob inner of routing class-pools is another routing, not {text!r}")
+    return parse_routing(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +37,27 @@ class ClassPools:
         ValueError: a field is out of range.
     """
 
-    inner: RoutingPolicy = field(default_factory=Predicted)
-    overflow_seconds: float = 0.0
-    """`inf` keeps the pools strictly apart, as published."""
-    reserve: int = 1
+    inner: Annotated[
+        RoutingPolicy,
+        Knob("Name of the routing that chooses within a pool.", read=_other_routing),
+    ] = field(default_factory=Predicted)
+    overflow_seconds: Annotated[
+        float,
+        Knob(
+            "Predicted wait in its own pool from which on a request may go to an idle instance of "
+            "the other; inf keeps the pools strictly apart, as published.",
+            unit="seconds",
+            least=0,
+            finite=False,
+        ),
+    ] = 0.0
+    reserve: Annotated[
+        int,
+        Knob("Idle short instances that long requests leave alone.", unit="instances", least=0),
+    ] = 1
 
     def __post_init__(self) -> None:
-        if not self.overflow_seconds >= 0:
-            raise ValueError(f"overflow_seconds must be at least 0, not {self.overflow_seconds}")
-        if self.reserve < 0:
-            raise ValueError(f"reserve must be at least 0, not {self.reserve}")
+        check_knobs(self)
 
     def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
         """An instance of its class, or an idle one of the other; ``pool`` overrides the class."""
@@ -59,3 +82,11 @@ class ClassPools:
         where = Pool.SHORT if view.model.transfer_seconds is None else None
         new = request.prompt_tokens - view.most_cached(request, where)
         return Pool.SHORT if view.is_short(new) else Pool.LONG
+
+
+ROUTING: Kind[RoutingPolicy] = Kind(
+    name="class-pools",
+    summary="short and long requests on instances of their own, with an overflow",
+    make=itself,
+    options=ClassPools,
+)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from pla_serve.policy.declare import Kind, itself
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.policy.routing.request import RouteRequest
 from pla_serve.policy.routing.view import FleetView
 
@@ -18,12 +21,13 @@ class LeastLoaded:
         ValueError: ``by`` is neither of its two values.
     """
 
-    by: Literal["requests", "tokens"] = "requests"
-    """Requests that are not finished, or new tokens that are not prefilled."""
+    by: Annotated[
+        Literal["requests", "tokens"],
+        Knob("Load in requests that are not finished, or in new tokens that are not prefilled."),
+    ] = "requests"
 
     def __post_init__(self) -> None:
-        if self.by not in ("requests", "tokens"):
-            raise ValueError(f"by must be requests or tokens, not {self.by!r}")
+        check_knobs(self)
 
     def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
         """The least loaded member."""
@@ -31,3 +35,11 @@ class LeastLoaded:
         if len(ties) == 1:
             return int(ties[0])
         return int(ties[view.assigned[ties].argmin()])
+
+
+ROUTING: Kind[RoutingPolicy] = Kind(
+    name="least-loaded",
+    summary="fewest requests or tokens in hand",
+    make=itself,
+    options=LeastLoaded,
+)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from typing import Annotated
 
+from pla_serve.policy.declare import Kind, itself
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.policy.routing.request import RouteRequest
 from pla_serve.policy.routing.router import placement
 from pla_serve.policy.routing.view import FleetView
@@ -30,13 +33,17 @@ class Predicted:
         ValueError: ``others`` is negative or not finite.
     """
 
-    others: float = 2.0
-    """Weight of the delay of others; at 0 each request goes where its own first token is soonest.
-    """
+    others: Annotated[
+        float,
+        Knob(
+            "Weight of the delay of others; at 0 each request goes where its own first token is "
+            "soonest.",
+            least=0,
+        ),
+    ] = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.others < inf:
-            raise ValueError(f"others must be finite and at least 0, not {self.others}")
+        check_knobs(self)
 
     def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
         """The member with the least cost."""
@@ -70,3 +77,11 @@ class Predicted:
         if request.cached and view.model.transfer_seconds is not None:
             return view.is_short(placement(request, view, None).new_tokens)
         return view.is_short(request.prompt_tokens - request.common)
+
+
+ROUTING: Kind[RoutingPolicy] = Kind(
+    name="predicted",
+    summary="soonest predicted first token",
+    make=itself,
+    options=Predicted,
+)

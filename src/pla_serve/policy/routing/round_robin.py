@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from pla_serve.policy.declare import Kind
 from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.policy.routing.request import RouteRequest
 from pla_serve.policy.routing.view import FleetView
 
@@ -25,3 +27,8 @@ class RoundRobin:
             index = int(members[int(np.searchsorted(members, after)) % len(members)])
         self._last[pool] = index
         return index
+
+
+ROUTING: Kind[RoutingPolicy] = Kind(
+    name="round-robin", summary="one instance after another", make=RoundRobin
+)

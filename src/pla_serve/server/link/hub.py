@@ -120,7 +120,7 @@ class LinkHub:
             device=info.device,
             dtype=info.dtype,
             policy=info.policy,
-            express=info.policy.partition(":")[0] == "length-aware",
+            express=info.capabilities.leaves_at_layer_boundary,
             resumes=True,
             transfer=info.transfer,
         )
