@@ -203,8 +203,18 @@ class TestWindow:
     def test_it_can_be_turned_off(self) -> None:
         off = replace(CONFIG, express_wait_seconds=0.0)
         assert self.starts(every=0.02, longs=40, config=off) == 0.002
-        stiff = replace(CONFIG, interruptible=False)
-        assert self.starts(every=0.02, longs=40, config=stiff) == 0.002
+
+    def test_it_is_off_where_prefills_cannot_be_left(self) -> None:
+        policy = make(replace(CONFIG, interruptible=False))
+        assert not policy.capabilities.leaves_at_layer_boundary
+        now = self.arrive(policy, 0.02, 3.0)
+        for n in range(40):
+            add(policy, f"l{n}", 8000, now)
+        running = run(policy, now)
+        add(policy, "short", 5, now + 0.001)
+        assert policy.at_layer_boundary(now + 0.002, running) is None
+        policy.observe(running, 0.002, now + 0.002)
+        assert names(run(policy, now + 0.002)) == ["short"]
 
 
 class TestShorts:
