@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.config import EngineConfig
@@ -25,7 +26,7 @@ from pla_serve.wire.engine import (
     SamplingParams,
 )
 from pla_serve.policy.config import PolicyConfig
-from tests.engine.tiny import CONFIGS, expected, reference_model, write_tokenizer
+from tests.engine.tiny import CONFIGS, SIZES, expected, reference_model, write_tokenizer
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(layers=2, heads=2, head_dim=8, dtype=torch.float32)
@@ -83,6 +84,25 @@ def test_bfloat16_runs_and_float32_is_exact(folder: Path, tokenizer_files: None)
 def tokenizer_files(folder: Path) -> None:
     """What a folder of real weights must have."""
     write_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_a_scaled_context_is_served_to_its_end(
+    tmp_path: Path, kind: Literal["yarn", "linear"]
+) -> None:
+    """The config names 128 positions and a factor of 4; a prompt of 300 tokens is exact."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    sizes = {**SIZES, "max_position_embeddings": 128, "rope_parameters": rope}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    prompt = [1 + 7 * place % 90 for place in range(300)]
+    wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, 300:]
+    config = EngineConfig(model=str(tmp_path), kv_cache_gib=0.004, threads=1, max_model_len=512)
+    ready, tokens = serve_one(config, tuple(prompt))
+    assert ready.max_model_len == 512
+    assert tokens == wanted.tolist()
 
 
 def test_learned_positions_are_not_exceeded_at_start(tmp_path: Path) -> None:

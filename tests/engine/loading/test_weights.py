@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from pla_serve.engine.loading import (
@@ -18,6 +18,7 @@ from pla_serve.engine.loading import (
     eos_token_ids,
     load_model,
     load_tokenizer,
+    most_positions,
     resolve_device,
     resolve_dtype,
 )
@@ -149,6 +150,67 @@ def test_end_tokens(
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert eos_token_ids(ModelSource("m", tmp_path, "here")) == expected
+
+
+def write_tokenizer_files(folder: Path, eos: object, *, added: bool) -> None:
+    token = "<|im_end|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    vocabulary = {"a": 0, "b": 1} | ({} if added else {token: 2})
+    tokens = [{"id": 9, "content": token}] if added else []
+    content = {"added_tokens": tokens, "model": {"vocab": vocabulary}}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", {"content": "<|im_end|>", "special": True}])
+@pytest.mark.parametrize(("added", "end"), [(True, 9), (False, 2)])
+def test_the_end_token_of_the_tokenizer_counts_too(
+    tmp_path: Path, eos: object, added: bool, end: int
+) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    write_tokenizer_files(tmp_path, eos, added=added)
+    assert eos_token_ids(ModelSource("m", tmp_path, "here")) == (0, end)
+
+
+def test_an_end_token_of_the_tokenizer_that_has_no_id(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    write_tokenizer_files(tmp_path, "<|other|>", added=True)
+    assert eos_token_ids(ModelSource("m", tmp_path, "here")) == (1,)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert eos_token_ids(ModelSource("m", tmp_path, "here")) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 128),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 512),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, 512),
+        (
+            {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            256,
+        ),
+        (
+            {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            128,
+        ),
+    ],
+    ids=["plain", "linear", "yarn", "yarn-original", "llama3"],
+)
+def test_positions_with_scaling(rope: dict[str, object], most: int) -> None:
+    assert most_positions(LlamaConfig(max_position_embeddings=128, rope_parameters=rope)) == most
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

@@ -82,6 +82,20 @@ def test_stop_ends_one_choice_and_not_the_other(client: openai.OpenAI) -> None:
     assert [choice.text for choice in answer.choices] == ["a", "cd"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_parts_of_characters(client: openai.OpenAI, stream: bool) -> None:
+    """Parts of a character have texts that differ, and begin where the character begins."""
+    result = client.completions.create(
+        model=MODEL, prompt="a😀b", max_tokens=6, logprobs=3, stream=stream
+    )
+    found = [c.choices[0].logprobs for c in result] if stream else [result.choices[0].logprobs]
+    parts = [rf"bytes:\x{byte:02x}" for byte in "😀".encode()]
+    assert [token for part in found for token in part.tokens] == ["a", *parts, "b"]
+    assert [place for part in found for place in part.text_offset] == [0, 1, 1, 1, 1, 2]
+    tops = [top for part in found for top in part.top_logprobs]
+    assert tops[1] == {parts[0]: -0.5, r"bytes:\xf1": -1.5, r"bytes:\xf2": -2.5}
+
+
 @pytest.mark.parametrize(
     ("extra", "kind"),
     [

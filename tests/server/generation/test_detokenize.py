@@ -167,6 +167,46 @@ def test_any_tokens_of_other_decoders(data, cuts, skip, tokenizer) -> None:
     assert in_parts(detokenizer, split(ids, cuts)) == whole(tokenizer, ids, skip)
 
 
+byte_level_words = st.sampled_from(["hello", " world", "<tool>", "世界", "Paris", " Paris", "\n"])
+word_pieces = st.integers(len(SPECIAL), len(SPECIAL) + 6).map(lambda one: [one])
+continued = st.sampled_from(
+    [
+        (
+            BYTE_LEVEL,
+            byte_level_words.map(lambda w: BYTE_LEVEL.encode(w, add_special_tokens=False)),
+        ),
+        *((tokenizer, plain_pieces | special_pieces) for tokenizer in PIECES.values()),
+        *((tokenizer, word_pieces | special_pieces) for tokenizer in OTHERS[1:]),
+    ]
+)
+
+
+@settings(deadline=None)
+@given(data=st.data(), cuts=cuts, skip=st.booleans(), kind=continued)
+def test_a_text_goes_on_where_its_prompt_ended(data, cuts, skip, kind) -> None:
+    """Prompt and answer decoded together are the prompt's text and then the answer's.
+
+    A tokenizer without a decoder puts spaces between tokens and none after the last one, so it has
+    no such text; it is left out.
+    """
+    tokenizer, pieces = kind
+    prompt = [one for part in data.draw(st.lists(pieces, max_size=4)) for one in part]
+    ids = [one for part in data.draw(st.lists(pieces, max_size=6)) for one in part]
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip, prompt=prompt)
+    together = whole(tokenizer, [*prompt, *ids], skip)
+    assert whole(tokenizer, prompt, skip) + in_parts(detokenizer, split(ids, cuts)) == together
+
+
+@pytest.mark.parametrize("strip", [0, 1])
+def test_the_first_space_of_an_answer_stays_after_a_prompt_with_text(strip: int) -> None:
+    tokenizer = PIECES[strip]
+    space_a, b = tokenizer.convert_tokens_to_ids(["▁a", "b"])
+    assert Detokenizer(tokenizer, prompt=[0, b]).push([space_a]).text == " a"
+    assert Detokenizer(tokenizer, prompt=[0]).push([space_a]).text == (" a", "a")[strip]
+    stopped = Detokenizer(tokenizer, (" a",), prompt=[b]).push([b, space_a])
+    assert (stopped.text, stopped.stopped_by) == ("b", " a")
+
+
 def test_half_a_character_waits_for_its_rest() -> None:
     ids = [one for byte in "😀".encode() for one in byte_ids(bytes([byte]))]
     detokenizer = Detokenizer(PIECES[1])

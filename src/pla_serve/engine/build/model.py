@@ -26,6 +26,7 @@ from pla_serve.engine.loading import (
     decoder_layers,
     load_config,
     load_model,
+    most_positions,
     resolve_device,
     resolve_dtype,
 )
@@ -119,7 +120,7 @@ def load(
         fused = gpu.optimise(model, gpu.best_operations())
     if not config.compile_layers:
         log.info("fused %d of %d decoder layers", fused, len(layers))
-    positions = int(model_config.max_position_embeddings)
+    positions = most_positions(model_config)
     kv_plan = plan_kv(config, shape, device, positions, lambda blocks: least(ranks, blocks))
     profile = _profile(size, device, dtype, clock, ranks)
     cost = CostModel(profile)

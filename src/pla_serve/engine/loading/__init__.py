@@ -4,7 +4,12 @@ The API server calls ``resolve``, ``load_config``, ``load_tokenizer`` and ``eos_
 engine process gets the resulting ``ModelSource`` and calls ``load_model``.
 """
 
-from pla_serve.engine.loading.config import eos_token_ids, load_config, load_tokenizer
+from pla_serve.engine.loading.config import (
+    eos_token_ids,
+    load_config,
+    load_tokenizer,
+    most_positions,
+)
 from pla_serve.engine.loading.errors import LoadingError, ModelUnavailable, UnsupportedModel
 from pla_serve.engine.loading.finder import resolve
 from pla_serve.engine.loading.progress import ConsoleProgress, LoadingProgress, NoLoadingProgress
@@ -33,6 +38,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "most_positions",
     "resolve",
     "resolve_device",
     "resolve_dtype",

@@ -69,17 +69,60 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
 
 
 def eos_token_ids(source: ModelSource) -> tuple[int, ...]:
-    """The ids that end a text, ascending, from the generation config and the config.
+    """The ids that end a text, ascending: those of the generation config and of the tokenizer.
 
-    The generation config counts first: chat models list their end of turn only there.
+    Chat models list their end of turn in either file, some in one of them only. The model's config
+    counts where the generation config names no id.
     """
+    found: set[int] = set()
     for name in ("generation_config.json", source.config_file):
         path = source.folder / name
-        if path.is_file() and (ids := _ids(read_json(path).get("eos_token_id"))):
-            return ids
-    return ()
+        if not found and path.is_file():
+            found = _ids(read_json(path).get("eos_token_id"))
+    return tuple(sorted(found | _tokenizer_eos(source)))
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def most_positions(config: PreTrainedConfig) -> int:
+    """Most tokens of a sequence, with what a scaled rotary embedding adds.
+
+    A config that scales by a factor may name the positions before scaling, as Qwen2.5's do
+    (YaRN, factor 4: 32,768 positions become 131,072), or after it, as Llama 3.1's.
+    """
+    positions = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("factor")
+    if not isinstance(factor, int | float) or factor <= 1:
+        return positions
+    if rope.get("rope_type") == "yarn":
+        original = rope.get("original_max_position_embeddings") or positions
+        return max(positions, int(original * factor))
+    if rope.get("rope_type") == "linear":
+        return int(positions * factor)
+    return positions
+
+
+def _ids(value: Any) -> set[int]:
     values = value if isinstance(value, list) else [value]
-    return tuple(sorted({one for one in values if isinstance(one, int) and one >= 0}))
+    return {one for one in values if isinstance(one, int) and one >= 0}
+
+
+def _tokenizer_eos(source: ModelSource) -> set[int]:
+    """The id of the tokenizer's own end token, read from its files; empty if they name none."""
+    settings = source.folder / "tokenizer_config.json"
+    name = read_json(settings).get("eos_token") if settings.is_file() else None
+    if isinstance(name, dict):
+        name = name.get("content")
+    if not isinstance(name, str):
+        return set()
+    path = source.folder / "tokenizer.json"
+    if not path.is_file():
+        decoder = read_json(settings).get("added_tokens_decoder") or {}
+        return {int(id) for id, token in decoder.items() if token.get("content") == name}
+    content = read_json(path)
+    added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    if name in added:
+        return _ids(added[name])
+    vocabulary = (content.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, dict):
+        return _ids(vocabulary.get(name, -1))
+    return {place for place, entry in enumerate(vocabulary or ()) if entry[0] == name}

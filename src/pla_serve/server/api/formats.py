@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pla_serve.server.api.logprobs import TokenNames, chat_logprobs, completion_logprobs
+from pla_serve.server.api.logprobs import (
+    TextOffsets,
+    TokenNames,
+    chat_logprobs,
+    completion_logprobs,
+)
 from pla_serve.wire.engine import FinishReason, TokenLogprob
 
 Json = dict[str, Any]
@@ -91,7 +96,7 @@ class CompletionFormat:
         self._wants_logprobs = logprobs
         self._echoes = echoes
         self._n = n
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, TextOffsets] = {}
 
     def opening(self, index: int) -> Json | None:
         if not self._echoes:
@@ -127,7 +132,5 @@ class CompletionFormat:
     def _logprobs(self, piece: ChoicePart) -> Json | None:
         if not self._wants_logprobs:
             return None
-        offset = self._offsets.get(piece.index, 0)
-        found = completion_logprobs(piece.tokens, piece.logprobs, self._names, offset)
-        self._offsets[piece.index] = offset + sum(map(len, found["tokens"]))
-        return found
+        offsets = self._offsets.setdefault(piece.index, TextOffsets(self._names))
+        return completion_logprobs(piece.tokens, piece.logprobs, self._names, offsets)

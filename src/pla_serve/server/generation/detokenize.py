@@ -5,12 +5,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+MOST_LOOKED_AT = 256
+"""Tokens at the end of a prompt among which text is looked for; nearly always the last has some."""
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -99,6 +101,9 @@ class Detokenizer:
 
     Args:
         tokenizer: fast; or its ``TokenBytes``, where many detokenizers share it.
+        prompt: tokens that the text continues. After a prompt with text, the first token keeps
+            its leading space: "The capital of France is" goes on with " Paris". At the start of a
+            text, tokenizers such as Llama 2's drop that space.
         stop: the text ends before the one that is complete first; of two that end at the same
             character, before the longer one. How tokens cut the text makes no difference.
         include_stop_str: end after the stop string instead.
@@ -114,6 +119,7 @@ class Detokenizer:
         stop: Iterable[str] = (),
         include_stop_str: bool = False,
         skip_special_tokens: bool = True,
+        prompt: Sequence[int] = (),
     ) -> None:
         self._bytes = tokenizer if isinstance(tokenizer, TokenBytes) else TokenBytes(tokenizer)
         self._stops = [StopString(text) for text in stop]
@@ -121,7 +127,7 @@ class Detokenizer:
         self._skip_special = skip_special_tokens
         errors = "surrogateescape" if self._bytes.has_byte_tokens else "replace"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
-        self._started = False
+        self._started = any(map(self._has_text, prompt[: -MOST_LOOKED_AT - 1 : -1]))
         self._held = ""
         self._stopped_by: str | None = None
 
@@ -135,15 +141,17 @@ class Detokenizer:
         rest, self._held = self._held, ""
         return TextDelta(certain.text + rest, certain.stopped_by)
 
+    def _has_text(self, token: int) -> bool:
+        if self._skip_special and self._bytes.is_special(token):
+            return False
+        return bool(self._bytes.within(token))
+
     def _raw(self, token_ids: Iterable[int]) -> Iterator[bytes]:
         for token in token_ids:
-            if self._skip_special and self._bytes.is_special(token):
+            if not self._has_text(token):
                 continue
-            if self._started:
-                yield self._bytes.within(token)
-            else:
-                self._started = bool(self._bytes.within(token))
-                yield self._bytes.at_start(token)
+            yield self._bytes.within(token) if self._started else self._bytes.at_start(token)
+            self._started = True
 
     def _emit(self, new: str) -> TextDelta:
         if self._stopped_by is not None:

@@ -175,7 +175,10 @@ class Generation:
 
     def _choice(self, index: int, token_bytes: TokenBytes) -> AnswerChoice:
         plan = self.plan
-        detokenizer = Detokenizer(token_bytes, plan.stop, plan.include_stop, plan.skip_special)
+        prompt = plan.prompts[index // plan.n]
+        detokenizer = Detokenizer(
+            token_bytes, plan.stop, plan.include_stop, plan.skip_special, prompt
+        )
         return AnswerChoice(index, index // plan.n, f"{plan.id}-{index}", detokenizer)
 
     def _submit(self, choice: AnswerChoice) -> None:
