@@ -241,7 +241,7 @@ class Recorder:
         self.moves: list[tuple[str, str, bool]] = []
         self.refusals: list[str] = []
         self.sent: list[str] = []
-        self.hands: list[str] = []
+        self.hand_overs: list[str] = []
 
     def decided(self, seconds: float) -> None: ...
 
@@ -261,7 +261,7 @@ class Recorder:
         self.refusals.append(reason)
 
     def handed_over(self, outcome: str) -> None:
-        self.hands.append(outcome)
+        self.hand_overs.append(outcome)
 
 
 class Client:
@@ -356,7 +356,7 @@ class Bench:
         fleet = self.fleet
         assert (fleet.in_flight, fleet.parked) == (0, 0)
         assert fleet.dispatcher.charges == 0
-        assert all(not instance.flights for instance in fleet.instances)
+        assert all(not instance.attempts for instance in fleet.instances)
         assert all(not kept.pending for kept in fleet.dispatcher.prefixes._instances.values())
         assert fleet.shares.outstanding("") == 0
         assert self.clock.pending == 0

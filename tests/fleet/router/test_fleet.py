@@ -335,7 +335,7 @@ def test_prefill_here_and_decode_there() -> None:
     bench.run()
     assert client.tokens == oracle(PROMPT, client.request.sampling)
     assert client.accepted == 1
-    assert bench.seen.hands == ["begun"]
+    assert bench.seen.hand_overs == ["begun"]
     bench.assert_nothing_left()
 
 
@@ -344,7 +344,7 @@ def test_a_single_token_needs_no_hand_over() -> None:
     client = bench.submit(PROMPT, 1)
     bench.run()
     assert client.ends == ["length"]
-    assert bench.seen.hands == []
+    assert bench.seen.hand_overs == []
 
 
 @pytest.mark.parametrize("moment", ["before the offer", "reserving", "reserved", "handed over"])
@@ -380,7 +380,7 @@ def test_no_memory_at_any_decode_instance() -> None:
     client = bench.submit(PROMPT, 6)
     bench.run()
     assert client.tokens == oracle(PROMPT, client.request.sampling)
-    assert bench.seen.hands[-1] == "no target"
+    assert bench.seen.hand_overs[-1] == "no target"
     bench.assert_nothing_left()
 
 
@@ -419,7 +419,7 @@ def test_a_prompt_is_fetched_to_where_there_is_room_if_that_is_faster() -> None:
     assert isinstance(other.received[-1], Reserve)
     bench.run()
     assert client.tokens == oracle([*prefix, 1, 2, 3], client.request.sampling)
-    assert bench.seen.hands == ["begun"]
+    assert bench.seen.hand_overs == ["begun"]
     bench.assert_nothing_left()
 
 

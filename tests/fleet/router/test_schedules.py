@@ -139,12 +139,12 @@ class Schedule:
             if isinstance(message, (AddRequest, Reserve)):
                 request = message.request if isinstance(message, Reserve) else message
                 id = request.id.partition("~")[0]
-                flight = fleet._flights[id]
+                routed = fleet._requests[id]
                 if id in self.sampling:
                     assert self.sampling[id] == request.sampling
                 self.sampling[id] = request.sampling
-                instance = fleet._roster[link.url]
-                blame = flight.avoid.get(link.url)
+                instance = fleet._instances[link.url]
+                blame = routed.avoid.get(link.url)
                 if blame is not None and (blame.boot, blame.epoch) == (
                     instance.boot,
                     instance.epoch,

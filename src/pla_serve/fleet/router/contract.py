@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pla_serve.fleet.link.protocol import InstanceReport, Link
 from pla_serve.fleet.router.circuit import CircuitOptions
-from pla_serve.fleet.router.routed_request import Leg, Timer
+from pla_serve.fleet.router.routed_request import Attempt, Timer
 
 Later = Callable[[float, Callable[[], None]], Timer]
 """Call a function after so many seconds."""
@@ -24,7 +24,7 @@ class RoutingObserver(Protocol):
         """A request was sent there, with so many seconds of predicted prefill."""
 
     def began(
-        self, leg: Leg, cached_tokens: int | None, lateness: float | None, now: float
+        self, attempt: Attempt, cached_tokens: int | None, lateness: float | None, now: float
     ) -> None:
         """The first token came from there; so many tokens of the prompt were cached.
 

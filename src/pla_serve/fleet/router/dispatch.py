@@ -9,7 +9,7 @@ from pla_serve.fleet.link.protocol import InstanceReport
 from pla_serve.fleet.router.costs import FleetCost
 from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.prefixes import PrefixRecord
-from pla_serve.fleet.router.routed_request import Leg, RoutedRequest
+from pla_serve.fleet.router.routed_request import Attempt, RoutedRequest
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.class_pools import ClassPools
 from pla_serve.policy.routing.least_loaded import LeastLoaded
@@ -45,7 +45,7 @@ class DispatchPlan:
 
     instance: FleetInstance
     stage: Router
-    request: RouteRequest
+    numbers: RouteRequest
     place: Placement
     wait: float
     """Until it begins."""
@@ -145,63 +145,63 @@ class Dispatcher:
 
     # Requests
 
-    def plan(self, flight: RoutedRequest, id: str, now: float) -> DispatchPlan | None:
+    def plan(self, request: RoutedRequest, id: str, now: float) -> DispatchPlan | None:
         """The best of those that may have it, or None if there is nobody."""
-        request = self._route_request(flight, id)
-        for exclude in self._exclusions(flight, now):
+        numbers = self._route_request(request, id)
+        for exclude in self._exclusions(request, now):
             for stage in (self._prefill, self._decode):
                 if not stage.view.entries:
                     continue
                 try:
-                    name = stage.choose(request, now, exclude)
+                    name = stage.choose(numbers, now, exclude)
                 except NoInstance:
                     continue
-                return self._plan(stage, request, name, now)
+                return self._plan(stage, numbers, name, now)
         return None
 
-    def charge(self, flight: RoutedRequest, plan: DispatchPlan, now: float) -> Leg:
+    def charge(self, request: RoutedRequest, plan: DispatchPlan, now: float) -> Attempt:
         """The request is sent as planned."""
         instance = plan.instance
-        plan.stage.dispatched(plan.request, instance.name, now)
+        plan.stage.dispatched(plan.numbers, instance.name, now)
         place = plan.place
-        return Leg(
+        return Attempt(
             instance,
-            plan.request.id,
+            plan.numbers.id,
             now,
             instance.epoch,
-            self.prefixes.insert(instance.name, flight.chain),
+            self.prefixes.insert(instance.name, request.chain),
             place.history,
             plan.wait + place.seconds,
             (place.new_tokens, place.history) if plan.alone else None,
             place.fetch_tokens if place.fetch_from is not None else 0,
         )
 
-    def prefilled(self, leg: Leg, cached_tokens: int | None, now: float) -> None:
+    def prefilled(self, attempt: Attempt, cached_tokens: int | None, now: float) -> None:
         """Its first token has come."""
-        self._prefill.prefilled(leg.id, now)
-        if leg.mark is not None:
-            self.prefixes.confirm(leg.instance.name, leg.mark, cached_tokens)
-            leg.mark = None
-        if leg.alone is None:
+        self._prefill.prefilled(attempt.id, now)
+        if attempt.mark is not None:
+            self.prefixes.confirm(attempt.instance.name, attempt.mark, cached_tokens)
+            attempt.mark = None
+        if attempt.alone is None:
             return
-        if leg.fetched:
-            rest = self.cost.prefill_seconds(*leg.alone)
-            self.cost.fetched(leg.fetched, now - leg.sent - rest)
+        if attempt.fetched:
+            rest = self.cost.prefill_seconds(*attempt.alone)
+            self.cost.fetched(attempt.fetched, now - attempt.sent - rest)
         else:
-            self.cost.saw(leg.id, *leg.alone, now - leg.sent)
+            self.cost.saw(attempt.id, *attempt.alone, now - attempt.sent)
 
-    def grown(self, flight: RoutedRequest, leg: Leg) -> None:
+    def grown(self, request: RoutedRequest, attempt: Attempt) -> None:
         """The instance keeps the KV of its output as well."""
-        flight.extend_chain()
-        self.prefixes.extend(leg.instance.name, flight.chain)
+        request.extend_chain()
+        self.prefixes.extend(attempt.instance.name, request.chain)
 
-    def finished(self, leg: Leg, now: float) -> None:
+    def finished(self, attempt: Attempt, now: float) -> None:
         """It has left the instance, at whatever point."""
-        self._prefill.finished(leg.id, now)
-        self._decode.finished(leg.id, now)
-        if leg.mark is not None:
-            self.prefixes.undo(leg.instance.name, leg.mark)
-            leg.mark = None
+        self._prefill.finished(attempt.id, now)
+        self._decode.finished(attempt.id, now)
+        if attempt.mark is not None:
+            self.prefixes.undo(attempt.instance.name, attempt.mark)
+            attempt.mark = None
 
     def outstanding(self, name: str) -> tuple[int, float]:
         """Charged there: requests, and predicted seconds of waiting prefill."""
@@ -212,25 +212,25 @@ class Dispatcher:
         return 0, 0.0
 
     def plan_decode(
-        self, flight: RoutedRequest, id: str, exclude: set[str], now: float
+        self, request: RoutedRequest, id: str, exclude: set[str], now: float
     ) -> DispatchPlan | None:
         """The decode instance that has least to do, to take a prefilled request over."""
         if not self._decode.view.entries:
             return None
-        request = self._route_request(flight, id)
+        numbers = self._route_request(request, id)
         closed = {n for n, i in self._odd.items() if not i.open or not i.circuit.allows(now)}
-        avoided = {n for n, b in flight.avoid.items() if self._instances(n).boot == b.boot}
+        avoided = {n for n, b in request.avoid.items() if self._instances(n).boot == b.boot}
         try:
-            name = self._decode.choose(request, now, frozenset(exclude | closed | avoided))
+            name = self._decode.choose(numbers, now, frozenset(exclude | closed | avoided))
         except NoInstance:
             return None
-        return self._plan(self._decode, request, name, now)
+        return self._plan(self._decode, numbers, name, now)
 
-    def uncached_seconds(self, flights: Iterable[RoutedRequest]) -> float:
+    def uncached_seconds(self, requests: Iterable[RoutedRequest]) -> float:
         """Predicted prefill of all their tokens."""
         return sum(
-            self.cost.prefill_seconds(len(flight.request.prompt) + len(flight.tokens), 0)
-            for flight in flights
+            self.cost.prefill_seconds(len(request.original.prompt) + len(request.tokens), 0)
+            for request in requests
         )
 
     @property
@@ -238,27 +238,27 @@ class Dispatcher:
         """Requests on all accounts."""
         return int(self._prefill.view.requests.sum() + self._decode.view.requests.sum())
 
-    def _route_request(self, flight: RoutedRequest, id: str) -> RouteRequest:
-        flight.extend_chain()
-        cached = self.prefixes.match(flight.chain)
+    def _route_request(self, request: RoutedRequest, id: str) -> RouteRequest:
+        request.extend_chain()
+        cached = self.prefixes.match(request.chain)
         for name, tokens in cached.items():
             facts = self._instances(name).facts
             if facts is not None and facts.block_tokens > 1:
                 cached[name] = tokens - tokens % facts.block_tokens
-        tokens = len(flight.request.prompt) + len(flight.tokens)
-        return RouteRequest(id, tokens, cached, deadline=flight.request.deadline)
+        tokens = len(request.original.prompt) + len(request.tokens)
+        return RouteRequest(id, tokens, cached, deadline=request.original.deadline)
 
-    def _exclusions(self, flight: RoutedRequest, now: float) -> Iterator[frozenset[str]]:
+    def _exclusions(self, request: RoutedRequest, now: float) -> Iterator[frozenset[str]]:
         """What to leave out: first all that had better not have it, last those that cannot."""
         never = {name for name, instance in self._odd.items() if not instance.open}
-        never |= flight.refused.keys()
+        never |= request.refused.keys()
         rather_not: set[str] = set()
-        for name, blame in flight.avoid.items():
+        for name, blame in request.avoid.items():
             instance = self._instances(name)
             if instance.boot == blame.boot:
                 just = instance.epoch == blame.epoch and now - blame.at < BLAME_SECONDS
                 (never if just else rather_not).add(name)
-        if flight.tokens:
+        if request.tokens:
             rather_not |= self._forgetful
         barred = {name for name, instance in self._odd.items() if not instance.circuit.allows(now)}
         yield frozenset(never | rather_not | barred)
@@ -267,13 +267,13 @@ class Dispatcher:
         if rather_not:
             yield frozenset(never)
 
-    def _plan(self, stage: Router, request: RouteRequest, name: str, now: float) -> DispatchPlan:
-        place = stage.place(request, name)
+    def _plan(self, stage: Router, numbers: RouteRequest, name: str, now: float) -> DispatchPlan:
+        place = stage.place(numbers, name)
         view, entry = stage.view, stage.view.entry(name)
         short = view.is_short(place.new_tokens)
         wait = view.wait(entry.index, short, now)
         return DispatchPlan(
-            self._instances(name), stage, request, place, wait, short, not entry.waiting
+            self._instances(name), stage, numbers, place, wait, short, not entry.waiting
         )
 
     def _stage(self, instance: FleetInstance) -> Router:

@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, Role
 from pla_serve.fleet.router.circuit import Circuit
 from pla_serve.policy.pools.protocol import Pool
 
-if TYPE_CHECKING:
-    from pla_serve.fleet.router.routed_request import RoutedRequest
-
 
 @dataclass(slots=True, eq=False)
 class FleetInstance:
-    """Its link, its circuit, and what is in flight there."""
+    """An instance's link and circuit, and the attempts that are under way there."""
 
     link: Link
     circuit: Circuit
     name: str
     facts: InstanceFacts | None = None
     report: InstanceReport | None = None
-    """The last one of this connection."""
+    """The last report of this connection."""
     boot: str = ""
+    """Name of the engine's life, from its facts; the KV cache ends with it."""
     epoch: int = 0
-    """How often it was connected."""
+    """Number of connections so far."""
     connected: bool = False
     unfit: str = ""
-    """Why it must not serve, although it is there."""
+    """Reason why the instance must not serve although it is connected; empty if there is none."""
     last_loss: str = ""
-    flights: dict[str, RoutedRequest] = field(default_factory=dict)
-    """By their names there: requests whose tokens come from it, or will."""
+    """Reason of the last loss of the connection."""
+    attempts: dict[str, str] = field(default_factory=dict)
+    """Requests whose messages come from this instance: name there to id of the request."""
 
     @property
     def role(self) -> Role:
+        """Role as last reported; mixed before the first report."""
         return self.report.role if self.report else "mixed"
 
     @property
     def pool(self) -> Pool:
+        """The role as a pool."""
         return Pool(self.role)
 
     @property
     def open(self) -> bool:
-        """It takes new requests, as far as it says itself."""
+        """Whether the instance takes new requests, as far as it says itself."""
         report = self.report
         return (
             self.connected
@@ -52,7 +52,7 @@ class FleetInstance:
         )
 
     def lost(self, reason: str) -> None:
-        """The connection has ended; what was in flight is for the caller to move."""
+        """Note that the connection has ended; the caller moves the requests."""
         self.connected = False
         self.report = None
         self.last_loss = reason

@@ -1,315 +1,269 @@
-"""Requests whose KV moves from one instance to another: prefill here, decode there.
+"""The hand-over of a request's KV between two instances, as a pure state machine.
 
-A hand-over, with what each message is for in `engine/messages.py`:
+A request is prefilled on one instance (the source) and decoded on another (the target), which reads
+the KV while the source computes it. The messages of a hand-over, explained in `wire/engine.py`:
 
     source: AddRequest(hand_over) -> Offer -> Output "handed_over"  -> Release
     target:                  Reserve -> Accepted -> Begin -> Output, Output, ...
 
-With KV that the source has in its cache, `Lend` takes the place of `AddRequest`, and `Begin` comes
-without tokens. Whatever fails on the way, the request goes on as one that is continued elsewhere:
-its prompt and tokens are prefilled again, from what is cached there.
+The source can also lend KV that it has cached. `Lend` then takes the place of `AddRequest`, the
+target prefills what is not cached, and `Begin` carries no tokens. If a hand-over fails, the request
+is continued like one whose instance was lost: prompt and output are prefilled again, from what is
+cached at the place it goes to.
+
+`advance` performs no I/O and knows no instance: `HandOverConductor` performs the effects. Example::
+
+    state, effects = advance(HandOver(), Offered(b"address"))
+    assert effects == (Effect.FIND_TARGET,)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
-import msgspec
-
-from pla_serve.fleet.link.protocol import NewsMessage
-from pla_serve.fleet.router.contract import RoutingObserver
-from pla_serve.fleet.router.dispatch import Dispatcher
-from pla_serve.fleet.router.fleet_instance import FleetInstance
-from pla_serve.fleet.router.instance_table import InstanceTable
-from pla_serve.fleet.router.routed_request import Hand, Leg, RoutedRequest
-from pla_serve.policy.pools.protocol import Pool
-from pla_serve.policy.routing.router import Placement
-from pla_serve.wire.engine import (
-    AbortRequest,
-    Accepted,
-    Begin,
-    HandOver,
-    Lend,
-    Offer,
-    Output,
-    Rejected,
-    Release,
-    Reserve,
-)
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 
-class Carrier(Protocol):
-    """The part of `Fleet` that hand-overs need."""
+class Source(StrEnum):
+    """State of the instance that has the KV."""
 
-    dispatcher: Dispatcher
-    clock: Callable[[], float]
-    observer: RoutingObserver
-
-    def send(self, instance: FleetInstance, message: msgspec.Struct) -> bool: ...
-    def accepted(self, flight: RoutedRequest, cached_tokens: int | None) -> None: ...
-    def settle(self, flight: RoutedRequest, leg: Leg) -> None: ...
-    def move(self, flight: RoutedRequest, reason: str) -> None: ...
-    def place(self, flight: RoutedRequest) -> None: ...
-    def deliver(self, flight: RoutedRequest, leg: Leg, output: Output) -> None: ...
+    WORKING = "working"
+    """The source prefills the request, or looks up its cache; the target cannot read yet."""
+    OFFERED = "offered"
+    """The target may read, and the prefill goes on."""
+    COMPLETE = "complete"
+    """All KV is there; the source keeps it until `Effect.RELEASE` or the end of its lease."""
+    GONE = "gone"
+    """The source was lost or has given up; it keeps nothing."""
 
 
-class HandOvers:
-    """What happens to flights with a `Hand`; those without are not its business."""
+class Target(StrEnum):
+    """State of the instance that will decode."""
 
-    def __init__(self, carrier: Carrier, lease_seconds: float) -> None:
-        self._carrier = carrier
-        self._lease = lease_seconds
-
-    def start(
-        self, flight: RoutedRequest, leg: Leg, place: Placement, instances: InstanceTable
-    ) -> bool:
-        """Send the request to the instance of ``leg``, by way of a hand-over if there is one.
-
-        Returns whether it could be sent.
-        """
-        send = self._carrier.send
-        flight.hand = None
-        if place.fetch_from is not None:
-            source = instances[place.fetch_from]
-            hand = Hand(source, leg.id, source.epoch, lent=True, target=leg)
-            lend = Lend(
-                id=leg.id, tokens=flight.request.prompt + flight.tokens, lease_seconds=self._lease
-            )
-            if send(source, lend):
-                flight.hand = hand
-                source.flights[leg.id] = flight
-                return True
-        if self._apart(flight, leg.instance):
-            sent = send(leg.instance, flight.message(leg.id, HandOver(lease_seconds=self._lease)))
-            if sent:
-                flight.hand = Hand(leg.instance, leg.id, leg.epoch, lent=False)
-            return sent
-        return send(leg.instance, flight.message(leg.id))
-
-    def message(self, flight: RoutedRequest, instance: FleetInstance, message: NewsMessage) -> bool:
-        """News of a flight; returns whether that was all there is to do."""
-        hand = flight.hand
-        if hand is None:
-            return isinstance(message, Offer)
-        if isinstance(message, Offer):
-            self._offered(flight, hand, message)
-            return True
-        if hand.target is not None and instance is hand.target.instance:  # never its source
-            return self._of_target(flight, hand, message)
-        return self._of_source(flight, hand, message)
-
-    def lost(self, flight: RoutedRequest, instance: FleetInstance, id: str) -> bool:
-        """An instance is gone; returns whether the flight goes on without being moved."""
-        hand = flight.hand
-        if hand is None:
-            return False
-        target = hand.target
-        if target is not None and instance is target.instance:
-            if hand.begun:
-                self._close(flight, hand)
-                return False
-            self._drop_target(hand)
-            if hand.lent:
-                self._close(flight, hand)
-                flight.leg = target
-                return False
-            self._next_target(flight, hand)
-            return True
-        hand.done = True
-        if hand.begun:
-            return True
-        if target is None:
-            flight.hand = None
-            return False
-        # The target has some of the KV and computes the rest.
-        self._leave_source(flight, hand)
-        if hand.lent and hand.offer is None:
-            return self._plainly(flight, target, "source lost")
-        if hand.reserved:
-            self._begin(flight, hand)
-        return True
-
-    def dropped(self, flight: RoutedRequest) -> None:
-        """The flight ends, or goes on without its hand-over."""
-        hand = flight.hand
-        if hand is None:
-            return
-        target = hand.target
-        if target is not None and target is not flight.leg:
-            self._carrier.send(target.instance, AbortRequest(target.id))
-            self._drop_target(hand)
-        self._close(flight, hand)
-
-    # Inside
-
-    def _apart(self, flight: RoutedRequest, source: FleetInstance) -> bool:
-        """Whether another instance should decode it."""
-        facts = source.facts
-        if flight.whole:
-            return False
-        if source.pool is Pool.DECODE or facts is None or facts.transfer is None:
-            return False
-        if flight.request.sampling.max_tokens <= flight.request.generated + len(flight.tokens) + 1:
-            return False
-        now = self._carrier.clock()
-        plan = self._carrier.dispatcher.plan_decode(flight, flight.request.id, set(), now)
-        return plan is not None and _alike(source, plan.instance)
-
-    def _offered(self, flight: RoutedRequest, hand: Hand, offer: Offer) -> None:
-        if hand.offer is not None or hand.begun:
-            return
-        hand.offer = offer.source
-        if not hand.lent:
-            self._next_target(flight, hand)
-            return
-        assert hand.target is not None
-        if not offer.source:
-            self._leave_source(flight, hand)
-            self._plainly(flight, hand.target, "nothing cached")
-        elif not self._reserve(flight, hand, hand.target):
-            self._close(flight, hand)  # the target is being lost
-
-    def _next_target(self, flight: RoutedRequest, hand: Hand) -> None:
-        """Another instance to decode it; without one, wherever it is soonest continued."""
-        carrier = self._carrier
-        now = carrier.clock()
-        while hand.offer:
-            id = flight.next_id()
-            others = hand.tried | {hand.source.name}
-            plan = carrier.dispatcher.plan_decode(flight, id, others, now)
-            if plan is None:
-                break
-            hand.tried.add(plan.instance.name)
-            if not _alike(hand.source, plan.instance):
-                continue
-            leg = carrier.dispatcher.charge(flight, plan, now)
-            hand.target, hand.reserved = leg, False
-            plan.instance.flights[leg.id] = flight
-            if self._reserve(flight, hand, leg):
-                return
-            self._drop_target(hand)
-        hand.target = None
-        flight.whole = True
-        if hand.done:
-            carrier.observer.handed_over("no target")
-            self._close(flight, hand)
-            carrier.place(flight)
-
-    def _reserve(self, flight: RoutedRequest, hand: Hand, leg: Leg) -> bool:
-        assert hand.offer is not None
-        hand.carried = len(flight.tokens)
-        request = flight.message(leg.id)
-        return self._carrier.send(
-            leg.instance,
-            Reserve(request=request, source=hand.offer, lease_seconds=self._lease),
-        )
-
-    def _of_source(self, flight: RoutedRequest, hand: Hand, message: NewsMessage) -> bool:
-        if hand.lent:
-            if isinstance(message, (Rejected, Output)):
-                assert hand.target is not None
-                self._leave_source(flight, hand)
-                self._plainly(flight, hand.target, "source refused")
-            return True
-        if not isinstance(message, Output) or message.finish_reason is None:
-            if isinstance(message, Rejected):
-                self.dropped(flight)
-            return False
-        if message.finish_reason != "handed_over":
-            self.dropped(flight)
-            return False
-        leg = flight.leg
-        assert leg is not None
-        self._carrier.deliver(flight, leg, msgspec.structs.replace(message, finish_reason=None))
-        if flight.hand is not hand:
-            return True  # its client closed it
-        hand.done = True
-        self._carrier.dispatcher.grown(flight, leg)
-        self._carrier.settle(flight, leg)
-        if hand.reserved:
-            self._begin(flight, hand)
-        elif hand.target is None:
-            self._next_target(flight, hand)
-        return True
-
-    def _of_target(self, flight: RoutedRequest, hand: Hand, message: NewsMessage) -> bool:
-        target = hand.target
-        assert target is not None
-        if isinstance(message, Accepted):
-            hand.reserved = True
-            self._carrier.accepted(flight, message.cached_tokens)
-            if hand.done or hand.lent:
-                self._begin(flight, hand)
-            return True
-        if hand.begun and isinstance(message, Output) and message.finish_reason != "error":
-            self._close(flight, hand)  # all KV that it will read has been read
-            return False
-        if hand.begun and isinstance(message, Output):
-            self._close(flight, hand)
-            return False  # an error like any other
-        if hand.begun:
-            self._carrier.observer.handed_over("late")
-            flight.whole = True
-            self._close(flight, hand)
-            self._carrier.settle(flight, target)
-            self._carrier.place(flight)
-        elif hand.lent:
-            self._close(flight, hand)
-            self._plainly(flight, target, "target refused")
-        else:
-            self._carrier.observer.handed_over("target refused")
-            self._drop_target(hand)
-            self._next_target(flight, hand)
-        return True
-
-    def _begin(self, flight: RoutedRequest, hand: Hand) -> None:
-        target = hand.target
-        assert target is not None
-        hand.begun = True
-        flight.leg = target
-        if not hand.lent:
-            target.expected, target.alone = 0.0, None  # no first token of a prompt to learn from
-        # What the source made since the target was told of the request: the first token, or none.
-        tokens = flight.tokens[hand.carried :]
-        if self._carrier.send(target.instance, Begin(id=target.id, tokens=tokens)):
-            self._carrier.observer.handed_over("begun")
-
-    def _plainly(self, flight: RoutedRequest, target: Leg, why: str) -> bool:
-        """No KV comes: the target computes all of it."""
-        self._carrier.observer.handed_over(why)
-        flight.hand = None
-        flight.leg = target
-        target.fetched, target.alone = 0, None
-        self._carrier.send(target.instance, flight.message(target.id))
-        return True
-
-    def _leave_source(self, flight: RoutedRequest, hand: Hand) -> None:
-        hand.source.flights.pop(hand.source_id, None)
-        leg = flight.leg
-        if leg is not None and leg.instance is hand.source:
-            self._carrier.settle(flight, leg)
-
-    def _drop_target(self, hand: Hand) -> None:
-        target, hand.target, hand.reserved = hand.target, None, False
-        if target is not None:
-            target.instance.flights.pop(target.id, None)
-            self._carrier.dispatcher.finished(target, self._carrier.clock())
-
-    def _close(self, flight: RoutedRequest, hand: Hand) -> None:
-        """Let the source free its KV."""
-        flight.hand = None
-        if hand.lent:
-            hand.source.flights.pop(hand.source_id, None)
-        if hand.source.epoch == hand.source_epoch:
-            self._carrier.send(hand.source, Release(hand.source_id))
+    NONE = "none"
+    CHOSEN = "chosen"
+    """The request is charged to the target, which was sent nothing yet (lent KV only)."""
+    RESERVING = "reserving"
+    """The target was asked for memory."""
+    RESERVED = "reserved"
+    """The target has memory for the request and reads its KV."""
+    BEGUN = "begun"
+    """The target was told to make the next token."""
 
 
-def _alike(source: FleetInstance, target: FleetInstance) -> bool:
-    """Whether they can exchange KV."""
-    return (
-        source.facts is not None
-        and target.facts is not None
-        and source.facts.transfer is not None
-        and source.facts.transfer == target.facts.transfer
-    )
+class Event(StrEnum):
+    """Everything that can happen to a hand-over, beside `Offered`."""
+
+    SOURCE_HANDED_OVER = "source handed over"
+    """The prefill has ended; its token was delivered."""
+    SOURCE_ENDED = "source ended"
+    """The source refused the request, failed it, or finished it without a hand-over."""
+    SOURCE_LOST = "source lost"
+    TARGET_FOUND = "target found"
+    """A target was chosen and charged; answers `Effect.FIND_TARGET`."""
+    TARGET_MISSING = "target missing"
+    """No instance can be the target; answers `Effect.FIND_TARGET`."""
+    TARGET_UNREACHABLE = "target unreachable"
+    """The target has no connection; answers `Effect.RESERVE`."""
+    TARGET_ACCEPTED = "target accepted"
+    TARGET_REFUSED = "target refused"
+    """The target has no room, its reservation expired, or it came too late for `Begin`."""
+    TARGET_OUTPUT = "target output"
+    """The target made its first output, which may be an error."""
+    TARGET_LOST = "target lost"
+    DROPPED = "dropped"
+    """The request has ended: its client closed it, or the router gave it up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The source says where its KV can be read. An empty ``address``: it has none to lend."""
+
+    address: bytes
+
+
+class Effect(StrEnum):
+    """Everything that a hand-over asks of the router, beside `Outcome`."""
+
+    FIND_TARGET = "find target"
+    """Choose a target and charge the request to it; answered by an event."""
+    RESERVE = "reserve"
+    """Send `Reserve` to the target."""
+    BEGIN = "begin"
+    """Send `Begin` to the target; tokens come from there from now on."""
+    SEND_WHOLE = "send whole"
+    """Send the request itself to the target, which prefills all of it."""
+    ABORT_TARGET = "abort target"
+    """Send `AbortRequest` to the target."""
+    SETTLE_TARGET = "settle target"
+    """Take the request off the target's account."""
+    SETTLE_SOURCE = "settle source"
+    """Take the request off the source's account; messages from there no longer count."""
+    RELEASE = "release"
+    """Send `Release` to the source."""
+    ORDINARY = "ordinary"
+    """Treat the message or the loss as that of a request without hand-over."""
+    PLACE_TOGETHER = "place together"
+    """Place the request again, with prefill and decode on one instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Count a hand-over that ended like this, or has begun."""
+
+    name: str
+
+
+Effects = tuple[Effect | Outcome, ...]
+BEGUN = Outcome("begun")
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """State of one hand-over; the initial state of one with a prefill is ``HandOver()``.
+
+    With a prefill, ``CHOSEN`` never occurs. With lent KV, neither ``OFFERED``, ``NONE`` nor
+    ``RESERVED`` does, since cached KV is complete and the target begins at once.
+    """
+
+    lent: bool = False
+    """The source lends cached KV; otherwise it prefills the request."""
+    source: Source = Source.WORKING
+    target: Target = Target.NONE
+    address: bytes = b""
+    """Where the target reads; empty before `Offered`."""
+
+    @property
+    def reserved(self) -> bool:
+        """The target has been sent `Reserve`, and not `Begin`."""
+        return self.target in (Target.RESERVING, Target.RESERVED)
+
+    @property
+    def releases(self) -> Effects:
+        """Effects that free the source's KV at the end of the hand-over."""
+        return () if self.source is Source.GONE else (Effect.RELEASE,)
+
+    def ended(self, *effects: Effect | Outcome) -> Transition:
+        """The hand-over is over; ``effects`` follow the release of the source."""
+        return None, (*self.releases, *effects)
+
+
+Transition = tuple[HandOver | None, Effects]
+"""The next state, None once the hand-over is over, and the effects in order."""
+
+LENDING = HandOver(lent=True, target=Target.CHOSEN)
+"""Initial state of a hand-over of cached KV."""
+
+
+def advance(state: HandOver, event: Event | Offered) -> Transition:
+    """Return the next state and the effects to perform, in order.
+
+    An event that cannot happen in ``state`` (a message that comes late or twice) changes nothing.
+    Effects that answer with an event (`FIND_TARGET`, `RESERVE`) come last.
+    """
+    if isinstance(event, Offered):
+        return _offered(state, event)
+    if event is Event.DROPPED:
+        if state.reserved and not state.lent:
+            return state.ended(Effect.ABORT_TARGET, Effect.SETTLE_TARGET)
+        return state.ended()
+    if event in (Event.SOURCE_HANDED_OVER, Event.SOURCE_ENDED, Event.SOURCE_LOST):
+        return _lent_source(state, event) if state.lent else _source(state, event)
+    if event in (Event.TARGET_FOUND, Event.TARGET_MISSING):
+        return _search_ended(state, found=event is Event.TARGET_FOUND)
+    if state.target is Target.BEGUN:
+        return _begun_target(state, event)
+    return _target(state, event)
+
+
+def _offered(state: HandOver, offer: Offered) -> Transition:
+    if state.source is not Source.WORKING or state.address:
+        return state, ()
+    if not state.lent:
+        source = replace(state, source=Source.OFFERED, address=offer.address)
+        return source, (Effect.FIND_TARGET,) if offer.address else ()
+    if not offer.address:
+        return _prefill_at_target(replace(state, source=Source.GONE), "nothing cached")
+    asked = replace(state, source=Source.COMPLETE, target=Target.RESERVING, address=offer.address)
+    return asked, (Effect.RESERVE,)
+
+
+def _prefill_at_target(state: HandOver, why: str) -> Transition:
+    """No lent KV comes: the target, which was sent nothing yet, prefills the whole request."""
+    return state.ended(Outcome(why), Effect.SEND_WHOLE)
+
+
+def _lent_source(state: HandOver, event: Event) -> Transition:
+    """The source lent KV, or was to lend it, and is of no use any more."""
+    if state.source is Source.GONE or event is Event.SOURCE_HANDED_OVER:
+        return state, ()
+    gone = replace(state, source=Source.GONE)
+    if state.target is Target.CHOSEN:
+        lost = event is Event.SOURCE_LOST
+        return _prefill_at_target(gone, "source lost" if lost else "source refused")
+    return gone, ()  # the target computes what it could not read
+
+
+def _source(state: HandOver, event: Event) -> Transition:
+    """The source prefills the request, or has done so."""
+    if state.source in (Source.COMPLETE, Source.GONE):
+        if event is not Event.SOURCE_LOST:
+            return state, ()
+        gone = replace(state, source=Source.GONE)
+        return gone.ended(Effect.PLACE_TOGETHER) if state.target is Target.NONE else (gone, ())
+    if event is Event.SOURCE_ENDED:
+        if state.reserved:
+            return state.ended(Effect.ABORT_TARGET, Effect.SETTLE_TARGET, Effect.ORDINARY)
+        return state.ended(Effect.ORDINARY)
+    done = Source.GONE if event is Event.SOURCE_LOST else Source.COMPLETE
+    after = replace(state, source=done)
+    if state.target is Target.RESERVING:
+        return after, (Effect.SETTLE_SOURCE,)
+    if state.target is Target.RESERVED:
+        begun = replace(after, target=Target.BEGUN)
+        return begun, (Effect.SETTLE_SOURCE, Effect.BEGIN, BEGUN)
+    if done is Source.GONE:
+        return after.ended(Effect.ORDINARY)
+    if state.address:
+        return after, (Effect.SETTLE_SOURCE, Effect.FIND_TARGET)
+    return after.ended(Effect.SETTLE_SOURCE, Outcome("no target"), Effect.PLACE_TOGETHER)
+
+
+def _search_ended(state: HandOver, *, found: bool) -> Transition:
+    if state.target is not Target.NONE or not state.address:
+        return state, ()
+    if found:
+        return replace(state, target=Target.RESERVING), (Effect.RESERVE,)
+    if state.source is Source.OFFERED:
+        return state, ()  # one may be found when the prefill ends
+    return state.ended(Outcome("no target"), Effect.PLACE_TOGETHER)
+
+
+def _begun_target(state: HandOver, event: Event) -> Transition:
+    """All KV that the target will ever read it has read once anything comes from it."""
+    if event is Event.TARGET_REFUSED:
+        return state.ended(Outcome("late"), Effect.SETTLE_TARGET, Effect.PLACE_TOGETHER)
+    if event in (Event.TARGET_OUTPUT, Event.TARGET_LOST):
+        return state.ended(Effect.ORDINARY)
+    return state, ()
+
+
+def _target(state: HandOver, event: Event) -> Transition:
+    """The target was asked for memory, or (lent KV only) not even that."""
+    if state.target is Target.CHOSEN:
+        return state.ended(Effect.ORDINARY) if event is Event.TARGET_LOST else (state, ())
+    if not state.reserved or event is Event.TARGET_OUTPUT:
+        return state, ()
+    if event is Event.TARGET_ACCEPTED:
+        if state.lent or state.source in (Source.COMPLETE, Source.GONE):
+            return replace(state, target=Target.BEGUN), (Effect.BEGIN, BEGUN)
+        return replace(state, target=Target.RESERVED), ()
+    if state.lent:
+        if event is Event.TARGET_REFUSED:
+            return state.ended(Outcome("target refused"), Effect.SEND_WHOLE)
+        # Unreachable: its loss is still to come, to a request that is on the target.
+        return state.ended(Effect.ORDINARY) if event is Event.TARGET_LOST else state.ended()
+    refused = (Outcome("target refused"),) if event is Event.TARGET_REFUSED else ()
+    if state.source is Source.GONE:
+        return state.ended(*refused, Effect.SETTLE_TARGET, Effect.PLACE_TOGETHER)
+    again = replace(state, target=Target.NONE)
+    return again, (*refused, Effect.SETTLE_TARGET, Effect.FIND_TARGET)

@@ -10,7 +10,7 @@ from pla_serve.fleet.link.protocol import InstanceReport, Link
 from pla_serve.fleet.router.circuit import CircuitState
 from pla_serve.fleet.router.fleet import Fleet
 from pla_serve.fleet.router.fleet_instance import FleetInstance
-from pla_serve.fleet.router.routed_request import Leg
+from pla_serve.fleet.router.routed_request import Attempt
 from pla_serve.server.records.metrics import Metrics
 
 DECISION_SECONDS = (
@@ -78,7 +78,7 @@ class FleetMetrics(Metrics):
             "Requests that no instance served: capacity, share (of an API key), failures.",
             "reason",
         )
-        self._hands = self._own(
+        self._hand_overs = self._own(
             Counter, "hand_overs", "KV hand-overs between instances by outcome.", "outcome"
         )
         self._prefix_error = self._own(
@@ -112,12 +112,12 @@ class FleetMetrics(Metrics):
         self._sent.labels(self._model, instance).inc()
 
     def began(
-        self, leg: Leg, cached_tokens: int | None, lateness: float | None, now: float
+        self, attempt: Attempt, cached_tokens: int | None, lateness: float | None, now: float
     ) -> None:
         if cached_tokens is not None:
-            self._prefix_error.observe(abs(cached_tokens - leg.believed))
-        if leg.expected > 0:
-            self._ttft_ratio.observe((now - leg.sent) / leg.expected)
+            self._prefix_error.observe(abs(cached_tokens - attempt.believed))
+        if attempt.expected > 0:
+            self._ttft_ratio.observe((now - attempt.sent) / attempt.expected)
 
     def moved(self, instance: str, reason: str, resumed: bool) -> None:
         self._moves.labels(self._model, instance, reason, str(resumed).lower()).inc()
@@ -126,7 +126,7 @@ class FleetMetrics(Metrics):
         self._refusals.labels(self._model, reason).inc()
 
     def handed_over(self, outcome: str) -> None:
-        self._hands.labels(self._model, outcome).inc()
+        self._hand_overs.labels(self._model, outcome).inc()
 
     def reported(self, link: Link, report: InstanceReport) -> None:
         """`render` looks at the last one."""
@@ -168,7 +168,7 @@ class FleetMetrics(Metrics):
             "instance_up": float(instance.connected),
             "instance_open": float(instance.open),
             "instance_circuit": _CIRCUIT[instance.circuit.state(fleet.clock())],
-            "instance_requests": len(instance.flights),
+            "instance_requests": len(instance.attempts),
             "instance_charged_seconds": fleet.dispatcher.outstanding(instance.name)[1],
             "instance_queued_short_seconds": report.queued_short_seconds if report else 0.0,
             "instance_queued_long_seconds": report.queued_long_seconds if report else 0.0,

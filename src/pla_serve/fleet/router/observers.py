@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pla_serve.fleet.link.protocol import InstanceReport, Link
 from pla_serve.fleet.router.contract import RoutingObserver
-from pla_serve.fleet.router.routed_request import Leg
+from pla_serve.fleet.router.routed_request import Attempt
 
 if TYPE_CHECKING:
     from pla_serve.fleet.control.control import FleetControl
@@ -28,11 +28,11 @@ class WithControl:
         self._control.dispatched(short, seconds, now)
 
     def began(
-        self, leg: Leg, cached_tokens: int | None, lateness: float | None, now: float
+        self, attempt: Attempt, cached_tokens: int | None, lateness: float | None, now: float
     ) -> None:
-        self._metrics.began(leg, cached_tokens, lateness, now)
+        self._metrics.began(attempt, cached_tokens, lateness, now)
         if lateness is not None:
-            self._control.first_token(leg.instance.name, lateness)
+            self._control.first_token(attempt.instance.name, lateness)
 
     def reported(self, link: Link, report: InstanceReport) -> None:
         self._metrics.reported(link, report)

@@ -22,26 +22,26 @@ class Parking:
     def __iter__(self) -> Iterator[RoutedRequest]:
         return iter(list(self._parked.values()))
 
-    def park(self, flight: RoutedRequest, seconds: float) -> None:
+    def park(self, request: RoutedRequest, seconds: float) -> None:
         """Try again after so long."""
 
         def wake() -> None:
-            flight.timer = None
-            flight.refused.clear()
-            self._place(flight)
+            request.timer = None
+            request.refused.clear()
+            self._place(request)
 
-        self._parked[flight.request.id] = flight
-        flight.timer = self._later(seconds, wake)
+        self._parked[request.id] = request
+        request.timer = self._later(seconds, wake)
 
-    def leave(self, flight: RoutedRequest) -> None:
+    def leave(self, request: RoutedRequest) -> None:
         """It is placed, or has ended; unknown ones are ignored."""
-        self._parked.pop(flight.request.id, None)
-        if flight.timer is not None:
-            flight.timer.cancel()
-            flight.timer = None
+        self._parked.pop(request.id, None)
+        if request.timer is not None:
+            request.timer.cancel()
+            request.timer = None
 
     def wake_all(self) -> None:
         """Place all now, in the order in which they came."""
-        for flight in self:
-            if flight.request.id in self._parked:
-                self._place(flight)
+        for request in self:
+            if request.id in self._parked:
+                self._place(request)

@@ -1,4 +1,4 @@
-"""A request under way through the fleet, from its arrival to its last token."""
+"""A request on its way through the fleet, from its arrival to its last token."""
 
 from __future__ import annotations
 
@@ -9,120 +9,124 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from pla_serve.fleet.router.fleet_instance import FleetInstance
+from pla_serve.fleet.router.hand_over import HandOver
 from pla_serve.fleet.router.prefixes import Chain, PrefixMark
 from pla_serve.server.engine.session import NewsReceiver
-from pla_serve.wire.engine import AddRequest, HandOver
+from pla_serve.wire import engine as wire
 
 
 class Timer(Protocol):
-    """A call that will come."""
+    """A call that is due later."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Prevent the call; a call that was made is not affected."""
 
 
 @dataclass(slots=True, eq=False)
-class Leg:
-    """A request's stay on one instance."""
+class Attempt:
+    """One request on one instance, from the moment it is sent until it ends there."""
 
     instance: FleetInstance
     id: str
-    """What it is called there: news of earlier stays must not be taken for news of this one."""
+    """Name of the request on that instance. Each attempt has a name of its own, so that late
+    messages of an earlier attempt are not taken for messages of this one."""
     sent: float
     epoch: int
-    """Of the connection that it was sent on."""
+    """Number of the instance's connection on which the request was sent."""
     mark: PrefixMark | None
-    """In the record of prefixes, until its first token."""
+    """Entry in the record of prefixes, until the first token confirms it."""
     believed: int
-    """Prompt tokens that were believed to be cached."""
+    """Prompt tokens that were believed to be cached there."""
     expected: float
-    """Predicted seconds to its first token."""
+    """Predicted seconds to the first token."""
     alone: tuple[int, int] | None
-    """New tokens and history, if nothing else waited there when it was sent."""
+    """New tokens and history, if nothing else waited on the instance when the request was sent."""
     fetched: int = 0
     """Tokens whose KV comes from another instance."""
     first: bool = False
-    """Its first token has come from there."""
+    """The first token of this attempt has come."""
 
 
 class Blame(NamedTuple):
-    """Of an instance that failed a request."""
+    """Record that an instance failed a request."""
 
     boot: str
     epoch: int
-    """The connection."""
+    """Number of the connection on which it failed."""
     at: float
 
 
 @dataclass(slots=True, eq=False)
-class Hand:
-    """KV of a request on its way from ``source`` to ``target``."""
+class OngoingHandOver:
+    """A hand-over in progress: its state, and who takes part in it."""
 
+    state: HandOver
     source: FleetInstance
     source_id: str
+    """Name of the request on the source."""
     source_epoch: int
-    lent: bool
-    """The source only has the KV in its cache; otherwise it prefills the request."""
-    offer: bytes | None = None
-    """What the target reads by; None before `Offer`."""
-    done: bool = False
-    """The source's part is over: it handed over, or it lent or was lost."""
-    target: Leg | None = None
-    """On the account of the target from `Reserve` on."""
-    reserved: bool = False
-    """The target has accepted."""
-    begun: bool = False
+    """Number of the source's connection; its KV ends with the connection."""
+    target: Attempt | None = None
+    """Charged to the target, from the moment it is chosen."""
     carried: int = 0
-    """Output tokens that the target knows of from `Reserve`."""
+    """Output tokens that `Reserve` told the target of."""
     tried: set[str] = field(default_factory=set)
-    """Targets that refused or failed."""
+    """Instances that were asked to be the target."""
 
 
 @dataclass(slots=True, eq=False)
 class RoutedRequest:
-    """Everything that is needed to go on elsewhere."""
+    """Everything that is needed to continue a request on another instance."""
 
-    request: AddRequest
-    """As the API made it, with a seed."""
+    original: wire.AddRequest
+    """The request as the API made it, with a seed."""
     receiver: NewsReceiver
     tenant: str
     chain: Chain
-    """Of the prompt, and of the output as of `extend_chain`."""
+    """Block hashes of the prompt, and of the output as far as ``chained``."""
     chained: int = 0
-    """Output tokens in it."""
+    """Output tokens in ``chain``."""
     tokens: list[int] = field(default_factory=list)
     """Output that the client has got."""
-    leg: Leg | None = None
-    told: bool = False
-    """The client side knows that it was accepted."""
+    attempt: Attempt | None = None
+    """The attempt that tokens come from; None while the request is parked, or between the two
+    instances of a hand-over."""
+    accepted: bool = False
+    """The client has been told that the request was accepted."""
     attempts: int = 0
-    """How often it was sent."""
+    """Number of attempts so far."""
     failures: list[str] = field(default_factory=list)
-    """Why instances did not finish it."""
+    """Reasons for which attempts failed."""
     fruitless: int = 0
-    """Failures since its last token."""
-    whole: bool = False
-    """A hand-over came to nothing: prefill and decode stay together from now on."""
-    hand: Hand | None = None
-    """While its KV goes from one instance to another."""
+    """Failures since the last token."""
+    together: bool = False
+    """A hand-over came to nothing: prefill and decode stay on one instance from now on."""
+    hand_over: OngoingHandOver | None = None
     avoid: dict[str, Blame] = field(default_factory=dict)
-    """Instances that failed it."""
+    """Instances that failed the request, by name."""
     refused: dict[str, float] = field(default_factory=dict)
-    """Instances that had no room just now, and when they said to come again."""
+    """Instances that had no room, by name, and the seconds after which they may have."""
     stalled: float | None = None
-    """Since when it is on no instance, or waits there again for a first token."""
+    """Time at which the request was first left without an instance or without progress; None while
+    it makes progress."""
     timer: Timer | None = None
-    """While it is parked."""
+    """Next placement of a parked request."""
 
-    def message(self, id: str, hand_over: HandOver | None = None) -> AddRequest:
-        """What is sent to an instance: the prompt and all output so far."""
-        request = self.request
-        if id == request.id and not self.tokens and hand_over is None:
-            return request
+    @property
+    def id(self) -> str:
+        """Name of the request towards the client."""
+        return self.original.id
+
+    def message(self, id: str, hand_over: wire.HandOver | None = None) -> wire.AddRequest:
+        """The message to an instance: the prompt and all output so far, under the name ``id``."""
+        original = self.original
+        if id == original.id and not self.tokens and hand_over is None:
+            return original
         return msgspec.structs.replace(
-            request,
+            original,
             id=id,
-            prompt=request.prompt + self.tokens,
-            generated=request.generated + len(self.tokens),
+            prompt=[*original.prompt, *self.tokens] if self.tokens else original.prompt,
+            generated=original.generated + len(self.tokens),
             hand_over=hand_over,
         )
 
@@ -133,17 +137,17 @@ class RoutedRequest:
             self.chained = len(self.tokens)
 
     def next_id(self) -> str:
-        """A fresh name for the next stay."""
+        """A fresh name for the next attempt."""
         self.attempts += 1
-        id = self.request.id
+        id = self.original.id
         return id if self.attempts == 1 else f"{id}~{self.attempts}"
 
 
-def with_seed(request: AddRequest) -> AddRequest:
-    """The same request, sampled from a seed of its own if the client gave none.
+def with_seed(request: wire.AddRequest) -> wire.AddRequest:
+    """Return the request with a seed for sampling, if it samples and the client gave none.
 
-    An instance would draw one, and another instance another one: a stream could not be continued.
-    The seed follows from the id, which is random.
+    An instance would draw a seed of its own, and the next instance another one, so that a stream
+    could not be continued. The seed is derived from the id, which is random.
     """
     sampling = request.sampling
     if sampling.seed is not None or sampling.temperature == 0:
