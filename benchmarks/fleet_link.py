@@ -22,7 +22,7 @@ from typing import Any
 from pla_serve.bench.save import write_json
 from pla_serve.environment import describe
 from pla_serve.fleet.link.own import InstanceLink
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, NewsMessage
+from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, RequestAnswer
 from pla_serve.wire.engine import AddRequest, Output, Rejected, SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ class Owner:
         if self.waiting:
             raise SystemExit(f"the link was lost: {reason}")
 
-    def message(self, link: Link, message: NewsMessage) -> None:
+    def message(self, link: Link, message: RequestAnswer) -> None:
         if isinstance(message, Rejected):
             raise SystemExit(f"refused: {message.reason}")
         if isinstance(message, Output):

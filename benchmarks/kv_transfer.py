@@ -113,7 +113,7 @@ class Engine:
 
     def moved(self) -> tuple[int, int]:
         """Bytes read so far, and those of them that were early; the engine must be at rest."""
-        self.hear(lambda m: isinstance(m, EngineStats) and not m.running)
+        self.hear(lambda m: isinstance(m, EngineStats) and not m.load.running)
         assert self.stats is not None
         assert self.stats.transfer is not None
         return self.stats.transfer.bytes_read, self.stats.transfer.bytes_early

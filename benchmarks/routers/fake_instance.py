@@ -14,23 +14,23 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import msgspec
 import uvloop
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from pla_serve.wire.engine import AbortRequest, Accepted, AddRequest, Output
+from pla_serve.policy.cost import CostProfile
+from pla_serve.wire.codec import instance_frames
+from pla_serve.wire.engine import AbortRequest, Accepted, AddRequest, EngineLoad, Output
 from pla_serve.wire.frames import Outbox
 from pla_serve.wire.link import (
     SUBPROTOCOL,
     InstanceFacts,
     InstanceReport,
-    ToInstance,
 )
 
 MODEL = "fake"
 VOCABULARY = 512
-COST = {"token": 1e-6, "attention": 0.0, "kv": 0.0, "sequence": 0.0, "launch": 1e-4}
+COST = CostProfile(1e-6, 0, 0, 0, 1e-4)
 CHUNK = (
     b'{"id":"cmpl-0","object":"text_completion","created":0,"model":"fake","choices":'
     b'[{"index":0,"text":" 7","logprobs":null,"finish_reason":null}]}'
@@ -171,7 +171,7 @@ class Linked:
             )
         )
         beats, writes = asyncio.create_task(self._beat()), asyncio.create_task(self._write())
-        decode = msgspec.msgpack.Decoder(list[ToInstance]).decode
+        decode = instance_frames()
         with suppress(ConnectionClosed):
             async for frame in self._socket:
                 for message in decode(frame):  # type: ignore[arg-type]
@@ -198,7 +198,10 @@ class Linked:
     async def _beat(self) -> None:
         while True:
             report = InstanceReport(
-                role="mixed", ready=True, draining=False, cost=COST, boundary_tokens=256
+                role="mixed",
+                ready=True,
+                draining=False,
+                load=EngineLoad(cost=COST, boundary_tokens=256),
             )
             self._outbox.put(report)
             await asyncio.sleep(0.2)

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pla_serve.engine.config import EngineConfig
+from pla_serve.policy.cost import CostProfile
 from pla_serve.wire.engine import (
     AbortRequest,
     Accepted,
     AddRequest,
+    EngineLoad,
     EngineReady,
     EngineStats,
     Inbound,
@@ -180,15 +182,12 @@ class FakeCore:
     def stats(self) -> EngineStats:
         firsts, self.firsts = self.firsts, []
         return EngineStats(
-            short_waiting=0,
-            long_waiting=0,
-            running=len(self.running),
-            parked=0,
-            waiting_tokens=0,
-            queued_seconds=0.0,
-            queued_short_seconds=0.0,
-            kv_usage=len(self.running) / 100,
-            kv_cached_tokens=0,
+            load=EngineLoad(
+                running=len(self.running),
+                kv_usage=min(1.0, len(self.running) / 100),
+                boundary_tokens=256,
+                cost=CostProfile(per_token=1e-3, per_launch=0.02),
+            ),
             prefix_queries=self.prompt_tokens,
             prefix_hits=0,
             prompt_tokens=self.prompt_tokens,
@@ -196,9 +195,7 @@ class FakeCore:
             batches={"short": 1},
             express_batches=0,
             recompute_preemptions=0,
-            boundary_tokens=256,
             cost_error=0.1,
-            cost_seconds={"token": 1e-3, "launch": 0.02},
             wait_error={"short": 0.2, "long": 0.1},
             wait_coverage={"short": 0.9, "long": 0.9},
             firsts=firsts,

@@ -60,17 +60,18 @@ def _table(instances: list[dict[str, Any]]) -> Table:
         # An address without its end, its port, says nothing.
         table.add_column(name, justify="left" if name in names[:3] else "right", overflow="fold")
     for instance in instances:
-        report = instance["report"] or {}
-        queued = report.get("queued_short_seconds", 0) + report.get("queued_long_seconds", 0)
+        report = instance["report"]
+        load = report["load"] if report else {}
+        queued = load.get("queued_short_seconds", 0) + load.get("queued_long_seconds", 0)
         table.add_row(
             instance["url"],
             instance["role"] or "",
             _state(instance),
-            str(report.get("short_waiting", "")),
-            str(report.get("long_waiting", "")),
-            str(report.get("running", "")),
+            str(load.get("short_waiting", "")),
+            str(load.get("long_waiting", "")),
+            str(load.get("running", "")),
             f"{queued:.2f}" if report else "",
-            f"{report['kv_usage']:.0%}" if report else "",
+            f"{load['kv_usage']:.0%}" if report else "",
         )
     return table
 

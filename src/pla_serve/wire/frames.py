@@ -1,4 +1,7 @@
-"""Messages to frames: what is ready in one turn of the event loop leaves together."""
+"""Messages queued for a link, and frames made of them.
+
+A frame is a msgpack array; messages that are queued in one turn of the event loop leave together.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 from collections import deque
 from typing import Any
 
-import msgspec
+from pla_serve.wire.codec import encode
 
 FRAME_BYTES = 1 << 20
 """No message is added to a frame that has reached this size."""
@@ -17,26 +20,25 @@ class Overflow(Exception):
 
 
 class Outbox:
-    """Encoded messages on their way to one socket, bounded.
+    """Queue of encoded messages for one socket, with a bounded number of bytes.
 
     Args:
-        most_bytes: beyond which `put` refuses. A single message may be longer.
+        most_bytes: `put` refuses what would exceed it. A single message may be longer.
     """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._encode = msgspec.msgpack.Encoder().encode
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self._wake: asyncio.Future[None] | None = None
 
     def put(self, message: Any) -> None:
-        """Never blocks.
+        """Queue a message. Never blocks.
 
         Raises:
-            Overflow: too much waits; nothing was added.
+            Overflow: too much waits; the message was not added.
         """
-        encoded = self._encode(message)
+        encoded = encode(message)
         if self._waiting and self._bytes + len(encoded) > self._most_bytes:
             raise Overflow(f"more than {self._most_bytes} bytes wait to be read")
         self._waiting.append(encoded)
@@ -45,7 +47,7 @@ class Outbox:
             self._wake.set_result(None)
 
     async def take(self) -> bytes:
-        """The next frame, once there is something to put into it. For one task."""
+        """Wait for messages, and return the next frame. Only one task may call it."""
         while not self._waiting:
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
@@ -60,7 +62,7 @@ class Outbox:
 
 
 def _array_header(items: int) -> bytes:
-    """As msgpack begins an array of so many items."""
+    """First bytes of a msgpack array of so many items."""
     if items < 16:
         return bytes((0x90 | items,))
     if items < 1 << 16:

@@ -1,106 +1,96 @@
-"""What a router and an instance say to each other, beside the engine's own messages.
+"""All messages between a router and an instance, by direction.
 
-A frame is a msgpack array of messages. Times inside `AddRequest` are differences to the moment of
-sending, because the clocks of two machines do not agree.
+===================  ==========================================  =======================
+direction            about one request                           about the instance
+===================  ==========================================  =======================
+router to instance   AddRequest, AbortRequest                    SetRole, Drain, Alive
+                     Reserve, Begin, Lend, Release (KV transfer)
+instance to router   Accepted, Rejected, Output                  InstanceFacts
+                     Offer (KV transfer)                         InstanceReport
+                                                                 EngineLost
+===================  ==========================================  =======================
+
+A WebSocket on `PATH` carries binary frames; each is a msgpack array of messages (`codec`,
+`frames`). Times inside `AddRequest` are differences to the moment of sending, because the clocks
+of two machines do not agree.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
-from pla_serve.wire.engine import (
-    AbortRequest,
-    Accepted,
-    AddRequest,
-    Begin,
-    Lend,
-    Offer,
-    Output,
-    Rejected,
-    Release,
-    Reserve,
-)
+from pla_serve.wire.engine import Inbound, RequestAnswer
+from pla_serve.wire.limits import Count, Duration, Name, Text
+from pla_serve.wire.statistics import EngineLoad
 
 PATH = "/fleet/link"
-SUBPROTOCOL = "pla-serve.link.1"
+SUBPROTOCOL = "pla-serve.link.2"
 """Both sides must name the same one: there is no conversion between versions."""
 REPORT_SECONDS = 0.2
-"""An instance is heard at least this often."""
+"""Longest time between two reports of an instance."""
 ALIVE_SECONDS = 1.0
-"""A router is heard at least this often."""
+"""Longest time between two messages of a router."""
 
 Role = Literal["mixed", "short", "long", "decode"]
 
 
 class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
-    """What does not change in one life of an engine; sent first, and after each new start."""
+    """What does not change in one life of an engine. Sent first, and after each restart."""
 
-    boot: str
-    """Another one for each life of the engine: nothing is cached after a change."""
-    kind: Literal["pla", "vllm", "sglang"]
-    model: str
-    """What clients call it; the first name, if it has several."""
-    max_model_len: int
+    boot: Name
+    """Differs for each life of the engine: its cache is empty after a change."""
+    kind: Name
+    """Kind of server: a name in the registry of dialects, as "pla" or "vllm"."""
+    model: Name
+    """Name by which clients call the model; the first one, if it has several."""
+    max_model_len: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     """Most tokens of prompt and output together."""
-    vocab_size: int
-    """0: unknown."""
-    kv_tokens: int
-    """Tokens whose KV fits; 0: unknown."""
-    block_tokens: int
+    vocab_size: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    """0 if it is not known."""
+    kv_tokens: Count
+    """Tokens whose KV fits; 0 if it is not known."""
+    block_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     """Tokens in one KV block: prefixes are shared in multiples of it."""
-    kv_bytes_per_token: int = 0
-    layers: int = 0
-    device: str = ""
-    dtype: str = ""
-    policy: str = ""
+    kv_bytes_per_token: Count = 0
+    layers: Count = 0
+    device: Name = ""
+    dtype: Name = ""
+    policy: Name = ""
     express: bool = False
-    """Its shorts do not wait for its longs (`FleetModel.express`)."""
+    """Shorts do not wait for longs (`Capabilities.leaves_at_layer_boundary`)."""
     resumes: bool = False
-    """It obeys `AddRequest.generated`, so that a stream goes on there token for token."""
-    transfer: str | None = None
+    """Whether `AddRequest.generated` is obeyed, so that a stream goes on there token for token."""
+    transfer: Text | None = None
     """As `EngineReady.transfer`: instances with the same text exchange KV."""
 
 
 class InstanceReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
-    """The heartbeat, and the state on each change. It has been through the engine, so a hang
-    anywhere in the instance is silence. Seconds are predictions of the instance's own cost model.
+    """Heartbeat of an instance, and its state on each change.
+
+    The engine has answered since the last one, so a hang anywhere in the instance is silence.
     """
 
     role: Role
     ready: bool
-    """False: it refuses new requests (it is told to end)."""
+    """False while it refuses new requests (it has been told to end)."""
     draining: bool
     """A router asked that nothing new be sent here; what comes is served all the same."""
-    age: float = 0.0
-    """Seconds since the engine made the numbers below; those that follow are one snapshot."""
-    short_waiting: int = 0
-    long_waiting: int = 0
-    running: int = 0
-    """Decode."""
-    parked: int = 0
-    waiting_tokens: int = 0
-    """New tokens that wait for their prefill."""
-    queued_short_seconds: float = 0.0
-    queued_long_seconds: float = 0.0
-    kv_usage: float = 0.0
-    """0 to 1."""
-    kv_tokens: int = 0
-    """Tokens whose KV fits; 0: unknown."""
-    kv_cached_tokens: int = 0
-    boundary_tokens: int = 0
-    """L_m; 0: unknown yet."""
-    cost: dict[str, float] | None = None
-    """As `EngineStats.cost_seconds`; None: unknown (yet)."""
-    requests: int = 0
-    """Unfinished ones of all routers and direct clients."""
+    kv_tokens: Count = 0
+    """Tokens whose KV fits; 0 if it is not known."""
+    requests: Count = 0
+    """Unfinished requests of all routers and direct clients."""
+    age: Duration = 0.0
+    """Seconds since the engine made ``load``."""
+    load: EngineLoad = EngineLoad()
 
 
 class EngineLost(msgspec.Struct, frozen=True, tag="engine_lost"):
     """The engine ended and every request on the link with it; new `InstanceFacts` may follow."""
 
-    reason: str
+    reason: Text
 
 
 class SetRole(msgspec.Struct, frozen=True, tag="role"):
@@ -116,14 +106,8 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """The router's heartbeat."""
+    """Heartbeat of a router."""
 
 
-RequestMessage = AddRequest | AbortRequest | Reserve | Begin | Lend | Release
-"""Of one request, to the instance."""
-
-NewsMessage = Output | Accepted | Rejected | Offer
-"""Of one request, from the instance."""
-
-ToInstance = RequestMessage | SetRole | Drain | Alive
-FromInstance = NewsMessage | InstanceFacts | InstanceReport | EngineLost
+ToInstance = Inbound | SetRole | Drain | Alive
+FromInstance = RequestAnswer | InstanceFacts | InstanceReport | EngineLost

@@ -150,7 +150,7 @@ def test_going_idle_is_reported_once_with_all_counts() -> None:
     last = reports[-1]
     assert engine.emitted[-1] is last
     assert engine.emitted.count(last) == 1
-    assert (last.prompt_tokens, last.generation_tokens, last.running) == (10, 4, 0)
+    assert (last.prompt_tokens, last.generation_tokens, last.load.running) == (10, 4, 0)
     assert last.prefix_queries == 10
     assert sum(len(r.firsts) for r in reports) == 1
-    assert last.kv_usage == 0
+    assert last.load.kv_usage == 0

@@ -188,7 +188,9 @@ def test_an_offer_ends_with_its_lease(world: World) -> None:
     p.step()
     at_rest(p)
     assert p.exchange.stats().expired == 1
-    told = [message.kv_usage for message in p.engine.emitted if isinstance(message, EngineStats)]
+    told = [
+        message.load.kv_usage for message in p.engine.emitted if isinstance(message, EngineStats)
+    ]
     assert told[-1] == 0  # an engine that is idle says so all the same
 
 

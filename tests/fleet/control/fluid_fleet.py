@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pla_serve.fleet.control.control import ControlOptions, FleetControl
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, RequestMessage, Role
+from pla_serve.fleet.link.protocol import Inbound, InstanceFacts, InstanceReport, Role
 from pla_serve.policy.pools.protocol import Move, Pool, PoolController
 from pla_serve.policy.pools.stages import StageController
+from pla_serve.wire.engine import EngineLoad
 
 FACTS = InstanceFacts(
     boot="1",
@@ -45,7 +46,7 @@ class FakeLink:
             ready=ready,
             draining=draining,
             requests=int(any(numbers.values())),
-            **numbers,  # type: ignore[arg-type]
+            load=EngineLoad(**numbers),  # type: ignore[arg-type]
         )
 
     def set_role(self, role: Role) -> None:
@@ -62,7 +63,7 @@ class FakeLink:
         self.connected, self.role = True, self.first_role
         self.say()
 
-    def send(self, message: RequestMessage) -> None:
+    def send(self, message: Inbound) -> None:
         raise AssertionError("control sends no requests")
 
     def drain(self, on: bool) -> None:

@@ -19,7 +19,7 @@ from pla_serve.fleet.link.protocol import (
     InstanceReport,
     Link,
     LinkEvents,
-    NewsMessage,
+    RequestAnswer,
 )
 from pla_serve.wire.engine import Accepted, AddRequest, Output, Rejected, SamplingParams
 from tests.server.server_harness import DEADLINE, ENGINE_PATH
@@ -34,7 +34,7 @@ class Recorder:
         self.boots: list[str] = []
         self.reports: list[InstanceReport] = []
         self.losses: list[str] = []
-        self.messages: list[NewsMessage] = []
+        self.messages: list[RequestAnswer] = []
         self._changed = asyncio.Event()
 
     def connected(self, link: Link, facts: InstanceFacts) -> None:
@@ -52,7 +52,7 @@ class Recorder:
         self.losses.append(reason)
         self._changed.set()
 
-    def message(self, link: Link, message: NewsMessage) -> None:
+    def message(self, link: Link, message: RequestAnswer) -> None:
         assert len(self.boots) == len(self.losses) + 1
         self.messages.append(message)
         self._changed.set()

@@ -257,7 +257,8 @@ def test_facts_and_load_of_vllm() -> None:
             assert not facts.resumes
             assert facts.boot == "1795649791.26"
             report = events.reports[0]
-            assert (report.running, report.short_waiting, report.kv_usage) == (3, 2, 0.25)
+            load = report.load
+            assert (load.running, load.short_waiting, load.kv_usage) == (3, 2, 0.25)
             link.set_role("long")
             link.drain(True)
             await events.until(lambda: events.reports[-1].draining)
@@ -273,14 +274,14 @@ def test_facts_of_sglang_with_and_without_details() -> None:
             facts = link.facts
             assert facts is not None
             assert (facts.block_tokens, facts.kv_tokens) == (32, 4096)
-            assert events.reports[0].running == 3
+            assert events.reports[0].load.running == 3
             assert events.reports[0].ready
         async with linked("sglang", metrics="") as (link, events, _):
             facts = link.facts
             assert facts is not None
             assert (facts.block_tokens, facts.kv_tokens) == (1, 0)
             assert facts.boot
-            assert events.reports[0].running == 0
+            assert events.reports[0].load.running == 0
 
     run(main())
 

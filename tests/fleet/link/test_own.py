@@ -78,8 +78,8 @@ def test_facts_reports_and_an_answer(live: Live) -> None:
             assert events.accepted("a")
             assert events.tokens("a") == [10, 11, 12, 13, EOS]
             assert events.finish("a") == "stop"
-            await events.until(lambda: events.reports[-1].cost)
-            assert events.reports[-1].boundary_tokens == 256
+            await events.until(lambda: events.reports[-1].load.cost)
+            assert events.reports[-1].load.boundary_tokens == 256
             assert not events.losses
 
     run(main())
@@ -187,7 +187,7 @@ def test_a_router_that_goes_takes_its_requests_along(serve: Callable[..., Live])
                 await others.until(lambda: others.accepted("b"))
                 assert traffic.in_flight == 4
             await others.until(lambda: others.reports[-1].requests == 1)
-            await others.until(lambda: others.reports[-1].running == 1)
+            await others.until(lambda: others.reports[-1].load.running == 1)
             assert events.losses == ["this router closed the link"]
 
     run(main())

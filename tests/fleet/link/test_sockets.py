@@ -169,7 +169,7 @@ def test_another_version_is_told_what_this_one_speaks(serve: Callable[..., Live]
         with pytest.raises(InvalidStatus) as caught:
             await dial(server, "pla-serve.link.999")
         assert caught.value.response.status_code == 400
-        assert b"pla-serve.link.1" in (caught.value.response.body or b"")
+        assert SUBPROTOCOL.encode() in (caught.value.response.body or b"")
 
     asyncio.run(main())
 

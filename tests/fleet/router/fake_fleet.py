@@ -20,16 +20,18 @@ from pla_serve.wire.engine import (
     Accepted,
     AddRequest,
     Begin,
+    EngineLoad,
     Lend,
     Offer,
     Output,
     Rejected,
     Release,
+    RequestAnswer,
     Reserve,
     SamplingParams,
 )
-from pla_serve.wire.link import NewsMessage
 
+LOAD = set(EngineLoad.__struct_fields__)
 VOCABULARY = 1000
 
 
@@ -105,7 +107,7 @@ class FakeLink:
     refuse: bool = False
     """Everything, with retry_after."""
     jobs: dict[str, Job] = field(default_factory=dict)
-    outbox: list[NewsMessage] = field(default_factory=list)
+    outbox: list[RequestAnswer] = field(default_factory=list)
     received: list[Any] = field(default_factory=list)
     offers: set[str] = field(default_factory=set)
     """Of KV that is kept for others."""
@@ -118,7 +120,7 @@ class FakeLink:
         self.boot = self.boot if boot is None else boot
         self.facts = InstanceFacts(
             boot=f"{self.url}-{self.boot}",
-            kind=self.kind,  # type: ignore[arg-type]
+            kind=self.kind,
             model="m",
             max_model_len=4096,
             vocab_size=VOCABULARY,
@@ -132,7 +134,9 @@ class FakeLink:
         self.report()
 
     def report(self, **fields: Any) -> None:
-        report = InstanceReport(**{"role": self.role, "ready": True, "draining": False, **fields})
+        load = EngineLoad(**{name: fields.pop(name) for name in LOAD & fields.keys()})
+        state = {"role": self.role, "ready": True, "draining": False, **fields}
+        report = InstanceReport(**state, load=load)
         self.last_report = report
         self.fleet.report(self, report)
 
@@ -277,7 +281,7 @@ class Client:
     def ended(self) -> bool:
         return bool(self.ends)
 
-    def take(self, message: NewsMessage) -> None:
+    def take(self, message: RequestAnswer) -> None:
         assert not self.ends, "news after the end"
         if isinstance(message, Accepted):
             assert not self.tokens

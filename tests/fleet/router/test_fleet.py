@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from pla_serve.fleet.router.prefixes import Chain
+from pla_serve.policy.cost import CostProfile
 from pla_serve.wire.engine import AbortRequest, AddRequest, Lend, Reserve
 from tests.fleet.router.fake_fleet import Bench, FakeLink, oracle
 
@@ -305,10 +306,10 @@ def test_two_routers_over_the_same_instances_stay_sane() -> None:
     work = left.fleet.dispatcher.outstanding(f"i{home}")[1]
     right.links[home].report(
         queued_long_seconds=work,
-        cost={"token": 1.5e-3, "attention": 2e-7, "kv": 1e-6, "sequence": 2e-4, "launch": 3e-2},
+        cost=CostProfile(),
     )
     right.links[1 - home].report(
-        cost={"token": 1.5e-3, "attention": 2e-7, "kv": 1e-6, "sequence": 2e-4, "launch": 3e-2},
+        cost=CostProfile(),
     )
     two = right.submit([2, *range(600)])
     assert right.links.index(right.where(two)) == 1 - home
@@ -404,7 +405,7 @@ def test_a_reservation_that_expired_is_computed_again() -> None:
 
 def test_a_prompt_is_fetched_to_where_there_is_room_if_that_is_faster() -> None:
     bench = Bench(2, transfer=True)
-    cost = {"token": 1e-3, "attention": 0.0, "kv": 0.0, "sequence": 0.0, "launch": 0.0}
+    cost = CostProfile(1e-3, 0, 0, 0, 0)
     prefix = list(range(800))
     first = bench.submit(prefix)
     home = bench.where(first)
@@ -427,7 +428,7 @@ def test_a_prompt_is_fetched_to_where_there_is_room_if_that_is_faster() -> None:
 @pytest.mark.parametrize("victim", ["source", "target"])
 def test_a_cut_at_any_moment_of_a_fetch(moment: str, victim: str) -> None:
     bench = Bench(2, transfer=True)
-    cost = {"token": 1e-3, "attention": 0.0, "kv": 0.0, "sequence": 0.0, "launch": 0.0}
+    cost = CostProfile(1e-3, 0, 0, 0, 0)
     prefix = list(range(800))
     home = bench.where(bench.submit(prefix))
     other = next(link for link in bench.links if link is not home)

@@ -12,6 +12,7 @@ from pla_serve.fleet.router.circuit import Circuit, CircuitOptions, CircuitState
 from pla_serve.fleet.router.costs import FleetCost
 from pla_serve.fleet.router.keys import IDLE_SECONDS, KeyShares
 from pla_serve.fleet.router.prefixes import BLOCK, Chain, PrefixRecord
+from pla_serve.policy.cost import CostProfile
 
 # Circuit
 
@@ -203,8 +204,8 @@ def test_the_record_is_bounded_and_its_index_is_its_content(steps: list[Step]) -
 def test_the_fleet_costs_what_the_middle_instance_says() -> None:
     cost = FleetCost()
     for number, each in enumerate((1.0, 2.0, 9.0)):
-        units = dict.fromkeys(("token", "attention", "kv", "sequence", "launch"), 0.0)
-        cost.said(f"i{number}", {**units, "token": each}, 100 * (number + 1), float(number * 2))
+        said = CostProfile(each, 0, 0, 0, 0)
+        cost.said(f"i{number}", said, 100 * (number + 1), float(number * 2))
     assert cost.prefill_seconds(10, 0) == pytest.approx(20.0)
     assert cost.boundary_tokens == 200
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
 from pla_serve.fleet.router.fleet import Fleet
-from pla_serve.wire.engine import Accepted, AddRequest, Output, SamplingParams
+from pla_serve.policy.cost import CostProfile
+from pla_serve.wire.engine import Accepted, AddRequest, EngineLoad, Output, SamplingParams
 from tests.fleet.router.fake_fleet import VOCABULARY, Client, Clock, Recorder
 
 SECONDS_PER_TOKEN = 1e-3
-COST = {"token": SECONDS_PER_TOKEN, "attention": 0.0, "kv": 0.0, "sequence": 0.0, "launch": 0.0}
+COST = CostProfile(SECONDS_PER_TOKEN, 0, 0, 0, 0)
 
 
 class Machine:
@@ -63,9 +64,7 @@ class SharedLink:
             role="mixed",
             ready=True,
             draining=False,
-            queued_long_seconds=self.machine.queued,
-            cost=COST,
-            boundary_tokens=1,
+            load=EngineLoad(queued_long_seconds=self.machine.queued, cost=COST, boundary_tokens=1),
         )
         self.fleet.report(self, report)  # type: ignore[arg-type]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import httpx
 import msgspec
 
+from pla_serve.policy.cost import CostProfile
 from pla_serve.server.records.metrics import Metrics
-from pla_serve.wire.engine import EngineReady, EngineStats, LatencySample, TransferStats
+from pla_serve.wire.engine import EngineLoad, EngineReady, EngineStats, LatencySample, TransferStats
 from tests.server.fake_core import VOCAB
 from tests.server.server_harness import MODEL, Live, until
 
@@ -21,15 +22,19 @@ READY = EngineReady(
     policy="fcfs",
 )
 STATS = EngineStats(
-    short_waiting=1,
-    long_waiting=2,
-    running=3,
-    parked=4,
-    waiting_tokens=5,
-    queued_seconds=6.0,
-    queued_short_seconds=1.0,
-    kv_usage=0.7,
-    kv_cached_tokens=8,
+    load=EngineLoad(
+        short_waiting=1,
+        long_waiting=2,
+        running=3,
+        parked=4,
+        waiting_tokens=5,
+        queued_short_seconds=1.0,
+        queued_long_seconds=5.0,
+        kv_usage=0.7,
+        kv_cached_tokens=8,
+        boundary_tokens=16,
+        cost=CostProfile(per_token=1e-3, per_launch=0.02),
+    ),
     prefix_queries=90,
     prefix_hits=10,
     prompt_tokens=11,
@@ -37,9 +42,7 @@ STATS = EngineStats(
     batches={"short": 13},
     express_batches=14,
     recompute_preemptions=15,
-    boundary_tokens=16,
     cost_error=0.17,
-    cost_seconds={"token": 1e-3, "launch": 0.02},
     wait_error={"short": 0.3, "long": 0.2},
     wait_coverage={"short": 0.91, "long": 0.88},
     steps_ahead=17,

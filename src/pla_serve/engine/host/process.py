@@ -25,6 +25,7 @@ import zmq
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.child import await_end_of_parent
 from pla_serve.logs import LogFormat, configure
+from pla_serve.wire.codec import WireError, encode, engine_inbox, named_request
 from pla_serve.wire.engine import (
     EngineFailed,
     FromEngine,
@@ -32,8 +33,8 @@ from pla_serve.wire.engine import (
     Outbound,
     Ping,
     Pong,
+    Rejected,
     Shutdown,
-    ToEngine,
 )
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,7 @@ class Channel:
             socket.set_hwm(0)
         self._in.bind(launch.inbound)
         self._out.connect(launch.outbound)
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+        self._decode = engine_inbox()
         self.closing = False
         """True once a `Shutdown` came in."""
 
@@ -98,9 +98,14 @@ class Channel:
         arrived: list[Inbound] = []
         for _ in range(MOST_AT_ONCE):
             try:
-                message = self._decode(self._in.recv(zmq.NOBLOCK))
+                content = self._in.recv(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            try:
+                message = self._decode(content)
+            except WireError as error:
+                self._refuse(content, error)
+                continue
             if isinstance(message, Shutdown):
                 self.closing = True
             elif isinstance(message, Ping):
@@ -109,8 +114,15 @@ class Channel:
                 arrived.append(message)
         return arrived
 
+    def _refuse(self, content: bytes, error: WireError) -> None:
+        """A message with a field out of range costs its own request, never the engine."""
+        id = named_request(content)
+        log.error("a message to the engine is not valid: %s", error)
+        if id is not None:
+            self.emit(Rejected(id=id, reason=f"invalid request: {error}", retry_after=None))
+
     def emit(self, message: FromEngine) -> None:
-        self._out.send(self._encode(message), zmq.NOBLOCK)
+        self._out.send(encode(message), zmq.NOBLOCK)
 
     def wait(self, seconds: float | None) -> None:
         """Block until a message is there, or for ``seconds``; None: however long it takes."""

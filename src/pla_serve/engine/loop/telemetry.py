@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.requests.sequence import Sequence
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.policy.calibration import Calibration
-from pla_serve.policy.cost import CostModel, CostProfile
+from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, QueueState
-from pla_serve.wire.engine import EngineStats, LatencySample, TransferStats
+from pla_serve.wire.engine import EngineLoad, EngineStats, LatencySample, TransferStats
 
 REPORT_SECONDS = 0.25
 
@@ -71,15 +71,19 @@ class Telemetry:
         self._reported = now
         firsts, self.firsts = self.firsts, []
         return EngineStats(
-            short_waiting=queue.short_requests,
-            long_waiting=queue.long_requests,
-            running=queue.decoding_requests,
-            parked=parked,
-            waiting_tokens=queue.short_tokens + queue.long_tokens,
-            queued_seconds=queue.seconds,
-            queued_short_seconds=queue.short_seconds,
-            kv_usage=1 - kv.available / kv.blocks,
-            kv_cached_tokens=kv.cached_tokens,
+            load=EngineLoad(
+                short_waiting=queue.short_requests,
+                long_waiting=queue.long_requests,
+                running=queue.decoding_requests,
+                parked=parked,
+                waiting_tokens=queue.short_tokens + queue.long_tokens,
+                queued_short_seconds=queue.short_seconds,
+                queued_long_seconds=max(0.0, queue.seconds - queue.short_seconds),
+                kv_usage=1 - kv.available / kv.blocks,
+                kv_cached_tokens=kv.cached_tokens,
+                boundary_tokens=cost.boundary(),
+                cost=cost.profile,
+            ),
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
             prompt_tokens=self.prompt_tokens,
@@ -87,9 +91,7 @@ class Telemetry:
             batches=dict(self.batches),
             express_batches=self.express_batches,
             recompute_preemptions=self.recompute_preemptions,
-            boundary_tokens=cost.boundary(),
             cost_error=cost.error(),
-            cost_seconds=_by_unit(cost.profile),
             wait_error={"short": waits.error(True), "long": waits.error(False)},
             wait_coverage={"short": waits.coverage(True), "long": waits.coverage(False)},
             firsts=firsts,
@@ -102,7 +104,3 @@ class Telemetry:
             graph_padding=graphs.padding_tokens if graphs else 0,
             compile_failures=graphs.compile_failures if graphs else 0,
         )
-
-
-def _by_unit(profile: CostProfile) -> dict[str, float]:
-    return {name.removeprefix("per_"): value for name, value in asdict(profile).items()}

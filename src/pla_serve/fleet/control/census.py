@@ -32,7 +32,7 @@ class Census:
         """A heartbeat came."""
         seen = self._seen.setdefault(url, InstanceCensus())
         seen.reports += 1
-        seen.busy += bool(report.requests or report.running or report.waiting_tokens)
+        seen.busy += bool(report.requests or report.load.running or report.load.waiting_tokens)
 
     def first_token(self, url: str, lateness: float) -> None:
         """Of a request with a deadline, so many seconds after it (negative: before)."""
@@ -59,13 +59,13 @@ class Census:
         return PoolReport(
             link.url,
             pool,
-            queued_short=report.queued_short_seconds,
-            queued_long=report.queued_long_seconds,
+            queued_short=report.load.queued_short_seconds,
+            queued_long=report.load.queued_long_seconds,
             deadline_error=seen.lateness / seen.first_tokens if seen.first_tokens else 0.0,
             utilisation=seen.busy / seen.reports if seen.reports else 0.0,
             drain_seconds=0.0 if express else held,
             draining=draining,
-            kv_usage=report.kv_usage,
+            kv_usage=report.load.kv_usage,
         )
 
     def forget(self, url: str) -> None:
@@ -76,7 +76,7 @@ class Census:
 def _held(report: InstanceReport, pool: Pool) -> float:
     """Seconds of prefill of a class that an instance still has to do."""
     if pool is Pool.SHORT:
-        return report.queued_short_seconds
+        return report.load.queued_short_seconds
     if pool is Pool.LONG:
-        return report.queued_long_seconds
-    return report.queued_short_seconds + report.queued_long_seconds
+        return report.load.queued_long_seconds
+    return report.load.queued_seconds

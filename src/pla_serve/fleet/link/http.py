@@ -15,13 +15,13 @@ import msgspec
 from pla_serve.fleet.link.liveness import Backoff, Retries
 from pla_serve.fleet.link.mapping import Unmappable, refusal, samples
 from pla_serve.fleet.link.protocol import (
+    Inbound,
     InstanceFacts,
     InstanceReport,
     LinkDown,
     LinkEvents,
     LinkRefused,
-    NewsMessage,
-    RequestMessage,
+    RequestAnswer,
     Role,
 )
 from pla_serve.wire.engine import (
@@ -29,6 +29,7 @@ from pla_serve.wire.engine import (
     Accepted,
     AddRequest,
     Begin,
+    EngineLoad,
     Output,
     Rejected,
     Release,
@@ -87,8 +88,8 @@ class Dialect(Protocol):
             httpx.HTTPError: it did not answer.
         """
 
-    def load(self, metrics: Mapping[str, float], report: InstanceReport) -> InstanceReport:
-        """``report`` with what the server says of its load."""
+    def load(self, metrics: Mapping[str, float]) -> EngineLoad:
+        """Load of the server, as far as its metrics say."""
 
 
 class HttpLink:
@@ -159,7 +160,7 @@ class HttpLink:
     def drain(self, on: bool) -> None:
         self._draining = on
 
-    def send(self, message: RequestMessage) -> None:
+    def send(self, message: Inbound) -> None:
         if not self._connected:
             raise LinkDown(f"there is no connection to {self._url}")
         if isinstance(message, AddRequest):
@@ -274,14 +275,14 @@ class HttpLink:
             self._tell(metrics)
 
     def _tell(self, metrics: Mapping[str, float]) -> None:
-        base = InstanceReport(
+        self._report = InstanceReport(
             role=self._role,
             ready=True,
             draining=self._draining,
             kv_tokens=self._facts.kv_tokens if self._facts else 0,
             requests=len(self._requests),
+            load=self._dialect.load(metrics),
         )
-        self._report = self._dialect.load(metrics, base)
         self._events.report(self, self._report)
 
     async def _run(self, request: AddRequest) -> None:
@@ -328,7 +329,7 @@ class HttpLink:
                     return
         raise Broken("the stream ended before the answer did")
 
-    def _news(self, message: NewsMessage) -> None:
+    def _news(self, message: RequestAnswer) -> None:
         """To the owner, unless the request has been aborted or moved."""
         if self._connected and self._requests.get(_id(message)) is asyncio.current_task():
             self._events.message(self, message)
@@ -368,5 +369,5 @@ class HttpLink:
         self._events.lost(self, reason)
 
 
-def _id(message: NewsMessage) -> str:
+def _id(message: RequestAnswer) -> str:
     return message.id

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import msgspec
 from msgspec.structs import replace
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
@@ -18,15 +17,16 @@ from websockets.typing import Subprotocol
 from pla_serve.fleet.link.liveness import Backoff, PeerSilence, Retries
 from pla_serve.fleet.link.protocol import (
     LIVENESS_SECONDS,
+    Inbound,
     InstanceFacts,
     InstanceReport,
     LinkDown,
     LinkEvents,
     LinkRefused,
-    RequestMessage,
     Role,
 )
-from pla_serve.wire.engine import AddRequest, Reserve
+from pla_serve.wire.codec import BadMessage, WireError, router_frames
+from pla_serve.wire.engine import AddRequest, Output, Reserve
 from pla_serve.wire.frames import Outbox, Overflow
 from pla_serve.wire.link import (
     ALIVE_SECONDS,
@@ -82,7 +82,7 @@ class InstanceLink:
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._liveness = liveness_seconds
         self._clock = clock
-        self._decode = msgspec.msgpack.Decoder(list[FromInstance]).decode
+        self._decode = router_frames()
         self._outbox: Outbox | None = None
         self._opening: asyncio.Future[ClientConnection] | None = None
         self._ended: asyncio.Future[str] | None = None
@@ -111,7 +111,7 @@ class InstanceLink:
     def last_report(self) -> InstanceReport | None:
         return self._report
 
-    def send(self, message: RequestMessage) -> None:
+    def send(self, message: Inbound) -> None:
         if not self._connected or self._outbox is None:
             raise LinkDown(f"there is no connection to {self._url}")
         if isinstance(message, AddRequest):
@@ -223,10 +223,13 @@ class InstanceLink:
         except ConnectionClosed as error:
             reason = error.rcvd.reason if error.rcvd is not None else ""
             self._end(f"the instance closed the connection{': ' if reason else ''}{reason}")
-        except msgspec.DecodeError as error:
+        except WireError as error:
             self._end(f"not a frame of {SUBPROTOCOL}: {error}")
 
-    def _take(self, message: FromInstance) -> None:
+    def _take(self, message: FromInstance | BadMessage) -> None:
+        if isinstance(message, BadMessage):
+            reason = f"invalid answer of the instance: {message.reason}"
+            message = Output(id=message.id, tokens=[], finish_reason="error", error=reason)
         if isinstance(message, InstanceReport):
             self._confirm(message)
             if self._connected:

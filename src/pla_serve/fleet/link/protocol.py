@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pla_serve.wire.link import (
-    InstanceFacts,
-    InstanceReport,
-    NewsMessage,
-    RequestMessage,
-    Role,
-)
+from pla_serve.wire.engine import Inbound, RequestAnswer
+from pla_serve.wire.link import InstanceFacts, InstanceReport, Role
 
 __all__ = [
+    "Inbound",
     "InstanceFacts",
     "InstanceReport",
     "Link",
     "LinkDown",
     "LinkEvents",
     "LinkRefused",
-    "NewsMessage",
-    "RequestMessage",
+    "RequestAnswer",
     "Role",
 ]
 
@@ -52,7 +47,7 @@ class LinkEvents(Protocol):
     def lost(self, link: Link, reason: str) -> None:
         """Every request on it is the owner's to move; the instance drops them when it can."""
 
-    def message(self, link: Link, message: NewsMessage) -> None:
+    def message(self, link: Link, message: RequestAnswer) -> None:
         """News of a request that was sent on this link since ``connected``.
 
         After `AbortRequest` was sent, news of that id may still come for a moment.
@@ -78,7 +73,7 @@ class Link(Protocol):
     def last_report(self) -> InstanceReport | None:
         """Since it is connected; None before the first."""
 
-    def send(self, message: RequestMessage) -> None:
+    def send(self, message: Inbound) -> None:
         """Never blocks. ``arrival`` and ``deadline`` are on this process's monotonic clock.
 
         What an instance of another kind cannot do is answered by `Rejected`, without

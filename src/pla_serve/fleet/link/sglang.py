@@ -15,9 +15,10 @@ import msgspec
 
 from pla_serve.fleet.link.http import Broken
 from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
+from pla_serve.fleet.link.protocol import InstanceFacts
 from pla_serve.wire.engine import (
     AddRequest,
+    EngineLoad,
     FinishReason,
     Grammar,
     Output,
@@ -121,10 +122,9 @@ class SglangDialect:
             block_tokens=_number(info, "page_size", 1),
         )
 
-    def load(self, metrics: Mapping[str, float], report: InstanceReport) -> InstanceReport:
+    def load(self, metrics: Mapping[str, float]) -> EngineLoad:
         """Known of servers with ``--enable-metrics`` only."""
-        return msgspec.structs.replace(
-            report,
+        return EngineLoad(
             running=int(metrics.get("sglang:num_running_reqs", 0)),
             short_waiting=int(metrics.get("sglang:num_queue_reqs", 0)),
             kv_usage=metrics.get("sglang:token_usage", 0.0),

@@ -15,9 +15,10 @@ import msgspec
 
 from pla_serve.fleet.link.http import Broken
 from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport
+from pla_serve.fleet.link.protocol import InstanceFacts
 from pla_serve.wire.engine import (
     AddRequest,
+    EngineLoad,
     FinishReason,
     Grammar,
     Output,
@@ -120,9 +121,8 @@ class VllmDialect:
             block_tokens=block,
         )
 
-    def load(self, metrics: Mapping[str, float], report: InstanceReport) -> InstanceReport:
-        return msgspec.structs.replace(
-            report,
+    def load(self, metrics: Mapping[str, float]) -> EngineLoad:
+        return EngineLoad(
             running=int(metrics.get("vllm:num_requests_running", 0)),
             short_waiting=int(metrics.get("vllm:num_requests_waiting", 0)),
             kv_usage=metrics.get("vllm:kv_cache_usage_perc", 0.0),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import astuple
 from statistics import median
 
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 
-UNITS = ("token", "attention", "kv", "sequence", "launch")
-"""Of `EngineStats.cost_seconds`, in the order of `CostProfile`."""
 FRESH_SECONDS = 1.0
 """The model is made anew this often at most."""
 FETCH_SECONDS = 0.01
@@ -56,14 +53,12 @@ class FleetCost:
         if rate > 0:
             self._bytes_per_second += LEARNING * (rate - self._bytes_per_second)
 
-    def said(
-        self, name: str, cost: Mapping[str, float] | None, boundary_tokens: int, now: float
-    ) -> bool:
+    def said(self, name: str, cost: CostProfile | None, boundary_tokens: int, now: float) -> bool:
         """An instance's own model; returns whether predictions have changed."""
         if boundary_tokens:
             self._boundaries[name] = boundary_tokens
-        if cost is not None and set(UNITS) <= cost.keys():
-            self._said[name] = CostProfile(*(cost[unit] for unit in UNITS))
+        if cost is not None:
+            self._said[name] = cost
         if now - self._made < FRESH_SECONDS or not (self._said or self._boundaries):
             return False
         self._made = now

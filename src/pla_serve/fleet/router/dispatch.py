@@ -124,12 +124,12 @@ class Dispatcher:
             stage.moved(name, instance.pool)
         if report.kv_tokens and instance.facts and report.kv_tokens != instance.facts.kv_tokens:
             self.prefixes.join(name, report.kv_tokens)
-        if self.cost.said(name, report.cost, report.boundary_tokens, now):
+        if self.cost.said(name, report.load.cost, report.load.boundary_tokens, now):
             self._renew()
-        if report.cost is not None:
-            short = report.queued_short_seconds
+        if report.load.cost is not None:
+            short = report.load.queued_short_seconds
             at = now - report.age - TRANSIT_SECONDS
-            stage.reported(name, short + report.queued_long_seconds, short, at)
+            stage.reported(name, report.load.queued_seconds, short, at)
         self.note(instance)
 
     def note(self, instance: FleetInstance) -> None:

@@ -12,7 +12,7 @@ from math import ceil, inf
 
 import msgspec
 
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, NewsMessage
+from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, RequestAnswer
 from pla_serve.fleet.router.attempts import Attempts
 from pla_serve.fleet.router.contract import FleetOptions, Later, RoutingObserver
 from pla_serve.fleet.router.dispatch import BLAME_SECONDS, Dispatcher, DispatchPlan
@@ -175,7 +175,7 @@ class Fleet:
             else:
                 self._finish_hand_over(request, left)
 
-    def message(self, link: Link, message: NewsMessage) -> None:
+    def message(self, link: Link, message: RequestAnswer) -> None:
         instance = self._instances.of(link)
         request = self._requests.get(instance.attempts.get(message.id, ""))
         if request is None:

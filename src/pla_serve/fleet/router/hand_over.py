@@ -1,7 +1,7 @@
 """The hand-over of a request's KV between two instances, as a pure state machine.
 
 A request is prefilled on one instance (the source) and decoded on another (the target), which reads
-the KV while the source computes it. The messages of a hand-over, explained in `wire/engine.py`:
+the KV while the source computes it. The messages of a hand-over, explained in `wire/transfer.py`:
 
     source: AddRequest(hand_over) -> Offer -> Output "handed_over"  -> Release
     target:                  Reserve -> Accepted -> Begin -> Output, Output, ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pla_serve.fleet.link.protocol import NewsMessage
+from pla_serve.fleet.link.protocol import RequestAnswer
 from pla_serve.fleet.router.attempts import Attempts
 from pla_serve.fleet.router.contract import RoutingObserver
 from pla_serve.fleet.router.dispatch import Dispatcher
@@ -70,7 +70,7 @@ class HandOvers:
         return sent
 
     def message(
-        self, request: RoutedRequest, instance: FleetInstance, message: NewsMessage
+        self, request: RoutedRequest, instance: FleetInstance, message: RequestAnswer
     ) -> Remainder:
         """Handle a message about the request, and return what is left to do."""
         hand_over = request.hand_over
@@ -220,7 +220,7 @@ class HandOvers:
         self._attempts.send(target.instance, wire.Begin(id=target.id, tokens=tokens))
 
 
-def _source_event(message: NewsMessage) -> Event | None:
+def _source_event(message: RequestAnswer) -> Event | None:
     """The event that a message of the source is; None for one that changes nothing."""
     if isinstance(message, wire.Rejected):
         return Event.SOURCE_ENDED
@@ -230,7 +230,7 @@ def _source_event(message: NewsMessage) -> Event | None:
     return Event.SOURCE_HANDED_OVER if handed_over else Event.SOURCE_ENDED
 
 
-def _target_event(state: HandOver, message: NewsMessage) -> Event:
+def _target_event(state: HandOver, message: RequestAnswer) -> Event:
     if isinstance(message, wire.Accepted):
         return Event.TARGET_ACCEPTED
     if isinstance(message, wire.Output) and not state.reserved:

@@ -139,17 +139,19 @@ class FleetMetrics(Metrics):
     def _look(self, fleet: Fleet) -> None:
         instances = fleet.instances
         reports = [i.report for i in instances if i.report is not None]
-        waiting = sum(r.short_waiting + r.long_waiting + r.parked for r in reports)
+        waiting = sum(r.load.waiting for r in reports)
         self.set("pla_serve:engine_up", float(fleet.serving))
-        self.set("vllm:num_requests_running", sum(r.running for r in reports))
+        self.set("vllm:num_requests_running", sum(r.load.running for r in reports))
         self.set("vllm:num_requests_waiting", waiting)
-        self.set("pla_serve:waiting_tokens", sum(r.waiting_tokens for r in reports))
-        self.set("pla_serve:requests_parked", sum(r.parked for r in reports))
-        self.set("pla_serve:kv_cached_tokens", sum(r.kv_cached_tokens for r in reports))
+        self.set("pla_serve:waiting_tokens", sum(r.load.waiting_tokens for r in reports))
+        self.set("pla_serve:requests_parked", sum(r.load.parked for r in reports))
+        self.set("pla_serve:kv_cached_tokens", sum(r.load.kv_cached_tokens for r in reports))
         self.set("pla_serve:kv_tokens", sum(i.facts.kv_tokens for i in instances if i.facts))
         self.set("pla_serve:boundary_tokens", fleet.dispatcher.cost.boundary_tokens)
         if reports:
-            self.set("vllm:kv_cache_usage_perc", sum(r.kv_usage for r in reports) / len(reports))
+            self.set(
+                "vllm:kv_cache_usage_perc", sum(r.load.kv_usage for r in reports) / len(reports)
+            )
         self._of_fleet["requests_in_flight"].set(fleet.in_flight)
         self._of_fleet["requests_parked"].set(fleet.parked)
         self._of_fleet["prefix_blocks"].set(len(fleet.dispatcher.prefixes))
@@ -170,11 +172,11 @@ class FleetMetrics(Metrics):
             "instance_circuit": _CIRCUIT[instance.circuit.state(fleet.clock())],
             "instance_requests": len(instance.attempts),
             "instance_charged_seconds": fleet.dispatcher.outstanding(instance.name)[1],
-            "instance_queued_short_seconds": report.queued_short_seconds if report else 0.0,
-            "instance_queued_long_seconds": report.queued_long_seconds if report else 0.0,
-            "instance_running": report.running if report else 0,
-            "instance_parked": report.parked if report else 0,
-            "instance_kv_usage": report.kv_usage if report else 0.0,
+            "instance_queued_short_seconds": report.load.queued_short_seconds if report else 0.0,
+            "instance_queued_long_seconds": report.load.queued_long_seconds if report else 0.0,
+            "instance_running": report.load.running if report else 0,
+            "instance_parked": report.load.parked if report else 0,
+            "instance_kv_usage": report.load.kv_usage if report else 0.0,
         }
         for name, value in values.items():
             self._of_instance[name].labels(self._model, instance.name).set(value)
@@ -196,4 +198,4 @@ class FleetMetrics(Metrics):
 
 def _queued(instance: FleetInstance) -> float:
     report = instance.report
-    return report.queued_short_seconds + report.queued_long_seconds if report else 0.0
+    return report.load.queued_seconds if report else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -13,14 +14,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import msgspec
 import zmq
 
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.child import private_folder, tell
 from pla_serve.engine.host.process import CORE, Launch
 from pla_serve.logs import LogFormat
-from pla_serve.wire.engine import EngineFailed, FromEngine, Shutdown, ToEngine
+from pla_serve.wire.codec import WireError, encode, engine_answers, named_request
+from pla_serve.wire.engine import EngineFailed, FromEngine, Output, Shutdown, ToEngine
+
+log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 0.2
 """How long the reason for an exit may come after the exit itself."""
@@ -91,8 +94,7 @@ class EngineProcess:
         self._reason: str | None = None
         self._loop = asyncio.get_running_loop()
         self._folder = private_folder()
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._decode = engine_answers()
         self._open_sockets()
         self._child = child or spawn(spec)
         self._launch(spec)
@@ -106,7 +108,7 @@ class EngineProcess:
     def send(self, message: ToEngine) -> None:
         """Never blocks; a message to a child that has exited is dropped."""
         if not self._out.closed:
-            self._out.send(self._encode(message), zmq.NOBLOCK)
+            self._out.send(encode(message), zmq.NOBLOCK)
 
     def kill(self) -> None:
         self._child.kill()
@@ -152,10 +154,21 @@ class EngineProcess:
                 frame = self._in.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            message = self._decode(frame)
+            try:
+                message = self._decode(frame)
+            except WireError as error:
+                self._fail(frame, error)
+                continue
             if isinstance(message, EngineFailed):
                 self._reason = message.error
             self._deliver(message)
+
+    def _fail(self, frame: bytes, error: WireError) -> None:
+        """A message that is not valid, by a fault in the engine, ends the request it is about."""
+        log.error("a message from the engine is not valid: %s", error)
+        id = named_request(frame)
+        if id is not None:
+            self._deliver(Output(id=id, tokens=[], finish_reason="error", error=str(error)))
 
     def _reap(self) -> None:
         status = self._child.wait()

@@ -14,9 +14,9 @@ from pla_serve.wire.engine import (
     Offer,
     Output,
     Rejected,
+    RequestAnswer,
     TokenLogprob,
 )
-from pla_serve.wire.link import NewsMessage
 
 
 class EngineDiedError(Exception):
@@ -69,7 +69,7 @@ class Update:
 class NewsReceiver(Protocol):
     """Who gets the news of a request."""
 
-    def take(self, message: NewsMessage) -> None: ...
+    def take(self, message: RequestAnswer) -> None: ...
 
     def fail(self, failure: Exception) -> None:
         """Nothing more comes, of none of its requests."""
@@ -141,7 +141,7 @@ class EngineSession:
         news, self._news = self._news, {}
         return list(news.values())
 
-    def take(self, message: NewsMessage) -> None:
+    def take(self, message: RequestAnswer) -> None:
         """Called by the client for every message about a sequence of this session."""
         if isinstance(message, Offer):
             return  # for routers, which ask for it

@@ -18,7 +18,8 @@ from pla_serve.server.api.errors import ApiError, invalid, json_response
 from pla_serve.server.api.guard import Keys, Traffic
 from pla_serve.server.engine.client import EngineClient
 from pla_serve.server.link.router_link import RouterLink
-from pla_serve.wire.engine import EngineReady, EngineStats
+from pla_serve.wire.codec import BadMessage, WireError, instance_frames
+from pla_serve.wire.engine import EngineLoad, EngineReady, EngineStats
 from pla_serve.wire.link import (
     PATH,
     REPORT_SECONDS,
@@ -75,7 +76,7 @@ class LinkHub:
         self._role: Role = role
         self._draining = False
         self._clock = clock
-        self._decode = msgspec.msgpack.Decoder(list[ToInstance]).decode
+        self._decode = instance_frames()
         self._numbers = count(1)
         self._links: set[RouterLink] = set()
         self._facts: InstanceFacts | None = None
@@ -228,16 +229,20 @@ class LinkHub:
             end(error.code, error.reason or "the router closed it")
         except TimeoutError:
             end(TRY_LATER, f"the router was silent for {ROUTER_SILENCE_SECONDS:.0f} s")
-        except (msgspec.DecodeError, KeyError) as error:
+        except WireError as error:
             end(BAD_FRAME, f"not a frame of {SUBPROTOCOL}: {error}")
+        except KeyError:
+            end(BAD_FRAME, f"not a frame of {SUBPROTOCOL}: text instead of bytes")
 
-    def _handle(self, link: RouterLink, message: ToInstance) -> None:
+    def _handle(self, link: RouterLink, message: ToInstance | BadMessage) -> None:
         if isinstance(message, SetRole):
             self._role = message.role
             self._inform()
         elif isinstance(message, Drain):
             self._draining = message.on
             self._inform()
+        elif isinstance(message, BadMessage):
+            link.refuse(message)
         elif not isinstance(message, Alive):
             link.handle(message)
 
@@ -261,31 +266,15 @@ class LinkHub:
             link.say(report)
 
     def _report(self) -> InstanceReport:
-        ready = self._facts is not None and not self._traffic.draining
-        base = InstanceReport(
+        stats = self._stats
+        return InstanceReport(
             role=self._role,
-            ready=ready,
+            ready=self._facts is not None and not self._traffic.draining,
             draining=self._draining,
             kv_tokens=self._facts.kv_tokens if self._facts else 0,
             requests=self._traffic.in_flight,
-        )
-        stats = self._stats
-        if stats is None:
-            return base
-        return msgspec.structs.replace(
-            base,
-            age=max(0.0, self._clock() - self._stats_at),
-            short_waiting=stats.short_waiting,
-            long_waiting=stats.long_waiting,
-            running=stats.running,
-            parked=stats.parked,
-            waiting_tokens=stats.waiting_tokens,
-            queued_short_seconds=stats.queued_short_seconds,
-            queued_long_seconds=max(0.0, stats.queued_seconds - stats.queued_short_seconds),
-            kv_usage=stats.kv_usage,
-            kv_cached_tokens=stats.kv_cached_tokens,
-            boundary_tokens=stats.boundary_tokens,
-            cost=stats.cost_seconds,
+            age=max(0.0, self._clock() - self._stats_at) if stats else 0.0,
+            load=stats.load if stats else EngineLoad(),
         )
 
 

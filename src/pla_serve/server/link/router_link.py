@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from pla_serve.logs import REQUESTS
 from pla_serve.server.api.guard import Traffic
 from pla_serve.server.engine.session import EngineDiedError, MessageRoutes
+from pla_serve.wire.codec import BadMessage
 from pla_serve.wire.engine import (
     AbortRequest,
     AddRequest,
@@ -21,10 +22,11 @@ from pla_serve.wire.engine import (
     Output,
     Rejected,
     Release,
+    RequestAnswer,
     Reserve,
 )
 from pla_serve.wire.frames import Outbox, Overflow
-from pla_serve.wire.link import FromInstance, NewsMessage, RequestMessage
+from pla_serve.wire.link import FromInstance
 
 log = logging.getLogger(REQUESTS)
 
@@ -80,7 +82,7 @@ class RouterLink:
         """Unfinished ones."""
         return len(self._open)
 
-    def handle(self, message: RequestMessage) -> None:
+    def handle(self, message: Inbound) -> None:
         """Do what the router asks."""
         if isinstance(message, AddRequest):
             self._begin(message.id, lambda name: self._timed(message, name))
@@ -108,6 +110,14 @@ class RouterLink:
         else:
             self._release(message.id)
 
+    def refuse(self, message: BadMessage) -> None:
+        """Answer a message with a field out of range, and end the request if it runs."""
+        name = self._open.get(message.id)
+        if name is not None:
+            self._forget(message.id, "refused")
+            self._engine.send(AbortRequest(name))
+        self._refuse(message.id, f"invalid message: {message.reason}", None)
+
     def say(self, message: FromInstance) -> None:
         """To the router."""
         try:
@@ -115,7 +125,7 @@ class RouterLink:
         except Overflow as error:
             self._cut(str(error))
 
-    def take(self, message: NewsMessage) -> None:
+    def take(self, message: RequestAnswer) -> None:
         """From the engine."""
         id = message.id.partition(":")[2]
         if isinstance(message, Offer):

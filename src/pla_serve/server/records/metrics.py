@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -186,23 +187,24 @@ class Metrics:
         self._restarts.inc()
 
     def stats(self, stats: EngineStats) -> None:
-        waiting = stats.short_waiting + stats.long_waiting
+        load = stats.load
         for name, value in {
-            "vllm:num_requests_running": stats.running,
-            "vllm:num_requests_waiting": waiting + stats.parked,
-            "vllm:kv_cache_usage_perc": stats.kv_usage,
-            "pla_serve:waiting_tokens": stats.waiting_tokens,
-            "pla_serve:queued_seconds": stats.queued_seconds,
-            "pla_serve:requests_parked": stats.parked,
-            "pla_serve:kv_cached_tokens": stats.kv_cached_tokens,
-            "pla_serve:boundary_tokens": stats.boundary_tokens,
+            "vllm:num_requests_running": load.running,
+            "vllm:num_requests_waiting": load.waiting,
+            "vllm:kv_cache_usage_perc": load.kv_usage,
+            "pla_serve:waiting_tokens": load.waiting_tokens,
+            "pla_serve:queued_seconds": load.queued_seconds,
+            "pla_serve:requests_parked": load.parked,
+            "pla_serve:kv_cached_tokens": load.kv_cached_tokens,
+            "pla_serve:boundary_tokens": load.boundary_tokens,
             "pla_serve:cost_model_error": stats.cost_error,
         }.items():
             self.set(name, value)
-        for unit, seconds in stats.cost_seconds.items():
-            self._by(self._cost, unit).set(seconds)
-        self._by(self._waiting, "short").set(stats.short_waiting)
-        self._by(self._waiting, "long").set(stats.long_waiting)
+        if load.cost is not None:
+            for unit, seconds in asdict(load.cost).items():
+                self._by(self._cost, unit.removeprefix("per_")).set(seconds)
+        self._by(self._waiting, "short").set(load.short_waiting)
+        self._by(self._waiting, "long").set(load.long_waiting)
         for kind, error in stats.wait_error.items():
             self._by(self._wait_error, kind).set(error)
         for kind, share in stats.wait_coverage.items():

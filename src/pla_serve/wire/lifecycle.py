@@ -1,0 +1,50 @@
+"""Start, heartbeat and end of an engine process."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pla_serve.policy.protocol import Capabilities
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The engine has loaded its model and takes requests. First message of an engine."""
+
+    max_model_len: int
+    """Most tokens of prompt and output together."""
+    kv_tokens: int
+    """Tokens whose KV fits in memory."""
+    kv_bytes_per_token: int
+    """Bytes of keys and values of one token, over all layers."""
+    layers: int
+    """Decoder layers."""
+    vocab_size: int
+    device: str
+    dtype: str
+    policy: str
+    """Name and knobs, as ``--policy`` takes them."""
+    capabilities: Capabilities = Capabilities()
+    """Capabilities of the policy."""
+    transfer: str | None = None
+    """Layout of the KV that this engine exchanges: engines with the same text can. None if it
+    exchanges none."""
+
+
+class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The engine raised an error. Last message of an engine process."""
+
+    error: str
+    starting: bool
+    """True if the engine never became ready."""
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Answered by `Pong` at the next layer boundary, by the process that hosts the engine."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The engine is alive and takes its messages."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave after the running batch. The process that hosts the engine obeys it."""

@@ -1,0 +1,43 @@
+"""Ranges of what may stand in a message, as types for the fields of the structs.
+
+A peer on a link is a program on another machine, so every number that it sends is checked where it
+is decoded: times are finite, counts are not negative, lists have a bounded length. msgspec checks
+an ``Annotated`` type while it decodes and names the field that is out of range; it does not check
+structs that are made in this process.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+MOST_TOKENS = 1 << 24
+"""Tokens of one sequence: far beyond any context, and 128 MiB as a Python list."""
+MOST_LOGPROBS = 20
+"""Most likely tokens that may be asked for beside the chosen one, as in OpenAI's API."""
+MOST_BIASES = 300
+"""Entries of ``logit_bias``, as in OpenAI's API."""
+MOST_STOP_IDS = 1024
+MOST_TEXT = 1 << 20
+"""Characters of a grammar, or of the reason for an error."""
+MOST_OFFER_BYTES = 1 << 22
+"""Bytes of the description of offered KV, which grows with the prompt (1 byte for 4 tokens)."""
+MOST_LEASE_SECONDS = 86400.0
+
+Seconds = Annotated[float, Meta(ge=-1e9, le=1e9)]
+"""A moment on a monotonic clock, or its difference to another one. Finite."""
+Duration = Annotated[float, Meta(ge=0, le=1e9)]
+"""Seconds that something takes. Finite."""
+Lease = Annotated[float, Meta(ge=0, le=MOST_LEASE_SECONDS)]
+"""Seconds for which KV is kept for another instance."""
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenCount = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Tokens = Annotated[list[TokenId], Meta(max_length=MOST_TOKENS)]
+Id = Annotated[str, Meta(max_length=512)]
+"""Id of a sequence. The instance's server puts a prefix of its own before a router's."""
+Name = Annotated[str, Meta(max_length=1024)]
+Text = Annotated[str, Meta(max_length=MOST_TEXT)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]

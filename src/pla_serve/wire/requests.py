@@ -1,0 +1,98 @@
+"""A request for tokens, as it travels to an engine: from its own server, or from a router."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pla_serve.wire.limits import (
+    MOST_BIASES,
+    MOST_LOGPROBS,
+    MOST_STOP_IDS,
+    Id,
+    Lease,
+    Priority,
+    Seconds,
+    Share,
+    Text,
+    TokenCount,
+    TokenId,
+    Tokens,
+)
+
+
+class Grammar(msgspec.Struct, frozen=True, tag_field=None):
+    """A constraint on the output text."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    spec: Text = ""
+    """The schema as JSON text, the regular expression, or the grammar; empty for json_object."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one sequence is sampled. Token ids are checked against the vocabulary by the engine."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    min_tokens: TokenCount = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: TokenCount = 0
+    """0 keeps all."""
+    min_p: Share = 0.0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=100)] = 1.0
+    """Logits are divided by it, so a smaller one than 0.001 would overflow them."""
+    logit_bias: (
+        Annotated[
+            dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MOST_BIASES)
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MOST_STOP_IDS)] = ()
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
+    """None: no log probabilities. 0: of the chosen token. k: of the k most likely ones as well,
+    before sampling filters."""
+    grammar: Grammar | None = None
+
+
+class HandOver(msgspec.Struct, frozen=True, kw_only=True):
+    """Wish to prefill only, and to let another instance read the KV while it is being made."""
+
+    lease_seconds: Lease
+    """How long the KV is kept after the first token, if no `Release` comes."""
+
+
+class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
+    """One sequence to generate. A request with ``n > 1`` is several of these."""
+
+    id: Id
+    prompt: Tokens
+    sampling: SamplingParams
+    arrival: Seconds
+    """Seconds on the machine's monotonic clock; on a link, the difference to the time of sending,
+    because the clocks of two machines do not agree."""
+    deadline: Seconds | None = None
+    """When the first token is due, on the same clock."""
+    priority: Priority = 0
+    """Smaller is sooner."""
+    generated: TokenCount = 0
+    """How many of the last tokens of ``prompt`` are output that the client has got already, from
+    another instance. Sampling, limits and usage take them as output, so what follows is what would
+    have followed there. A request whose seed is None is not continued exactly."""
+    hand_over: HandOver | None = None
+    """If set, an `Offer` follows when the prefill begins, and the request ends with its first
+    token: as "handed_over", or for a reason of its own. An engine without KV transfer refuses."""
+    request_id: Annotated[str, Meta(max_length=128)] = ""
+    """Id of the HTTP request that this is part of, for logs; the client may have chosen it."""
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a request and free its KV; unknown ids are ignored. It gets no further output."""
+
+    id: Id
