@@ -17,6 +17,7 @@ from pla_serve.engine.loading import gguf as gguf_cache
 from pla_serve.engine.loading.convert import _config, _read, convert
 from pla_serve.engine.loading.errors import ModelUnavailable
 from pla_serve.engine.loading.progress import NoLoadingProgress
+from pla_serve.engine.loading.rope import llama3_scaling
 from tests.engine.loading import tiny
 
 TOKENS = torch.arange(3, 33)[None]
@@ -47,6 +48,51 @@ def test_the_converted_model_is_the_original(tmp_path: Path, family: str) -> Non
     assert eos_token_ids(ModelSource("m", out, "here")) == (1, 2)
 
 
+SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama3": (
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+        {},
+    ),
+    "llama3 of 32": (
+        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+        {},
+    ),
+    "linear": ({"factor": 4.0}, {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}),
+    "yarn": (
+        {"factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0,
+         "rope__scaling__original_context_length": 64},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_scaled_rotary_embedding_is_the_original_one(tmp_path: Path, kind: str) -> None:
+    parameters, keys = SCALINGS[kind]
+    rope = {"rope_type": kind, "rope_theta": 500000.0, **parameters}
+    settings = tiny.config(
+        "Llama", head_dim=16, max_position_embeddings=16384, rope_parameters=rope
+    )
+    source = tiny.model(settings)
+    tiny.write_gguf(tmp_path / "m.gguf", source, **keys)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    positions = torch.arange(len(TOKENS[0]))[None] * 500
+    with torch.no_grad():
+        expected = source.eval()(TOKENS, position_ids=positions).logits
+        found = loaded(TOKENS, position_ids=positions).logits
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_unknown_rope_factors_are_refused(tmp_path: Path) -> None:
+    config = tiny.config("Llama", head_dim=16)
+    with pytest.raises(UnsupportedModel, match=r"not those of Llama 3\.1"):
+        llama3_scaling(config, np.linspace(1, 8, 8))
+
+
 def test_the_tokenizer_keeps_specials_whole_and_digits_apart(tmp_path: Path) -> None:
     written(tmp_path / "m.gguf")
     convert(tmp_path / "m.gguf", tmp_path / "out")
@@ -70,7 +116,9 @@ def test_gpt2_splits_keep_digits_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
-        ({"rope__scaling__type": "yarn"}, r"sets rope\.scaling\.type"),
+        ({"rope__scaling__type": "longrope"}, "scales its rotary embedding by 'longrope'"),
+        ({"rope__scaling__type": "yarn"}, "'yarn' with factor None"),
+        ({"rope__scaling__attn_factor": 2}, r"sets rope\.scaling\.attn_factor"),
         ({"attention__sliding_window": 4096}, r"sets attention\.sliding_window"),
         ({"expert_count": 8}, "sets expert_count"),
         ({"rope__dimension_count": 8}, r"rope\.dimension_count is not the size of a head"),
@@ -92,16 +140,16 @@ def test_settings_that_say_nothing_special_are_passed_over(tmp_path: Path) -> No
 def test_a_tensor_that_transformers_passes_over_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Llama 3 files hold rope factors in a tensor of their own."""
+    """Weights that nobody would multiply with make another model of it."""
     plain = GGUFWriter.write_header_to_file
 
-    def with_factors(self: GGUFWriter, *args: Any) -> None:
-        self.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
+    def with_more(self: GGUFWriter, *args: Any) -> None:
+        self.add_tensor("extra_scale.weight", np.ones(8, dtype=np.float32))
         plain(self, *args)
 
-    monkeypatch.setattr(GGUFWriter, "write_header_to_file", with_factors)
+    monkeypatch.setattr(GGUFWriter, "write_header_to_file", with_more)
     written(tmp_path / "m.gguf")
-    with pytest.raises(UnsupportedModel, match=r"not used: rope_freqs\.weight"):
+    with pytest.raises(UnsupportedModel, match=r"not used: extra_scale\.weight"):
         convert(tmp_path / "m.gguf", tmp_path / "out")
 
 

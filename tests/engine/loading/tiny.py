@@ -11,6 +11,7 @@ import torch
 import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = {
     "vocab_size": 300,
@@ -79,7 +80,7 @@ def write_gguf(path: Path, source: Any, *, pre: str = "smollm", **extra_keys: An
     writer.add_value_length(settings.head_dim)
     for key, value in extra_keys.items():
         name = f"{arch}.{key.replace('__', '.')}"
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+        _adder(writer, value)(name, value)
     _add_tokenizer(writer, pre)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch),
@@ -91,10 +92,28 @@ def write_gguf(path: Path, source: Any, *, pre: str = "smollm", **extra_keys: An
         base, suffix = name.rsplit(".", 1)
         data = _permuted(name, tensor.numpy(), settings) if arch == "llama" else tensor.numpy()
         writer.add_tensor(f"{names.get_name(base)}.{suffix}", np.ascontiguousarray(data))
+    if (factors := _rope_factors(settings)) is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _adder(writer: gguf.GGUFWriter, value: object) -> Any:
+    if isinstance(value, str):
+        return writer.add_string
+    return writer.add_float32 if isinstance(value, float) else writer.add_uint32
+
+
+def _rope_factors(settings: PreTrainedConfig) -> np.ndarray | None:
+    """llama.cpp's converter: Llama 3's scaled frequencies as divisors of the plain ones."""
+    if settings.rope_parameters["rope_type"] != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](settings, "cpu")
+    base = settings.rope_parameters["rope_theta"]
+    plain = base ** (-np.arange(0, settings.head_dim, 2) / settings.head_dim)
+    return (plain / scaled.numpy()).astype(np.float32)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:

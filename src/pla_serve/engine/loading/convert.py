@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from pla_serve.engine.loading.errors import UnsupportedModel
+from pla_serve.engine.loading.rope import ROPE_FACTORS, rope_scaling
 
 REFUSED = 3
 """Exit status; the reason is the last line of stdout, as JSON."""
@@ -39,6 +40,9 @@ UNDERSTOOD = REQUIRED | {
     "attention.value_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
     "tensor_data_layout",
     "vocab_size",
 }
@@ -56,11 +60,14 @@ def convert(path: Path, folder: Path) -> None:
     """Write ``folder``. The text of an UnsupportedModel goes on from the file's name."""
     metadata, tensors = _read(path)
     config = _config(path, metadata)
+    scaling = rope_scaling(config, metadata, tensors)
+    if scaling is not None:
+        config.rope_parameters = {**config.rope_parameters, **scaling}
     weights = {"quantization_config": GgufConfig(dequantize=True), "dtype": _dtype(tensors)}
     model, info = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, config=config, output_loading_info=True, **weights
     )
-    _require_all_read(model, info, tensors)
+    _require_all_read(model, info, {k: t for k, t in tensors.items() if k != ROPE_FACTORS})
     _save_model(model, metadata, folder)
     _save_tokenizer(path, metadata, folder)
 
@@ -98,7 +105,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _harmless(metadata: dict[str, Any], prefix: str) -> set[str]:
     """Keys whose value says that nothing special is in use."""
     nothing = {
-        "rope.scaling.type": ("none",),
         "attention.sliding_window": (0,),
         "expert_count": (0,),
     }

@@ -13,7 +13,7 @@ from pla_serve.engine.loading.cache import build_once
 from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
 from pla_serve.engine.loading.progress import LoadingProgress
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache key: raise it when the conversion changes, and all are converted anew."""
 
 
