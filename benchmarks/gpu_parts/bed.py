@@ -20,19 +20,26 @@ from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBacken
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.batch.staging import DirectUploader, PinnedUploader, Scratch, Uploader
-from pla_serve.engine.build.execution import make_grid
+from pla_serve.engine.batch.staging import (
+    DirectUploader,
+    PinnedUploader,
+    Scratch,
+    Uploader,
+    stage,
+)
+from pla_serve.engine.build.device import RankDevice
 from pla_serve.engine.build.roofline import ModelSize, measure, starting_profile
-from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.build.shapes import capture_all
 from pla_serve.engine.layers import gpu
 from pla_serve.engine.layers.gpu.operations import TorchOperations
 from pla_serve.engine.loading import check_supported, decoder_layers, load_config, load_model
 from pla_serve.engine.loading.source import ModelSource
 from pla_serve.engine.run.device import Device, RunAhead, device_of
-from pla_serve.engine.run.executor import StagedExecutor, stage
+from pla_serve.engine.run.executor import BatchExecutor
+from pla_serve.engine.run.graphs.capture import Capturer, CudaCapture, NoCapture
+from pla_serve.engine.run.graphs.choice import choose_shapes
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import ModelRunner
-from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 
 BLOCK = 16
@@ -128,21 +135,24 @@ class Bed:
             + 4 * self.size.layers * self.size.attention_width * pairs
         )
 
-    def executor(self, graphs: bool = True) -> StagedExecutor:
+    def executor(self, graphs: bool = True) -> BatchExecutor:
         """Where batches run, with or without captured shapes."""
         grid = self.grid if graphs else None
-        return StagedExecutor(self.runner, grid, self.uploader, self.device, BLOCK)
+        return BatchExecutor(self.runner, grid, self.uploader, self.device, BLOCK)
 
     def capture(self, shapes: str, most_tokens: int, most_batch: int) -> float:
         """Capture these shapes in place of earlier ones; returns the seconds it took."""
-        config = EngineConfig(
-            capture_shapes=shapes,
-            policy_config=PolicyConfig(max_batch_requests=most_batch, max_batch_tokens=8192),
-        )
         limits = GridLimits(BLOCK, self.scratch, self.context, most_tokens, 1.0)
+        price = RankDevice(self.device, self.uploader, None, self.cost, self.cost).capture_seconds
+        chosen = choose_shapes(shapes, most_tokens=most_tokens, most_batch=most_batch, cost=price)
+        torch_device = self.device.torch_device
+        capturer: Capturer = CudaCapture(torch_device) if self.device.asynchronous else NoCapture()
         self.grid = None
         began = time.perf_counter()
-        self.grid = make_grid(config, self.runner, self.cost, limits, self.uploader, self.device)
+        self.grid = ShapeGrid(
+            self.runner, capturer, self.uploader, chosen, price, limits, torch_device
+        )
+        capture_all(self.grid, len(chosen))
         self.device.record().wait()
         return time.perf_counter() - began
 

@@ -130,8 +130,7 @@ def _decode(
     from pla_serve.engine.attention.cache import KVCache
     from pla_serve.engine.attention.paged import PagedAttention
     from pla_serve.engine.batch.flat import SpanRequest
-    from pla_serve.engine.batch.staging import PinnedUploader
-    from pla_serve.engine.run.executor import stage
+    from pla_serve.engine.batch.staging import PinnedUploader, stage
 
     tracker = CudaDevice(device)
     for count, context in ((1, 32768), (64, 4096)):

@@ -13,13 +13,15 @@ import numpy as np
 
 from gpu_parts.bed import BLOCK, Bed
 from gpu_parts.report import Report
-from pla_serve.engine.build.parts import EngineParts
+from pla_serve.engine.build.engine import build_parts
+from pla_serve.engine.build.sampling import Sampling
+from pla_serve.engine.build.scheduling import Scheduling
 from pla_serve.engine.build.warm_up import warm_up
-from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.loop.loop import EngineLoop
-from pla_serve.engine.requests.admission import Intake, Limits
-from pla_serve.engine.requests.memory import MemoryGate
-from pla_serve.engine.run.executor import StagedExecutor
+from pla_serve.engine.requests.admission import Limits
+from pla_serve.engine.run.executor import BatchExecutor
 from pla_serve.engine.sampling import Sampler
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.config import PolicyConfig
@@ -77,22 +79,17 @@ class Service:
         self._aborts: list[str] = []
         self.on_finish: Callable[[Job], None] = lambda job: None
         device = bed.device.torch_device
-        self.executor: StagedExecutor = bed.executor(graphs)
+        self.executor: BatchExecutor = bed.executor(graphs)
         self.observed = Observed(parse_policy(policy).create(config, bed.cost))
-        self._kv = kv = KVManager(bed.blocks, BLOCK, prefix_cache=True)
-        gate = MemoryGate(kv, bed.blocks // 20)
-        sampler = Sampler(self._vocabulary, device)
         limits = Limits(bed.context, self._vocabulary, frozenset(), 0)
-        admission = Admission(10**9, None)
-        parts = EngineParts(
-            executor=self.executor,
-            kv=kv,
-            gate=gate,
-            sampler=sampler,
-            intake=Intake(limits, admission, kv, sampler, self.observed, bed.cost, gate),
-            policy=self.observed,
-            cost=bed.cost,
+        parts = build_parts(
+            EngineConfig(block_tokens=BLOCK),
+            KVPlan(bed.blocks, bed.blocks // 20, bed.context),
+            self.executor,
+            Sampling(limits, Sampler(self._vocabulary, device)),
+            Scheduling(self.observed, bed.cost, Admission(10**9, None)),
         )
+        self._kv = parts.kv
         self.loop = EngineLoop(parts, inbox=self._inbox, emit=self._emit, clock=time.monotonic)
         self._start = time.monotonic()
 

@@ -15,14 +15,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.build.engine import assemble_parts
+from pla_serve.engine.build.engine import build_parts
+from pla_serve.engine.build.sampling import build_sampling
+from pla_serve.engine.build.scheduling import build_scheduling
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.loading import NoLoadingProgress, load_config, resolve
@@ -33,7 +34,6 @@ from pla_serve.engine.run.executor import Executed
 from pla_serve.engine.run.runner import AtBoundary
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
-from pla_serve.policy.registry import create_policy
 from pla_serve.simulator.machine import load_machine
 from pla_serve.wire.engine import EngineReady, Inbound, Outbound
 
@@ -112,17 +112,14 @@ class StandInCore:
         plan = KVPlan(blocks, int(config.short_kv_reserve * blocks), model.max_position_embeddings)
         limits = Limits(plan.max_model_len, model.vocab_size, frozenset(), config.seed)
         cost = CostModel(machine.profile)
-        knobs = replace(config.policy_config, layers=machine.layers)
-        policy = create_policy(config.policy, knobs, cost)
-        parts = assemble_parts(
+        parts = build_parts(
             config,
-            source,
-            torch.device("cpu"),
-            Waiting(machine.cost, machine.layers, limits.vocab_size),
-            cost,
             plan,
-            limits,
-            policy,
+            Waiting(machine.cost, machine.layers, limits.vocab_size),
+            build_sampling(source, limits, torch.device("cpu")),
+            build_scheduling(
+                config, cost, layers=machine.layers, kv_tokens=blocks * config.block_tokens
+            ),
         )
         self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
         emit(
@@ -135,7 +132,7 @@ class StandInCore:
                 device=f"stand-in for {machine.name}",
                 dtype="none",
                 policy=config.policy,
-                capabilities=policy.capabilities,
+                capabilities=parts.policy.capabilities,
             )
         )
 

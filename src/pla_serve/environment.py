@@ -29,7 +29,7 @@ def describe(command: Sequence[str] | None = None) -> dict[str, object]:
         "command": _command(sys.argv if command is None else command),
         "machine": {
             "cpu": _cpu_model(),
-            "cores": _cores(),
+            "cores": usable_cores(),
             "memory_gib": _memory_gib(),
             "os": f"{platform.system()} {platform.release()}",
             "architecture": platform.machine(),
@@ -75,8 +75,8 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

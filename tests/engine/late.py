@@ -19,7 +19,7 @@ from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader, Scratch
 from pla_serve.engine.kv.manager import BlockTable
 from pla_serve.engine.run.device import RunAhead
-from pla_serve.engine.run.executor import Executed, StagedExecutor
+from pla_serve.engine.run.executor import BatchExecutor, Executed
 from pla_serve.engine.run.graphs.capture import NoCapture
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import AtBoundary, ModelRunner
@@ -94,7 +94,7 @@ class LateExecutor:
 
     carries = True
 
-    def __init__(self, inner: StagedExecutor, device: LateDevice) -> None:
+    def __init__(self, inner: BatchExecutor, device: LateDevice) -> None:
         self.device = device
         self._inner = inner
         self.batches: list[int] = []
@@ -209,7 +209,7 @@ def late_engine(
     cpu = torch.device("cpu")
     grid = ShapeGrid(runner, NoCapture(), DirectUploader(), shapes, lambda t, b: t, limits, cpu)
     grid.capture_all()
-    whole = StagedExecutor(runner, grid, DirectUploader(), device, BLOCK)
+    whole = BatchExecutor(runner, grid, DirectUploader(), device, BLOCK)
     executor = LateExecutor(whole, device)
     engine = make_engine(
         "llama",

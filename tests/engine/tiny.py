@@ -26,14 +26,19 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
-from pla_serve.engine.build.parts import EngineParts
-from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.batch.staging import DirectUploader
+from pla_serve.engine.build.engine import build_parts
+from pla_serve.engine.build.sampling import Sampling
+from pla_serve.engine.build.scheduling import Scheduling
+from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.layers import cpu
 from pla_serve.engine.loading import decoder_layers
 from pla_serve.engine.loop.loop import EngineLoop
-from pla_serve.engine.requests.admission import Intake, Limits
-from pla_serve.engine.requests.memory import MemoryGate
-from pla_serve.engine.run.executor import Executor, PlainExecutor
+from pla_serve.engine.loop.parts import EngineParts
+from pla_serve.engine.requests.admission import Limits
+from pla_serve.engine.run.device import HostDevice
+from pla_serve.engine.run.executor import BatchExecutor, Executor
 from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.engine.sampling import GrammarCompiler, Sampler
 from pla_serve.engine.transfer.protocol import KVExchange
@@ -113,6 +118,11 @@ def new_runner(name: str, padded: bool = False) -> ModelRunner:
     return ModelRunner(model, layers, cache, backend)
 
 
+def plain_executor(runner: ModelRunner) -> BatchExecutor:
+    """An executor that runs every batch layer by layer on the CPU."""
+    return BatchExecutor(runner, None, DirectUploader(), HostDevice(), BLOCK)
+
+
 @cache
 def expected(name: str, prompt: tuple[int, ...], tokens: int) -> tuple[int, ...]:
     """Greedy continuation by ``transformers.generate``, EOS included."""
@@ -190,20 +200,16 @@ def make_engine(
     ``exchange`` is made from the rest of the parts.
     """
     cost = cost or CostModel()
-    kv = KVManager(blocks, BLOCK, prefix_cache=prefix_cache)
-    gate = MemoryGate(kv, short_reserve)
-    sampler = sampler or Sampler(vocabulary, torch.device("cpu"), grammars)
     longest = min(max_model_len, (blocks - short_reserve) * BLOCK)
     limits = Limits(longest, vocabulary, frozenset({eos}), 0)
-    parts = EngineParts(
-        executor=executor or PlainExecutor(runner_of or runner(name), BLOCK, torch.device("cpu")),
-        kv=kv,
-        gate=gate,
-        sampler=sampler,
-        intake=Intake(limits, admission or Admission(), kv, sampler, policy, cost, gate),
-        policy=policy,
-        cost=cost,
-        async_scheduling=async_scheduling,
+    parts = build_parts(
+        EngineConfig(
+            block_tokens=BLOCK, prefix_cache=prefix_cache, async_scheduling=async_scheduling
+        ),
+        KVPlan(blocks, short_reserve, longest),
+        executor or plain_executor(runner_of or runner(name)),
+        Sampling(limits, sampler or Sampler(vocabulary, torch.device("cpu"), grammars)),
+        Scheduling(policy, cost, admission or Admission()),
     )
     if exchange is not None:
         parts = replace(parts, exchange=exchange(parts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pla_serve.environment import describe
+from pla_serve.environment import describe, usable_cores
 from pla_serve.simulator.machine import Machine, load_machine
 from pla_serve.simulator.parallel import in_order
 from pla_serve.simulator.report import RunReport, run_and_report, save
@@ -76,7 +75,7 @@ def execute(flags: Flags) -> int:
     runs: list[RunReport] = []
     interrupted = False
     try:
-        _run(sweep, flags.jobs or _cores(), status, runs)
+        _run(sweep, flags.jobs or usable_cores(), status, runs)
     except KeyboardInterrupt:
         interrupted = True
         status.print(f"interrupted after {len(runs)} of {len(sweep)} runs", style="yellow")
@@ -226,9 +225,3 @@ def _about(flags: Flags, setting: Setting) -> dict[str, object]:
         "slo": asdict(setting.objective),
         "short_tokens": SHORT_TOKENS,
     }
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
-from pla_serve.engine.batch.flat import FlatBatch, SpanRequest, build, slot_runs
+from pla_serve.engine.batch.flat import FlatBatch, SpanRequest, slot_runs
+from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.kv.blocks import BlockRun, extend_runs
 
 BLOCK = 4
@@ -41,7 +42,7 @@ def random_batch(rng: Random, heads: int, dim: int) -> tuple[KVCache, FlatBatch]
         for start, end in slot_runs(own, length + history, BLOCK):
             cache.keys[0][start:end] = torch.randn(end - start, heads, dim)
             cache.values[0][start:end] = torch.randn(end - start, heads, dim)
-    return cache, build(spans, BLOCK, CPU)
+    return cache, stage(spans, BLOCK, DirectUploader())
 
 
 @settings(max_examples=80, deadline=None)
@@ -61,7 +62,7 @@ def test_reference_by_hand() -> None:
     cache = KVCache(KVShape(1, 1, 2, torch.float32), 8, CPU)
     cache.keys[0][:3, 0] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     cache.values[0][:3, 0] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
-    batch = build([SpanRequest([0, 0], 1, [(0, 1)], True)], BLOCK, CPU)
+    batch = stage([SpanRequest([0, 0], 1, [(0, 1)], True)], BLOCK, DirectUploader())
     query = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     output = SdpaReference().attend(0, query, cache, batch, 1.0)[:, 0]
     weight = math.e / (math.e + 1)

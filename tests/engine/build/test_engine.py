@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.engine.tiny import CONFIGS, SIZES, expected, reference_model, write_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from pla_serve.engine.attention.cache import KVShape
-from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.build.engine import EngineCore
+from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.kv.sizing import GIB, plan_kv
+from pla_serve.policy.config import PolicyConfig
 from pla_serve.wire.engine import (
     AddRequest,
     EngineReady,
@@ -25,8 +27,6 @@ from pla_serve.wire.engine import (
     Output,
     SamplingParams,
 )
-from pla_serve.policy.config import PolicyConfig
-from tests.engine.tiny import CONFIGS, SIZES, expected, reference_model, write_tokenizer
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(layers=2, heads=2, head_dim=8, dtype=torch.float32)

@@ -9,6 +9,7 @@ from math import isfinite
 
 import pytest
 import torch
+from tests.engine.tiny import SIZES, reference_model
 
 from pla_serve.engine.build.roofline import (
     COPY_BYTES,
@@ -22,7 +23,6 @@ from pla_serve.engine.build.roofline import (
 )
 from pla_serve.engine.loading import decoder_layers
 from pla_serve.policy.cost import CostModel
-from tests.engine.tiny import SIZES, reference_model
 
 CPU = torch.device("cpu")
 SIZE = ModelSize(

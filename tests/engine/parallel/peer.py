@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import torch
 
-from pla_serve.engine.build.model import Loaded, load
+from pla_serve.engine.build.rank import Rank, build_rank
+from pla_serve.engine.build.settings import build_settings
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.loading import NoLoadingProgress, resolve
 from pla_serve.engine.parallel.commands import CommandReceiver, End
@@ -25,13 +26,13 @@ SHAPES = {"captured": "1x1,4x4,16x4,32x8"}
 """Of models that run short batches as a whole."""
 
 
-def load_all(config: EngineConfig, ranks: Ranks) -> dict[str, Loaded]:
+def load_all(config: EngineConfig, ranks: Ranks) -> dict[str, Rank]:
     """Each model in the folder ``config.model``, by name; the same on each rank."""
     loaded = {}
     for folder in sorted(Path(config.model).iterdir()):
         own = replace(config, model=str(folder), capture_shapes=SHAPES.get(folder.name))
         source = resolve(own.model, own.load_format, progress=NoLoadingProgress())
-        loaded[folder.name] = load(own, source, CPU, time.monotonic, ranks)
+        loaded[folder.name] = build_rank(build_settings(own, source, CPU, time.monotonic, ranks))
     return loaded
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.build.model import Loaded
+from pla_serve.engine.build.rank import Rank
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.kv.sizing import GIB
 from pla_serve.engine.parallel.commands import CommandSender, End
@@ -36,7 +36,7 @@ FEW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthC
 class Pair:
     """Two ranks that have loaded all models."""
 
-    loaded: dict[str, Loaded]
+    loaded: dict[str, Rank]
     executors: dict[str, LeadingExecutor]
 
     def engine(self, name: str, policy: object, **options: object) -> Engine:
@@ -79,7 +79,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def test_a_rank_holds_half_of_the_kv(pair: Pair) -> None:
     for name, loaded in pair.loaded.items():
         assert loaded.execution.cache.shape.heads == 1
-        assert loaded.kv_plan.blocks >= BLOCKS, name
+        assert loaded.memory.plan.blocks >= BLOCKS, name
         assert loaded.kv_bytes_per_token == 2 * loaded.execution.cache.shape.bytes_per_token
     assert len(pair.loaded["captured"].execution.shapes) == 4
 

@@ -22,7 +22,7 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.sdpa import SdpaReference
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.batch.staging import DirectUploader
+from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.build.engine import EngineCore
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.layers import cpu, gpu
@@ -38,7 +38,6 @@ from pla_serve.engine.loading import (
 from pla_serve.engine.parallel.ranks import agree, least
 from pla_serve.engine.parallel.share import check_divides, share_of_heads
 from pla_serve.engine.parallel.weights import load_share
-from pla_serve.engine.run.executor import stage
 from pla_serve.engine.run.graphs.agreed import AgreedCapture
 from pla_serve.engine.run.graphs.capture import FixedPass, NoCapture
 from pla_serve.engine.run.runner import ModelRunner

@@ -13,11 +13,13 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import APART
 from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.staging import DirectUploader
 from pla_serve.engine.layers import cpu
 from pla_serve.engine.layers.cpu import PackedLinear
 from pla_serve.engine.loading import decoder_layers
 from pla_serve.engine.run.compiled import TRIALS, compile_layers
-from pla_serve.engine.run.executor import PlainExecutor
+from pla_serve.engine.run.device import HostDevice
+from pla_serve.engine.run.executor import BatchExecutor
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.runner import ModelRunner
 from tests.engine.chaos import ChaosPolicy
@@ -46,7 +48,9 @@ class Compiled:
         cache = KVCache(shape, MAX_BLOCKS * BLOCK, CPU)
         self.runner = ModelRunner(model, self.layers, cache, SdpaCpu())
         self.counts = GridCounts()
-        self.executor = PlainExecutor(self.runner, BLOCK, CPU, self.counts)
+        self.executor = BatchExecutor(
+            self.runner, None, DirectUploader(), HostDevice(), BLOCK, self.counts
+        )
         self.used = compile_layers(self.layers, self.run, BLOCK, self.counts, backend)  # type: ignore[arg-type]
 
     def run(self, requests: list[SpanRequest]) -> torch.Tensor:

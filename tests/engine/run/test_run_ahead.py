@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pla_serve.engine.batch.staging import DirectUploader, Scratch
 from pla_serve.engine.run.device import HostDevice, RunAhead
-from pla_serve.engine.run.executor import StagedExecutor
+from pla_serve.engine.run.executor import BatchExecutor
 from pla_serve.engine.run.graphs.capture import NoCapture
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import ModelRunner
@@ -92,7 +92,7 @@ def engine_on(device: FakeDevice, policy: PrefillPolicy) -> Engine:
     )
     grid.capture_all()
     counted = CountingRunner(runner, device)
-    executor = StagedExecutor(counted, grid, DirectUploader(), device, BLOCK)
+    executor = BatchExecutor(counted, grid, DirectUploader(), device, BLOCK)
     return make_engine("llama", policy, executor=executor)
 
 

@@ -15,9 +15,9 @@ import msgspec
 import torch
 import zmq
 
-from pla_serve.engine.build.parts import EngineParts
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.process import Launch
+from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.transfer.exchange import PeerExchange, assemble
 from pla_serve.engine.transfer.layout import KVLayout
 from pla_serve.engine.transfer.nixl import NixlTransport

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import torch
 
-from pla_serve.engine.build.parts import EngineParts
+from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.engine.transfer.exchange import PeerExchange, assemble
 from pla_serve.engine.transfer.layout import Copy, KVLayout

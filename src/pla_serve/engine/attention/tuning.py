@@ -18,9 +18,8 @@ from pla_serve.engine.attention.paged import (
     Tile,
 )
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.batch.staging import DirectUploader, PinnedUploader
+from pla_serve.engine.batch.staging import DirectUploader, PinnedUploader, stage
 from pla_serve.engine.run.device import CudaDevice
-from pla_serve.engine.run.executor import stage
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,10 @@
-"""One forward pass as data: a flat, ragged batch of tokens and where their KV lies."""
+"""Data of one forward pass: a flat batch of tokens without padding, and where their KV lies.
+
+A batch is described twice. `SpanRequest` is what the loop asks for: the new tokens of one sequence,
+its history and its KV blocks. `FlatBatch` is what the model computes: tensors on the device, in
+which the sequences follow one another. `pla_serve.engine.batch.staging` turns the first into the
+second.
+"""
 
 from __future__ import annotations
 
@@ -11,46 +17,72 @@ from pla_serve.engine.kv.blocks import BlockRun
 
 
 @dataclass(frozen=True, slots=True)
-class Paged:
-    """Where each sequence's tokens and KV lie, as a kernel on the device reads it: int32 tensors.
+class SpanRequest:
+    """New tokens of one sequence in a batch.
 
-    Sequences beyond the real ones have no new tokens and no context.
+    Example: a sequence with 20 cached tokens in KV blocks 3 and 4 (of 16 tokens each) decodes its
+    next token, number 17 of the vocabulary::
+
+        SpanRequest(tokens=[17], history=20, runs=[(3, 5)], wants_logits=True)
     """
 
-    query_starts: torch.Tensor
-    """(sequences + 1,): flat position of the first new token of each; the last is their sum."""
-    contexts: torch.Tensor
-    """(sequences,): history and new tokens."""
-    table_starts: torch.Tensor
-    """(sequences,): where in ``table`` each one's blocks begin."""
-    table: torch.Tensor
-    """Block numbers of all sequences, one behind the other."""
-    block_tokens: int
-    most_query: int
-    """No sequence has more new tokens."""
-    most_context: int
-    """No sequence has a longer context. The host's knowledge; a captured graph's is its limit."""
+    tokens: Sequence[int]
+    """New tokens, at least one."""
+    history: int
+    """Number of tokens before the new ones. Their KV has been written."""
+    runs: Sequence[BlockRun]
+    """KV blocks of history and new tokens, in order, as runs (first, end) of neighbours."""
+    wants_logits: bool
+    """Whether the logits of the last new token are wanted."""
+    carried: int | None = None
+    """Row of the single new token among the carried tokens (see `Executor.forward`), if the host
+    does not know the token yet. ``tokens`` then has any one number in its place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive new tokens of one sequence, on top of its history."""
+    """Consecutive new tokens of one sequence in a flat batch."""
 
     start: int
-    """Position of the first one in the flat batch."""
+    """Position of the first new token in the flat batch."""
     length: int
+    """Number of new tokens."""
     history: int
-    """Tokens before them whose KV is in the cache."""
+    """Number of tokens before the new ones. Their KV is in the cache."""
     runs: tuple[BlockRun, ...]
-    """Slots of history and new tokens, in order, as runs of neighbours."""
+    """KV slots of history and new tokens, in order, as runs (first, end) of neighbours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """Lengths and block tables of a batch, as int32 tensors that kernels read on the device.
+
+    Padding sequences follow the real ones. They have no new tokens and no context.
+    """
+
+    query_starts: torch.Tensor
+    """(sequences + 1,): flat position of the first new token of each sequence, then their sum."""
+    contexts: torch.Tensor
+    """(sequences,): history plus new tokens."""
+    table_starts: torch.Tensor
+    """(sequences,): index in ``table`` at which the blocks of each sequence begin."""
+    table: torch.Tensor
+    """(entries,): block numbers of all sequences, one sequence after another."""
+    block_tokens: int
+    """Number of tokens in a block."""
+    most_query: int
+    """Upper bound of the new tokens of a sequence."""
+    most_context: int
+    """Upper bound of the context of a sequence: the longest one of this batch, or the limit that a
+    graph was captured for."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """Tokens of all spans one after another; no padding.
+    """Tokens of all sequences, one sequence after another.
 
-    Shapes: ``tokens``, ``positions`` and ``slots`` are (tokens,) int64; ``outputs`` (rows,) int64
-    names the flat positions whose logits are wanted.
+    Shapes: ``tokens``, ``positions`` and ``slots`` are (tokens,) int64. ``slots`` are the KV slots
+    that the tokens write to. ``outputs`` is (rows,) int64: flat positions whose logits are wanted.
     """
 
     tokens: torch.Tensor
@@ -58,54 +90,17 @@ class FlatBatch:
     slots: torch.Tensor
     outputs: torch.Tensor
     spans: tuple[Span, ...]
+    """Lengths and slots as the host knows them, for attention backends that loop over sequences."""
     paged: Paged | None = None
-    """For backends that read lengths and blocks on the device."""
-
-
-@dataclass(frozen=True, slots=True)
-class SpanRequest:
-    """What one sequence brings to a batch."""
-
-    tokens: Sequence[int]
-    """The new tokens."""
-    history: int
-    runs: Sequence[BlockRun]
-    """Its blocks, which cover history and new tokens, as runs of neighbours."""
-    wants_logits: bool
-    """Whether the logits of the last new token are wanted."""
-    carried: int | None = None
-    """Row among the carried tokens (`Executor.forward`) that is its one new token: one that the
-    host does not know yet. ``tokens`` has something else in its place."""
-
-
-def build(requests: Sequence[SpanRequest], block_tokens: int, device: torch.device) -> FlatBatch:
-    """Lay out the requests one behind the other."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    outputs: list[int] = []
-    spans: list[Span] = []
-    for request in requests:
-        length = len(request.tokens)
-        end = request.history + length
-        runs = slot_runs(request.runs, end, block_tokens)
-        spans.append(Span(len(tokens), length, request.history, runs))
-        tokens += request.tokens
-        positions += range(request.history, end)
-        slots += _slots_from(runs, request.history)
-        if request.wants_logits:
-            outputs.append(len(tokens) - 1)
-    return FlatBatch(
-        _as_tensor(tokens, device),
-        _as_tensor(positions, device),
-        _as_tensor(slots, device),
-        _as_tensor(outputs, device),
-        tuple(spans),
-    )
+    """Lengths and blocks for attention backends that read them on the device."""
 
 
 def slot_runs(runs: Sequence[BlockRun], tokens: int, block_tokens: int) -> tuple[BlockRun, ...]:
-    """The first ``tokens`` slots of these runs of blocks."""
+    """Return the first ``tokens`` KV slots of these runs of blocks, as runs of slots.
+
+    Example: ``slot_runs([(3, 5), (9, 10)], tokens=35, block_tokens=16)`` is
+    ``((48, 80), (144, 147))``.
+    """
     slots: list[BlockRun] = []
     left = tokens
     for first, end in runs:
@@ -115,20 +110,3 @@ def slot_runs(runs: Sequence[BlockRun], tokens: int, block_tokens: int) -> tuple
         slots.append((first * block_tokens, first * block_tokens + taken))
         left -= taken
     return tuple(slots)
-
-
-def _slots_from(runs: Sequence[BlockRun], skip: int) -> list[int]:
-    """Slots of the runs after the first ``skip`` of them."""
-    slots: list[int] = []
-    for start, end in runs:
-        length = end - start
-        if skip < length:
-            slots += range(start + skip, end)
-            skip = 0
-        else:
-            skip -= length
-    return slots
-
-
-def _as_tensor(values: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)

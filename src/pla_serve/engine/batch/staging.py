@@ -1,7 +1,9 @@
-"""Brings a flat batch to the device in one transfer, exact or padded to a captured shape.
+"""Lays a batch out and copies it to the device in one transfer.
 
-All that a pass needs is whole numbers: they lie one behind the other in one int32 buffer, so that
-one copy from pinned memory moves them, and a captured graph finds them where it expects them.
+A forward pass needs nothing but whole numbers: tokens, positions, slots, lengths and block tables.
+`pack` writes them one after another into one int32 array, an `Uploader` copies that array to the
+device, and `unpack` gives views of it as a `FlatBatch`. A captured graph finds each part at the
+same place in each replay, because the places depend on the `Capacity` only.
 """
 
 from __future__ import annotations
@@ -18,48 +20,51 @@ from pla_serve.engine.batch.flat import FlatBatch, Paged, Span, SpanRequest, slo
 from pla_serve.engine.run.device import Device, DeviceMark
 
 RING = 4
-"""Host buffers in turn: the next batch is laid out while the device still reads the last ones."""
+"""Number of pinned buffers, used in turn: the host fills one while the device reads others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Room for each part of a packed batch."""
+    """Number of elements that each part of a packed batch has room for."""
 
     tokens: int
     sequences: int
     outputs: int
     entries: int
-    """Block-table entries of all sequences together."""
+    """Block-table entries of all sequences together, the last part of the array."""
 
     @property
     def size(self) -> int:
-        """Numbers in the buffer."""
+        """Length of the int32 array."""
         return self.table_at + self.entries
 
     @property
     def table_at(self) -> int:
-        """Where the block tables begin: the last part, of which only what is used is copied."""
+        """Index at which the block tables begin. Only the entries in use are copied."""
         return 3 * self.tokens + self.outputs + 3 * self.sequences + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """KV slots that belong to nobody; padding writes there."""
+    """KV slots that no sequence owns. Padding tokens write to them."""
 
     first: int
     count: int
 
 
 class Uploader(Protocol):
-    """Takes numbers to the device."""
+    """Copies packed batches to the device."""
 
     def upload(self, numbers: NDArray[np.int32], target: torch.Tensor | None) -> torch.Tensor:
-        """Into the front of ``target``, or into a tensor of its own."""
+        """Copy ``numbers`` to the front of ``target``, or to a new tensor if that is None.
+
+        Returns the int32 tensor on the device.
+        """
         ...
 
 
 class DirectUploader:
-    """Copies at once: where host and device share memory, or nobody is in a hurry."""
+    """Copies before it returns: for the CPU, and where speed does not matter."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cpu")
@@ -74,7 +79,7 @@ class DirectUploader:
 
 
 class PinnedUploader:
-    """Asynchronous copies from a ring of pinned buffers."""
+    """Copies asynchronously, from a ring of pinned buffers."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -83,7 +88,7 @@ class PinnedUploader:
         self._turn = 0
 
     def upload(self, numbers: NDArray[np.int32], target: torch.Tensor | None) -> torch.Tensor:
-        """See `Uploader`; waits only if the ring's copies of RING batches ago are not done."""
+        """See `Uploader`. Waits only if the copy of RING batches ago has not finished."""
         turn = self._turn = (self._turn + 1) % RING
         mark = self._marks[turn]
         if mark is not None:
@@ -103,7 +108,7 @@ class PinnedUploader:
 
 
 def capacity_of(requests: Sequence[SpanRequest], block_tokens: int) -> Capacity:
-    """What these requests need, without padding."""
+    """Return the capacity that these requests fill exactly, without padding."""
     return Capacity(
         tokens=sum(len(request.tokens) for request in requests),
         sequences=len(requests),
@@ -115,11 +120,11 @@ def capacity_of(requests: Sequence[SpanRequest], block_tokens: int) -> Capacity:
 def pack(
     requests: Sequence[SpanRequest], capacity: Capacity, block_tokens: int, scratch: Scratch
 ) -> tuple[NDArray[np.int32], tuple[Span, ...]]:
-    """The numbers of a batch as `unpack` finds them; unused table entries are left off.
+    """Return the array that `unpack` reads, and the spans of the requests.
 
-    Padding: tokens behind the real ones that write to scratch slots, sequences without tokens, and
-    outputs that name the first token. A carried token is packed as -1 less its row, for
-    `put_carried`.
+    Padding tokens follow the real ones and write to scratch slots, padding sequences have no
+    tokens, and padding outputs name the first token. The array ends with the last block-table
+    entry in use. A carried token is packed as -1 minus its row, which `put_carried` replaces.
 
     Raises:
         ValueError: the requests exceed the capacity.
@@ -131,40 +136,61 @@ def pack(
         raise ValueError(f"a batch of {need} does not fit into {capacity}")
     numbers = np.zeros(capacity.table_at + need.entries, dtype=np.int32)
     tokens, positions, slots, outputs, starts, contexts, table_starts = _parts(numbers, capacity)
+    slots[need.tokens :] = scratch.first + np.arange(capacity.tokens - need.tokens) % scratch.count
+    starts[need.sequences :] = need.tokens
+    if not requests:
+        return numbers, ()
+    spans, flat, blocks, entries = _lay_out(requests, block_tokens)
     table = numbers[capacity.table_at :]
-    spans: list[Span] = []
-    at = row = entry = 0
-    for index, request in enumerate(requests):
-        length = len(request.tokens)
-        context = request.history + length
-        runs = slot_runs(request.runs, context, block_tokens)
-        spans.append(Span(at, length, request.history, runs))
-        tokens[at : at + length] = request.tokens
-        if request.carried is not None:
-            tokens[at] = -1 - request.carried
-        positions[at : at + length] = np.arange(request.history, context)
-        blocks = _block_numbers(request, block_tokens)
-        table[entry : entry + len(blocks)] = blocks
-        own = positions[at : at + length]
-        slots[at : at + length] = blocks[own // block_tokens] * block_tokens + own % block_tokens
-        starts[index], contexts[index], table_starts[index] = at, context, entry
-        at += length
-        entry += len(blocks)
-        if request.wants_logits:
-            outputs[row] = at - 1
-            row += 1
-    starts[len(requests) :] = at
-    padding = capacity.tokens - at
-    if padding:
-        slots[at:] = scratch.first + np.arange(padding) % scratch.count
+    np.concatenate(blocks, out=table)
+    tokens[: need.tokens] = flat
+    outputs[: need.outputs] = [
+        span.start + span.length - 1
+        for span, request in zip(spans, requests, strict=True)
+        if request.wants_logits
+    ]
+    lengths = np.array([span.length for span in spans])
+    history = np.array([span.history for span in spans])
+    first, entry = np.cumsum(lengths) - lengths, np.cumsum(entries) - entries
+    starts[: need.sequences], table_starts[: need.sequences] = first, entry
+    contexts[: need.sequences] = history + lengths
+    own = np.arange(need.tokens) + np.repeat(history - first, lengths)
+    positions[: need.tokens] = own
+    block = table[np.repeat(entry, lengths) + own // block_tokens]
+    slots[: need.tokens] = block * block_tokens + own % block_tokens
     return numbers, tuple(spans)
 
 
-def put_carried(buffer: torch.Tensor, capacity: Capacity, carried: torch.Tensor) -> None:
-    """Put tokens that never left the device where `pack` has left room for them.
+def _lay_out(
+    requests: Sequence[SpanRequest], block_tokens: int
+) -> tuple[list[Span], list[int], list[NDArray[np.int32]], list[int]]:
+    """Return spans, new tokens, runs of block numbers, and the number of blocks of each request."""
+    spans: list[Span] = []
+    tokens: list[int] = []
+    blocks: list[NDArray[np.int32]] = []
+    entries: list[int] = []
+    for request in requests:
+        length = len(request.tokens)
+        runs = slot_runs(request.runs, request.history + length, block_tokens)
+        spans.append(Span(len(tokens), length, request.history, runs))
+        if request.carried is None:
+            tokens.extend(request.tokens)
+        else:
+            tokens.append(-1 - request.carried)
+        count = 0
+        for start, end in runs:
+            first, last = start // block_tokens, -(-end // block_tokens)
+            blocks.append(np.arange(first, last, dtype=np.int32))
+            count += last - first
+        entries.append(count)
+    return spans, tokens, blocks, entries
 
-    A row of ``carried`` that is no token (see `Choice.chosen`) becomes token 0: what is computed of
-    it is for nobody.
+
+def put_carried(buffer: torch.Tensor, capacity: Capacity, carried: torch.Tensor) -> None:
+    """Replace the placeholders that `pack` left by tokens that only the device knows.
+
+    A negative entry of ``carried`` is no token (see `TokenChoice.chosen`). It becomes token 0, and
+    nobody reads the result.
 
     Args:
         carried: (rows,) int64 on the device.
@@ -183,9 +209,10 @@ def unpack(
     most_query: int,
     most_context: int,
 ) -> FlatBatch:
-    """The batch whose numbers are at the front of ``buffer``, as views of it.
+    """Return the batch that was packed into the front of ``buffer``.
 
-    Tokens, positions, slots and outputs become int64 in one operation, as stock modules want them.
+    Block tables and lengths are views of ``buffer``. Tokens, positions, slots and outputs are
+    copied to int64 in one operation, as the modules of ``transformers`` want them.
     """
     wide = buffer[: 3 * capacity.tokens + capacity.outputs].long()
     count, sequences = capacity.tokens, capacity.sequences
@@ -203,6 +230,32 @@ def unpack(
     return FlatBatch(tokens, positions, slots, outputs, spans, paged)
 
 
+def stage(
+    requests: Sequence[SpanRequest],
+    block_tokens: int,
+    uploader: Uploader,
+    carried: torch.Tensor | None = None,
+) -> FlatBatch:
+    """Lay out a batch without padding and copy it to the device.
+
+    Args:
+        carried: (rows,) int64 on the device, for requests that name a row of it.
+    """
+    capacity = capacity_of(requests, block_tokens)
+    numbers, spans = pack(requests, capacity, block_tokens, Scratch(0, 1))
+    buffer = uploader.upload(numbers, None)
+    if carried is not None:
+        put_carried(buffer, capacity, carried)
+    return unpack(
+        buffer,
+        capacity,
+        spans,
+        block_tokens,
+        most_query=max(span.length for span in spans),
+        most_context=max(span.history + span.length for span in spans),
+    )
+
+
 def _parts(numbers: NDArray[np.int32], capacity: Capacity) -> list[NDArray[np.int32]]:
     count, sequences = capacity.tokens, capacity.sequences
     sizes = [count, count, count, capacity.outputs, sequences + 1, sequences, sequences]
@@ -211,9 +264,3 @@ def _parts(numbers: NDArray[np.int32], capacity: Capacity) -> list[NDArray[np.in
 
 def _blocks(request: SpanRequest, block_tokens: int) -> int:
     return -(-(request.history + len(request.tokens)) // block_tokens)
-
-
-def _block_numbers(request: SpanRequest, block_tokens: int) -> NDArray[np.int32]:
-    ranges = [np.arange(first, end, dtype=np.int32) for first, end in request.runs]
-    numbers = ranges[0] if len(ranges) == 1 else np.concatenate(ranges)
-    return numbers[: _blocks(request, block_tokens)]

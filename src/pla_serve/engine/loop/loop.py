@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.build.parts import EngineParts
+from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.loop.prepare import Preparation
 from pla_serve.engine.loop.requests import RequestTable
 from pla_serve.engine.loop.running import BatchMember, BatchTimes, EnqueuedBatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pla_serve.engine.build.parts import EngineParts
+from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.loop.requests import RequestTable
 from pla_serve.engine.loop.running import BatchMember
 from pla_serve.engine.loop.settle import Booking

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pla_serve.engine.build.parts import EngineParts
+from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.loop.telemetry import Telemetry
 from pla_serve.engine.requests.sequence import Sequence
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from pla_serve.engine.build.parts import EngineParts
 from pla_serve.engine.loop.output import ends_with_next, take_token
+from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.loop.requests import RequestTable
 from pla_serve.engine.loop.running import BatchMember, EnqueuedBatch
 from pla_serve.engine.loop.telemetry import Telemetry

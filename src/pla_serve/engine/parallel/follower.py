@@ -19,7 +19,8 @@ from typing import IO
 
 import msgspec
 
-from pla_serve.engine.build.model import device_of_rank, load, use_threads
+from pla_serve.engine.build.rank import build_rank
+from pla_serve.engine.build.settings import build_settings, device_of_rank, use_threads
 from pla_serve.engine.host.child import await_end_of_parent
 from pla_serve.engine.loading import LoadingError, NoLoadingProgress, resolve
 from pla_serve.engine.parallel.commands import CommandReceiver
@@ -39,8 +40,8 @@ def serve(launch: FollowerLaunch) -> None:
     device = device_of_rank(config, launch.rank)
     ranks = TorchRanks(folder, launch.rank, config.tensor_parallel_size, device)
     source = resolve(config.model, config.load_format, progress=NoLoadingProgress())
-    loaded = load(config, source, device, time.monotonic, ranks)
-    follow(loaded.execution.executor, receive)
+    built = build_rank(build_settings(config, source, device, time.monotonic, ranks))
+    follow(built.execution.executor, receive)
     ranks.close()
     receive.close()
 

@@ -1,4 +1,4 @@
-"""Where a batch runs: as a whole on a captured shape, or layer by layer on the ordinary kernels."""
+"""Runs batches: on a captured shape if one fits, else layer by layer on the ordinary kernels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 
-from pla_serve.engine.batch.flat import FlatBatch, SpanRequest, build
-from pla_serve.engine.batch.staging import Scratch, Uploader, capacity_of, pack, put_carried, unpack
-from pla_serve.engine.run.device import Device, HostDevice
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.staging import Uploader, stage
+from pla_serve.engine.run.device import Device
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.graphs.grid import ShapeGrid
 from pla_serve.engine.run.runner import AtBoundary, ModelRunner
@@ -18,19 +18,21 @@ from pla_serve.engine.run.runner import AtBoundary, ModelRunner
 
 @dataclass(frozen=True, slots=True)
 class Executed:
-    """A batch whose work has been enqueued."""
+    """Result of a forward pass whose work has been enqueued on the device."""
 
     logits: torch.Tensor
+    """(rows, vocabulary): one row for each request that wants logits, in order."""
     whole: bool
-    """It had no layer boundaries, so the host may turn to other things before it is done."""
+    """True if the batch ran as one captured graph, without layer boundaries. The device may then
+    still have all of it to do."""
 
 
 class Executor(Protocol):
-    """Runs batches."""
+    """Runs batches on a device."""
 
     device: Device
     carries: bool
-    """Whether it takes tokens that the host does not know yet."""
+    """Whether `forward` takes tokens that only the device knows so far."""
 
     def forward(
         self,
@@ -38,72 +40,34 @@ class Executor(Protocol):
         at_boundary: AtBoundary,
         carried: torch.Tensor | None = None,
     ) -> Executed:
-        """Enqueue the pass. See `ModelRunner.forward`; what ``at_boundary`` raises comes out.
+        """Enqueue one forward pass.
 
         Args:
-            carried: (rows,) int64 on the device, for requests that name a row of it. Only where it
-                ``carries``.
+            at_boundary: called before each decoder layer. It may call `forward` for other batches.
+                An exception that it raises leaves the pass and is raised from here.
+            carried: (rows,) int64 on the device: tokens that requests name by their row. None
+                unless the executor ``carries``.
         """
         ...
 
     def use_idle_time(self) -> bool:
-        """Do a piece of work that waits for a quiet moment; False if there is none."""
+        """Do one piece of work that was put off until the engine is idle.
+
+        Returns False if there is none.
+        """
         ...
 
     def counts(self) -> GridCounts | None:
-        """What captured shapes and compiled layers did so far; None where there are none."""
+        """Return counters of captured shapes and compiled layers, or None if neither is in use."""
         ...
 
 
-class PlainExecutor:
-    """Every batch layer by layer, laid out for backends that go by spans.
+class BatchExecutor:
+    """Copies each batch to the device in one transfer and runs it.
 
     Args:
-        counts: what `counts` gives.
-    """
-
-    carries = False
-
-    def __init__(
-        self,
-        runner: ModelRunner,
-        block_tokens: int,
-        device: torch.device,
-        counts: GridCounts | None = None,
-    ) -> None:
-        self.device: Device = HostDevice()
-        self._runner = runner
-        self._block_tokens = block_tokens
-        self._torch_device = device
-        self._counts = counts
-
-    @torch.inference_mode()
-    def forward(
-        self,
-        requests: Sequence[SpanRequest],
-        at_boundary: AtBoundary,
-        carried: torch.Tensor | None = None,
-    ) -> Executed:
-        """See `Executor`."""
-        assert carried is None
-        flat = build(requests, self._block_tokens, self._torch_device)
-        return Executed(self._runner.forward(flat, at_boundary), False)
-
-    def use_idle_time(self) -> bool:
-        """See `Executor`."""
-        return False
-
-    def counts(self) -> GridCounts | None:
-        """See `Executor`."""
-        return self._counts
-
-
-class StagedExecutor:
-    """Batches reach the device in one copy; small ones run on captured shapes.
-
-    Args:
-        grid: None captures nothing.
-        counts: those of the grid, if there is one.
+        grid: captured shapes, or None to run every batch layer by layer.
+        counts: counters for an executor without a grid. A grid has its own.
     """
 
     carries = True
@@ -136,35 +100,13 @@ class StagedExecutor:
             logits = self._grid.forward(requests, carried)
             if logits is not None:
                 return Executed(logits, True)
-        flat = stage(requests, self._block_tokens, self._uploader, carried)
-        return Executed(self._runner.forward(flat, at_boundary), False)
+        batch = stage(requests, self._block_tokens, self._uploader, carried)
+        return Executed(self._runner.forward(batch, at_boundary), False)
 
     def use_idle_time(self) -> bool:
-        """See `Executor`: captures a shape that was often missed."""
+        """See `Executor`: captures one shape that batches have often missed."""
         return self._grid is not None and self._grid.capture_hot()
 
     def counts(self) -> GridCounts | None:
         """See `Executor`."""
         return self._counts
-
-
-def stage(
-    requests: Sequence[SpanRequest],
-    block_tokens: int,
-    uploader: Uploader,
-    carried: torch.Tensor | None = None,
-) -> FlatBatch:
-    """A batch without padding, on the device; ``carried`` as of `Executor.forward`."""
-    capacity = capacity_of(requests, block_tokens)
-    numbers, spans = pack(requests, capacity, block_tokens, Scratch(0, 1))
-    buffer = uploader.upload(numbers, None)
-    if carried is not None:
-        put_carried(buffer, capacity, carried)
-    return unpack(
-        buffer,
-        capacity,
-        spans,
-        block_tokens,
-        most_query=max(span.length for span in spans),
-        most_context=max(span.history + span.length for span in spans),
-    )

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 import psutil
 
 from pla_serve.engine.transfer.installed import CURE, installed_module
+from pla_serve.environment import usable_cores
 from pla_serve.fleet.supervisor.commands import (
     LOOPBACK,
     instance_command,
@@ -64,7 +65,7 @@ class LaunchPlan:
             self._listener = stack.enter_context(listen(spec.host, spec.port))
             self._ports = [stack.enter_context(ReservedPort(LOOPBACK)).number for _ in spec.names]
             self._stack = stack.pop_all()
-        threads = spec.threads or threads_each(cores(), len(spec.names))
+        threads = spec.threads or threads_each(usable_cores(), len(spec.names))
         serve_words = [*_transfer_words(spec, serve_words), *serve_words]
         memory = _memory_words(spec, serve_words)
         self._instances: list[tuple[str, int, list[str]]] = []
@@ -174,10 +175,3 @@ def _reachable(host: str) -> str:
     if host in ("", "0.0.0.0", "::"):
         return LOOPBACK if host != "::" else "[::1]"
     return f"[{host}]" if ":" in host else host
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

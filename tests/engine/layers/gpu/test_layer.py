@@ -16,12 +16,11 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
-from pla_serve.engine.batch.staging import DirectUploader
+from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.layers import gpu
 from pla_serve.engine.layers.gpu.operations import Heads, Operations, TorchOperations
 from pla_serve.engine.layers.gpu.triton_operations import TritonOperations
 from pla_serve.engine.loading import decoder_layers
-from pla_serve.engine.run.executor import stage
 from pla_serve.engine.run.runner import ModelRunner
 from tests.engine.run.graphs.test_grid import compute_histories, requests_of
 from tests.engine.tiny import BLOCK, CONFIGS, MAX_BLOCKS, reference_model, runner

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.batch.staging import DirectUploader, Scratch
+from pla_serve.engine.batch.staging import DirectUploader, Scratch, stage
 from pla_serve.engine.kv.blocks import BlockRun, extend_runs
-from pla_serve.engine.run.executor import stage
 from pla_serve.engine.run.graphs.capture import FixedPass, NoCapture
 from pla_serve.engine.run.graphs.choice import choose_shapes, parse_shapes
 from pla_serve.engine.run.graphs.grid import HOT, GridLimits, ShapeGrid

@@ -8,7 +8,8 @@ from torch import nn
 from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.attention.sdpa import SdpaReference
-from pla_serve.engine.batch.flat import SpanRequest, build
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
 
 TOKENS = 20
@@ -26,7 +27,7 @@ def same_results(stock: nn.Module, fused: FusedLayer, rotary: TurningRotary) -> 
     hidden = torch.randn(1, 2 * TOKENS, width, generator=generator).to(dtype)
     slots = ((0, TOKENS), (TOKENS, 2 * TOKENS))
     requests = [SpanRequest([0] * TOKENS, 0, [run], True) for run in slots]
-    batch = build(requests, 1, cpu)
+    batch = stage(requests, 1, DirectUploader())
     shape = KVShape(fused.layer_idx + 1, fused.kv_heads, fused.head_dim, dtype)
     positions = batch.positions.unsqueeze(0)
     results = []

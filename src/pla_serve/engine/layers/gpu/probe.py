@@ -11,9 +11,8 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.attention.sdpa import SdpaReference
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.batch.staging import DirectUploader
+from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.layers.gpu.layer import GpuLayer
-from pla_serve.engine.run.executor import stage
 
 TOKENS = 5
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}

@@ -1,0 +1,43 @@
+"""Stage 6: what requests may ask for, and how their tokens are chosen."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from pla_serve.engine.loading import ModelSource, load_tokenizer
+from pla_serve.engine.requests.admission import Limits
+from pla_serve.engine.sampling import GrammarCompiler, Sampler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Limits of requests, and the sampler that honours their parameters."""
+
+    limits: Limits
+    sampler: Sampler
+
+
+def build_sampling(source: ModelSource, limits: Limits, device: torch.device) -> Sampling:
+    """Make the sampler, with structured output if the tokenizer allows it.
+
+    Args:
+        device: where the logits are.
+    """
+    return Sampling(limits, Sampler(limits.vocab_size, device, _grammars(source, limits)))
+
+
+def _grammars(source: ModelSource, limits: Limits) -> GrammarCompiler | None:
+    """Return None, and log the reason, if grammars cannot be built on the tokenizer."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        return None
+    try:
+        return GrammarCompiler(tokenizer, limits.vocab_size, eos_token_ids=limits.eos_token_ids)
+    except ValueError as error:
+        log.warning("structured output is off, this tokenizer does not allow it: %s", error)
+        return None

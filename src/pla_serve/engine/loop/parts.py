@@ -1,0 +1,38 @@
+"""Collaborators of an engine's loop, which `pla_serve.engine.build` makes and puts together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.requests.admission import Intake
+from pla_serve.engine.requests.memory import MemoryGate
+from pla_serve.engine.run.executor import Executor
+from pla_serve.engine.sampling import Sampler
+from pla_serve.engine.transfer.protocol import KVExchange, NoKVExchange
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import PrefillPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """Collaborators of one loop. Each is made for this loop and shared with no other."""
+
+    executor: Executor
+    """Runs batches on the device."""
+    kv: KVManager
+    """Owns the KV blocks and the prefix cache."""
+    gate: MemoryGate
+    """Decides which sequences get KV blocks, and parks the others."""
+    sampler: Sampler
+    """Chooses the next token of each sequence."""
+    intake: Intake
+    """Checks and admits requests."""
+    policy: PrefillPolicy
+    """Decides which batch runs next."""
+    cost: CostModel
+    """Predicts the time of batches, for reports. The policy teaches it."""
+    exchange: KVExchange = field(default_factory=NoKVExchange)
+    """Moves KV from and to other engines."""
+    async_scheduling: bool = True
+    """See `EngineConfig.async_scheduling`."""
