@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import socket
 import sys
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from pla_serve.fleet.router.client import MakeLink
 
 log = logging.getLogger(__name__)
-
-COLLECT_AFTER = (20_000, 20, 20)
-"""Thresholds of Python's garbage collector: requests make no cycles worth looking for sooner."""
 
 _ENGINE, _SERVER, _FLEET = EngineConfig(), ServerSettings(("model",), ""), FleetOptions()
 
@@ -161,11 +157,6 @@ def start(
                 settings, router, tokenizer, check_grammar, chat_template, f"{host}:{port}"
             )
 
-        # What has been imported stays: no collection need go through it again, which takes the
-        # event loop tens of milliseconds each time.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*COLLECT_AFTER)
         try:
             return run(server, listener)
         except EngineStartError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import math
 import socket
 import subprocess
 import time
@@ -19,12 +21,17 @@ from pla_serve.server.api.app import build_app
 from pla_serve.server.api.endpoints import GrammarCheck, Service
 from pla_serve.server.api.guard import Keys, Traffic
 from pla_serve.server.api.logprobs import TokenNames
+from pla_serve.server.connections.acceptor import Acceptor
+from pla_serve.server.connections.descriptors import RESERVED, raise_limit
+from pla_serve.server.connections.protocol import BoundedHttp
+from pla_serve.server.connections.registry import ConnectionRegistry, is_loopback
 from pla_serve.server.engine.backend import Backend, EngineStartError
 from pla_serve.server.engine.client import EngineClient
 from pla_serve.server.engine.process import EngineProcess, EngineSpec
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.prompts import PromptEncoder
 from pla_serve.server.link.hub import LinkHub
+from pla_serve.server.loop_lag import LoopLag
 from pla_serve.server.records.journal import Journals, LogJournal
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.records.tracing import configured, open_tracing
@@ -34,8 +41,8 @@ log = logging.getLogger(__name__)
 
 ABORT_SECONDS = 2.0
 """How long requests that the drain ended may take to say so."""
-KEEP_ALIVE_SECONDS = 30
-"""How long an idle connection is kept."""
+COLLECT_AFTER = (20_000, 20, 20)
+"""Thresholds of Python's garbage collector: requests make no cycles worth looking for sooner."""
 MOST_FRAME_BYTES = 64 * 2**20
 """Of a link's frames; a prompt of a million tokens takes some 5 MB."""
 
@@ -67,11 +74,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, but the first signal drains and the second one quits."""
+    """uvicorn with bounded connections. The first signal drains and the second one quits."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain: Callable[[], None], connections: ConnectionRegistry
+    ) -> None:
         super().__init__(config)
         self._drain = drain
+        self._connections = connections
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = False
         self.quit_by: int | None = None
@@ -80,6 +90,19 @@ class DrainingServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept on ``sockets``, in place of uvicorn's own way, which has no bounds."""
+        most = raise_limit() - RESERVED
+
+        def make() -> BoundedHttp:
+            return BoundedHttp(self.config, self.server_state, {}, self._connections)
+
+        self.servers = [
+            Acceptor(listener, make, most=most, make_room=self._connections.evict)  # type: ignore[misc]
+            for listener in sockets or ()
+        ]
+        self.started = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         assert self._loop is not None
@@ -148,11 +171,12 @@ class ApiServer:
             ws_max_size=MOST_FRAME_BYTES,
             ws_ping_interval=None,  # links have heartbeats of their own
             ws_per_message_deflate=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_keep_alive=math.ceil(settings.limits.idle_seconds),
             server_header=False,
             proxy_headers=False,  # nothing here asks where a request comes from
         )
-        self.http = DrainingServer(config, self.stop)
+        self.connections = ConnectionRegistry(settings.limits)
+        self.http = DrainingServer(config, self.stop, self.connections)
         self._drain_task: asyncio.Task[None] | None = None
 
     async def run(self, listener: socket.socket) -> int:
@@ -161,6 +185,9 @@ class ApiServer:
         Raises:
             EngineStartError: the backend cannot be had; the message names the cure.
         """
+        self._warn_if_open(listener)
+        self.lag = LoopLag(self.metrics.loop_lag)
+        self.lag.start()
         backend = asyncio.create_task(self._backend.run())
         http = asyncio.create_task(self.http.serve([listener]))
         announce = asyncio.create_task(self._announce())
@@ -174,12 +201,22 @@ class ApiServer:
         finally:
             announce.cancel()
             await self._end(backend)
+            self.lag.stop()
         return 0 if self.http.quit_by is None else 128 + self.http.quit_by
 
     def stop(self) -> None:
         """Drain, then leave `run`. Belongs to the event loop."""
         if self._drain_task is None:
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
+
+    def _warn_if_open(self, listener: socket.socket) -> None:
+        host = str(listener.getsockname()[0])
+        if not self._settings.api_keys and not is_loopback(host):
+            log.warning(
+                "anybody who reaches %s may use this server: it has no API keys. Set "
+                "PLA_SERVE_API_KEY or --api-key, or listen on 127.0.0.1 only (docs/security.md)",
+                host,
+            )
 
     async def _drain(self) -> None:
         seconds = self._settings.drain_seconds
@@ -272,6 +309,11 @@ def run(server: Callable[[], ApiServer], listener: socket.socket) -> int:
     async def main() -> int:
         return await server().run(listener)
 
+    # What has been imported stays: no collection need go through it again, which takes the event
+    # loop tens of milliseconds each time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT_AFTER)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(main())
 

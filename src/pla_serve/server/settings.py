@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
+from pla_serve.server.limits import Limits
 from pla_serve.wire.link import Role
 
 
@@ -36,6 +37,7 @@ class ServerSettings:
     """Base URL of an OTLP collector for traces; None: as the environment has it, or no traces."""
     drain_seconds: float = 30.0
     """How long requests in flight may go on after SIGTERM."""
+    limits: Limits = field(default_factory=Limits)
     role: Role = "mixed"
     """What routers are told that this instance is for; it changes nothing in the instance."""
 

@@ -13,11 +13,8 @@ from pla_serve.server.api.errors import ApiError, invalid, unsupported
 
 Model = TypeVar("Model", bound=BaseModel)
 
-READ_SECONDS = 60.0
-"""A client that has not sent its whole body by then is told so."""
 
-
-async def read_json(request: Request, model: type[Model], max_bytes: int) -> Model:
+async def read_json(request: Request, model: type[Model], max_bytes: int, seconds: float) -> Model:
     """The body as ``model``.
 
     Raises:
@@ -26,24 +23,24 @@ async def read_json(request: Request, model: type[Model], max_bytes: int) -> Mod
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "send the body as Content-Type: application/json")
-    return validate(decode(await read(request, max_bytes)), model)
+    return validate(decode(await read(request, max_bytes, seconds)), model)
 
 
-async def read(request: Request, max_bytes: int) -> bytes:
+async def read(request: Request, max_bytes: int, seconds: float) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(READ_SECONDS):
+        async with asyncio.timeout(seconds):
             async for part in request.stream():
                 size += len(part)
                 if size > max_bytes:
                     raise _too_large(max_bytes)
                 parts.append(part)
     except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {READ_SECONDS:.0f} s") from None
+        raise ApiError(408, f"the body did not arrive within {seconds:g} s") from None
     return b"".join(parts)
 
 

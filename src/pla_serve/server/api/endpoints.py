@@ -67,7 +67,10 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         arrival = time.monotonic()
         service = self._service
-        body = await read_json(request, ChatRequest, service.settings.max_body_bytes)
+        settings = service.settings
+        body = await read_json(
+            request, ChatRequest, settings.max_body_bytes, settings.limits.body_seconds
+        )
         model = self._model(body.model)
         info = await self._engine()
         prompt = await service.encoder.chat(body, limit=info.max_model_len)
@@ -79,7 +82,10 @@ class Endpoints:
     async def complete(self, request: Request) -> Response:
         arrival = time.monotonic()
         service = self._service
-        body = await read_json(request, CompletionRequest, service.settings.max_body_bytes)
+        settings = service.settings
+        body = await read_json(
+            request, CompletionRequest, settings.max_body_bytes, settings.limits.body_seconds
+        )
         model = self._model(body.model)
         info = await self._engine()
         prompts = [await self._prompt(item, body, info) for item in body.prompt]

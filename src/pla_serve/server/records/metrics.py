@@ -31,6 +31,7 @@ TOKEN_SECONDS = (
     1,
     5,
 )
+LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 GAUGES = {
     "vllm:num_requests_running": "Requests that compute or decode.",
@@ -149,6 +150,12 @@ class Metrics:
         self._queue = self._make(
             Histogram, "vllm:request_queue_time_seconds", "Arrival to first batch.", SECONDS
         )
+        self._lag = self._make(
+            Histogram,
+            "pla_serve:event_loop_lag_seconds",
+            "How late the event loop ran a timer: how long one step of the server held it.",
+            LAG_SECONDS,
+        )
         by_class = Histogram(
             "pla_serve:time_to_first_token_seconds",
             "Arrival to first token in the engine, by class on arrival.",
@@ -214,6 +221,9 @@ class Metrics:
         for sample in stats.firsts:
             self._class_ttft[sample.short].observe(sample.ttft)
             self._queue.observe(sample.queue)
+
+    def loop_lag(self, seconds: float) -> None:
+        self._lag.observe(seconds)
 
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
