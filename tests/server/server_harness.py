@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.host.process import CORE
 from pla_serve.server.engine.process import EngineSpec
 from pla_serve.server.generation.detokenize import _byte_spelling
 from pla_serve.server.run import InstanceServer, listen
@@ -68,7 +69,7 @@ def until(condition: Callable[[], Any], what: str = "it") -> Any:
 
 
 class Live:
-    """One running server."""
+    """One running server. With ``engine``, a config, a real engine runs in the fake one's place."""
 
     def __init__(self, *, env: dict[str, str] | None = None, **settings: Any) -> None:
         template = settings.pop("chat_template", CHAT_TEMPLATE)
@@ -76,12 +77,13 @@ class Live:
         config = EngineConfig(
             model=settings.pop("model", MODEL), max_model_len=settings.pop("context", CONTEXT)
         )
+        real = settings.pop("engine", None)
         self.settings = ServerSettings(
             **{"model_names": (MODEL, "alias"), "model_root": "somewhere", **settings}
         )
         self._spec = EngineSpec(
-            config,
-            factory="tests.server.fake_core:FakeCore",
+            real or config,
+            factory=CORE if real else "tests.server.fake_core:FakeCore",
             env={"PYTHONPATH": ENGINE_PATH, **(env or {})},
         )
         self._tokenizer = make_tokenizer(template)

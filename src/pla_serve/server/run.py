@@ -265,7 +265,12 @@ class InstanceServer(ApiServer):
     ) -> None:
         """``child``: of `spawn`, for the engine's first life."""
         metrics = Metrics(settings.model_names[0])
-        self.engine = EngineClient(spec, metrics, start=_starter(child))
+        self.engine = EngineClient(
+            spec,
+            metrics,
+            start=_starter(child),
+            silence_seconds=settings.limits.engine_silence_seconds,
+        )
         super().__init__(
             settings,
             self.engine,

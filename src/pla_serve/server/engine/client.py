@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import zmq
+
 from pla_serve.server.engine.backend import EngineStartError, EngineUnavailableError
+from pla_serve.server.engine.heartbeat import BEAT_SECONDS, Heartbeat
 from pla_serve.server.engine.process import EngineProcess, EngineSpec
 from pla_serve.server.engine.session import EngineDiedError, EngineSession, NewsReceiver
 from pla_serve.wire.engine import (
@@ -82,8 +85,13 @@ class EngineClient:
         restarts: RestartPolicy | None = None,
         start: Callable[..., EngineProcess] = EngineProcess,
         max_waiting: int = 256,
+        silence_seconds: float = 30.0,
+        beat_seconds: float = BEAT_SECONDS,
     ) -> None:
         self._spec = spec
+        self._silence_seconds = silence_seconds
+        self._beat_seconds = beat_seconds
+        self._heartbeat = Heartbeat(silence_seconds, beat_seconds)
         self._observers = [observer]
         self._restarts = restarts or RestartPolicy()
         self._start = start
@@ -194,19 +202,48 @@ class EngineClient:
             self._process.send(message)
 
     async def _live(self) -> str:
-        """Run one process to its end; returns the reason."""
+        """Run one process to its end; returns the reason. A failed start is an end as well."""
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._process = self._start(self._spec, deliver=self._deliver, ended=ended.set_result)
+        try:
+            process = self._start(self._spec, deliver=self._deliver, ended=ended.set_result)
+        except (
+            OSError,
+            RuntimeError,
+            zmq.ZMQError,
+        ) as error:  # no descriptors, processes, threads or memory
+            return f"the engine process cannot be started: {error}"
+        self._process = process
+        self._heartbeat.heard()
+        watch = asyncio.create_task(self._watch(process))
         try:
             reason = await ended
         except asyncio.CancelledError:
-            self._process.kill()
+            process.kill()
             raise
+        finally:
+            watch.cancel()
         self._process = None
         self._lose(reason)
         return reason
 
+    async def _watch(self, process: EngineProcess) -> None:
+        """Kill an engine that was ready and hangs. One that loads may take as long as it takes."""
+        while True:
+            await asyncio.sleep(self._beat_seconds)
+            if not self._ready.is_set():
+                self._heartbeat.heard()
+                continue
+            if self._heartbeat.beat():
+                reason = f"the engine did not answer for {self._silence_seconds:g} s and was killed"
+                log.error("%s; if it does work that takes longer, raise the limit", reason)
+                self.state = EngineState.RESTARTING
+                self._lose(reason)
+                process.kill()
+                return
+            process.send(Ping())
+
     def _deliver(self, message: FromEngine) -> None:
+        self._heartbeat.heard()
         if isinstance(message, EngineStats):
             for observer in self._observers:
                 observer.stats(message)

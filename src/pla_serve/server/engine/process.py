@@ -96,10 +96,14 @@ class EngineProcess:
         self._folder = private_folder()
         self._decode = engine_answers()
         self._open_sockets()
-        self._child = child or spawn(spec)
-        self._launch(spec)
         self.exited = asyncio.Event()
-        threading.Thread(target=self._reap, name="engine-reaper", daemon=True).start()
+        try:
+            self._child = child or spawn(spec)
+            self._launch(spec)
+            threading.Thread(target=self._reap, name="engine-reaper", daemon=True).start()
+        except (OSError, RuntimeError):
+            self._close_sockets()
+            raise
 
     @property
     def pid(self) -> int:
@@ -189,13 +193,16 @@ class EngineProcess:
         self._ended(self._reason or _describe(status))
 
     def _close(self) -> None:
+        assert self._child.stdin is not None
+        with suppress(BrokenPipeError):
+            self._child.stdin.close()
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
         self._loop.remove_reader(self._in.fileno())
         self._in.close()
         self._out.close()
         self._context.term()
-        assert self._child.stdin is not None
-        with suppress(BrokenPipeError):
-            self._child.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
