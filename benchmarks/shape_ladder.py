@@ -1,4 +1,4 @@
-"""What an exact choice of captured shapes gains over the published grid and BucketServe's split.
+"""What an exact choice of captured shapes gains over the published grid.
 
 Lengths come from a CSV (a column of new or input tokens) or, without one, from a lognormal. Batches
 form as on a device that takes whatever waits: arrivals are Poisson, and a batch takes what the cost
@@ -31,7 +31,6 @@ from pla_serve.policy.shapes.ladder import (
     grid,
     size_of,
 )
-from pla_serve.policy.shapes.midpoint import midpoint_shapes
 from pla_serve.policy.shapes.optimise import Budget, Structure, expected_seconds, optimise
 
 BOUNDARY = 256
@@ -130,7 +129,6 @@ def main() -> None:
         rows: list[tuple[str, Ladder, float]] = [
             ("ordinary kernels", built(()), 0.0),
             ("grid", built(shapes), 0.0),
-            ("midpoint split", built(midpoint_shapes(demand, len(shapes), GRID_BATCHES)), 0.0),
         ]
         for count in (len(shapes), len(shapes) // 2, len(shapes) // 4):
             began = time.perf_counter()

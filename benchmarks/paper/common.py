@@ -34,7 +34,7 @@ from pla_serve.simulator.workload import at_load
 from pla_serve.traces.rows import Row
 
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
-STRICT_POOLS = "class-pools:inner=least-loaded:overflow_seconds=inf"
+STRICT_POOLS = "pla-serve"
 """As published: by class, nothing flows over."""
 SHORT_TOKENS = 256
 SLO_SECONDS = 0.4

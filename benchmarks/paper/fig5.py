@@ -26,7 +26,6 @@ from common import (
     summary,
     turns_with_history,
 )
-from published import Published
 
 from pla_serve.traces.generator import GeneratorOptions, Kind, generate_rows
 
@@ -37,7 +36,7 @@ WORKLOADS: tuple[tuple[str, Kind, float], ...] = (
     ("chat", "chat", 0.2),
 )
 FLAT = (
-    System("AWD (published rules)", Published, "#c2571a", style=":"),
+    System("AWD (published rules)", "pla-serve", "#c2571a", style=":"),
     System("fcfs", "fcfs", "#8a8a8a", style="--"),
     System("length-aware (ours)", "length-aware", "#0f6b8f"),
 )

@@ -37,7 +37,6 @@ from common import (
     ticks,
     turns_with_history,
 )
-from published import Published
 
 from pla_serve.policy.pools.pressure import PressureController
 from pla_serve.simulator.turns import turns_of
@@ -62,7 +61,7 @@ def systems(host: float, instances: int) -> list[System]:
         System(hrrn, "hrrn", "#d0a000", ordinary(host), route, "--"),
         System("graphs only", "fcfs", "#8c5fa8", published_grid(host)),
         System("disaggregation only", LAPS, "#e39a6b", ordinary(host), **pools),
-        System("published, full", Published, "#c2571a", published_grid(host), **pools),
+        System("published, full", "pla-serve", "#c2571a", published_grid(host), **pools),
         System("ours", "length-aware", "#0f6b8f", our_ladder(host), "predicted"),
     ]
 

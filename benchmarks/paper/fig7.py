@@ -24,7 +24,6 @@ from common import (
     run,
     summary,
 )
-from published import Published
 
 from pla_serve.policy.pools.pressure import PressureController
 from pla_serve.traces.generator import GeneratorOptions, generate_rows
@@ -40,7 +39,7 @@ def systems(instances: int) -> list[System]:
     return [
         System("data parallel: fcfs, round robin", "fcfs", "#8a8a8a"),
         System("SGLang with router: hrrn, cache-aware", "hrrn", "#d0a000", routing="cache-aware"),
-        System("published: AWD, pools, pressure", Published, "#c2571a", **pools),
+        System("published: AWD, pools, pressure", "pla-serve", "#c2571a", **pools),
         System("ours: length-aware, predicted", "length-aware", "#0f6b8f", routing="predicted"),
     ]
 

@@ -32,11 +32,7 @@ from common import (
     run,
     single_turns,
 )
-from published import Published
 
-from pla_serve.policy.awd import AwdOptions, WindowMode
-from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.cost import CostModel
 from pla_serve.simulator.machine import Machine
 from pla_serve.simulator.turns import OpenLoop
 from pla_serve.traces.lengths import Lengths, Lmsys, Lognormal
@@ -49,17 +45,19 @@ DATASETS: dict[str, Lengths] = {
 }
 
 
-def token_max(config: PolicyConfig, cost: CostModel) -> Published:
-    return Published(config, cost, AwdOptions(mode=WindowMode.TOKEN_MAX))
-
-
 def systems() -> tuple[System, ...]:
     most = {"max_batch_requests": 160}
     host = LEAN_HOST
     return (
         System("fcfs", "fcfs", "#8a8a8a", ordinary(host), config=most),
         System("hrrn", "hrrn", "#d0a000", ordinary(host), config=most),
-        System("published, token-max", token_max, "#c2571a", published_grid(host), config=most),
+        System(
+            "published, token-max",
+            "pla-serve:mode=token_max",
+            "#c2571a",
+            published_grid(host),
+            config=most,
+        ),
         System("ours", "length-aware", "#0f6b8f", our_ladder(host), "predicted", config=most),
     )
 

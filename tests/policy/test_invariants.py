@@ -66,13 +66,20 @@ def test_every_rule_holds(
     name: str, jobs: list[Job], config: PolicyConfig, layers: int, chaos: float, seed: int
 ) -> None:
     """No request is lost, run twice or given out in flight; limits, classes and sums are right;
-    the device is never idle while something waits, a window of `laps` excepted (all of it checked
-    by the executor)."""
+    the device is never idle while something waits, windows of the published policies excepted (all
+    of it checked by the executor)."""
     cost = CostModel(PROFILE)
     policy = name
     if name == "laps":  # it has a limit of its own for tokens
         config = replace(config, long_chunk_tokens=None)
         policy = f"laps:chunk_tokens={config.max_batch_tokens}:window_seconds={WINDOWS[seed % 3]}"
+    elif name == "pla-serve":
+        config = replace(config, long_chunk_tokens=None)
+        window, mode = WINDOWS[seed % 3], ("deadline", "token_max")[seed % 2]
+        policy = (
+            f"pla-serve:chunk_tokens={config.max_batch_tokens}:mode={mode}:window={window}"
+            f":window_max={max(window, 0.02)}:head_wait=0.3"
+        )
     Executor(
         create_policy(policy, config, cost),
         config,
@@ -81,6 +88,6 @@ def test_every_rule_holds(
         layers=layers,
         chaos=chaos,
         seed=seed,
-        separate=name in ("length-aware", "laps"),
-        waits=name == "laps",
+        separate=name in ("length-aware", "laps", "pla-serve"),
+        waits=name in ("laps", "pla-serve"),
     ).run()

@@ -9,20 +9,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pla_serve.policy.shapes.ladder import Ladder, Shape
 from pla_serve.policy.waiting import (
     LEAST_GAIN,
     LIGHT_LOAD,
     NEVER,
     ArrivalRate,
     GainWindow,
-    Promotion,
     WaitOptions,
     _solve,
-    ladder_curve,
     linear_curve,
     plan_waits,
-    promote_or_wait,
 )
 
 
@@ -288,18 +284,3 @@ def test_a_fixed_window_loses_at_light_load() -> None:
     ours, _ = simulate(arrivals, curve, gain_based(arrivals, curve))
     assert window > 1.5 * none
     assert ours == none
-
-
-def test_promote_or_wait() -> None:
-    """Two shapes and a steep step between them: three requests pad into eight rows, or wait."""
-    prices = {Shape(32, 1): 0.010, Shape(32, 8): 0.012}
-    ladder = Ladder(prices, lambda tokens, batch: prices[Shape(tokens, batch)])
-    assert ladder_curve(ladder, 20) == (0.010, *[0.012] * 7)
-    window = busy_window()
-    quiet = GainWindow()
-    three = [20, 8, 31]
-    assert promote_or_wait(quiet, ladder, three, 10.0, others=99) is Promotion.PROMOTE
-    assert promote_or_wait(window, ladder, three, 10.0) is Promotion.PROMOTE
-    assert promote_or_wait(window, ladder, [31], 10.0, others=99) is Promotion.WAIT
-    assert promote_or_wait(window, ladder, [32] * 8, 10.0, others=99) is Promotion.RUN
-    assert promote_or_wait(window, ladder, [33], 10.0, others=99) is Promotion.RUN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pla_serve.policy.book import RequestBook
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
-from pla_serve.policy.queues import PrefillQueue
+from pla_serve.policy.queues import PrefillSource
 
 
 class Assembler:
@@ -21,7 +21,7 @@ class Assembler:
 
     def batch(
         self,
-        queue: PrefillQueue,
+        queue: PrefillSource,
         now: float,
         most_tokens: int | None = None,
         rider_share: float | None = None,

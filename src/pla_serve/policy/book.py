@@ -10,7 +10,7 @@ from pla_serve.policy.cost import CostModel
 from pla_serve.policy.decodes import DecodePool
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import Batch, Chunk, PrefillRequest, QueueState
-from pla_serve.policy.queues import PrefillQueue
+from pla_serve.policy.queues import PrefillQueue, PrefillSource
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ class RequestBook:
         self._queues[pending.short].discard(pending)
         self._flying.discard(request_id)
 
-    def take(self, queue: PrefillQueue, places: int, tokens: int, now: float) -> Taken:
+    def take(self, queue: PrefillSource, places: int, tokens: int, now: float) -> Taken:
         """Hand out prefills in the queue's order until ``places`` or ``tokens`` are used up.
 
         Nobody gets more than ``cap`` tokens; the last one may get a part.

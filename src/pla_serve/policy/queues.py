@@ -20,10 +20,18 @@ Rank = tuple[float, ...]
 """The greatest goes first; all ranks of a queue have one length."""
 
 
-class PrefillQueue(Protocol):
-    """An order among pending prefills."""
+class PrefillSource(Protocol):
+    """Pending prefills that a batch is filled from."""
 
     def __len__(self) -> int: ...
+
+    def drain(self, now: float) -> Iterator[Pending]:
+        """Take requests out, first to last, each when it is asked for."""
+        ...
+
+
+class PrefillQueue(PrefillSource, Protocol):
+    """An order among pending prefills."""
 
     def push(self, request: Pending) -> None:
         """Queue a request that is not queued."""
@@ -31,10 +39,6 @@ class PrefillQueue(Protocol):
 
     def discard(self, request: Pending) -> None:
         """Take a request out, if it is queued."""
-        ...
-
-    def drain(self, now: float) -> Iterator[Pending]:
-        """Take requests out, first to last, each when it is asked for."""
         ...
 
     def resort(self) -> None:
@@ -83,6 +87,10 @@ class SortedQueue:
     def first(self) -> Pending | None:
         """The request that `drain` would take first."""
         return self._entries[-1][-1] if self._entries else None
+
+    def in_order(self) -> Iterator[Pending]:
+        """All requests, first to last; they stay queued, and nothing may be queued meanwhile."""
+        return (entry[-1] for entry in reversed(self._entries))
 
     def requests(self) -> list[Pending]:
         """All of them, last first."""

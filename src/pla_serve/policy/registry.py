@@ -24,6 +24,7 @@ POLICIES: Registry[PolicyKind] = Registry(
         "pla_serve.policy.baselines.fcfs",
         "pla_serve.policy.baselines.hrrn",
         "pla_serve.policy.baselines.srpt",
+        "pla_serve.policy.published.policy",
         "pla_serve.policy.baselines.laps",
         "pla_serve.policy.baselines.bucketserve",
         "pla_serve.policy.baselines.fastserve",

@@ -16,23 +16,18 @@ no window; and the window is zero when arrivals are rare, since then a wait is l
 hardly a launch to be shared. (Arrivals beyond the deepest batch are not counted, so there is no
 plan for more arrivals than that batch can keep up with.) Compare Deb and Serfozo, "Optimal control
 of batch service queues" (1973), who show that such rules are thresholds if S(n) is linear. S(n) may
-be a staircase here, as captured shapes make it: then it also decides between padding up to a larger
-shape and waiting until it is filled.
+be a staircase here, as captured shapes make it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache
 from math import exp, expm1, inf, isfinite, log
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
-
-from pla_serve.policy.shapes.ladder import Ladder
 
 Array = NDArray[np.float64]
 
@@ -205,20 +200,6 @@ def linear_curve(first: float, each: float, most: int = MOST_DEPTH) -> tuple[flo
     return tuple(first + n * each for n in range(most))
 
 
-def ladder_curve(ladder: Ladder, tokens: int, most: int = MOST_DEPTH) -> tuple[float, ...]:
-    """S(n) of n requests of ``tokens`` new tokens each, where the ladder would run them.
-
-    It ends before the first depth that has no price: one on ordinary kernels of unknown cost.
-    """
-    curve: list[float] = []
-    while len(curve) < most:
-        seconds = ladder.fit([tokens] * (len(curve) + 1)).seconds
-        if seconds <= 0:
-            break
-        curve.append(seconds)
-    return tuple(curve)
-
-
 @dataclass(frozen=True, slots=True)
 class WaitOptions:
     """Bounds of a wait; they hold whatever is predicted.
@@ -285,7 +266,7 @@ class GainWindow:
             now: seconds.
             pending: shorts that would make up the batch.
             oldest: when the oldest of them arrived.
-            curve: S(1), S(2), ... of such a batch; see `linear_curve` and `ladder_curve`.
+            curve: S(1), S(2), ... of such a batch; see `linear_curve`.
             due: the earliest deadline among them.
             others: requests that each launch keeps from the device (longs).
             idle: those of them that could run now but do not while the shorts are held back.
@@ -298,41 +279,6 @@ class GainWindow:
         latest = due - curve[min(depth, len(curve)) - 1] - self._options.margin
         until = min(expected, oldest + self._options.longest_wait, latest)
         return until if until > now else None
-
-
-class Promotion(StrEnum):
-    """What to do with a batch that does not fill its captured shape."""
-
-    RUN = "run"
-    """It fills its shape, or runs on ordinary kernels."""
-    PROMOTE = "promote"
-    """Pad it into the shape, now."""
-    WAIT = "wait"
-    """Wait for requests that fill it."""
-
-
-def promote_or_wait(
-    window: GainWindow,
-    ladder: Ladder,
-    lengths: Sequence[int],
-    now: float,
-    *,
-    others: int = 0,
-    idle: int = 0,
-) -> Promotion:
-    """Decided by the cost curve: the ladder's staircase of seconds against the arrival rate.
-
-    The bounds of a wait are `GainWindow.until`'s, which decides alike for the same curve.
-
-    Raises:
-        ValueError: there are no lengths, or one is below 1.
-    """
-    fit = ladder.fit(lengths)
-    curve = ladder_curve(ladder, max(lengths))
-    if window.plan(curve, now, others, idle).waits_at(len(lengths)):
-        return Promotion.WAIT
-    full = fit.shape is None or (fit.waste == 0 and fit.shape.batch == len(lengths))
-    return Promotion.RUN if full else Promotion.PROMOTE
 
 
 @lru_cache(maxsize=512)

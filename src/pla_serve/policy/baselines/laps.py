@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.baselines.fcfs import ArrivalQueue
+from pla_serve.policy.baselines.two_queues import OneAtATime, TwoQueues
 from pla_serve.policy.book import RequestBook
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.declare import PolicyKind
 from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.protocol import BatchClass, Decision, Idle, Wait
+from pla_serve.policy.protocol import Wait
+from pla_serve.policy.queues import PrefillSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +58,7 @@ class RawLengthBook(RequestBook):
         return new_tokens + history <= self.boundary(0)
 
 
-class OneAtATime(ArrivalQueue):
-    """First come, first served, one request in a batch."""
-
-    def drain(self, now: float) -> Iterator[Pending]:
-        for request in super().drain(now):
-            yield request
-            return
-
-
-class Laps(ContinuousBatching):
+class Laps(TwoQueues):
     """The published artifact of arXiv 2601.11589: two queues, the short one always first.
 
     A prompt is short by its raw length, as published. Shorts are gathered until the first of them
@@ -77,7 +68,7 @@ class Laps(ContinuousBatching):
     batch, and shorts that keep coming starve the longs: nothing bounds that wait.
 
     The artifact has its decode on other instances. Here steps ride along in every batch, and run
-    while shorts are gathered. The adaptive window and depth of the paper are not in this policy.
+    while shorts are gathered. The adaptive window and depth of the paper are in `published.policy`.
 
     Uses of `PolicyConfig`: ``max_batch_requests`` and ``boundary_tokens``. ``chunk_tokens`` takes
     the place of ``max_batch_tokens`` and ``long_chunk_tokens``; deadlines are not used.
@@ -91,43 +82,26 @@ class Laps(ContinuousBatching):
         make_book = RawLengthBook if options.classify == "raw" else RequestBook
         self._window = options.window_seconds
         self._depth = min(options.depth, config.max_batch_requests)
-        self._shorts, self._longs = ArrivalQueue(), OneAtATime()
-        self._none = ArrivalQueue()
-        book = make_book(config, cost, self._shorts, self._longs)
-        super().__init__(config, cost, self._shorts, book)
+        self._gathered, longs = ArrivalQueue(), OneAtATime()
+        book = make_book(config, cost, self._gathered, longs)
+        super().__init__(config, cost, self._gathered, book, longs)
 
-    def next(self, now: float) -> Decision:
-        queue = self._shorts if self._shorts else self._longs
-        head = self._shorts.first()
-        if head is not None and now < (until := self._window_ends(head)):
-            if not self._book.decodes:
-                return Wait(until)
-            queue = self._none
-        batch = self._assembler.batch(queue, now)
-        if batch is None:
-            return Idle()
-        if batch.kind is BatchClass.MIXED:  # a long one with decode steps
-            batch = replace(batch, kind=BatchClass.LONG)
-        return self._start(batch, now)
+    def _round(self, now: float) -> PrefillSource | Wait | None:
+        head = self._gathered.first()
+        if head is None:
+            return None
+        until = self._window_ends(head)
+        return Wait(until) if now < until else self._gathered
+
+    def _gathers(self, newcomer: Pending, now: float) -> float:
+        return self._window_ends(self._gathered.first() or newcomer) - now
 
     def _window_ends(self, head: Pending) -> float:
         full = (
-            len(self._shorts) >= self._depth
+            len(self._gathered) >= self._depth
             or self._book.short_backlog.tokens >= self._book.config.max_batch_tokens
         )
         return head.arrival + (0.0 if full or head.started else self._window)
-
-    def _seconds_ahead(self, newcomer: Pending, now: float) -> float:
-        """All shorts, and for a long one everything; a chunk under way ends first."""
-        total = self._book.seconds()
-        if not newcomer.short:
-            return total
-        rest = self._rest(now)
-        ahead = self._book.short_seconds()
-        if self._running is not None and self._running[0].kind is BatchClass.LONG:
-            ahead += rest
-        head = self._shorts.first() or newcomer
-        return ahead + max(0.0, self._window_ends(head) - now - rest)
 
 
 POLICY = PolicyKind(

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pla_serve.policy.boundary import crossing
-from pla_serve.policy.latency import LatencyModel, fit_latency
+from pla_serve.policy.published.latency import LatencyModel, fit_latency
 
 TRUE = LatencyModel(alpha=4e-8, beta=2e-5, gamma_w=3e-5, gamma_r=3e-5)
 
