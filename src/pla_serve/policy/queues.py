@@ -73,9 +73,14 @@ class SortedQueue:
         insort(entries, entry, near if near > 0 and entries[near] < entry else 0)
 
     def discard(self, request: Pending) -> None:
-        if request.entry is not None:
-            del self._entries[bisect_left(self._entries, request.entry)]
-            request.entry = None
+        entry = request.entry
+        if entry is None:
+            return
+        if self._entries[-1] is entry:  # mostly it is the first that goes
+            self._entries.pop()
+        else:
+            del self._entries[bisect_left(self._entries, entry)]
+        request.entry = None
 
     def drain(self, now: float) -> Iterator[Pending]:
         entries = self._entries

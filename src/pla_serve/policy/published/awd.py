@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate, islice
 from math import inf
 from typing import Annotated, Literal
 
@@ -128,9 +129,10 @@ class WaitUntil:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Requests that would run together, and whether their batch takes no more."""
+    """Requests that would run together, where, and whether their batch takes no more."""
 
     members: list[Pending]
+    fit: Fit
     full: bool
 
 
@@ -192,7 +194,7 @@ class AdaptiveWaitDepth:
             self._opened = None
             return None
         group = self._group(head, queue)
-        seconds = self._fit(group.members).seconds
+        seconds = group.fit.seconds
         if self._opened is None:
             self._opened = now
             self._set_window(queue, len(group.members), seconds, now)
@@ -227,7 +229,7 @@ class AdaptiveWaitDepth:
 
     def _dispatch(self, group: _Group, cause: Cause) -> Dispatch:
         self._opened = None
-        return Dispatch(tuple(group.members), self._fit(group.members), cause)
+        return Dispatch(tuple(group.members), group.fit, cause)
 
     def _set_window(self, queue: LengthLevels, depth: int, service: float, now: float) -> None:
         """W = clip(min(W_SLA, W_GR)), where one of the two is known."""
@@ -268,38 +270,39 @@ class AdaptiveWaitDepth:
         if capacity == 0:
             return self._without_shape(anchor, queue)
         members = self._admit(anchor, queue.of_level(level), capacity)
-        shape = self._fit(members).shape
-        if shape is not None and shape.batch > len(members):
-            members += queue.shorter(level, shape.batch - len(members))
-        return _Group(members, len(members) >= capacity)
+        fit = self._fit(members)
+        if fit.shape is not None and fit.shape.batch > len(members):
+            shorter = queue.shorter(level, fit.shape.batch - len(members))
+            if shorter:
+                members += shorter
+                fit = self._fit(members)
+        return _Group(members, fit, len(members) >= capacity)
 
-    def _admit(self, anchor: Pending, others: Iterable[Pending], capacity: int) -> list[Pending]:
+    def _admit(self, anchor: Pending, level: Iterable[Pending], capacity: int) -> list[Pending]:
         """At most ``capacity`` of a level; in token-max mode only while below the token target."""
-        target = self._options.token_target if self._options.mode == "token_max" else inf
-        members, tokens = [anchor], anchor.new_tokens
-        for short in others:
-            if len(members) >= capacity or tokens >= target:
-                break
-            if short is not anchor:
-                members.append(short)
-                tokens += short.new_tokens
+        others = (short for short in islice(level, capacity) if short is not anchor)
+        members = [anchor, *islice(others, capacity - 1)]
+        if self._options.mode == "token_max":
+            totals = accumulate(short.new_tokens for short in members)
+            below = sum(total < self._options.token_target for total in totals)
+            del members[below + 1 :]
         return members
 
     def _without_shape(self, anchor: Pending, queue: LengthLevels) -> _Group:
         """A batch for the ordinary kernels: by arrival, whatever the lengths are."""
         options = self._options
-        members, tokens = [anchor], anchor.new_tokens
+        members, tokens, full = [anchor], anchor.new_tokens, False
         for short in queue.oldest(options.max_requests):
-            if len(members) >= options.max_requests or tokens >= options.memory_tokens:
-                break
             if short is anchor:
                 continue
-            if tokens + short.new_tokens > options.memory_tokens:
-                return _Group(members, True)
+            full = len(members) >= options.max_requests
+            full = full or tokens + short.new_tokens > options.memory_tokens
+            if full:
+                break
             members.append(short)
             tokens += short.new_tokens
-        full = len(members) >= options.max_requests or tokens >= options.memory_tokens
-        return _Group(members, full)
+        full = full or len(members) >= options.max_requests or tokens >= options.memory_tokens
+        return _Group(members, self._fit(members), full)
 
     def _fit(self, members: list[Pending]) -> Fit:
         return self._ladder.fit([short.new_tokens for short in members])
