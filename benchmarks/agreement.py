@@ -16,8 +16,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import cyclopts
 import numpy as np
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
@@ -37,9 +38,11 @@ Record = dict[str, Any]
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="Of pla-serve bench --compare, with --records.")],
-    machine: Annotated[str, typer.Argument(help="A machine profile of the same server.")],
-    output: Annotated[Path, typer.Option("--output", "-o")],
+    run: Annotated[Path, Parameter(help="Result of pla-serve bench --compare, with --records.")],
+    machine: Annotated[str, Parameter(help="A machine profile of the same server.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(alias="-o")],
 ) -> None:
     """Compare measured and simulated times to first tokens."""
     recorded = json.loads(run.read_text())
@@ -134,4 +137,4 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cyclopts.run(main)

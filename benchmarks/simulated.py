@@ -17,7 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
+import cyclopts
+from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from simulations import claims as bounds
 from simulations import knobs, one_class, patience, pictures, rows, tables, workloads
@@ -25,26 +27,30 @@ from simulations.running import run
 
 from pla_serve.environment import describe
 
-app = typer.Typer(help=(__doc__ or "").split("\n\n")[0], add_completion=False)
+app = cyclopts.App(help=(__doc__ or "").split("\n\n")[0])
 console = Console()
 if not console.is_terminal:
     console.width = 150  # a log need not be narrow
 
-Traces = Annotated[Path, typer.Option(help="Folder of the trace files.")]
-Out = Annotated[Path, typer.Option(help="Folder of the results.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at the same time.")]
-Requests = Annotated[int | None, typer.Option(min=1, help="Only the first of each trace.")]
+AT_LEAST_1 = Number(gte=1)
+Traces = Annotated[Path, Parameter(help="Folder of the trace files.")]
+Out = Annotated[Path, Parameter(help="Folder of the results.")]
+Jobs = Annotated[int, Parameter(help="Runs at the same time.", validator=AT_LEAST_1)]
+Requests = Annotated[
+    int | None, Parameter(help="Only the first of each trace.", validator=AT_LEAST_1)
+]
 RESULTS = Path("benchmarks/results")
 
 
-@app.command()
+@app.command
 def sweep(
+    *,
     traces: Traces,
     out: Out = RESULTS,
     jobs: Jobs = 1,
     requests: Requests = None,
     only: Annotated[
-        str, typer.Option(help="Policies to run again, separated by commas. Default: all.")
+        str, Parameter(help="Policies to run again, separated by commas. Default: all.")
     ] = "",
 ) -> None:
     """Every baseline with every knob, and length-aware as it comes."""
@@ -65,8 +71,8 @@ def sweep(
     console.print(f"saved {path}", highlight=False)
 
 
-@app.command()
-def claims(out: Out = RESULTS) -> None:
+@app.command
+def claims(*, out: Out = RESULTS) -> None:
     """The bounds, checked against the sweep."""
     results = rows.load(out / "simulated-sweep.json")
     checks = bounds.check_all(results.workloads)
@@ -85,7 +91,7 @@ def claims(out: Out = RESULTS) -> None:
 
 @app.command(name="patience")
 def patience_curve(
-    traces: Traces, out: Out = RESULTS, jobs: Jobs = 1, requests: Requests = None
+    *, traces: Traces, out: Out = RESULTS, jobs: Jobs = 1, requests: Requests = None
 ) -> None:
     """The guaranteed bound on waiting, and what it costs."""
     curves = patience.measure(traces, console, jobs, requests)
@@ -98,9 +104,12 @@ def patience_curve(
 
 @app.command(name="one-class")
 def one_class_runs(
+    *,
     out: Out = RESULTS,
     jobs: Jobs = 1,
-    seeds: Annotated[int, typer.Option(min=1, help="Generated traces of each kind.")] = 5,
+    seeds: Annotated[
+        int, Parameter(help="Generated traces of each kind.", validator=AT_LEAST_1)
+    ] = 5,
     requests: Requests = None,
 ) -> None:
     """Length-aware to fcfs where one class is all there is, or bursts."""
@@ -111,8 +120,8 @@ def one_class_runs(
     console.print(f"saved {path}", highlight=False)
 
 
-@app.command()
-def stiff(traces: Traces, out: Out = RESULTS, requests: Requests = None) -> None:
+@app.command
+def stiff(*, traces: Traces, out: Out = RESULTS, requests: Requests = None) -> None:
     """Without preemption at layers, against all baselines of the sweep that have none either."""
     results = rows.load(out / "simulated-sweep.json")
     setting = workloads.setting(preemption=False)
@@ -141,7 +150,7 @@ def stiff(traces: Traces, out: Out = RESULTS, requests: Requests = None) -> None
 
 def main() -> None:
     try:
-        app(standalone_mode=True)
+        app()
     except ValueError as error:
         raise SystemExit(f"simulated.py: {error}") from None
 

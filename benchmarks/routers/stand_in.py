@@ -143,14 +143,14 @@ class StandInCore:
 
 def main() -> None:
     """`pla-serve serve` with this engine."""
-    from pla_serve.cli import app
+    from pla_serve import cli
     from pla_serve.server import command
 
     os.environ[MACHINE] = sys.argv.pop(1)
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     command.start = partial(command.start, engine="stand_in:StandInCore")  # type: ignore[assignment]
-    app(["serve", *sys.argv[1:]])
+    sys.exit(cli.main(["serve", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

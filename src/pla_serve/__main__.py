@@ -1,3 +1,8 @@
-from pla_serve.cli import app
+"""``python -m pla_serve``, the same as ``pla-serve``."""
 
-app()
+import sys
+
+from pla_serve.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-import typer
+import sys
+from collections.abc import Sequence
 
-from pla_serve import __version__
-from pla_serve.bench.command import bench
-from pla_serve.bench.profile_command import calibrate
-from pla_serve.fleet.fleet_command import fleet
-from pla_serve.fleet.route_command import route
-from pla_serve.server.command import serve
-from pla_serve.simulator.command import simulate
+from pla_serve.command_line import LazyCommand, run_command
 
-app = typer.Typer(
-    name="pla-serve",
-    help="LLM serving that answers short prompts as if the machine were idle.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+ABOUT = "LLM serving that answers short prompts as if the machine were idle."
+COMMANDS = (
+    LazyCommand("serve", "Serve a model to OpenAI clients.", "pla_serve.server.command:SERVE"),
+    LazyCommand(
+        "fleet",
+        "Serve a model with several instances on this machine, behind one API.",
+        "pla_serve.fleet.fleet_command:FLEET",
+    ),
+    LazyCommand(
+        "route",
+        "Route the requests of OpenAI clients to instances of one model.",
+        "pla_serve.fleet.route_command:ROUTE",
+    ),
+    LazyCommand(
+        "bench",
+        "Measure a server under load: TTFT, ITL, throughput and goodput of short and long prompts.",
+        "pla_serve.bench.command:BENCH",
+    ),
+    LazyCommand(
+        "calibrate",
+        "Measure a running engine into a machine profile for pla-serve simulate --machine.",
+        "pla_serve.bench.profile_command:CALIBRATE",
+    ),
+    LazyCommand(
+        "simulate",
+        "Compare policies against a model of the machine, on virtual time.",
+        "pla_serve.simulator.command:SIMULATE",
+    ),
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command that ``words`` name; None takes them from the process.
 
-
-@app.callback()
-def main(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
-    ),
-) -> None:
-    """Options that belong to no command."""
-
-
-app.command()(serve)
-app.command()(route)
-app.add_typer(fleet, name="fleet")
-app.command()(bench)
-app.command()(calibrate)
-app.command()(simulate)
+    Returns:
+        The exit status.
+    """
+    return run_command(COMMANDS, sys.argv[1:] if words is None else words, ABOUT)
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from pla_serve.bench import job, servers
-from pla_serve.bench.command import bench
 from pla_serve.bench.servers import ServerEntry, free_port, parse_entries, started
+from tests.command_runner import pla_serve
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__).with_name("http_server.py"))
-app = typer.Typer()
-app.command()(bench)
 
 
 def fake(serve_arguments: tuple[str, ...]) -> servers.Open:
@@ -50,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> Any:
-        return CliRunner().invoke(app, list(arguments))
+        return pla_serve("bench", *arguments)
 
     return call
 
@@ -160,9 +156,6 @@ def test_no_server(run: Any) -> None:
         (("--duration", "9"), "--duration needs --rate"),
         (("--trace", "missing.jsonl"), "cannot read missing.jsonl"),
         (("--trace", "x.csv", "--load", "0.5"), "use --speed"),
-        (("--document-tokens", "many"), "takes a range"),
-        (("--extra-body", "{"), "not JSON"),
-        (("--extra-body", "[]"), "JSON object"),
         (("--token-ids",), "--endpoint completions"),
         (("--compare", "fcfs,fcfs"), "with itself"),
         (("--compare", "fcfs:Max=3"), "a flag of serve"),
@@ -175,6 +168,22 @@ def test_no_server(run: Any) -> None:
 def test_flags_that_cannot_be(run: Any, arguments: tuple[str, ...], why: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 1
+    assert why in re.sub(r"\s+", " ", result.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--document-tokens", "many"), "takes a range"),
+        (("--extra-body", "{"), "not JSON"),
+        (("--extra-body", "[]"), "JSON object"),
+    ],
+)
+def test_text_that_cannot_be_read_is_a_usage_error(
+    run: Any, arguments: tuple[str, ...], why: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
     assert why in re.sub(r"\s+", " ", result.output)
 
 
@@ -199,9 +208,11 @@ def test_knobs_that_only_one_policy_has_stay_with_its_name() -> None:
 def test_ctrl_c_reports_what_there_is_and_leaves_no_server(tmp_path: Path) -> None:
     """A process of its own: the signal goes to it as from a terminal."""
     program = """
+import sys
+from pla_serve.cli import main
 from tests.bench import test_bench
 test_bench.job.fresh = test_bench.fake
-test_bench.app()
+sys.exit(main(["bench", *sys.argv[1:]]))
 """
     arguments = ("--compare", "fcfs", "--requests", "9999", "--rate", "20", "-o", "r")
     process = subprocess.Popen(

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from pla_serve.cli import app
 from pla_serve.engine.config import EngineConfig
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.server import command
 from pla_serve.server.settings import ServerSettings
+from tests.command_runner import CommandResult, pla_serve
 
 
 class Started:
@@ -42,8 +41,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     return started
 
 
-def serve(*args: str, **options: Any) -> Result:
-    return CliRunner().invoke(app, ["serve", *args], **options)
+def serve(*args: str, **options: Any) -> CommandResult:
+    return pla_serve("serve", *args, **options)
 
 
 def test_defaults_are_those_of_the_configs(started: Started) -> None:
@@ -71,6 +70,9 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--max-unread-tokens": 5, "--stall-seconds": 1, "--restart-wait": 1,
         "--drain-seconds": 1, "--chat-template": tmp_path / "template", "--log-level": "debug",
         "--log-format": "json", "--role": "long", "--otlp-endpoint": "http://127.0.0.1:4318",
+        "--max-head-bytes": 999, "--head-seconds": 1, "--body-seconds": 1, "--idle-seconds": 1,
+        "--max-connections": 1, "--max-connections-per-address": 0, "--max-upload-bytes": 1,
+        "--engine-silence-seconds": 1,
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
     switches = ("--no-prefix-cache", "--kv-transfer", "--compile-layers", "--no-async-scheduling")
@@ -82,6 +84,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         (started.engine, EngineConfig()),
         (policy, PolicyConfig()),
         (started.server, default_server),
+        (started.server.limits, default_server.limits),
     ):
         for field in fields(default):
             if field.name == "tensor_parallel_size":
@@ -122,7 +125,7 @@ def test_zero_means_no_bound_on_the_wait(started: Started) -> None:
     ("args", "reason"),
     [
         (["--long-share", "2"], "long_share must lie between 0 and 1"),
-        (["--port", "70000"], "port must lie between 0 and 65535"),
+        (["--port", "70000"], "port must lie in 0..65535"),
         (["--max-batch-tokens", "0"], "max_batch_tokens must be at least 1"),
         (["--keep-alive-seconds", "nan"], "keep_alive_seconds must be positive"),
         (["--served-model-name", ""], "at least one name"),

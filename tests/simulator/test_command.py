@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from pla_serve.cli import app
 from pla_serve.simulator.report import RunReport
 from pla_serve.simulator.table import tables
+from tests.command_runner import pla_serve
 
 TRACE = "gen:chat+documents:requests=120:rate=2"
 SESSIONS = "session_id,turn,arrival_s,input_tokens,output_tokens\n" + "".join(
@@ -22,7 +21,7 @@ SESSIONS = "session_id,turn,arrival_s,input_tokens,output_tokens\n" + "".join(
 
 
 def simulate(*flags: str, fails: bool = False) -> str:
-    result = CliRunner().invoke(app, ["simulate", *flags])
+    result = pla_serve("simulate", *flags)
     assert (result.exit_code != 0) is fails, result.output
     return " ".join(result.output.split())
 
@@ -129,9 +128,9 @@ def test_a_trace_that_is_not_there() -> None:
 def test_what_is_complete_when_interrupted_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pla_serve.simulator import flags
+    from pla_serve.simulator import progress
 
-    real, calls = flags.run_and_report, []
+    real, calls = progress.run_and_report, []
 
     def second_is_interrupted(*arguments: Any) -> RunReport:
         calls.append(arguments)
@@ -139,10 +138,10 @@ def test_what_is_complete_when_interrupted_is_reported(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(flags, "run_and_report", second_is_interrupted)
+    monkeypatch.setattr(progress, "run_and_report", second_is_interrupted)
     target = tmp_path / "x.json"
     arguments = ["--trace", TRACE, "--policy", "fcfs,hrrn", "--jobs", "1", "--json", str(target)]
-    result = CliRunner().invoke(app, ["simulate", *arguments])
+    result = pla_serve("simulate", *arguments)
     assert result.exit_code == 130
     content = json.loads(target.read_text())
     assert [run["policy"] for run in content["runs"]] == ["fcfs"]

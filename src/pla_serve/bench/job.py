@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 from rich.console import Console
@@ -14,52 +15,185 @@ from tokenizers import Tokenizer
 from pla_serve.bench.client import Endpoint, Target
 from pla_serve.bench.experiment import Experiment, ExperimentPlan, ExperimentResult, MakeWorkload
 from pla_serve.bench.progress import ProgressView
-from pla_serve.bench.replay import TraceOptions, read_trace
+from pla_serve.bench.replay import TRACE, TraceOptions, read_trace
 from pla_serve.bench.report import ALL, Objectives
 from pla_serve.bench.save import save_json
 from pla_serve.bench.servers import Open, ServerEntry, ServerError, fresh, parse_entries, running
 from pla_serve.bench.summary import summaries
 from pla_serve.bench.table import comparison_table, run_table
 from pla_serve.bench.text import load_tokenizer, make_filler
-from pla_serve.bench.workload import BenchWorkload, WorkloadConfig, generate
+from pla_serve.bench.workload import TIME, BenchWorkload, WorkloadConfig, generate
+from pla_serve.flags import Flag
+from pla_serve.policy.knobs import check_knobs
 
+SERVER, OUTPUT = "Server", "Output"
+"""Panels of flags."""
 DEFAULT_LOAD = 0.7
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("it takes a JSON object")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
 class BenchJob:
-    """What was asked for.
+    """One call of ``pla-serve bench``: servers, load, and where the results go.
 
     Raises:
         ValueError: options that do not go together; the message says which.
     """
 
-    compare: str | None
-    serve_arguments: tuple[str, ...]
-    base_url: str
-    model: str | None
-    api_key: str | None
-    endpoint: Endpoint
-    token_ids: bool
-    tokenizer: Path | None
-    ignore_eos: bool
-    extra_body: dict[str, Any]
-    workload: WorkloadConfig
-    trace: Path | None
-    trace_options: TraceOptions
-    rate: float | None
-    load: float | None
-    salt: str | None
-    repeat: int
-    max_seconds: float | None
-    warm: bool
-    idle: bool
-    objectives: Objectives
-    baseline: str | None
-    output: Path | None
-    records: bool
+    serve_arguments: Annotated[
+        tuple[str, ...],
+        Flag(
+            "After --: flags for every server that --compare starts, as serve takes them.",
+            argument=True,
+        ),
+    ] = ()
+    compare: Annotated[
+        str | None,
+        Flag(
+            "Policies to run in turn, each on a fresh server, with the same requests at the same "
+            "times: fcfs,hrrn:max-batch-tokens=512,length-aware.",
+            panel=SERVER,
+        ),
+    ] = None
+    base_url: Annotated[
+        str,
+        Flag(
+            "Without --compare: the server to measure; any that speaks the OpenAI API.",
+            panel=SERVER,
+        ),
+    ] = "http://127.0.0.1:8000"
+    model: Annotated[
+        str | None,
+        Flag("Name to ask for. None: the first that the server lists.", panel=SERVER),
+    ] = None
+    api_key: Annotated[
+        str | None, Flag("API key of the server.", panel=SERVER, variable="OPENAI_API_KEY")
+    ] = None
+    endpoint: Annotated[
+        Endpoint, Flag("/v1/chat/completions or /v1/completions.", panel=SERVER)
+    ] = "chat"
+    token_ids: Annotated[
+        bool,
+        Flag(
+            "Prompts as token ids, exact in size; needs --endpoint completions and single turns.",
+            panel=SERVER,
+            switch=True,
+        ),
+    ] = False
+    tokenizer: Annotated[
+        Path | None,
+        Flag(
+            "Model folder or tokenizer.json to size prompts with. None: the server's usage says "
+            "how long words are.",
+            panel=SERVER,
+        ),
+    ] = None
+    ignore_eos: Annotated[
+        bool,
+        Flag(
+            "Ask for answers of exactly the planned length, an extension that vLLM, SGLang and "
+            "this server have.",
+            panel=SERVER,
+        ),
+    ] = True
+    extra_body: Annotated[
+        dict[str, Any],
+        Flag(
+            "JSON object added to every request.",
+            panel=SERVER,
+            metavar="JSON",
+            read=read_object,
+            show=json.dumps,
+        ),
+    ] = field(default_factory=dict)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    trace: Annotated[
+        Path | None,
+        Flag("Replay this instead: a file of any format in docs/traces.md.", panel=TRACE),
+    ] = None
+    trace_options: TraceOptions = field(default_factory=TraceOptions)
+    duration: Annotated[
+        float | None,
+        Flag(
+            "Seconds of arrivals, in place of --requests; needs --rate.",
+            unit="seconds",
+            above=0,
+            panel=TIME,
+        ),
+    ] = None
+    rate: Annotated[
+        float | None,
+        Flag(
+            "Requests a second, Poisson. For a trace without a common clock: session starts a "
+            "second.",
+            above=0,
+            panel=TIME,
+        ),
+    ] = None
+    load: Annotated[
+        float | None,
+        Flag(
+            "In place of --rate: share of what the first server can do, which is measured first. "
+            "Default without --rate: 0.7.",
+            panel=TIME,
+        ),
+    ] = None
+    salt: Annotated[
+        str | None,
+        Flag("Makes the text; a salt used before may meet a warm cache. None: random.", panel=TIME),
+    ] = None
+    repeat: Annotated[
+        int, Flag("Runs of each entry, interleaved; medians count.", least=1, panel=TIME)
+    ] = 1
+    max_seconds: Annotated[
+        float | None,
+        Flag(
+            "Longest run. None: 3 times the span of the arrivals, and 2 minutes.",
+            unit="seconds",
+            panel=TIME,
+        ),
+    ] = None
+    warm: Annotated[
+        bool, Flag("Send the same few requests first.", panel=TIME, name="--warm-up")
+    ] = True
+    idle: Annotated[
+        bool,
+        Flag(
+            "First measure short prompts one at a time on the idle server.",
+            panel=TIME,
+            switch=True,
+        ),
+    ] = False
+    objectives: Objectives = field(default_factory=Objectives)
+    baseline: Annotated[
+        str | None,
+        Flag("Entry that the others are compared with. None: the first.", panel=OUTPUT),
+    ] = None
+    output: Annotated[
+        Path | None, Flag("Writes OUTPUT.json and OUTPUT.png.", panel=OUTPUT, also=("-o",))
+    ] = None
+    records: Annotated[bool, Flag("Keep every request in the JSON.", panel=OUTPUT, switch=True)] = (
+        False
+    )
 
     def __post_init__(self) -> None:
+        check_knobs(self)
+        if self.duration is not None and self.rate is None:
+            raise ValueError("--duration needs --rate; with --load give --requests")
         if self.rate is not None and self.load is not None:
             raise ValueError("--rate and --load exclude each other")
         if self.load is not None and self.trace is not None:

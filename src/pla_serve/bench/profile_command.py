@@ -4,74 +4,90 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
+from pla_serve.command_line import Command, Given, fail
+from pla_serve.flags import Flag, FlagsOf
+from pla_serve.policy.knobs import check_knobs
 
 
-def calibrate(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The machine profile to write, .json.")
-    ],
-    base_url: Annotated[
-        str, typer.Option(help="A pla-serve server that serves nobody else meanwhile.")
-    ] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Of the machine. Default: the file's name.")
-    ] = None,
+@dataclass(frozen=True, slots=True)
+class CalibrateFlags:
+    """Flags of ``calibrate``.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    output: Annotated[Path, Flag("Machine profile to write, .json.", also=("-o",))]
+    base_url: Annotated[str, Flag("A pla-serve server that serves nobody else meanwhile.")] = (
+        "http://127.0.0.1:8000"
+    )
+    api_key: Annotated[str | None, Flag("API key of the server.", variable="OPENAI_API_KEY")] = None
+    name: Annotated[str | None, Flag("Name of the machine. None: that of the file.")] = None
     transfer_bytes_per_second: Annotated[
         float,
-        typer.Option(help="Between two such instances; not measured. Default: 10 Gbit/s."),
-    ] = 1.25e9,
+        Flag(
+            "Rate of a transfer between two such instances, not measured; 1.25e9 is 10 Gbit/s.",
+            unit="bytes",
+            above=0,
+        ),
+    ] = 1.25e9
     transfer_seconds: Annotated[
-        float, typer.Option(help="Fixed cost of a transfer; not measured.")
-    ] = 1e-3,
-) -> None:
-    """Measure a running engine into a machine profile for pla-serve simulate --machine."""
-    from pla_serve.bench.profile import ProfileError, Transfer
+        float, Flag("Fixed time of a transfer, not measured.", unit="seconds", least=0)
+    ] = 1e-3
 
+    def __post_init__(self) -> None:
+        check_knobs(self)
+        if self.output.suffix != ".json":
+            raise ValueError(f"the machine profile is a .json file, not {self.output.name}")
+
+
+def calibrate(given: Given) -> int:
+    """Measure a server and write the profile of its machine."""
     try:
-        if output.suffix != ".json":
-            raise ProfileError(f"the machine profile is a .json file, not {output.name}")
-        if not (transfer_bytes_per_second > 0 and transfer_seconds >= 0):
-            raise ProfileError("a transfer has a positive rate and no negative time")
-        transfer = Transfer(transfer_bytes_per_second, transfer_seconds)
-        asyncio.run(_run(base_url, api_key, name or output.stem, output, transfer))
+        asyncio.run(_run(given.make(CalibrateFlags)))
     except (ValueError, OSError, RuntimeError) as error:
-        typer.secho(f"pla-serve: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from None
+        fail(error)
+    return 0
 
 
-async def _run(base_url: str, api_key: str | None, name: str, output: Path, transfer: Any) -> None:
+CALIBRATE = Command("calibrate", calibrate, (FlagsOf(CalibrateFlags),))
+
+
+async def _run(flags: CalibrateFlags) -> None:
     import msgspec
 
     from pla_serve import __version__
     from pla_serve.bench.calibrate import Probe
     from pla_serve.bench.client import Target
-    from pla_serve.bench.profile import drive, machine_of, wait_idle
+    from pla_serve.bench.profile import Transfer, drive, machine_of, wait_idle
     from pla_serve.bench.text import make_filler
     from pla_serve.bench.transport import HttpTransport
 
     salt = secrets.token_hex(8)
-    transport = HttpTransport(base_url, api_key)
+    transport = HttpTransport(flags.base_url, flags.api_key)
     try:
         card = (await transport.get("/v1/models"))["data"][0]
         longest = int(card.get("max_model_len") or 2048)
         target = Target(card["id"], "completions")
         probe = Probe(transport, target, make_filler(salt), "calibrate", ids=True)
-        await wait_idle(lambda: read_metrics(base_url))
-        await drive(probe, longest, lambda text: typer.secho(text, err=True))
-        await wait_idle(lambda: read_metrics(base_url))
+        await wait_idle(lambda: read_metrics(flags.base_url))
+        await drive(probe, longest, lambda text: print(text, file=sys.stderr))
+        await wait_idle(lambda: read_metrics(flags.base_url))
     finally:
         await transport.close()
     day = datetime.now(UTC).date().isoformat()
     source = f"pla-serve calibrate {__version__}, {day}, {card['id']}"
-    machine = machine_of(read_metrics(base_url), name, source, transfer)
-    output.write_bytes(msgspec.json.format(msgspec.json.encode(machine), indent=2) + b"\n")
-    typer.echo(f"saved {output}")
+    transfer = Transfer(flags.transfer_bytes_per_second, flags.transfer_seconds)
+    name = flags.name or flags.output.stem
+    machine = machine_of(read_metrics(flags.base_url), name, source, transfer)
+    flags.output.write_bytes(msgspec.json.format(msgspec.json.encode(machine), indent=2) + b"\n")
+    print(f"saved {flags.output}")
 
 
 def read_metrics(base_url: str) -> dict[tuple[str, str], float]:

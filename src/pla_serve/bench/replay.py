@@ -10,51 +10,73 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pla_serve.bench.text import FillerPart
-from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session
+from pla_serve.bench.workload import TIME, BenchTurn, BenchWorkload, Session
+from pla_serve.flags import Flag
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.traces.arrivals import poisson
 from pla_serve.traces.blocks import SeenBlocks, block_size
 from pla_serve.traces.clock import common_clock
 from pla_serve.traces.files import read_rows
 from pla_serve.traces.rows import Row, TraceError, root
 
+TRACE = "Recorded trace"
 OverLength = Literal["drop", "clip"]
 
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
-    """How a trace is replayed.
+    """Settings of the replay of a trace.
 
     Raises:
         ValueError: a field is out of range.
     """
 
-    speed: float = 1.0
-    """2 sends everything in half the time."""
-    max_requests: int | None = None
-    """The first so many of the file."""
-    max_input_tokens: int | None = None
-    over_length: OverLength = "drop"
-    """What happens to longer prompts: left out, or cut at the end."""
-    max_output_tokens: int | None = None
-    """Longer answers are cut."""
-    block_tokens: int | None = None
-    """Tokens in one block; None infers it from the file."""
-    rate: float | None = None
-    """Sessions a second, where the trace has no common clock: starts are drawn, Poisson."""
+    speed: Annotated[float, Flag("2 sends everything in half the time.", above=0, panel=TRACE)] = (
+        1.0
+    )
+    max_requests: Annotated[
+        int | None,
+        Flag(
+            "Number of requests; of a trace the first ones. None: 200, or all of a trace.",
+            unit="requests",
+            least=1,
+            panel=TIME,
+            name="--requests",
+        ),
+    ] = None
+    max_input_tokens: Annotated[
+        int | None, Flag("Longest prompt.", unit="tokens", least=1, panel=TRACE)
+    ] = None
+    over_length: Annotated[
+        OverLength,
+        Flag("Whether longer prompts are left out, or clipped at the end.", panel=TRACE),
+    ] = "drop"
+    max_output_tokens: Annotated[
+        int | None, Flag("Longer answers are cut.", unit="tokens", least=1, panel=TRACE)
+    ] = None
+    block_tokens: Annotated[
+        int | None,
+        Flag(
+            "Size of the trace's blocks. None: inferred from the file.",
+            unit="tokens",
+            least=1,
+            panel=TRACE,
+        ),
+    ] = None
+    rate: Annotated[
+        float | None,
+        Knob(
+            "Sessions a second, where the trace has no common clock: starts are drawn, Poisson.",
+            above=0,
+        ),
+    ] = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("speed", "rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, not {value}")
-        for name in ("max_requests", "max_input_tokens", "max_output_tokens", "block_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        check_knobs(self)
 
 
 def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> BenchWorkload:

@@ -5,38 +5,82 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 
 from pla_serve.bench.load import Record, RunResult
+from pla_serve.flags import Flag
+from pla_serve.policy.knobs import check_knobs
 
+GOALS = "Objectives"
 SHORT, LONG, ALL = "short", "long", "all"
 LATE = 0.1
 """Seconds of send lag (P99) from which the client itself is suspect."""
 
 
+def read_milliseconds(text: str) -> float:
+    """Seconds.
+
+    Raises:
+        ValueError: the text is no number.
+    """
+    return float(text) / 1000
+
+
 @dataclass(frozen=True, slots=True)
 class Objectives:
-    """What a request has to keep, in seconds, and where short ends.
+    """Latency objectives of requests, in seconds, and where short requests end.
 
     Raises:
         ValueError: a field is out of range.
     """
 
-    short_tokens: int = 256
-    """At most this many new tokens are short, whatever boundary the server uses."""
-    ttft_short: float | None = None
-    ttft_long: float | None = None
-    itl: float | None = None
-    """For the mean gap between the events of one answer."""
+    short_tokens: Annotated[
+        int,
+        Flag(
+            "At most this many new tokens are short, whatever boundary the server uses.",
+            unit="tokens",
+            least=0,
+            panel=GOALS,
+        ),
+    ] = 256
+    ttft_short: Annotated[
+        float | None,
+        Flag(
+            "TTFT of all requests.",
+            unit="milliseconds",
+            above=0,
+            panel=GOALS,
+            name="--slo-ttft-ms",
+            read=read_milliseconds,
+        ),
+    ] = None
+    ttft_long: Annotated[
+        float | None,
+        Flag(
+            "TTFT of long requests, if it is another.",
+            unit="milliseconds",
+            above=0,
+            panel=GOALS,
+            name="--slo-ttft-long-ms",
+            read=read_milliseconds,
+        ),
+    ] = None
+    itl: Annotated[
+        float | None,
+        Flag(
+            "Mean gap between the tokens of one answer.",
+            unit="milliseconds",
+            above=0,
+            panel=GOALS,
+            name="--slo-itl-ms",
+            read=read_milliseconds,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
-        if self.short_tokens < 0:
-            raise ValueError(f"short_tokens must not be negative, not {self.short_tokens}")
-        for name in ("ttft_short", "ttft_long", "itl"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, not {value}")
+        check_knobs(self)
 
     @property
     def given(self) -> bool:

@@ -6,16 +6,19 @@ due when the answer before it is complete and the user has thought, as with a re
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pla_serve.bench.text import FillerPart
+from pla_serve.flags import Flag
+from pla_serve.policy.knobs import Knob, check_knobs
 from pla_serve.traces.arrivals import poisson
 from pla_serve.traces.lengths import ChatLengths, Lmsys, Uniform
 
+WORK, TIME = "Built-in workload", "Load"
+"""Panels of flags."""
 Mix = Literal["chat+documents", "chat", "documents"]
 
 
@@ -72,48 +75,132 @@ class BenchWorkload:
         return any(session.remembers and len(session.turns) > 1 for session in self.sessions)
 
 
+def read_range(text: str) -> tuple[int, int]:
+    """A range such as ``2048-4096``, or one number for both ends.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    low, _, high = text.partition("-")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise ValueError(f"it takes a range such as 2048-4096, not {text!r}") from None
+
+
+def show_range(ends: tuple[int, int]) -> str:
+    """Text that `read_range` reads back."""
+    return f"{ends[0]}-{ends[1]}"
+
+
+def read_longest(text: str) -> Lmsys:
+    """Chat messages of at most so many tokens.
+
+    Raises:
+        ValueError: the text is no whole number.
+    """
+    return Lmsys(high=int(text))
+
+
 @dataclass(frozen=True, slots=True)
 class WorkloadConfig:
-    """The built-in workload.
+    """Settings of the built-in workload.
 
     Raises:
         ValueError: a field is out of range; the message names it.
     """
 
-    mix: Mix = "chat+documents"
-    requests: int = 200
-    rate: float = 1.0
-    """Requests a second, over all turns. Sessions start at this over the mean turns of one."""
-    burst: int = 1
-    """Sessions that start at the same moment; the moments are a Poisson process."""
-    seed: int = 0
-    document_share: float = 0.1
-    """Share of requests that are documents, in ``chat+documents``; met exactly, at random places.
-    """
-    document_tokens: tuple[int, int] = (2048, 4096)
-    """Range of a document's size; uniform."""
-    message: Lmsys = field(default_factory=Lmsys)
-    mean_turns: float = 2.0
-    """Of a chat session; geometric. LMSYS-Chat-1M has 2.0."""
+    mix: Annotated[
+        Mix,
+        Flag(
+            "Multi-turn chat sessions with turns of LMSYS size, long documents, or both.",
+            panel=WORK,
+            name="--workload",
+        ),
+    ] = "chat+documents"
+    requests: Annotated[int, Knob("Number of requests.", least=1)] = 200
+    rate: Annotated[
+        float,
+        Knob(
+            "Requests a second, over all turns. Sessions start at this over the mean turns of one.",
+            above=0,
+        ),
+    ] = 1.0
+    burst: Annotated[
+        int,
+        Flag(
+            "Sessions that start at the same moment; the moments are a Poisson process.",
+            least=1,
+            panel=TIME,
+        ),
+    ] = 1
+    seed: Annotated[
+        int, Flag("Seed of sizes and times; repetitions count on from it.", panel=TIME)
+    ] = 0
+    document_share: Annotated[
+        float,
+        Flag(
+            "Share of requests that are documents, in chat+documents; met exactly, at random "
+            "places.",
+            least=0,
+            most=1,
+            panel=WORK,
+        ),
+    ] = 0.1
+    document_tokens: Annotated[
+        tuple[int, int],
+        Flag(
+            "Range of a document's size; uniform.",
+            unit="tokens",
+            panel=WORK,
+            read=read_range,
+            show=show_range,
+        ),
+    ] = (2048, 4096)
+    message: Annotated[
+        Lmsys,
+        Flag(
+            "Longest chat message; longer ones are clipped.",
+            unit="tokens",
+            panel=WORK,
+            name="--longest-message",
+            read=read_longest,
+            show=lambda message: str(message.high),
+        ),
+    ] = field(default_factory=Lmsys)
+    mean_turns: Annotated[
+        float,
+        Flag(
+            "Mean turns of a chat session; geometric. LMSYS-Chat-1M has 2.0.",
+            unit="turns",
+            panel=WORK,
+        ),
+    ] = 2.0
     max_turns: int = 8
-    think_seconds: float = 5.0
-    """Mean, exponential."""
-    output_tokens: tuple[int, int] = (16, 48)
-    """Range of answers; uniform."""
+    think_seconds: Annotated[
+        float,
+        Flag(
+            "Mean time between an answer and the next turn; exponential.",
+            unit="seconds",
+            least=0,
+            panel=WORK,
+        ),
+    ] = 5.0
+    output_tokens: Annotated[
+        tuple[int, int],
+        Flag(
+            "Range of an answer's length; uniform.",
+            unit="tokens",
+            panel=WORK,
+            read=read_range,
+            show=show_range,
+        ),
+    ] = (16, 48)
 
     def __post_init__(self) -> None:
-        if self.requests < 1:
-            raise ValueError(f"requests must be at least 1, not {self.requests}")
-        if not (self.rate > 0 and math.isfinite(self.rate)):
-            raise ValueError(f"rate must be positive, not {self.rate}")
-        if self.burst < 1:
-            raise ValueError(f"burst must be at least 1, not {self.burst}")
-        if not 0 <= self.document_share <= 1:
-            raise ValueError(f"document_share must lie in [0, 1], not {self.document_share}")
+        check_knobs(self)
         if not 1 <= self.mean_turns <= self.max_turns:
             raise ValueError("mean_turns must lie between 1 and max_turns")
-        if self.think_seconds < 0:
-            raise ValueError(f"think_seconds must not be negative, not {self.think_seconds}")
         for name in ("document_tokens", "output_tokens"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:

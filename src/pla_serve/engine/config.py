@@ -1,94 +1,245 @@
-"""Everything the engine is told at start."""
+"""Settings of an engine, which are flags of ``pla-serve serve``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from pla_serve.flags import Flag
 from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.knobs import check_knobs
 
 AttentionBackendName = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
-NO_SHAPES = "none"
 DType = Literal["auto", "float32", "bfloat16"]
+NO_SHAPES = "none"
+
+MODEL, CACHE, SCHEDULE = "Model", "KV cache", "Scheduling"
+DEVICE, ADMISSION = "Device", "Admission"
+
+
+def known_policy(text: str) -> str:
+    """``text``, if it names a policy and knobs that it has.
+
+    Raises:
+        ValueError: it does not; the message names what there is.
+    """
+    from pla_serve.policy.registry import parse_policy  # takes time: numpy and scipy
+
+    parse_policy(text)
+    return text
+
+
+def list_policies() -> str:
+    """Names of all policies with a few words about each, for the help."""
+    from pla_serve.policy.registry import POLICIES
+
+    return POLICIES.help() + "."
+
+
+def known_shapes(text: str) -> str:
+    """``text``, if it names shapes to capture.
+
+    Raises:
+        ValueError: it does not; the message says what such a name looks like.
+    """
+    if text != NO_SHAPES:
+        from pla_serve.engine.run.graphs.choice import parse_shapes  # as above
+
+        parse_shapes(text)
+    return text
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One engine core.
+    """Settings of one engine.
+
+    Example: ``EngineConfig("Qwen/Qwen2.5-0.5B-Instruct", kv_cache_gib=2.0)``.
 
     Raises:
-        ValueError: a field is out of range; the message names it.
+        ValueError: a field is out of range, or two exclude each other; the message names them.
     """
 
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """A folder of safetensors, a GGUF file, or a Hugging Face id."""
-    load_format: LoadFormat = "auto"
-    dtype: DType = "auto"
-    device: str = "auto"
-    """auto: cuda if there is one, else cpu."""
-    tensor_parallel_size: int = 1
-    """Ranks that share the model, each a process: on CUDA one a device, from ``device`` on."""
-    seed: int = 0
-    """For requests that give none, and for dummy weights."""
-    max_model_len: int | None = None
-    """Most tokens of prompt and output; None takes the model's own limit, bounded by the KV."""
-    block_tokens: int = 16
-    """Tokens in one KV block."""
-    kv_cache_gib: float | None = None
-    """Memory for KV, of all ranks together; None takes a share of what is free after the weights
-    are loaded."""
-    prefix_cache: bool = True
-    short_kv_reserve: float = 0.05
-    """Share of the KV blocks that long prefills may not take, so that short ones always start."""
-    threads: int | None = None
-    """CPU threads of all ranks together; None takes all cores."""
-    policy: str = "length-aware"
+    """Folder of safetensors, GGUF file, or Hugging Face id."""
+    load_format: Annotated[
+        LoadFormat,
+        Flag("Form of the weights. dummy makes random ones from the model's config.", panel=MODEL),
+    ] = "auto"
+    dtype: Annotated[
+        DType,
+        Flag("Type of the weights. auto is float32 on a CPU, bfloat16 elsewhere.", panel=MODEL),
+    ] = "auto"
+    device: Annotated[
+        str, Flag("auto, cpu, cuda or cuda:N. auto is cuda if there is one, else cpu.", panel=MODEL)
+    ] = "auto"
+    tensor_parallel_size: Annotated[
+        int,
+        Flag(
+            "Ranks that share the model, each a process: GPUs from --device on, or processes on "
+            "the CPU.",
+            unit="ranks",
+            least=1,
+            panel=MODEL,
+            also=("-tp",),
+        ),
+    ] = 1
+    threads: Annotated[
+        int | None,
+        Flag(
+            "CPU threads of all ranks together. None: all cores.",
+            unit="threads",
+            least=1,
+            panel=MODEL,
+        ),
+    ] = None
+    seed: Annotated[
+        int, Flag("Seed of requests that give none, and of dummy weights.", panel=MODEL)
+    ] = 0
+    max_model_len: Annotated[
+        int | None,
+        Flag(
+            "Most tokens of prompt and output together. None: the model's own limit, as far as "
+            "the memory for KV goes.",
+            unit="tokens",
+            least=2,
+            panel=MODEL,
+        ),
+    ] = None
+    kv_cache_gib: Annotated[
+        float | None,
+        Flag(
+            "Memory for KV, of all ranks together. None: a share of what is free once the weights "
+            "are loaded.",
+            unit="GiB",
+            above=0,
+            panel=CACHE,
+        ),
+    ] = None
+    block_tokens: Annotated[
+        int,
+        Flag("Tokens in one KV block.", unit="tokens", least=1, panel=CACHE, name="--block-size"),
+    ] = 16
+    prefix_cache: Annotated[
+        bool, Flag("Reuse the KV of prompts that begin alike.", panel=CACHE)
+    ] = True
+    short_kv_reserve: Annotated[
+        float,
+        Flag(
+            "Share of the KV blocks that long prefills may not take, so that short ones always "
+            "find room.",
+            least=0,
+            below=1,
+            panel=CACHE,
+        ),
+    ] = 0.05
+    kv_transfer: Annotated[
+        bool,
+        Flag(
+            "Exchange KV with other instances of this model, for hand-overs from prefill to "
+            "decode; needs NIXL.",
+            panel=CACHE,
+        ),
+    ] = False
+    policy: Annotated[
+        str,
+        Flag(
+            "What runs next. Knobs are the flags below that the policy uses, and its own: "
+            "laps:window_seconds=0.01. Policies:",
+            panel=SCHEDULE,
+            metavar="NAME[:KNOB=VALUE]...",
+            read=known_policy,
+            more=list_policies,
+        ),
+    ] = "length-aware"
     policy_config: PolicyConfig = field(default_factory=PolicyConfig)
-    attention_backend: AttentionBackendName = "auto"
-    """auto: the first that gives what the reference gives, tried at start."""
-    capture_shapes: str | None = None
-    """Shapes that short batches run on as a whole: auto, paper, none, or tokens x requests such as
-    64x4,256x16. None is auto on CUDA and none elsewhere, where named ones are padded to without
-    being captured."""
-    capture_tokens: int = 512
-    """Most tokens of a batch that auto and paper capture."""
-    capture_padding_cap: float = 0.9
-    """A batch that would be more padding than this runs on the ordinary kernels."""
-    run_ahead_layers: int = 2
-    """On CUDA: most layers that the host enqueues before the first of them is done. Express work
-    waits for one less; with 1 the device waits for the host."""
-    compile_layers: bool = False
-    """Run stock decoder layers through torch.compile, in place of the project's own fused ones."""
-    async_scheduling: bool = True
-    """On CUDA: enqueue the next batch before the tokens of the one that runs are known."""
-    max_queued_tokens: int | None = None
-    """Admission: most new tokens waiting; None: four times the KV capacity."""
-    max_predicted_wait: float | None = 120.0
-    """Admission: refuse what is predicted to wait longer, in seconds; None: never."""
-    kv_transfer: bool = False
-    """Exchange KV with other engines that serve the same model; needs NIXL."""
+    attention_backend: Annotated[
+        AttentionBackendName,
+        Flag(
+            "Kernels of attention. auto takes the first that gives what the reference gives, tried "
+            "at start; all but sdpa need a GPU.",
+            panel=DEVICE,
+        ),
+    ] = "auto"
+    capture_shapes: Annotated[
+        str | None,
+        Flag(
+            "Shapes, of tokens and requests, on which short batches run as captured CUDA graphs. "
+            "On a CPU batches are padded to them without capture, for tests. None: auto on CUDA, "
+            "none elsewhere.",
+            panel=DEVICE,
+            metavar="auto|paper|none|TOKENSxREQUESTS,...",
+            read=known_shapes,
+        ),
+    ] = None
+    capture_tokens: Annotated[
+        int,
+        Flag(
+            "Most tokens of a shape that auto and paper choose.",
+            unit="tokens",
+            least=1,
+            panel=DEVICE,
+        ),
+    ] = 512
+    capture_padding_cap: Annotated[
+        float,
+        Flag(
+            "Largest share of padding in a captured batch; one with more runs on the ordinary "
+            "kernels.",
+            least=0,
+            most=1,
+            panel=DEVICE,
+        ),
+    ] = 0.9
+    run_ahead_layers: Annotated[
+        int,
+        Flag(
+            "On a GPU: most layers that are enqueued before the first of them is done. Express "
+            "work waits for one less; with 1 the GPU waits for the host.",
+            unit="layers",
+            least=1,
+            panel=DEVICE,
+        ),
+    ] = 2
+    compile_layers: Annotated[
+        bool,
+        Flag(
+            "Run stock decoder layers through torch.compile in place of the project's fused ones; "
+            "compiles at start.",
+            panel=DEVICE,
+        ),
+    ] = False
+    async_scheduling: Annotated[
+        bool,
+        Flag(
+            "On a GPU: enqueue the next batch before the tokens of the running one are known.",
+            panel=DEVICE,
+        ),
+    ] = True
+    max_queued_tokens: Annotated[
+        int | None,
+        Flag(
+            "Refuse a request (429) when more new tokens than this wait. None: four times the "
+            "tokens that the KV memory holds.",
+            unit="tokens",
+            least=1,
+            panel=ADMISSION,
+        ),
+    ] = None
+    max_predicted_wait: Annotated[
+        float | None,
+        Flag(
+            "Refuse a request (429) that is predicted to wait longer than this; 0: never.",
+            unit="seconds",
+            panel=ADMISSION,
+            none=0,
+        ),
+    ] = 120.0
 
     def __post_init__(self) -> None:
-        if self.block_tokens < 1:
-            raise ValueError(f"block_tokens must be at least 1, not {self.block_tokens}")
-        if not 0 <= self.short_kv_reserve < 1:
-            raise ValueError(f"short_kv_reserve must lie in [0, 1), not {self.short_kv_reserve}")
-        if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:
-            raise ValueError(f"kv_cache_gib must be positive, not {self.kv_cache_gib}")
-        if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
-            raise ValueError(f"max_queued_tokens must be at least 1, not {self.max_queued_tokens}")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ValueError(f"max_model_len must be at least 2, not {self.max_model_len}")
-        if not 0 <= self.capture_padding_cap <= 1:
-            raise ValueError(
-                f"capture_padding_cap must lie in 0..1, not {self.capture_padding_cap}"
-            )
+        check_knobs(self)
         if self.kv_transfer and self.tensor_parallel_size > 1:
             raise ValueError(
                 "--kv-transfer is not possible with --tensor-parallel-size: each rank holds a part "
                 "of every token's KV, and other instances expect the whole; drop one of the two"
             )
-        for name in ("capture_tokens", "run_ahead_layers", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -2,133 +2,121 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+import msgspec
 
-from pla_serve.fleet.fleet_flags import (
-    FORWARDED,
-    FleetGroup,
-    Forwarded,
-    StartCommand,
-    check_words,
-)
-from pla_serve.server.flags import LogFormat, LogLevel
+from pla_serve.command_line import HELP_FLAGS, Command, CommandGroup, Given, fail
+from pla_serve.flags import Flag, FlagsOf
+from pla_serve.fleet.forwarding import check_words, split_words
+from pla_serve.fleet.supervisor.spec import FleetSpec, Pools, check, read_spec
+from pla_serve.server.settings import LogSettings
 
-fleet = typer.Typer(cls=FleetGroup, no_args_is_help=True)
-
-POOLS = "Instances"
+if TYPE_CHECKING:
+    from pla_serve.fleet.supervisor.launch import LaunchPlan
 
 
-@fleet.callback()
-def about() -> None:
-    """Serve a model with several instances on this machine, behind one API.
+@dataclass(frozen=True, slots=True)
+class StartFlags:
+    """Flags of ``fleet start`` that are no fields of a fleet."""
 
-    `pla-serve fleet MODEL --short 2 --long 1 --decode 1` starts a fleet. It takes the flags of
-    `serve`, for its instances, and those of `route`, for the router before them.
-    """
-
-
-@fleet.command(cls=StartCommand)
-def start(
-    context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="As `pla-serve serve` takes it.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A YAML file; flags go before what it says.")
-    ] = None,
-    mixed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Instances for all requests.", rich_help_panel=POOLS),
-    ] = None,
-    short: Annotated[
-        int | None,
-        typer.Option(min=0, help="Instances for short prompts.", rich_help_panel=POOLS),
-    ] = None,
-    long: Annotated[
-        int | None,
-        typer.Option(min=0, help="Instances for long prompts.", rich_help_panel=POOLS),
-    ] = None,
-    decode: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Instances that take over after the first token.", rich_help_panel=POOLS
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="CPU threads of each. Default: its share.", rich_help_panel=POOLS),
-    ] = None,
-    devices: Annotated[
-        str | None,
-        typer.Option(
-            help="Given out to instances in turn, as in cuda:0,cuda:1.", rich_help_panel=POOLS
-        ),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Where clients come in. 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="8000.")] = None,
-    drain_seconds: Annotated[
-        float | None, typer.Option(help="How long SIGTERM lets requests finish. 30.")
-    ] = None,
-    log_level: LogLevel = "info",
-    log_format: LogFormat = "text",
-) -> None:
-    """Start a fleet (`start` may be left out). SIGTERM drains it, SIGHUP restarts it in turn."""
-    from pla_serve.fleet.supervisor.spec import check
-
-    given = {
-        "model": model,
-        "host": host,
-        "port": port,
-        "threads": threads,
-        "devices": devices.split(",") if devices else None,
-        "drain_seconds": drain_seconds,
-    }
-    pools = {"mixed": mixed, "short": short, "long": long, "decode": decode}
-    forwarded: Forwarded = context.meta.get(FORWARDED, Forwarded())
-    try:
-        spec = check(_merged(config, given, pools))
-        plan = _plan(spec, forwarded, log_level, log_format)
-    except (ValueError, OSError) as error:
-        _fail(error)
-    raise typer.Exit(plan.run())
+        Path | None, Flag("YAML file that describes the fleet; flags go before what it says.")
+    ] = None
+    serve_word: Annotated[tuple[str, ...], Flag("Word for each instance.", hidden=True)] = ()
+    route_word: Annotated[tuple[str, ...], Flag("Word for the router.", hidden=True)] = ()
 
 
-@fleet.command()
-def status(
-    url: Annotated[str, typer.Option(help="The router.")] = "http://127.0.0.1:8000",
+@dataclass(frozen=True, slots=True)
+class StatusFlags:
+    """Flags of ``fleet status``."""
+
+    url: Annotated[str, Flag("Address of the router.")] = "http://127.0.0.1:8000"
     api_key: Annotated[
-        str | None, typer.Option(envvar="PLA_SERVE_API_KEY", show_envvar=True)
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="As the router says it.")] = False,
-) -> None:
-    """What each instance of a fleet does now."""
+        str | None, Flag("API key that the router asks for.", variable="PLA_SERVE_API_KEY")
+    ] = None
+    json: Annotated[bool, Flag("Print the router's JSON instead of a table.", switch=True)] = False
+
+
+def start(given: Given) -> int:
+    """Run a fleet until SIGTERM."""
+    try:
+        plan = _plan(check(_spec(given)), given)
+    except (ValueError, OSError) as error:
+        fail(error)
+    return plan.run()
+
+
+def status(given: Given) -> int:
+    """Print what the router knows of its instances."""
     from pla_serve.fleet.status_view import StatusError, fetch, show
 
+    flags = given.make(StatusFlags)
     try:
-        content = fetch(url, api_key)
+        content = fetch(flags.url, flags.api_key)
     except StatusError as error:
-        _fail(error)
-    show(content, as_json=json)
+        fail(error)
+    show(content, as_json=flags.json)
+    return 0
 
 
-def _merged(config: Path | None, given: dict[str, Any], pools: dict[str, Any]) -> Any:
-    """The file's fleet with what was given by flag."""
-    import msgspec
+START = Command(
+    "start",
+    start,
+    (FlagsOf(FleetSpec), FlagsOf(Pools), FlagsOf(StartFlags), FlagsOf(LogSettings)),
+    help="Start a fleet (`start` may be left out). SIGTERM drains it, SIGHUP restarts it in turn.",
+)
+STATUS = Command(
+    "status", status, (FlagsOf(StatusFlags),), help="Show what each instance of a fleet does now."
+)
 
-    from pla_serve.fleet.supervisor.spec import FleetSpec, Pools, read_spec
 
+def rewrite(words: list[str]) -> list[str]:
+    """Words behind ``fleet`` as `START` or `STATUS` takes them.
+
+    >>> rewrite(["MODEL", "--short", "2", "--seed=1"])
+    ['start', 'MODEL', '--short', '2', '--serve-word=--seed=1']
+    """
+    if not words or words[0] == STATUS.name or words[0] in HELP_FLAGS:
+        return words
+    own, forwarded = split_words(words[words[0] == START.name :], START)
+    return [
+        START.name,
+        *own,
+        *(f"--serve-word={word}" for word in forwarded.serve),
+        *(f"--route-word={word}" for word in forwarded.route),
+    ]
+
+
+FLEET = CommandGroup(
+    "fleet",
+    (START, STATUS),
+    rewrite,
+    help="Serve a model with several instances on this machine, behind one API. "
+    "`pla-serve fleet MODEL --short 2 --long 1 --decode 1` starts a fleet. It takes the flags of "
+    "`serve`, for its instances, and those of `route`, for the router before them.",
+)
+
+
+def _spec(given: Given) -> FleetSpec:
+    """The file's fleet, changed by flags.
+
+    Raises:
+        ValueError: the file is none of a fleet.
+        OSError: it cannot be read.
+    """
+    config = given.make(StartFlags).config
     spec = FleetSpec() if config is None else read_spec(config)
-    counts = {role: count for role, count in pools.items() if count is not None}
-    if counts:
-        given["instances"] = Pools(**counts)
-    changed = {name: value for name, value in given.items() if value is not None}
+    changed = given.fields(FleetSpec)
+    if pools := given.fields(Pools):
+        changed["instances"] = Pools(**pools)
     return msgspec.structs.replace(spec, **changed)
 
 
-def _plan(spec: Any, forwarded: Forwarded, log_level: str, log_format: Any) -> Any:
-    """What will be run; all flags of all processes have been checked.
+def _plan(spec: FleetSpec, given: Given) -> LaunchPlan:
+    """All command lines of the fleet, checked.
 
     Raises:
         ValueError: a process would refuse its flags.
@@ -136,19 +124,15 @@ def _plan(spec: Any, forwarded: Forwarded, log_level: str, log_format: Any) -> A
     """
     from pla_serve.fleet.supervisor.launch import LaunchPlan
 
-    logs = ["--log-level", log_level, "--log-format", log_format]
+    words, logs = given.make(StartFlags), given.make(LogSettings)
+    to_all = ("--log-level", logs.level, "--log-format", logs.form)
     plan = LaunchPlan(
-        spec, (*forwarded.serve, *logs), (*forwarded.route, *logs), log_level, log_format
+        spec, (*words.serve_word, *to_all), (*words.route_word, *to_all), logs.level, logs.form
     )
     try:
         for name, command in plan.commands():
             check_words(name, command)
-    except ValueError:
+    except (ValueError, OSError):
         plan.close()
         raise
     return plan
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"pla-serve: {error}", file=sys.stderr)
-    raise typer.Exit(1)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import socket
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from pla_serve.command_line import Command, Given, fail
 from pla_serve.engine.config import EngineConfig
-from pla_serve.fleet import route_flags
-from pla_serve.fleet.router.circuit import CircuitOptions
-from pla_serve.fleet.router.contract import FleetOptions
+from pla_serve.flags import Flag, FlagsOf
+from pla_serve.fleet.router.circuit import FAULTS, CircuitOptions
+from pla_serve.fleet.router.contract import ROUTING, FleetOptions
 from pla_serve.logs import LogFormat, configure
-from pla_serve.server import flags
+from pla_serve.policy.knobs import check_knobs
+from pla_serve.server.limits import Limits
 from pla_serve.server.records import tracing
-from pla_serve.server.settings import ServerSettings
+from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, server_settings
 
 if TYPE_CHECKING:
     from pla_serve.fleet.control.control import FleetControl
@@ -27,104 +26,183 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ENGINE, _SERVER, _FLEET = EngineConfig(), ServerSettings(("model",), ""), FleetOptions()
+INSTANCES = "Instances"
+AUTO, OFF = "auto", "off"
+
+
+def known_routing(text: str) -> str:
+    """``text``, if it names a routing policy and knobs that it has, or is auto.
+
+    Raises:
+        ValueError: it does not; the message names what there is.
+    """
+    from pla_serve.policy.routing.registry import parse_routing  # with numpy
+
+    if text != AUTO:
+        parse_routing(text)
+    return text
+
+
+def list_routings() -> str:
+    """Routing policies for the help."""
+    from pla_serve.policy.routing.registry import ROUTINGS
+
+    return ROUTINGS.help() + "."
+
+
+def known_controller(text: str) -> str:
+    """``text``, if it names a pool controller and knobs that it has, or is off.
+
+    Raises:
+        ValueError: it does not; the message names what there is.
+    """
+    from pla_serve.policy.pools.registry import parse_controller
+
+    if text != OFF:
+        try:
+            parse_controller(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, or off") from None
+    return text
+
+
+def list_controllers() -> str:
+    """Pool controllers for the help."""
+    from pla_serve.policy.pools.registry import CONTROLLERS
+
+    return CONTROLLERS.help() + "."
+
+
+def list_urls() -> str:
+    """Forms of an instance's URL for the help."""
+    from pla_serve.fleet.link.kinds import url_forms
+
+    return url_forms() + "."
 
 
 @dataclass(frozen=True, slots=True)
 class RouteSettings:
-    """What the router is told beside the settings of its API."""
+    """Settings of a router beside those of its API.
 
-    instances: tuple[str, ...]
-    instance_key: str | None
-    liveness_seconds: float | None
-    """None: by the kind of server."""
-    routing: str
-    fleet: FleetOptions
-    controller: str
-    """As `parse_controller` takes it, or off."""
-    control_seconds: float
-    listen_fd: int | None = None
-    """A listening socket that outlives this process; None: it makes its own."""
+    Raises:
+        ValueError: a field is out of range, or an instance's URL is none.
+    """
+
+    instances: Annotated[
+        tuple[str, ...],
+        Flag(
+            "An instance; repeat it for each one. Forms:",
+            panel=INSTANCES,
+            name="--instance",
+            metavar="URL",
+            more=list_urls,
+        ),
+    ]
+    instance_key: Annotated[
+        str | None,
+        Flag(
+            "API key that the instances ask for.",
+            panel=INSTANCES,
+            variable="PLA_SERVE_INSTANCE_KEY",
+        ),
+    ] = None
+    routing: Annotated[
+        str,
+        Flag(
+            "Which instance a request goes to. auto is class-pools while there are short or long "
+            "instances, and predicted otherwise. Routing policies:",
+            panel=ROUTING,
+            metavar="NAME[:KNOB=VALUE]...",
+            read=known_routing,
+            more=list_routings,
+        ),
+    ] = AUTO
+    controller: Annotated[
+        str,
+        Flag(
+            "Moves instances between the roles short, long and decode; at most one of several "
+            "routers may. off moves none. Controllers:",
+            panel=ROUTING,
+            metavar="NAME[:KNOB=VALUE]...",
+            read=known_controller,
+            more=list_controllers,
+        ),
+    ] = OFF
+    control_seconds: Annotated[
+        float,
+        Flag(
+            "Time between two decisions of the controller.", unit="seconds", above=0, panel=ROUTING
+        ),
+    ] = 1.0
+    liveness_seconds: Annotated[
+        float | None,
+        Flag(
+            "An instance that is silent for this long is lost; more than its longest layer takes. "
+            "None: 2, for the heartbeat of our instances; 5, for an answer to /health of others.",
+            unit="seconds",
+            above=0,
+            panel=FAULTS,
+        ),
+    ] = None
+    listen_fd: Annotated[
+        int | None,
+        Flag(
+            "File descriptor of a listening socket that outlives this process. None: it makes its "
+            "own.",
+            hidden=True,
+        ),
+    ] = None
+    fleet: FleetOptions = field(default_factory=FleetOptions)
+
+    def __post_init__(self) -> None:
+        from pla_serve.fleet.link.kinds import check_urls
+
+        check_knobs(self)
+        check_urls(self.instances)
 
 
-def route(
-    instance: route_flags.Instances,
-    model: flags.ModelArgument = None,
-    model_flag: flags.ModelFlag = None,
-    served_model_name: flags.ServedModelName = None,
-    load_format: flags.LoadFormat = _ENGINE.load_format,
-    chat_template: flags.ChatTemplate = None,
-    instance_key: route_flags.InstanceKey = None,
-    routing: route_flags.Routing = "auto",
-    max_predicted_wait: route_flags.MaxPredictedWait = 0.0,
-    controller: route_flags.Controller = "off",
-    control_seconds: route_flags.ControlSeconds = 1.0,
-    liveness_seconds: route_flags.Liveness = None,
-    circuit_failures: route_flags.CircuitFailures = _FLEET.circuit.failures,
-    circuit_seconds: route_flags.CircuitSeconds = _FLEET.circuit.open_seconds,
-    max_failures: route_flags.MaxFailures = _FLEET.most_failures,
-    lease_seconds: route_flags.LeaseSeconds = _FLEET.lease_seconds,
-    host: flags.Host = _SERVER.host,
-    port: flags.Port = _SERVER.port,
-    listen_fd: route_flags.ListenFd = None,
-    api_key: flags.ApiKey = None,
-    max_body_mib: flags.MaxBodyMib = _SERVER.max_body_bytes / 2**20,
-    keep_alive_seconds: flags.KeepAliveSeconds = _SERVER.keep_alive_seconds,
-    stall_seconds: flags.StallSeconds = _SERVER.stall_seconds,
-    max_unread_tokens: flags.MaxUnreadTokens = _SERVER.max_unread_tokens,
-    restart_wait: flags.RestartWait = _SERVER.restart_wait,
-    drain_seconds: flags.DrainSeconds = _SERVER.drain_seconds,
-    otlp_endpoint: flags.OtlpEndpoint = None,
-    log_level: flags.LogLevel = "info",
-    log_format: flags.LogFormat = "text",
-) -> None:
-    """Route the requests of OpenAI clients to instances of one model."""
-    if model and model_flag and model != model_flag:
-        _fail(ValueError(f"two models were named, {model} and {model_flag}; name one"))
-    name = model or model_flag or _ENGINE.model
+def route(given: Given) -> int:
+    """Run a router until SIGTERM."""
     try:
-        settings = ServerSettings(
-            model_names=tuple(served_model_name or [name]),
-            model_root=name,
-            host=host,
-            port=port,
-            api_keys=tuple(api_key or ()),
-            max_body_bytes=int(max_body_mib * 2**20),
-            keep_alive_seconds=keep_alive_seconds,
-            stall_seconds=stall_seconds,
-            max_unread_tokens=max_unread_tokens,
-            restart_wait=restart_wait,
-            drain_seconds=drain_seconds,
-            otlp_endpoint=otlp_endpoint,
-        )
-        fleet = FleetOptions(
-            circuit=CircuitOptions(circuit_failures, circuit_seconds),
-            max_predicted_wait=max_predicted_wait or None,
-            most_failures=max_failures,
-            patience_seconds=restart_wait,
-            lease_seconds=lease_seconds,
-        )
-        if liveness_seconds is not None and not liveness_seconds > 0:
-            raise ValueError(f"--liveness-seconds must be positive, not {liveness_seconds}")
-        check_urls(instance)
-        tracing.check(otlp_endpoint)
-        if not control_seconds > 0:
-            raise ValueError(f"--control-seconds must be positive, not {control_seconds}")
-        template = chat_template.read_text(encoding="utf-8") if chat_template else None
+        engine, settings, router, template = read(given)
+        logs = given.make(LogSettings)
     except (ValueError, OSError) as error:
-        _fail(error)
-    engine = EngineConfig(model=name, load_format=load_format)
-    router = RouteSettings(
-        instances=tuple(instance),
-        instance_key=instance_key,
-        liveness_seconds=liveness_seconds,
-        routing=routing,
-        fleet=fleet,
-        controller=controller,
-        control_seconds=control_seconds,
-        listen_fd=listen_fd,
+        fail(error)
+    return start(engine, settings, router, template, logs.level, logs.form)
+
+
+ROUTE = Command(
+    "route",
+    route,
+    (
+        FlagsOf(ModelFlags),
+        FlagsOf(EngineConfig, only=("load_format",)),
+        FlagsOf(RouteSettings),
+        FlagsOf(FleetOptions),
+        FlagsOf(CircuitOptions),
+        FlagsOf(ServerSettings, without=("role",)),
+        FlagsOf(Limits, without=("engine_silence_seconds",)),
+        FlagsOf(LogSettings),
+    ),
+)
+
+
+def read(given: Given) -> tuple[EngineConfig, ServerSettings, RouteSettings, str | None]:
+    """Where the tokenizer comes from, the settings, and the text of a chat template.
+
+    Raises:
+        ValueError: a flag is out of range.
+        OSError: the chat template cannot be read.
+    """
+    model = given.make(ModelFlags)
+    engine = given.make(EngineConfig, model=model.source)
+    settings = server_settings(given, model)
+    fleet = given.make(
+        FleetOptions, circuit=given.make(CircuitOptions), patience_seconds=settings.restart_wait
     )
-    raise typer.Exit(start(engine, settings, router, template, log_level, log_format))
+    router = given.make(RouteSettings, fleet=fleet)
+    tracing.check(settings.otlp_endpoint)
+    return engine, settings, router, model.read_template()
 
 
 def start(
@@ -147,7 +225,7 @@ def start(
         else:
             listener = socket.socket(fileno=router.listen_fd)
     except OSError as error:
-        _fail(error)
+        fail(error)
     host, port = listener.getsockname()[:2]
     with listener:
         _, tokenizer, check_grammar = load_for_api(config)
@@ -160,7 +238,7 @@ def start(
         try:
             return run(server, listener)
         except EngineStartError as error:
-            _fail(error)
+            fail(error)
 
 
 def build(
@@ -215,49 +293,13 @@ def build(
     )
 
 
-def check_urls(urls: Sequence[str]) -> None:
-    """Raises:
-    ValueError: a URL is none of an instance, or is there twice; says what one looks like.
-    """
-    for url in urls:
-        kind, address = split_url(url)
-        if kind not in ("pla", "vllm", "sglang") or not address.startswith(("http://", "https://")):
-            raise ValueError(
-                f"an instance is http://HOST:PORT, vllm+http://HOST:PORT or "
-                f"sglang+http://HOST:PORT, not {url!r}"
-            )
-    addresses = [split_url(url)[1] for url in urls]
-    for address in addresses:
-        if addresses.count(address) > 1:
-            raise ValueError(f"the instance {address} was named twice; name it once")
-
-
-def split_url(url: str) -> tuple[str, str]:
-    """Kind of server and its address, of ``kind+http://host:port`` or ``http://host:port``."""
-    scheme, separator, rest = url.rstrip("/").partition("://")
-    kind, plus, scheme_behind = scheme.partition("+")
-    return (kind, f"{scheme_behind}://{rest}") if plus else ("pla", f"{scheme}{separator}{rest}")
-
-
 def make_links(router: RouteSettings) -> list[MakeLink]:
-    """One for each instance, by its kind."""
-    return [_link(router, *split_url(url)) for url in router.instances]
+    """Functions that make the links, one for each instance."""
+    from pla_serve.fleet.link.kinds import link_maker
 
-
-def _link(router: RouteSettings, kind: str, url: str) -> MakeLink:
-    from pla_serve.fleet.link import http, protocol
-    from pla_serve.fleet.link.http import Dialect, HttpLink
-    from pla_serve.fleet.link.own import InstanceLink
-    from pla_serve.fleet.link.sglang import SglangDialect
-    from pla_serve.fleet.link.vllm import VllmDialect
-
-    key, told = router.instance_key, router.liveness_seconds
-    if kind == "pla":
-        heartbeat = protocol.LIVENESS_SECONDS if told is None else told
-        return lambda events: InstanceLink(url, events, api_key=key, liveness_seconds=heartbeat)
-    dialect: Dialect = VllmDialect() if kind == "vllm" else SglangDialect()
-    answer = http.LIVENESS_SECONDS if told is None else told
-    return lambda events: HttpLink(url, events, dialect, api_key=key, liveness_seconds=answer)
+    return [
+        link_maker(url, router.instance_key, router.liveness_seconds) for url in router.instances
+    ]
 
 
 def _control(
@@ -274,8 +316,3 @@ def _control(
         name=router.controller,
         on_decision=on_decision,
     )
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"pla-serve: {error}", file=sys.stderr)
-    raise typer.Exit(1)

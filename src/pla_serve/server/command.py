@@ -1,25 +1,24 @@
 """``pla-serve serve``: from flags to a running server.
 
-What is slow to import (torch, transformers, FastAPI) is imported when the command runs, so that
-``--help`` is quick.
+Modules that are slow to import (torch, transformers, FastAPI) are imported when the command runs,
+so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from pla_serve.engine.config import NO_SHAPES, EngineConfig
+from pla_serve.command_line import Command, Given, fail
+from pla_serve.engine.config import DEVICE, NO_SHAPES, SCHEDULE, EngineConfig
+from pla_serve.flags import Flag, FlagsOf
 from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.server import flags
+from pla_serve.server.limits import Limits
 from pla_serve.server.records import tracing
-from pla_serve.server.settings import ServerSettings
+from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, server_settings
 
 if TYPE_CHECKING:
     from pla_serve.engine.loading import ModelSource
@@ -28,127 +27,66 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ENGINE, _POLICY, _SERVER = EngineConfig(), PolicyConfig(), ServerSettings(("model",), "")
+
+@dataclass(frozen=True, slots=True)
+class GraphFlags:
+    """The flag that turns CUDA graphs off, whatever shapes are captured by default."""
+
+    graphs: Annotated[bool, Flag("Run short batches as captured CUDA graphs.", panel=DEVICE)] = True
 
 
-def serve(
-    context: typer.Context,
-    model: flags.ModelArgument = None,
-    model_flag: flags.ModelFlag = None,
-    served_model_name: flags.ServedModelName = None,
-    load_format: flags.LoadFormat = _ENGINE.load_format,
-    dtype: flags.Dtype = _ENGINE.dtype,
-    device: flags.Device = _ENGINE.device,
-    tensor_parallel_size: flags.TensorParallelSize = _ENGINE.tensor_parallel_size,
-    threads: flags.Threads = _ENGINE.threads,
-    seed: flags.Seed = _ENGINE.seed,
-    max_model_len: flags.MaxModelLen = _ENGINE.max_model_len,
-    chat_template: flags.ChatTemplate = None,
-    kv_cache_gib: flags.KvCacheGib = _ENGINE.kv_cache_gib,
-    block_size: flags.BlockSize = _ENGINE.block_tokens,
-    prefix_cache: flags.PrefixCache = _ENGINE.prefix_cache,
-    short_kv_reserve: flags.ShortKvReserve = _ENGINE.short_kv_reserve,
-    kv_transfer: flags.KvTransfer = _ENGINE.kv_transfer,
-    policy: flags.Policy = "length-aware",
-    max_batch_tokens: flags.MaxBatchTokens = _POLICY.max_batch_tokens,
-    max_batch_requests: flags.MaxBatchRequests = _POLICY.max_batch_requests,
-    long_chunk_tokens: flags.LongChunkTokens = _POLICY.long_chunk_tokens,
-    boundary_tokens: flags.BoundaryTokens = _POLICY.boundary_tokens,
-    long_share: flags.LongShare = _POLICY.long_share,
-    express_burst_seconds: flags.ExpressBurstSeconds = _POLICY.express_burst_seconds,
-    decode_share: flags.DecodeShare = _POLICY.decode_share,
-    express_wait_seconds: flags.ExpressWaitSeconds = _POLICY.express_wait_seconds,
-    patience: flags.Patience = _POLICY.patience,
-    attention_backend: flags.AttentionBackend = _ENGINE.attention_backend,
-    graphs: flags.Graphs = True,
-    capture_shapes: flags.CaptureShapes = _ENGINE.capture_shapes,
-    capture_tokens: flags.CaptureTokens = _ENGINE.capture_tokens,
-    capture_padding_cap: flags.CapturePaddingCap = _ENGINE.capture_padding_cap,
-    run_ahead_layers: flags.RunAheadLayers = _ENGINE.run_ahead_layers,
-    compile_layers: flags.CompileLayers = _ENGINE.compile_layers,
-    async_scheduling: flags.AsyncScheduling = _ENGINE.async_scheduling,
-    max_queued_tokens: flags.MaxQueuedTokens = _ENGINE.max_queued_tokens,
-    max_predicted_wait: flags.MaxPredictedWait = _ENGINE.max_predicted_wait or 0.0,
-    host: flags.Host = _SERVER.host,
-    port: flags.Port = _SERVER.port,
-    api_key: flags.ApiKey = None,
-    max_body_mib: flags.MaxBodyMib = _SERVER.max_body_bytes / 2**20,
-    keep_alive_seconds: flags.KeepAliveSeconds = _SERVER.keep_alive_seconds,
-    stall_seconds: flags.StallSeconds = _SERVER.stall_seconds,
-    max_unread_tokens: flags.MaxUnreadTokens = _SERVER.max_unread_tokens,
-    restart_wait: flags.RestartWait = _SERVER.restart_wait,
-    drain_seconds: flags.DrainSeconds = _SERVER.drain_seconds,
-    role: flags.Role = _SERVER.role,
-    otlp_endpoint: flags.OtlpEndpoint = None,
-    log_level: flags.LogLevel = "info",
-    log_format: flags.LogFormat = "text",
-) -> None:
-    """Serve a model to OpenAI clients."""
-    if model and model_flag and model != model_flag:
-        _fail(ValueError(f"two models were named, {model} and {model_flag}; name one"))
-    name = model or model_flag or _ENGINE.model
+def serve(given: Given) -> int:
+    """Run a server until SIGTERM."""
     try:
-        schedule = _schedule(
-            context,
-            policy,
-            PolicyConfig(
-                max_batch_tokens=max_batch_tokens,
-                max_batch_requests=max_batch_requests,
-                long_chunk_tokens=long_chunk_tokens,
-                boundary_tokens=boundary_tokens,
-                long_share=long_share,
-                express_burst_seconds=express_burst_seconds,
-                decode_share=decode_share,
-                express_wait_seconds=express_wait_seconds,
-                patience=patience,
-            ),
-        )
-        engine = EngineConfig(
-            model=name,
-            load_format=load_format,
-            dtype=dtype,
-            device=device,
-            tensor_parallel_size=tensor_parallel_size,
-            seed=seed,
-            max_model_len=max_model_len,
-            block_tokens=block_size,
-            kv_cache_gib=kv_cache_gib,
-            prefix_cache=prefix_cache,
-            short_kv_reserve=short_kv_reserve,
-            kv_transfer=kv_transfer,
-            threads=threads,
-            policy=policy,
-            policy_config=schedule,
-            attention_backend=attention_backend,
-            capture_shapes=_shapes(graphs, capture_shapes),
-            capture_tokens=capture_tokens,
-            capture_padding_cap=capture_padding_cap,
-            run_ahead_layers=run_ahead_layers,
-            compile_layers=compile_layers,
-            async_scheduling=async_scheduling,
-            max_queued_tokens=max_queued_tokens,
-            max_predicted_wait=max_predicted_wait or None,
-        )
-        settings = ServerSettings(
-            model_names=tuple(served_model_name or [name]),
-            model_root=name,
-            host=host,
-            port=port,
-            api_keys=tuple(api_key or ()),
-            max_body_bytes=int(max_body_mib * 2**20),
-            keep_alive_seconds=keep_alive_seconds,
-            stall_seconds=stall_seconds,
-            max_unread_tokens=max_unread_tokens,
-            restart_wait=restart_wait,
-            drain_seconds=drain_seconds,
-            role=role,
-            otlp_endpoint=otlp_endpoint,
-        )
-        tracing.check(otlp_endpoint)
-        template = chat_template.read_text(encoding="utf-8") if chat_template else None
+        engine, settings, template = read(given)
+        logs = given.make(LogSettings)
     except (ValueError, OSError) as error:
-        _fail(error)
-    raise typer.Exit(start(engine, settings, template, log_level, log_format))
+        fail(error)
+    return start(engine, settings, template, logs.level, logs.form)
+
+
+SERVE = Command(
+    "serve",
+    serve,
+    (
+        FlagsOf(ModelFlags),
+        FlagsOf(EngineConfig),
+        FlagsOf(GraphFlags),
+        FlagsOf(
+            PolicyConfig,
+            without=("interruptible", "layers"),  # known to the engine
+            panel=SCHEDULE,
+            also={
+                "max_batch_tokens": ("--max-num-batched-tokens",),
+                "max_batch_requests": ("--max-num-seqs",),
+                "long_chunk_tokens": ("--long-prefill-token-threshold",),
+            },
+        ),
+        FlagsOf(ServerSettings),
+        FlagsOf(Limits),
+        FlagsOf(LogSettings),
+    ),
+)
+"""Flags of other names are those of vLLM."""
+
+
+def read(given: Given) -> tuple[EngineConfig, ServerSettings, str | None]:
+    """Settings of the engine and of its server, and the text of a chat template.
+
+    Raises:
+        ValueError: a flag is out of range, is not for this policy, or excludes another one.
+        OSError: the chat template cannot be read.
+    """
+    model = given.make(ModelFlags)
+    engine = given.make(EngineConfig, model=model.source)
+    engine = replace(
+        engine,
+        policy_config=_schedule(engine.policy, given),
+        capture_shapes=_shapes(given.make(GraphFlags).graphs, engine.capture_shapes),
+    )
+    settings = server_settings(given, model)
+    tracing.check(settings.otlp_endpoint)
+    return engine, settings, model.read_template()
 
 
 def _shapes(graphs: bool, shapes: str | None) -> str | None:
@@ -157,8 +95,8 @@ def _shapes(graphs: bool, shapes: str | None) -> str | None:
     return shapes if graphs else NO_SHAPES
 
 
-def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> PolicyConfig:
-    """The settings by ``flags`` and by the knobs in ``policy``.
+def _schedule(policy: str, given: Given) -> PolicyConfig:
+    """Settings of a policy, from flags and from the knobs in its text.
 
     Raises:
         ValueError: a flag was given that this policy does not use, or that is a knob there too.
@@ -166,16 +104,13 @@ def _schedule(context: typer.Context, policy: str, flags: PolicyConfig) -> Polic
     from pla_serve.policy.registry import parse_policy
 
     spec = parse_policy(policy)
-    for name in (field.name for field in fields(flags)):
-        source = context.get_parameter_source(name)
-        if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
-            continue
+    for name in given.fields(PolicyConfig):
         flag = "--" + name.replace("_", "-")
         if name not in spec.kind.settings:
             raise ValueError(f"policy {spec.name} does not use {flag}; leave it out")
         if name in dict(spec.knobs):
             raise ValueError(f"{flag} is given as a flag and as a knob of --policy; drop one")
-    return spec.configure(flags)
+    return spec.configure(given.make(PolicyConfig))
 
 
 def start(
@@ -199,7 +134,7 @@ def start(
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
-        _fail(error)
+        fail(error)
     host, port = listener.getsockname()[:2]
     spec = EngineSpec(config, engine or CORE, log_level=log_level, log_format=log_format)
     log.info("loading %s for port %d", config.model, port)
@@ -221,7 +156,7 @@ def start(
 
             return run(instance, listener)
         except EngineStartError as error:
-            _fail(error)
+            fail(error)
         finally:
             child.kill()  # does nothing to one that has ended
 
@@ -248,7 +183,7 @@ def load_for_api(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
         if tokenizer is None:
             tokenizer = numbers_tokenizer(load_config(source).vocab_size)
     except (LoadingError, OSError, ValueError) as error:
-        _fail(error)
+        fail(error)
     return source, tokenizer, _grammar_check(tokenizer, source)
 
 
@@ -282,8 +217,3 @@ def _announce(settings: ServerSettings, host: str, port: int, info: EngineReady 
         '-d \'{"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32}\'',
         flush=True,
     )
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"pla-serve: {error}", file=sys.stderr)
-    raise typer.Exit(1)

@@ -1,61 +1,211 @@
-"""What the API server is told at start; the engine has its own `EngineConfig`."""
+"""Settings of an API server, which are flags of ``serve`` and ``route``.
+
+The engine has its own: `engine.config.EngineConfig`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from pathlib import Path
+from typing import Annotated, Literal
 
+from pla_serve.command_line import Given
+from pla_serve.engine.config import MODEL, EngineConfig
+from pla_serve.flags import Flag
+from pla_serve.logs import LogFormat
+from pla_serve.policy.knobs import check_knobs
 from pla_serve.server.limits import Limits
 from pla_serve.wire.link import Role
+
+HTTP = "HTTP server"
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Raises:
-    ValueError: a field is out of range; the message names it.
+    """Settings of the HTTP server in front of an engine or a fleet.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
     """
 
     model_names: tuple[str, ...]
-    """What clients may call the model; the first is used in answers to requests that name none."""
+    """Names by which clients may ask for the model. Answers to requests that name none have the
+    first."""
     model_root: str
-    """Where the model came from."""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 picks a free one."""
-    api_keys: tuple[str, ...] = ()
-    """Without any, everybody may use /v1."""
-    max_body_bytes: int = 8 * 2**20
-    keep_alive_seconds: float = 15.0
-    """A stream without news gets a comment this often."""
-    max_unread_tokens: int = 1024
-    """A stream whose client leaves more tokens of one choice unread is ended."""
-    stall_seconds: float = 60.0
-    """A stream whose client reads nothing for so long is ended."""
-    restart_wait: float = 60.0
-    """How long a request waits for an engine that starts or restarts before it gets a 503."""
-    otlp_endpoint: str | None = None
-    """Base URL of an OTLP collector for traces; None: as the environment has it, or no traces."""
-    drain_seconds: float = 30.0
-    """How long requests in flight may go on after SIGTERM."""
+    """Folder, file or Hugging Face id that the model came from."""
+    host: Annotated[
+        str, Flag("Address to listen on; 0.0.0.0 opens the server to the network.", panel=HTTP)
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, Flag("Port to listen on; 0 picks a free one.", least=0, most=65535, panel=HTTP)
+    ] = 8000
+    api_keys: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Key that clients must send, as a bearer token; repeat it for several keys. Without "
+            "any, everybody may use /v1.",
+            panel=HTTP,
+            name="--api-key",
+            variable="PLA_SERVE_API_KEY",
+        ),
+    ] = ()
+    max_body_mib: Annotated[
+        float, Flag("Largest body of a request.", unit="MiB", above=0, panel=HTTP)
+    ] = 8.0
+    keep_alive_seconds: Annotated[
+        float,
+        Flag(
+            "A stream without tokens gets a comment this often.",
+            unit="seconds",
+            above=0,
+            panel=HTTP,
+        ),
+    ] = 15.0
+    stall_seconds: Annotated[
+        float,
+        Flag(
+            "A stream whose client reads nothing for this long is ended.",
+            unit="seconds",
+            above=0,
+            panel=HTTP,
+        ),
+    ] = 60.0
+    max_unread_tokens: Annotated[
+        int,
+        Flag(
+            "A stream whose client leaves more tokens of one choice unread is ended.",
+            unit="tokens",
+            least=1,
+            panel=HTTP,
+        ),
+    ] = 1024
+    restart_wait: Annotated[
+        float,
+        Flag(
+            "How long a request waits for an engine that starts or restarts before it gets a 503.",
+            unit="seconds",
+            least=0,
+            panel=HTTP,
+        ),
+    ] = 60.0
+    drain_seconds: Annotated[
+        float,
+        Flag(
+            "How long running requests may go on after SIGTERM.",
+            unit="seconds",
+            least=0,
+            panel=HTTP,
+        ),
+    ] = 30.0
     limits: Limits = field(default_factory=Limits)
-    role: Role = "mixed"
-    """What routers are told that this instance is for; it changes nothing in the instance."""
+    role: Annotated[
+        Role,
+        Flag(
+            "Requests that routers send here first. It changes nothing in the instance, which "
+            "serves whatever comes.",
+            panel=HTTP,
+        ),
+    ] = "mixed"
+    otlp_endpoint: Annotated[
+        str | None,
+        Flag(
+            "Base URL of an OTLP collector for traces, for example http://127.0.0.1:4318. The "
+            "usual OTEL_ variables work too.",
+            panel=HTTP,
+        ),
+    ] = None
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest body of a request."""
+        return int(self.max_body_mib * 2**20)
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
             raise ValueError("the model needs at least one name, and no empty one")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must lie between 0 and 65535, not {self.port}")
-        if self.role not in get_args(Role):
-            raise ValueError(f"role must be one of {', '.join(get_args(Role))}, not {self.role}")
         if not all(self.api_keys):
             raise ValueError("an API key must not be empty")
-        for name in ("max_body_bytes", "max_unread_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("keep_alive_seconds", "stall_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("restart_wait", "drain_seconds"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        check_knobs(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlags:
+    """Flags of ``serve`` and ``route`` that name a model.
+
+    Raises:
+        ValueError: argument and flag name two models.
+    """
+
+    model: Annotated[
+        str | None,
+        Flag(
+            "Folder of safetensors, GGUF file, or Hugging Face id. None: " + EngineConfig().model,
+            argument=True,
+        ),
+    ] = None
+    model_flag: Annotated[
+        str | None, Flag("The same as the argument.", panel=MODEL, name="--model")
+    ] = None
+    served_model_name: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Name by which clients ask for the model; repeat it for several names. Default: the "
+            "model as given.",
+            panel=MODEL,
+        ),
+    ] = ()
+    chat_template: Annotated[
+        Path | None,
+        Flag("Jinja file that takes the place of the model's chat template.", panel=MODEL),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.model and self.model_flag and self.model != self.model_flag:
+            raise ValueError(f"two models were named, {self.model} and {self.model_flag}; name one")
+
+    @property
+    def source(self) -> str:
+        """Where the model comes from."""
+        return self.model or self.model_flag or EngineConfig().model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names by which clients ask for it."""
+        return self.served_model_name or (self.source,)
+
+    def read_template(self) -> str | None:
+        """Text of the chat template, or None for the model's own.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not UTF-8.
+        """
+        return None if self.chat_template is None else self.chat_template.read_text("utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """Logs of a process."""
+
+    level: Annotated[
+        LogLevel, Flag("Least serious entries that are logged.", panel=HTTP, name="--log-level")
+    ] = "info"
+    form: Annotated[
+        LogFormat,
+        Flag("Form of the logs; json is one object a line.", panel=HTTP, name="--log-format"),
+    ] = "text"
+
+
+def server_settings(given: Given, model: ModelFlags) -> ServerSettings:
+    """Settings of the HTTP server from the flags of ``serve`` or ``route``.
+
+    Raises:
+        ValueError: a flag is out of range.
+    """
+    return given.make(
+        ServerSettings,
+        model_names=model.names,
+        model_root=model.source,
+        limits=given.make(Limits),
+    )

@@ -1,220 +1,261 @@
-"""``pla-serve simulate``: from flags to a sweep and its report."""
+"""``pla-serve simulate``: from flags to a sweep, run and reported."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-import typer
+import msgspec
+from rich.console import Console
 
-RUNS, MACHINE, ARRIVALS, FLEET, OUTPUT = (
-    "What to run",
-    "Machine",
-    "Arrivals",
-    "Several instances",
-    "Output",
+from pla_serve.command_line import Command, Given, fail
+from pla_serve.environment import describe, usable_cores
+from pla_serve.flags import Flag, FlagsOf
+from pla_serve.policy.knobs import check_knobs
+from pla_serve.simulator.machine import Machine, load_machine
+from pla_serve.simulator.parallel import WorkerError
+from pla_serve.simulator.progress import run_sweep
+from pla_serve.simulator.report import RunReport, save
+from pla_serve.simulator.run import SHORT_TOKENS
+from pla_serve.simulator.setting import (
+    ARRIVALS,
+    FLEET,
+    MACHINE,
+    OUTPUT,
+    RUNS,
+    FleetSetting,
+    Objective,
+    Setting,
+)
+from pla_serve.simulator.sweep import Sweep
+from pla_serve.simulator.table import tables
+from pla_serve.traces.load import Trace, load_trace
+
+LONGEST_INPUT = 131_072
+"""Tokens; the models of the machine files accept no longer prompts."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells know it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFlags:
+    """Flags of ``simulate`` that say what is run, on what, and where the results go.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    trace: Annotated[
+        str,
+        Flag(
+            "Traces, separated by commas: files, gen:KIND, or mix:A@0.9+B@0.1, with :key=value; "
+            "see docs/traces.md.",
+            panel=RUNS,
+        ),
+    ]
+    policy: Annotated[
+        str,
+        Flag(
+            "Policies, separated by commas, with knobs: fcfs,hrrn:max-batch-tokens=2048.",
+            panel=RUNS,
+        ),
+    ] = "fcfs,hrrn,srpt,flowprefill,length-aware"
+    load: Annotated[
+        str | None,
+        Flag("Offered work over capacity, separated by commas. None: 0.7.", panel=RUNS),
+    ] = None
+    requests: Annotated[
+        int | None,
+        Flag("Only the first of each trace.", unit="requests", least=1, panel=RUNS),
+    ] = None
+    max_input_tokens: Annotated[
+        int | None,
+        Flag(
+            "Longer prompts are left out. None: 131,072, or what the KV memory holds.",
+            unit="tokens",
+            least=1,
+            panel=RUNS,
+        ),
+    ] = None
+    machine: Annotated[
+        str,
+        Flag(
+            "A name (an unknown one lists them), or a .json file as pla-serve calibrate writes it.",
+            panel=MACHINE,
+        ),
+    ] = "h200-qwen2.5-32b"
+    kv_tokens: Annotated[
+        str | None,
+        Flag(
+            "A prefix cache of so many tokens on each instance, or 'machine'. None: the trace says "
+            "what is cached.",
+            unit="tokens",
+            panel=MACHINE,
+        ),
+    ] = None
+    json: Annotated[Path | None, Flag("File for all numbers.", panel=OUTPUT)] = None
+    plot: Annotated[Path | None, Flag("File for a picture, .png.", panel=OUTPUT)] = None
+    jobs: Annotated[
+        int | None, Flag("Runs at the same time. None: one a core.", least=1, panel=OUTPUT)
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_knobs(self)
+
+
+def simulate(given: Given) -> int:
+    """Run a sweep and report it."""
+    try:
+        return execute(given)
+    except (ValueError, OSError, WorkerError) as error:
+        fail(error)
+
+
+SIMULATE = Command(
+    "simulate",
+    simulate,
+    (FlagsOf(SweepFlags), FlagsOf(Setting), FlagsOf(FleetSetting), FlagsOf(Objective)),
+    panels=(RUNS, MACHINE, ARRIVALS, FLEET, OUTPUT),
 )
 
 
-def simulate(
-    trace: Annotated[
-        str,
-        typer.Option(
-            help="Traces, separated by commas: files, gen:KIND, or mix:A@0.9+B@0.1, with "
-            ":key=value; see docs/traces.md.",
-            rich_help_panel=RUNS,
-        ),
-    ],
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="Policies, separated by commas, with knobs: fcfs,hrrn:max-batch-tokens=2048.",
-            rich_help_panel=RUNS,
-        ),
-    ] = "fcfs,hrrn,srpt,flowprefill,length-aware",
-    load: Annotated[
-        str | None,
-        typer.Option(
-            help="Offered work over capacity, separated by commas. Default: 0.7.",
-            rich_help_panel=RUNS,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.", rich_help_panel=RUNS)] = 0,
-    requests: Annotated[
-        int | None,
-        typer.Option(min=1, help="Only the first of each trace.", rich_help_panel=RUNS),
-    ] = None,
-    max_input_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Longer prompts are left out. Default: 131,072, or what the KV memory holds.",
-            rich_help_panel=RUNS,
-        ),
-    ] = None,
-    machine: Annotated[
-        str,
-        typer.Option(
-            help="A name (an unknown one lists them), or a .json file as pla-serve calibrate "
-            "writes it.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "h200-qwen2.5-32b",
-    mode: Annotated[
-        Literal["prefill", "mix", "pd-temporal", "pd-spatial"],
-        typer.Option(
-            help="Where answers decode: elsewhere, not simulated; in the batches of prefills; "
-            "while no prefill waits; on --decode-instances.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "prefill",
-    preemption: Annotated[
-        bool,
-        typer.Option(
-            "--preemption/--no-preemption",
-            help="Whether a prefill can be left at a layer boundary.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = True,
-    kv_tokens: Annotated[
-        str | None,
-        typer.Option(
-            help="A prefix cache of so many tokens on each instance, or 'machine'. Default: the "
-            "trace says what is cached.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    clients: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="A closed loop of so many, in place of --load.", rich_help_panel=ARRIVALS
-        ),
-    ] = None,
-    wait_for_answers: Annotated[
-        bool,
-        typer.Option(
-            "--wait-for-answers",
-            help="A session's next turn comes no earlier than the answer and the thought.",
-            rich_help_panel=ARRIVALS,
-        ),
-    ] = False,
-    token_seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="Mode prefill: between two tokens of an answer that a next turn waits for. "
-            "Default: a decode step alone.",
-            rich_help_panel=ARRIVALS,
-        ),
-    ] = None,
-    max_pause: Annotated[
-        float | None,
-        typer.Option(
-            help="Longest pause of sessions that have clocks of their own. Default: 600 s.",
-            rich_help_panel=ARRIVALS,
-        ),
-    ] = None,
-    instances: Annotated[int, typer.Option(min=1, help="That prefill.", rich_help_panel=FLEET)] = 1,
-    decode_instances: Annotated[
-        int, typer.Option(min=0, help="For mode pd-spatial.", rich_help_panel=FLEET)
-    ] = 0,
-    routing: Annotated[
-        str | None,
-        typer.Option(
-            help="round-robin, least-loaded, cache-aware, class-pools or predicted, with knobs. "
-            "Default: predicted, or class-pools where there are pools.",
-            rich_help_panel=FLEET,
-        ),
-    ] = None,
-    short_instances: Annotated[
-        int,
-        typer.Option(
-            min=0, help="So many are a pool for short prompts; 0: no pools.", rich_help_panel=FLEET
-        ),
-    ] = 0,
-    pool_controller: Annotated[
-        Literal["pressure", "balance"] | None,
-        typer.Option(
-            help="Moves instances between the pools: as published, or in seconds of work.",
-            rich_help_panel=FLEET,
-        ),
-    ] = None,
-    fetch_kv: Annotated[
-        bool,
-        typer.Option(
-            "--fetch-kv",
-            help="Prefixes may be fetched from other instances' caches.",
-            rich_help_panel=FLEET,
-        ),
-    ] = False,
-    fail_every: Annotated[
-        float | None,
-        typer.Option(help="Mean seconds from start to failure.", rich_help_panel=FLEET),
-    ] = None,
-    down_seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="From a failure until the instance serves again. Default: 30.",
-            rich_help_panel=FLEET,
-        ),
-    ] = None,
-    slo_seconds: Annotated[
-        float,
-        typer.Option(
-            help="A first token is in time within this, or --slo-stretch times the request's time "
-            "alone.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = 0.4,
-    slo_stretch: Annotated[
-        float, typer.Option(help="See --slo-seconds.", rich_help_panel=OUTPUT)
-    ] = 5.0,
-    json: Annotated[
-        Path | None, typer.Option(help="Writes all numbers.", rich_help_panel=OUTPUT)
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Writes a PNG.", rich_help_panel=OUTPUT)] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Runs at the same time. Default: one a core.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
-) -> None:
-    """Policies against a model of the machine, on virtual time."""
-    from pla_serve.simulator.flags import Flags, execute
-    from pla_serve.simulator.parallel import WorkerError
+def execute(given: Given) -> int:
+    """Run, show, save. Runs that are complete at Ctrl-C are reported.
 
-    flags = Flags(
-        trace=trace,
-        policy=policy,
-        load=load,
-        seed=seed,
-        requests=requests,
-        max_input_tokens=max_input_tokens,
-        machine=machine,
-        mode=mode,
-        preemption=preemption,
-        kv_tokens=kv_tokens,
-        clients=clients,
-        wait_for_answers=wait_for_answers,
-        token_seconds=token_seconds,
-        max_pause=max_pause,
-        instances=instances,
-        decode_instances=decode_instances,
-        routing=routing,
-        short_instances=short_instances,
-        pool_controller=pool_controller,
-        fetch_kv=fetch_kv,
-        fail_every=fail_every,
-        down_seconds=down_seconds,
-        slo_seconds=slo_seconds,
-        slo_stretch=slo_stretch,
-        json=json,
-        plot=plot,
-        jobs=jobs,
-    )
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: flags that make no sense, or a trace or machine that cannot be read.
+        OSError: a result cannot be written.
+    """
+    console, status = Console(), Console(stderr=True)
+    flags, setting = given.make(SweepFlags), setting_of(given)
+    for path in (flags.json, flags.plot):
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} is a folder; give a file name")
+    sweep = sweep_of(given, setting, status)
+    runs: list[RunReport] = []
+    interrupted = False
     try:
-        code = execute(flags)
-    except (ValueError, OSError, WorkerError) as error:
-        typer.secho(f"pla-serve: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from None
-    raise typer.Exit(code)
+        run_sweep(sweep, flags.jobs or usable_cores(), status, runs)
+    except KeyboardInterrupt:
+        interrupted = True
+        status.print(f"interrupted after {len(runs)} of {len(sweep)} runs", style="yellow")
+    if runs:
+        console.print(tables(runs))
+        _save(flags, runs, _about(given, setting), status, interrupted=interrupted)
+    return INTERRUPTED if interrupted else 0
+
+
+def _save(
+    flags: SweepFlags,
+    runs: Sequence[RunReport],
+    about: dict[str, object],
+    status: Console,
+    *,
+    interrupted: bool,
+) -> None:
+    if flags.json is not None:
+        save(flags.json, runs, about, interrupted=interrupted)
+        status.print(f"saved {flags.json}", style="dim", highlight=False)
+    if flags.plot is not None:
+        from pla_serve.simulator.plot import draw
+
+        draw(runs, flags.plot)
+        status.print(f"saved {flags.plot}", style="dim", highlight=False)
+
+
+def setting_of(given: Given) -> Setting:
+    """Settings that all runs have in common.
+
+    Raises:
+        ValueError: flags do not go together, or the machine is not known.
+    """
+    flags = given.make(SweepFlags)
+    machine = load_machine(flags.machine)
+    fleet = given.fields(FleetSetting)
+    if "down_seconds" in fleet and "fail_every" not in fleet:
+        raise ValueError("--down-seconds needs --fail-every")
+    return given.make(
+        Setting,
+        machine=machine,
+        fleet=given.make(FleetSetting),
+        kv_tokens=_kv_tokens(flags.kv_tokens, machine),
+        objective=given.make(Objective),
+    )
+
+
+def sweep_of(given: Given, setting: Setting, status: Console) -> Sweep:
+    """All runs; reads the traces.
+
+    Raises:
+        ValueError: a trace cannot be read, or there is nothing to run.
+    """
+    flags = given.make(SweepFlags)
+    loads = _loads(flags.load, closed=setting.clients is not None)
+    specs = _split("--trace", flags.trace)
+    with status.status("reading traces"):
+        traces = tuple(_trace(spec, flags, setting, status) for spec in specs)
+    if "max_pause" in given.fields(Setting) and not any(trace.recorded for trace in traces):
+        raise ValueError("--max-pause is for traces whose sessions have clocks of their own")
+    return Sweep(traces, tuple(_split("--policy", flags.policy)), loads, setting)
+
+
+def _trace(spec: str, flags: SweepFlags, setting: Setting, status: Console) -> Trace:
+    limit = flags.max_input_tokens or min(LONGEST_INPUT, setting.machine.kv_tokens)
+    trace = load_trace(spec, seed=setting.seed, max_input_tokens=limit, max_requests=flags.requests)
+    if trace.left_out:
+        status.print(
+            f"{trace.name}: {trace.left_out:,} prompts of more than {limit:,} tokens left out",
+            style="dim",
+            highlight=False,
+        )
+    return trace
+
+
+def _split(flag: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"{flag} has an empty entry in {text!r}")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{flag} names something twice in {text!r}")
+    return parts
+
+
+def _loads(text: str | None, *, closed: bool) -> tuple[float, ...]:
+    if text is None:
+        return () if closed else (0.7,)
+    try:
+        return tuple(float(part) for part in _split("--load", text))
+    except ValueError as error:
+        raise ValueError(f"--load takes numbers such as 0.7,0.9: {error}") from None
+
+
+def _kv_tokens(text: str | None, machine: Machine) -> int | None:
+    if text is None or text == "machine":
+        return None if text is None else machine.kv_tokens
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--kv-tokens takes a whole number or 'machine', not {text!r}") from None
+
+
+def _about(given: Given, setting: Setting) -> dict[str, object]:
+    """Where the numbers come from, for the record."""
+    flags: dict[str, Any] = given.record(SIMULATE)
+    for name in ("json", "plot", "jobs"):
+        del flags[name]
+    flags["trace"] = ",".join(
+        Path(part).name if part.startswith(("/", "~")) else part
+        for part in flags["trace"].split(",")
+    )
+    return {
+        "environment": describe(),
+        "flags": flags,
+        "machine": msgspec.to_builtins(setting.machine),
+        "slo": asdict(setting.objective),
+        "short_tokens": SHORT_TOKENS,
+    }

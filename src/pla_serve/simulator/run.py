@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.pools.balance import BalanceController
-from pla_serve.policy.pools.pressure import PressureController
 from pla_serve.policy.pools.protocol import PoolController
+from pla_serve.policy.pools.registry import parse_controller
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.registry import parse_policy
 from pla_serve.policy.temporal import PrefillFirst
@@ -177,7 +176,7 @@ def _token_seconds(setting: Setting, cost: CostModel) -> float:
 def _controller(setting: Setting) -> PoolController | None:
     if setting.fleet.controller is None:
         return None
-    return PressureController() if setting.fleet.controller == "pressure" else BalanceController()
+    return parse_controller(setting.fleet.controller)
 
 
 def _faults(setting: Setting, workload: TraceWorkload) -> list[Fault]:

@@ -1,66 +1,145 @@
-"""What is to be simulated, as numbers and names; nothing of it changes during a run."""
+"""Settings of simulations, which are flags of ``pla-serve simulate``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import Literal
+from math import inf
+from typing import Annotated, Literal
 
+from pla_serve.flags import Flag
 from pla_serve.policy.config import PolicyConfig
-from pla_serve.policy.routing.registry import parse_routing
+from pla_serve.policy.knobs import check_knobs
+from pla_serve.policy.pools.registry import CONTROLLERS, parse_controller
+from pla_serve.policy.routing.registry import ROUTINGS, parse_routing
 from pla_serve.simulator.machine import Machine
 from pla_serve.simulator.workload import TraceWorkload
 
+RUNS, MACHINE, ARRIVALS = "What to run", "Machine", "Arrivals"
+FLEET, OUTPUT = "Several instances", "Output"
+
 DecodeMode = Literal["prefill", "mix", "pd-temporal", "pd-spatial"]
-"""Where answers decode: elsewhere; in the batches of prefills; on the same instance in turns with
-them; on decode instances to which the KV is sent."""
+
+
+def known_routing(text: str) -> str:
+    """``text``, if it names a routing policy and knobs that it has.
+
+    Raises:
+        ValueError: it does not; the message names what there is.
+    """
+    parse_routing(text)
+    return text
+
+
+def known_controller(text: str) -> str:
+    """``text``, if it names a pool controller and knobs that it has.
+
+    Raises:
+        ValueError: it does not; the message names what there is.
+    """
+    parse_controller(text)
+    return text
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A first token is in time within ``seconds``, or within ``stretch`` times what the request
-    takes alone on an idle machine, whichever is more.
+    """Latency objective: a first token is in time within ``seconds``, or within ``stretch`` times
+    what the request takes alone on an idle machine, whichever is more.
 
     Raises:
         ValueError: a field is negative or not finite.
     """
 
-    seconds: float = 0.4
-    stretch: float = 5.0
+    seconds: Annotated[
+        float,
+        Flag(
+            "A first token is in time within this, or within --slo-stretch times the request's "
+            "time alone.",
+            unit="seconds",
+            panel=OUTPUT,
+            name="--slo-seconds",
+        ),
+    ] = 0.4
+    stretch: Annotated[float, Flag("See --slo-seconds.", panel=OUTPUT, name="--slo-stretch")] = 5.0
 
     def __post_init__(self) -> None:
         for name in ("seconds", "stretch"):
-            if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+            if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"SLO {name} must be at least 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSetting:
-    """What only matters among several instances.
+    """Settings that matter among several instances.
 
     Raises:
         ValueError: a field is out of range, or two do not go together.
     """
 
-    instances: int = 1
-    """That prefill."""
-    decode_instances: int = 0
-    routing: str | None = None
-    short_instances: int = 0
-    """So many are a pool for short requests, the rest one for long ones; 0: no pools."""
-    controller: Literal["pressure", "balance"] | None = None
-    """Moves instances between the pools."""
+    instances: Annotated[int, Flag("Instances that prefill.", unit="instances", panel=FLEET)] = 1
+    decode_instances: Annotated[
+        int,
+        Flag("Instances that decode, for mode pd-spatial.", unit="instances", least=0, panel=FLEET),
+    ] = 0
+    routing: Annotated[
+        str | None,
+        Flag(
+            "Which instance a request goes to. None: predicted, or class-pools where there are "
+            "pools. Routing policies:",
+            panel=FLEET,
+            metavar="NAME[:KNOB=VALUE]...",
+            read=known_routing,
+            more=ROUTINGS.help,
+        ),
+    ] = None
+    short_instances: Annotated[
+        int,
+        Flag(
+            "Instances that are a pool for short requests; the others are one for long requests. "
+            "0: no pools.",
+            unit="instances",
+            least=0,
+            panel=FLEET,
+        ),
+    ] = 0
+    controller: Annotated[
+        str | None,
+        Flag(
+            "Moves instances between the pools. Controllers:",
+            panel=FLEET,
+            name="--pool-controller",
+            metavar="NAME[:KNOB=VALUE]...",
+            read=known_controller,
+            more=CONTROLLERS.help,
+        ),
+    ] = None
     control_seconds: float = 1.0
-    fail_every: float | None = None
-    """Mean seconds between two failures of an instance."""
-    down_seconds: float = 30.0
-    """From a failure until the instance takes requests again."""
-    fetch_kv: bool = False
-    """A prefix that another instance has cached may be fetched from it."""
+    fetch_kv: Annotated[
+        bool,
+        Flag(
+            "Prefixes may be fetched from the caches of other instances.", panel=FLEET, switch=True
+        ),
+    ] = False
+    fail_every: Annotated[
+        float | None,
+        Flag(
+            "Mean time from the start of an instance to its failure. None: they do not fail.",
+            unit="seconds",
+            panel=FLEET,
+        ),
+    ] = None
+    down_seconds: Annotated[
+        float,
+        Flag(
+            "Time from a failure until the instance takes requests again.",
+            unit="seconds",
+            panel=FLEET,
+        ),
+    ] = 30.0
 
     def __post_init__(self) -> None:
         if self.instances < 1:
             raise ValueError(f"there must be at least 1 instance, not {self.instances}")
+        check_knobs(self)
         if self.routing is not None:
             parse_routing(self.routing)
             if self.instances == 1:
@@ -85,7 +164,7 @@ class FleetSetting:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all runs of a comparison have in common.
+    """Settings that all runs of a comparison have in common.
 
     Raises:
         ValueError: two fields do not go together, or one is out of range.
@@ -93,22 +172,57 @@ class Setting:
 
     machine: Machine
     fleet: FleetSetting = field(default_factory=FleetSetting)
-    mode: DecodeMode = "prefill"
-    seed: int = 0
-    preemption: bool = True
-    """The machine can leave a prefill at a layer boundary."""
+    mode: Annotated[
+        DecodeMode,
+        Flag(
+            "Where answers decode. prefill: elsewhere, not simulated; mix: in the batches of "
+            "prefills; pd-temporal: while no prefill waits; pd-spatial: on --decode-instances, to "
+            "which the KV is sent.",
+            panel=MACHINE,
+        ),
+    ] = "prefill"
+    seed: Annotated[int, Flag("Seed of everything that is drawn.", panel=RUNS)] = 0
+    preemption: Annotated[
+        bool, Flag("Whether a prefill can be left at a layer boundary.", panel=MACHINE)
+    ] = True
     kv_tokens: int | None = None
-    """KV of earlier prompts that an instance keeps. None: the trace says what was cached, as in a
-    cache without bounds that all instances share."""
-    clients: int | None = None
-    """A closed loop of so many; None: arrivals by the clock."""
-    wait_for_answers: bool = False
-    """A later turn of a session also waits for the answer before it, and then its thought."""
-    token_seconds: float | None = None
-    """Mode prefill: after the first token, each other token of an answer comes so much later, as
-    far as the next turn waits for it. None: a decode step of the machine alone."""
-    max_pause: float = 600.0
-    """Pauses of sessions that have clocks of their own are cut to it."""
+    """Tokens of earlier prompts whose KV an instance keeps. None: the trace says what was cached,
+    as in a cache without bounds that all instances share."""
+    clients: Annotated[
+        int | None,
+        Flag(
+            "Clients of a closed loop, which takes the place of --load: each sends its next "
+            "request when the last one is answered.",
+            unit="clients",
+            panel=ARRIVALS,
+        ),
+    ] = None
+    wait_for_answers: Annotated[
+        bool,
+        Flag(
+            "A session's next turn comes no earlier than the answer before it and the thought "
+            "after that.",
+            panel=ARRIVALS,
+            switch=True,
+        ),
+    ] = False
+    token_seconds: Annotated[
+        float | None,
+        Flag(
+            "Mode prefill: time between two tokens of an answer that a next turn waits for. None: "
+            "that of a decode step alone.",
+            unit="seconds",
+            panel=ARRIVALS,
+        ),
+    ] = None
+    max_pause: Annotated[
+        float,
+        Flag(
+            "Longest pause of sessions that have clocks of their own.",
+            unit="seconds",
+            panel=ARRIVALS,
+        ),
+    ] = 600.0
     objective: Objective = Objective()
 
     def __post_init__(self) -> None:
@@ -129,12 +243,12 @@ class Setting:
 
     @property
     def linked(self) -> bool:
-        """Some arrivals wait for answers."""
+        """Whether some arrivals wait for answers."""
         return self.clients is not None or self.wait_for_answers
 
     @property
     def policy_config(self) -> PolicyConfig:
-        """What a policy is made with; its knobs go before."""
+        """Settings of a policy; its own knobs go before them."""
         return PolicyConfig(
             max_batch_tokens=self.machine.max_batch_tokens,
             interruptible=self.preemption,
@@ -143,17 +257,18 @@ class Setting:
 
     @property
     def decode_batch(self) -> int:
-        """Answers that decode together in ideal execution; 0: not on the prefill instances."""
+        """Number of answers that decode together in ideal execution; 0 if the prefill instances do
+        not decode."""
         return self.policy_config.max_batch_requests if self.mode in ("mix", "pd-temporal") else 0
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """One run."""
+    """One run of a comparison."""
 
     workload: TraceWorkload
     policy: str
-    """As `policy.registry.parse_policy` reads it."""
+    """Policy with its knobs, as `policy.registry.parse_policy` reads it."""
     load: float | None
-    """None in a closed loop."""
+    """Offered work over capacity; None in a closed loop."""
     setting: Setting

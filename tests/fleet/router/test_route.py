@@ -14,14 +14,13 @@ from typing import Any, cast
 import httpx
 import openai
 import pytest
-from typer.testing import CliRunner
 
-from pla_serve.cli import app
 from pla_serve.fleet.link import http, own
 from pla_serve.fleet.route_command import RouteSettings, build, make_links
 from pla_serve.fleet.router.contract import FleetOptions
 from pla_serve.server.run import listen
 from pla_serve.server.settings import ServerSettings
+from tests.command_runner import pla_serve
 from tests.server.fake_core import GATED_SEED, REJECT_SEED
 from tests.server.server_harness import DEADLINE, MODEL, Live, check_grammar, make_tokenizer, until
 
@@ -171,7 +170,7 @@ def test_without_instances_requests_wait_and_then_fail(
     ],
 )
 def test_mistakes_are_named_before_anything_starts(words: list[str], says: str) -> None:
-    result = CliRunner().invoke(app, ["route", "m", *words])
+    result = pla_serve("route", "m", *words)
     assert result.exit_code != 0
     assert says in " ".join(result.output.split())
 

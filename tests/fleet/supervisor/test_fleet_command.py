@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from pla_serve.cli import app
-from pla_serve.fleet.fleet_flags import Forwarded, split
+from pla_serve.fleet.forwarding import Forwarded, split
 from pla_serve.fleet.supervisor import launch
 from pla_serve.fleet.supervisor.launch import LaunchPlan
+from tests.command_runner import CommandResult, pla_serve
 
 
 def free_port() -> str:
@@ -36,8 +35,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LaunchPlan]]:
         plan.close()
 
 
-def fleet(*args: str) -> Result:
-    return CliRunner().invoke(app, ["fleet", *args])
+def fleet(*args: str) -> CommandResult:
+    return pla_serve("fleet", *args)
 
 
 def words_of(plan: LaunchPlan) -> tuple[list[list[str]], list[str]]:
@@ -126,8 +125,8 @@ def test_decode_instances_exchange_kv_where_it_is_possible(
     [
         (["m"], "needs instances that prefill"),
         (["m", "--short", "2"], "who serves long prompts"),
-        (["m", "--mixed", "1", "--kv-cache-gib", "x"], "serve: Invalid value for '--kv-cache-gib'"),
-        (["m", "--mixed", "1", "--routing", "magic"], "route: Invalid value for '--routing'"),
+        (["m", "--mixed", "1", "--kv-cache-gib", "x"], "serve: Invalid value for --kv-cache-gib"),
+        (["m", "--mixed", "1", "--routing", "magic"], "route: Invalid value for --routing"),
         (["m", "--mixed", "1", "--controller", "magic"], "unknown controller 'magic'"),
         (["m", "--mixed", "1", "--config", "/nowhere/at/all"], "/nowhere/at/all"),
     ],

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
+
+from pla_serve.flags import Flag
+
+FAULTS = "Faults"
+"""Panel of the flags about instances that fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class CircuitOptions:
-    """Raises:
-    ValueError: a field is out of range.
+    """Settings of the circuit breaker of each instance.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
-    failures: int = 3
-    """So many in a row open it."""
-    open_seconds: float = 2.0
-    """How long it stays open the first time; each failed probe doubles that."""
+    failures: Annotated[
+        int,
+        Flag(
+            "Failures in a row after which an instance gets no requests for a while.",
+            panel=FAULTS,
+            name="--circuit-failures",
+        ),
+    ] = 3
+    open_seconds: Annotated[
+        float,
+        Flag(
+            "How long that while is at first; each failed probe doubles it, up to a minute.",
+            unit="seconds",
+            panel=FAULTS,
+            name="--circuit-seconds",
+        ),
+    ] = 2.0
     most_open_seconds: float = 60.0
 
     def __post_init__(self) -> None:

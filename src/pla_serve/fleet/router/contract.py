@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Protocol
 
+from pla_serve.flags import Flag
 from pla_serve.fleet.link.protocol import InstanceReport, Link
-from pla_serve.fleet.router.circuit import CircuitOptions
+from pla_serve.fleet.router.circuit import FAULTS, CircuitOptions
 from pla_serve.fleet.router.routed_request import Attempt, Timer
+from pla_serve.policy.knobs import Knob, check_knobs
+
+ROUTING = "Routing"
 
 Later = Callable[[float, Callable[[], None]], Timer]
 """Call a function after so many seconds."""
@@ -54,27 +58,47 @@ class RoutingObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
-    """Raises:
-    ValueError: a field is out of range.
+    """Settings of a fleet behind a router.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
     circuit: CircuitOptions = field(default_factory=CircuitOptions)
-    max_predicted_wait: float | None = None
-    """Seconds; beyond, a request is taken only if its key asks for less than its share."""
-    most_failures: int = 4
-    """So many instances may fail one request, without a token from it in between, before its client
-    is told. (A request may be what they fail of.)"""
-    patience_seconds: float = 60.0
-    """How long a request may be without an instance that takes it."""
-    lease_seconds: float = 5.0
-    """How long KV is kept for a hand-over that makes no progress."""
+    max_predicted_wait: Annotated[
+        float | None,
+        Flag(
+            "Where requests would wait longer than this, keys that use more than their share are "
+            "refused (429); 0: never.",
+            unit="seconds",
+            above=0,
+            panel=ROUTING,
+            none=0,
+        ),
+    ] = None
+    most_failures: Annotated[
+        int,
+        Flag(
+            "Instances that may fail one request, without a token from it in between, before its "
+            "client is told.",
+            unit="instances",
+            least=1,
+            panel=FAULTS,
+            name="--max-failures",
+        ),
+    ] = 4
+    patience_seconds: Annotated[
+        float, Knob("How long a request may wait for an instance that takes it.", least=0)
+    ] = 60.0
+    lease_seconds: Annotated[
+        float,
+        Flag(
+            "How long KV is kept for a hand-over that makes no progress.",
+            unit="seconds",
+            above=0,
+            panel=FAULTS,
+        ),
+    ] = 5.0
 
     def __post_init__(self) -> None:
-        if self.max_predicted_wait is not None and not self.max_predicted_wait > 0:
-            raise ValueError(f"max_predicted_wait must be positive, not {self.max_predicted_wait}")
-        if self.most_failures < 1:
-            raise ValueError(f"most_failures must be at least 1, not {self.most_failures}")
-        if not self.patience_seconds >= 0:
-            raise ValueError(f"patience must not be negative, not {self.patience_seconds}")
-        if not self.lease_seconds > 0:
-            raise ValueError(f"a lease must be positive, not {self.lease_seconds}")
+        check_knobs(self)

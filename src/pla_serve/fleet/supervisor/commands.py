@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from pla_serve.fleet.supervisor.spec import FleetSpec, Option, Role
+from pla_serve.fleet.supervisor.spec import FleetSpec, Option
+from pla_serve.wire.link import Role
 
 LOOPBACK = "127.0.0.1"
 """Instances are for the router on this machine only."""

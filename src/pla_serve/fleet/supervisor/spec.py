@@ -1,65 +1,96 @@
-"""What a fleet on this machine consists of, from a YAML file or from flags."""
+"""A fleet on this machine as data, from a YAML file or from flags."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, get_args
 
 import msgspec
 
-Role = Literal["mixed", "short", "long", "decode"]
+from pla_serve.flags import Flag
+from pla_serve.wire.link import Role
+
 BOOL = "tag:yaml.org,2002:bool"
-ROLES: tuple[Role, ...] = ("mixed", "short", "long", "decode")
+INSTANCES = "Instances"
+ROLES: tuple[Role, ...] = get_args(Role)
 
 Option = bool | int | float | str | list[str]
-"""The value of a flag in YAML: true and false are ``--flag`` and ``--no-flag``, lists repeat it."""
+"""Value of a flag in YAML: true and false are ``--flag`` and ``--no-flag``, lists repeat it."""
+
+
+def split_devices(text: str) -> list[str]:
+    """Devices from ``cuda:0,cuda:1``."""
+    return [device.strip() for device in text.split(",")]
 
 
 class Pools(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many instances begin in which role."""
+    """Number of instances by the role that they begin in."""
 
-    mixed: int = 0
-    short: int = 0
-    long: int = 0
-    decode: int = 0
+    mixed: Annotated[int, Flag("Instances for all requests.", panel=INSTANCES)] = 0
+    short: Annotated[int, Flag("Instances for short prompts.", panel=INSTANCES)] = 0
+    long: Annotated[int, Flag("Instances for long prompts.", panel=INSTANCES)] = 0
+    decode: Annotated[
+        int, Flag("Instances that take requests over after the first token.", panel=INSTANCES)
+    ] = 0
 
 
 class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When a process counts as hung, and how it is brought back. Seconds."""
+    """Rules by which a process counts as hung, and is started again. All times are seconds."""
 
     check_seconds: float = 1.0
-    """How often each process is asked whether it is ready."""
+    """Time between two questions to a process whether it is ready."""
     hang_seconds: float = 20.0
-    """A process that answered once and then says nothing for so long is killed."""
+    """A process that answered once, and then says nothing for this long, is killed."""
     start_seconds: float = 600.0
-    """The same for one that never answered; the first start may fetch a model."""
+    """A process that never answered is killed after this long; the first start may fetch a model.
+    """
     steady_seconds: float = 60.0
-    """After so long a life the next end counts as the first failure."""
+    """If a process lived this long, its end counts as the first failure again."""
     base_seconds: float = 0.5
+    """Wait before the start after the second failure in a row; it doubles with each further one.
+    After the first failure there is none."""
     most_seconds: float = 30.0
-    """The n-th failure in a row waits ``base * 2**(n-2)``, at most ``most``; the first not."""
+    """Longest such wait."""
 
 
 class FleetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A fleet. `check` says what is wrong with one."""
+    """A fleet on one machine. `check` says what is wrong with one.
 
-    model: str | None = None
-    """As ``pla-serve serve`` takes it; None is its default."""
-    host: str = "127.0.0.1"
-    port: int = 8000
+    Example: ``FleetSpec(model="./my-model", instances=Pools(short=2, long=1))``.
+    """
+
+    model: Annotated[str | None, Flag("As `pla-serve serve` takes it.", argument=True)] = None
+    host: Annotated[str, Flag("Address that clients connect to.")] = "127.0.0.1"
+    port: Annotated[int, Flag("Port that clients connect to.")] = 8000
     instances: Pools = Pools()
-    threads: int | None = None
-    """CPU threads of each instance; None shares the cores out."""
-    devices: list[str] = []
-    """Given out to instances in turn, as ``--device``; empty leaves the choice to each."""
+    threads: Annotated[
+        int | None,
+        Flag(
+            "CPU threads of each instance. None: its share of the cores.",
+            unit="threads",
+            panel=INSTANCES,
+        ),
+    ] = None
+    devices: Annotated[
+        list[str],
+        Flag(
+            "Devices, given out to instances in turn, for example cuda:0,cuda:1. Without any, "
+            "each instance chooses.",
+            panel=INSTANCES,
+            metavar="DEVICE,...",
+            read=split_devices,
+            show=",".join,
+        ),
+    ] = []
     serve: dict[str, Option] = {}
     """Flags of ``pla-serve serve``, for every instance."""
     route: dict[str, Option] = {}
     """Flags of ``pla-serve route``."""
     health: Health = Health()
-    drain_seconds: float = 30.0
-    """How long requests may go on after SIGTERM; longer ones are ended."""
+    drain_seconds: Annotated[
+        float, Flag("How long running requests may go on after SIGTERM.", unit="seconds")
+    ] = 30.0
 
     @property
     def names(self) -> tuple[tuple[str, Role], ...]:
