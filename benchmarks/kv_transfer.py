@@ -20,7 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import random
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -59,9 +61,11 @@ from pla_serve.wire.engine import (
     SamplingParams,
     ToEngine,
 )
+from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE, bind
 
 LEASE = 120.0
 PATIENCE_SECONDS = 180.0
+SECRET = secrets.token_hex(32)
 RAW_BYTES = 256 * 2**20
 
 
@@ -75,8 +79,11 @@ class Engine:
         self._in = context.socket(zmq.PUSH)
         self._in.connect(inbound)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pla_serve.engine.host.process", CORE], stdin=subprocess.PIPE
+            [sys.executable, "-m", "pla_serve.engine.host.process", CORE],
+            stdin=subprocess.PIPE,
+            env={**os.environ, FLEET_SECRET_VARIABLE: SECRET},
         )
+        self.reader = ""
         assert self._process.stdin is not None
         launch = Launch(config=config, inbound=inbound, outbound=outbound, log_level="WARNING")
         self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
@@ -96,6 +103,8 @@ class Engine:
                 raise SystemExit(message.error)
             if isinstance(message, EngineStats):
                 self.stats = message
+            if isinstance(message, EngineReady):
+                self.reader = message.transfer_agent or ""
             if wanted(message):
                 return now, message
         raise SystemExit("the engine says nothing")
@@ -150,6 +159,7 @@ class Bench:
         began = time.monotonic()
         self.prefill.send(msgspec.structs.replace(plain, hand_over=HandOver(lease_seconds=LEASE)))
         source = self.prefill.offer(plain.id)
+        source = bind(source, self.decode.reader)
         reserve = Reserve(request=plain, source=source, lease_seconds=LEASE)
         if not late:
             self.decode.send(reserve)
@@ -209,7 +219,8 @@ class Bench:
                 if running is None or getattr(message, "id", None) != running.id:
                     pass
                 elif isinstance(message, Offer) and kind == "read":
-                    reserve = Reserve(request=running, source=message.source, lease_seconds=LEASE)
+                    offer = bind(message.source, self.decode.reader)
+                    reserve = Reserve(request=running, source=offer, lease_seconds=LEASE)
                     self.decode.send(reserve)
                 elif isinstance(message, Output):
                     self.prefill.send(Release(running.id))

@@ -26,8 +26,10 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     capabilities: Capabilities = Capabilities()
     """Capabilities of the policy."""
     transfer: str | None = None
-    """Layout of the KV that this engine exchanges: engines with the same text can. None if it
-    exchanges none."""
+    """Layout of the KV that this engine exchanges, and its fleet: engines with the same text can
+    exchange KV. None if it exchanges none."""
+    transfer_agent: str | None = None
+    """Name under which this engine reads KV of others; another one in each life of the process."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

@@ -23,7 +23,8 @@ MOST_TEXT = 1 << 20
 """Characters of a grammar, or of the reason for an error."""
 MOST_OFFER_BYTES = 1 << 22
 """Bytes of the description of offered KV, which grows with the prompt (1 byte for 4 tokens)."""
-MOST_LEASE_SECONDS = 86400.0
+MOST_LEASE_SECONDS = 3600.0
+"""Longest time for which KV is kept for another instance that makes no progress."""
 
 Seconds = Annotated[float, Meta(ge=-1e9, le=1e9)]
 """A moment on a monotonic clock, or its difference to another one. Finite."""

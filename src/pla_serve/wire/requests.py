@@ -13,6 +13,7 @@ from pla_serve.wire.limits import (
     MOST_STOP_IDS,
     Id,
     Lease,
+    Name,
     Priority,
     Seconds,
     Share,
@@ -88,6 +89,9 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     hand_over: HandOver | None = None
     """If set, an `Offer` follows when the prefill begins, and the request ends with its first
     token: as "handed_over", or for a reason of its own. An engine without KV transfer refuses."""
+    cache_scope: Name = ""
+    """Part of the prefix cache that the request may use: KV is shared between requests of equal
+    scope only. Empty for the part that all requests without a scope share."""
     request_id: Annotated[str, Meta(max_length=128)] = ""
     """Id of the HTTP request that this is part of, for logs; the client may have chosen it."""
 

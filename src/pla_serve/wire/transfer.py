@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from pla_serve.wire.limits import MOST_OFFER_BYTES, Id, Lease, TokenCount, Tokens
+from pla_serve.wire.limits import MOST_OFFER_BYTES, Id, Lease, Name, TokenCount, Tokens
 from pla_serve.wire.requests import AddRequest
 
 OfferedKV = Annotated[bytes, Meta(max_length=MOST_OFFER_BYTES)]
@@ -29,7 +29,8 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag="reserve"):
     request: AddRequest
     """As the other instance got it; its ``hand_over`` is ignored."""
     source: OfferedKV
-    """``source`` of the other instance's `Offer`; empty to reserve memory and read nothing."""
+    """``source`` of the other instance's `Offer`, bound with `kv_offer.bind` to this instance's
+    `EngineReady.transfer_agent`. Empty to reserve memory and read nothing."""
     lease_seconds: Lease
     """Without `Begin` the reservation ends, with an `Output` of "error", this long after the last
     sign of progress: this message, or another layer read."""
@@ -63,6 +64,8 @@ class Lend(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
     """Id of the request that the KV is for; it runs nowhere on this instance."""
     tokens: Tokens
     lease_seconds: Lease
+    cache_scope: Name = ""
+    """As `AddRequest.cache_scope`: only KV of this scope is offered."""
 
 
 class Release(msgspec.Struct, frozen=True, tag="release"):
@@ -81,6 +84,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
 
     id: Id
     source: OfferedKV
-    """For `Reserve`; only engines read it. Empty if nothing is cached (`Lend` only)."""
+    """Signed description of the KV, which only engines read. The router binds it to the target with
+    `kv_offer.bind` and sends it on in `Reserve`. Empty if nothing is cached (`Lend` only)."""
     tokens: TokenCount
     """Leading tokens of the prompt that it is, or will be, the KV of."""

@@ -36,7 +36,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def start(self, tokens: list[int], spare: int, remember: bool) -> None:
         table = BlockTable()
         before = self.kv.available
-        expected = self.kv.cached_prefix(tokens)
+        expected = self.kv.cached_prefix(tokens, "")
         cached = self.kv.reserve(tokens, table, spare=spare)
         if cached is None:
             assert not table.blocks
@@ -109,8 +109,8 @@ def test_a_finished_answer_is_found_by_the_next_turn() -> None:
     assert kv.grow(table, 12)
     kv.remember(answer, 12, table)
     kv.release(table)
-    assert kv.cached_prefix([*answer, 12]) == 12
-    assert kv.cached_prefix(answer) == 8, "the last token is always left to compute"
+    assert kv.cached_prefix([*answer, 12], "") == 12
+    assert kv.cached_prefix(answer, "") == 8, "the last token is always left to compute"
 
 
 def test_a_table_in_use_keeps_its_blocks_and_is_cached_afterwards() -> None:
@@ -122,10 +122,12 @@ def test_a_table_in_use_keeps_its_blocks_and_is_cached_afterwards() -> None:
     own = list(two.blocks)
     kv.remember(text, len(text), two, in_use=True)
     assert two.blocks == own
-    assert kv.cached_prefix([*text, 1]) == BLOCK, "what follows on a block of its own waits with it"
+    assert kv.cached_prefix([*text, 1], "") == BLOCK, (
+        "what follows on a block of its own waits with it"
+    )
     kv.remember(text, len(text), two)
     assert two.blocks == [*one.blocks, *own[1:]]
-    assert kv.cached_prefix([*text, 1]) == 3 * BLOCK
+    assert kv.cached_prefix([*text, 1], "") == 3 * BLOCK
 
 
 def test_least_recently_used_prefix_goes_first() -> None:
@@ -141,8 +143,8 @@ def test_least_recently_used_prefix_goes_first() -> None:
     kv.release(table)
     other = BlockTable()
     assert kv.reserve([2] * 5, other) == 0
-    assert kv.cached_prefix([0] * 9) == 8
-    assert kv.cached_prefix([1] * 9) <= 4
+    assert kv.cached_prefix([0] * 9, "") == 8
+    assert kv.cached_prefix([1] * 9, "") <= 4
 
 
 class CountedTokens(list[int]):
@@ -164,7 +166,7 @@ def test_remembering_costs_what_is_new_however_long_the_context() -> None:
     tokens.looks = 0
     kv.remember(tokens, len(tokens), table)
     assert tokens.looks == 1
-    assert kv.cached_prefix([*tokens, 1]) == len(tokens)
+    assert kv.cached_prefix([*tokens, 1], "") == len(tokens)
 
 
 def test_what_was_given_back_last_is_evicted_last_whoever_began_first() -> None:
@@ -176,7 +178,7 @@ def test_what_was_given_back_last_is_evicted_last_whoever_began_first() -> None:
     kv.release(tables[1])
     kv.release(tables[0])
     kv.reserve([2] * 16, BlockTable())
-    assert (kv.cached_prefix([0] * 9), kv.cached_prefix([1] * 9)) == (8, 0)
+    assert (kv.cached_prefix([0] * 9, ""), kv.cached_prefix([1] * 9, "")) == (8, 0)
 
 
 def test_sequences_leave_each_other_room_to_grow() -> None:

@@ -317,7 +317,7 @@ def test_twins_share_their_blocks_when_nobody_reads_them_any_more() -> None:
         assert engine.outputs(name)[-1].finish_reason == "stop"
         assert len(engine.tokens(name)) > 9
         text = [*prompt, *engine.tokens(name)]
-        assert engine.parts.kv.cached_prefix([*text, 1]) == (len(text) - 1) // BLOCK * BLOCK
+        assert engine.parts.kv.cached_prefix([*text, 1], "") == (len(text) - 1) // BLOCK * BLOCK
 
 
 def test_a_broken_row_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:

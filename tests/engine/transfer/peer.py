@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import msgspec
 import torch
@@ -18,6 +18,7 @@ import zmq
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.process import Launch
 from pla_serve.engine.loop.parts import EngineParts
+from pla_serve.engine.transfer.credentials import Credentials, fleet_secret
 from pla_serve.engine.transfer.exchange import PeerExchange, assemble
 from pla_serve.engine.transfer.layout import KVLayout
 from pla_serve.engine.transfer.nixl import NixlTransport
@@ -36,9 +37,12 @@ from pla_serve.wire.engine import (
     ToEngine,
     TransferStats,
 )
+from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE
 from tests.engine import tiny
+from tests.engine.transfer.world import SECRET
 
 ROOT = Path(__file__).parents[3]
+LIFE_VARIABLE = "PLA_SERVE_TEST_LIFE"
 PATIENCE = 120.0
 """Seconds; engines start slowly on a machine with much else to do."""
 
@@ -60,7 +64,12 @@ class TinyCore:
         def exchange(parts: EngineParts) -> PeerExchange:
             layout = KVLayout.of(runner._cache, tiny.BLOCK, "llama")
             made, _ = assemble(
-                layout, parts.kv, parts.gate, parts.intake, life=uuid4(), transport=NixlTransport
+                layout,
+                parts.kv,
+                parts.gate,
+                parts.intake,
+                credentials=Credentials(fleet_secret(), UUID(os.environ[LIFE_VARIABLE])),
+                transport=NixlTransport,
             )
             return made
 
@@ -90,10 +99,19 @@ class Peer:
         self._out.bind(outbound)
         self._in = context.socket(zmq.PUSH)
         self._in.connect(inbound)
+        life = uuid4()
+        self.name = f"pla-{life}"
+        """Name under which the engine reads."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pla_serve.engine.host.process", f"{__name__}:TinyCore"],
             stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
+                "OMP_NUM_THREADS": "1",
+                FLEET_SECRET_VARIABLE: SECRET.decode(),
+                LIFE_VARIABLE: str(life),
+            },
         )
         assert self._process.stdin is not None
         launch = Launch(config=EngineConfig(), inbound=inbound, outbound=outbound)

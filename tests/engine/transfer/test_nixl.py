@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from pla_serve.wire.engine import Begin, Lend, Output, Release, Reserve
+from pla_serve.wire.kv_offer import bind
 from tests.engine.tiny import BLOCK, VOCABULARY, expected
 from tests.engine.transfer.peer import Peer
 from tests.engine.transfer.world import request
@@ -55,7 +56,7 @@ def start(p: Peer, d: Peer, name: str, prompt: tuple[int, ...], lease: float = 2
     p.send(request(name, prompt, lease=lease, max_tokens=TOKENS))
     source = p.offer(name).source
     add = request(name, prompt, max_tokens=TOKENS)
-    d.send(Reserve(request=add, source=source, lease_seconds=20.0))
+    d.send(Reserve(request=add, source=bind(source, d.name), lease_seconds=20.0))
 
 
 def finish(p: Peer, d: Peer, name: str) -> tuple[int, ...]:
@@ -105,7 +106,7 @@ def test_a_cached_prefix_is_lent(pair: tuple[Peer, Peer]) -> None:
     offer = p.offer(name)
     assert offer.tokens == len(prompt)
     add = request(name, (*prompt, 5, 6), max_tokens=TOKENS)
-    d.send(Reserve(request=add, source=offer.source, lease_seconds=20.0))
+    d.send(Reserve(request=add, source=bind(offer.source, d.name), lease_seconds=20.0))
     d.send(Begin(id=name, tokens=[]))
     assert d.tokens(name) == expected("llama", (*prompt, 5, 6), TOKENS)
     first = next(m for m in d.heard if isinstance(m, Output) and m.id == name)

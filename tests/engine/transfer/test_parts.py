@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from uuid import UUID
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.kv.blocks import BlockRun
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.transfer import installed, nixl
+from pla_serve.engine.transfer.credentials import Credentials
 from pla_serve.engine.transfer.layout import KVLayout, KVSource, fingerprint
 from pla_serve.engine.transfer.ledger import LedgerReading, Slots
 from pla_serve.engine.transfer.offers import Offers
@@ -32,7 +34,20 @@ def layout(cache: KVCache) -> KVLayout:
 
 
 def source_of(layout: KVLayout, runs: list[BlockRun], tokens: int) -> KVSource:
-    return KVSource(layout.kind, "a", b"", 0, 1, tokens, runs, layout.keys, layout.values)
+    return KVSource(
+        kind=layout.kind,
+        agent="a",
+        metadata=b"",
+        slot=1,
+        generation=1,
+        tokens=tokens,
+        token_hash=b"",
+        runs=runs,
+        blocks=layout.blocks,
+        keys=layout.keys,
+        values=layout.values,
+        expires=0,
+    )
 
 
 def scattered(blocks: Sequence[int]) -> list[BlockRun]:
@@ -100,7 +115,15 @@ def test_a_claim_covers_computed_layers_only() -> None:
 
 def offers_of(kv: KVManager) -> Offers:
     cache = KVCache(SHAPE, kv.blocks * BLOCK, torch.device("cpu"))
-    return Offers(kv, layout(cache), Slots(2), agent="a", metadata=b"", generation=1)
+    return Offers(
+        kv,
+        layout(cache),
+        Slots(2),
+        Credentials(b"secret", UUID(int=1), lambda: 0.0),
+        agent="a",
+        metadata=b"",
+        generation=1,
+    )
 
 
 def test_blocks_that_the_cache_replaced_are_held_with_their_path() -> None:
@@ -112,7 +135,7 @@ def test_blocks_that_the_cache_replaced_are_held_with_their_path() -> None:
     kv.reserve(tokens, first)
     kv.reserve(tokens, second)
     kv.remember(tokens, BLOCK, first)
-    offers.open("second", second.blocks, len(tokens), 0)
+    offers.open("second", second.blocks, tokens, 0)
     kv.remember(tokens, len(tokens), second)
     kv.release(first)
     offers.keep("second", second.blocks, until=1.0)
@@ -131,12 +154,12 @@ def test_a_full_ledger_offers_nothing_and_holds_nothing() -> None:
     offers = offers_of(kv)
     table = BlockTable()
     kv.reserve(list(range(8)), table)
-    assert offers.open("a", table.blocks, 8, 0)
-    assert offers.open("b", table.blocks, 8, 0)
-    assert not offers.open("c", table.blocks, 8, 0)
+    assert offers.open("a", table.blocks, range(8), 0)
+    assert offers.open("b", table.blocks, range(8), 0)
+    assert not offers.open("c", table.blocks, range(8), 0)
     assert "c" not in offers
     offers.drop("a")
-    assert offers.open("d", table.blocks, 8, 0)
+    assert offers.open("d", table.blocks, range(8), 0)
     for name in ("b", "d"):
         offers.drop(name)
     kv.release(table)

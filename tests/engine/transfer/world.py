@@ -11,6 +11,7 @@ import torch
 
 from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.run.runner import ModelRunner
+from pla_serve.engine.transfer.credentials import Credentials
 from pla_serve.engine.transfer.exchange import PeerExchange, assemble
 from pla_serve.engine.transfer.layout import Copy, KVLayout
 from pla_serve.engine.transfer.reader import Reader
@@ -26,11 +27,13 @@ from pla_serve.wire.engine import (
     Reserve,
     SamplingParams,
 )
+from pla_serve.wire.kv_offer import bind
 from tests.engine import tiny
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.transfer.wire import Wire, WireTransport
 
 LEASE = 5.0
+SECRET = b"the secret of all engines of a test"
 
 
 @cache
@@ -90,7 +93,9 @@ class World:
     clock: Clock = field(default_factory=Clock)
     lives: int = 0
 
-    def node(self, number: int, policy: PrefillPolicy, blocks: int = 256) -> Node:
+    def node(
+        self, number: int, policy: PrefillPolicy, blocks: int = 256, secret: bytes = SECRET
+    ) -> Node:
         """A fresh engine in the memory of this number; the one that was there must be dead."""
         runner = own_runner(self.model, number)
         kv = runner._cache
@@ -107,7 +112,7 @@ class World:
                 parts.kv,
                 parts.gate,
                 parts.intake,
-                life=life,
+                credentials=Credentials(secret, life, lambda: self.clock.now),
                 transport=lambda name, _: WireTransport(self.wire, name),
                 threaded=False,
             )
@@ -174,6 +179,9 @@ def offer_of(node: Node, request_id: str) -> Offer:
 
 
 def reserve(node: Node, add: AddRequest, source: bytes, lease: float = LEASE) -> None:
+    """Reserve a request with an offer that is bound to this node, as a router does it."""
+    if source:
+        source = bind(source, node.name)
     node.engine.inbox.append(Reserve(request=add, source=source, lease_seconds=lease))
 
 

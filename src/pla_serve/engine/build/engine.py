@@ -34,6 +34,7 @@ from pla_serve.engine.parallel.team import Team
 from pla_serve.engine.requests.admission import Intake, Limits
 from pla_serve.engine.requests.memory import MemoryGate
 from pla_serve.engine.run.executor import Executor
+from pla_serve.engine.transfer.credentials import Credentials, fleet_secret
 from pla_serve.engine.transfer.exchange import assemble
 from pla_serve.engine.transfer.layout import KVLayout
 from pla_serve.engine.transfer.nixl import NixlTransport
@@ -127,11 +128,18 @@ def build_engine(rank: Rank, executor: Executor) -> tuple[EngineParts, EngineRea
     sampling = build_sampling(settings.source, limits, settings.device)
     scheduling = build_scheduling(config, cost, layers=layers, kv_tokens=kv_tokens)
     parts = build_parts(config, plan, executor, sampling, scheduling)
-    layout = None
+    transfer = transfer_agent = None
     if config.kv_transfer:
         layout = KVLayout.of(rank.execution.cache, config.block_tokens, rank.model.weights)
+        credentials = Credentials(fleet_secret(), uuid4())
+        transfer, transfer_agent = credentials.kind(layout), credentials.reader
         exchange, _ = assemble(
-            layout, parts.kv, parts.gate, parts.intake, life=uuid4(), transport=NixlTransport
+            layout,
+            parts.kv,
+            parts.gate,
+            parts.intake,
+            credentials=credentials,
+            transport=NixlTransport,
         )
         parts = replace(parts, exchange=exchange)
     return parts, EngineReady(
@@ -144,7 +152,8 @@ def build_engine(rank: Rank, executor: Executor) -> tuple[EngineParts, EngineRea
         dtype=str(settings.dtype).removeprefix("torch."),
         policy=config.policy,
         capabilities=parts.policy.capabilities,
-        transfer=None if layout is None else layout.kind,
+        transfer=transfer,
+        transfer_agent=transfer_agent,
     )
 
 

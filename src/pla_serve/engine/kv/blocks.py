@@ -1,4 +1,4 @@
-"""Blocks of KV memory, counted by holders and handed out in runs."""
+"""Blocks of KV memory: a pool that counts their holders and allocates them in runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Iterable
 import numpy as np
 
 BlockRun = tuple[int, int]
-"""Neighbours from the first up to, not including, the second."""
+"""Neighbouring blocks (first, end), without ``end``: (4, 7) is blocks 4, 5 and 6."""
 
 
 def extend_runs(runs: list[BlockRun], blocks: Iterable[int]) -> None:
-    """Append ``blocks`` to ``runs``, joined where they are neighbours."""
+    """Append ``blocks`` to ``runs``, and join neighbours.
+
+    Example: blocks 7 and 9 after the run (4, 7) make the runs (4, 8) and (9, 10).
+    """
     for block in blocks:
         if runs and runs[-1][1] == block:
             runs[-1] = (runs[-1][0], block + 1)
@@ -22,8 +25,8 @@ def extend_runs(runs: list[BlockRun], blocks: Iterable[int]) -> None:
 class BlockPool:
     """``count`` blocks, each with a number of holders; a block without holders is free.
 
-    Blocks are handed out so that a sequence's context lies in few runs of neighbours: attention
-    reads a run in place, without gathering it first.
+    Blocks are allocated such that a sequence lies in few runs of neighbours: attention reads a run
+    in place, without gathering it first.
     """
 
     def __init__(self, count: int) -> None:
@@ -35,19 +38,20 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody holds."""
+        """Number of blocks without holders."""
         return self._free
 
     def holders(self, block: int) -> int:
-        """How many hold this block."""
+        """Return the number of holders of this block."""
         return int(self._holders[block])
 
     def allocate(self, count: int, *, after: int | None = None, room: int = 0) -> list[int]:
-        """Take ``count`` free blocks, each with one holder.
+        """Take ``count`` free blocks; the caller becomes their only holder.
 
-        ``after`` is the block that they should follow if they can. Else they start a run of their
-        own, where one is to be had with ``room`` free blocks before and behind it, so that this
-        sequence and the one before it can grow in place.
+        Args:
+            after: last block of the sequence; the new ones follow it if they are free.
+            room: free blocks that are left before and behind a new run if possible, so that this
+                sequence and its neighbour can grow in place.
 
         Raises:
             ValueError: fewer than ``count`` blocks are free.
@@ -66,7 +70,7 @@ class BlockPool:
         return chosen
 
     def _run_from(self, start: int, count: int) -> list[int]:
-        """Up to ``count`` free blocks from ``start`` on, without a gap."""
+        """Return up to ``count`` free blocks from ``start`` on, without a gap."""
         end = start
         limit = min(start + count, self.count)
         while end < limit and self._holders[end] == 0:
@@ -78,7 +82,7 @@ class BlockPool:
         free[taken] = False
         edges = np.flatnonzero(np.diff(np.concatenate(([0], free.view(np.int8), [0]))))
         starts, lengths = edges[0::2], edges[1::2] - edges[0::2]
-        # Leave room behind whoever lies before the hole, and behind the new run, if it is there.
+        # The first hole with room on both sides, else one with room behind, else any that fits.
         for lead, wanted in ((room, count + 2 * room), (0, count + room), (0, count)):
             fitting = np.flatnonzero(lengths >= wanted)
             if fitting.size:

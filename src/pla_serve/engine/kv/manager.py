@@ -1,4 +1,4 @@
-"""Who has which KV blocks: reserve for a prompt, grow by a token, give back."""
+"""The KV manager: it gives sequences blocks, and keeps those of finished ones as prefix cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pla_serve.engine.kv.blocks import BlockPool, BlockRun, extend_runs
 from pla_serve.engine.kv.prefix import PrefixTree
 
 GROWTH_BLOCKS = 16
-"""Free blocks that a new sequence would like behind it, so that its context stays one run."""
+"""Free blocks that are left behind a new sequence if possible, so that it can grow in place."""
 
 
 @dataclass(slots=True)
@@ -17,26 +17,39 @@ class BlockTable:
     """The blocks of one sequence, in the order of its tokens."""
 
     blocks: list[int] = field(default_factory=list)
+    scope: str = ""
+    """Part of the prefix cache that the sequence shares blocks with (`AddRequest.cache_scope`)."""
     inserted: int = 0
-    """Leading blocks that the prefix cache has been told of."""
+    """Number of leading blocks that are in the prefix cache."""
     _runs: list[BlockRun] = field(default_factory=list)
     _in_runs: int = 0
-    """Leading blocks that ``_runs`` covers."""
+    """Number of leading blocks that ``_runs`` covers."""
 
     def runs(self) -> list[BlockRun]:
-        """The blocks as the fewest runs of neighbours; costs only what was added since."""
+        """Return the blocks as few runs of neighbours, in time that grows with new blocks only."""
         extend_runs(self._runs, self.blocks[self._in_runs :])
         self._in_runs = len(self.blocks)
         return self._runs
 
     def forget_runs(self) -> None:
-        """Other blocks have taken the place of some."""
+        """Build the runs anew at the next call: some blocks have been replaced."""
         self._runs = []
         self._in_runs = 0
 
 
 class KVManager:
-    """Blocks for sequences, shared by prefix; all counts are in blocks unless named tokens."""
+    """Gives KV blocks to sequences, and shares them between sequences with the same prefix.
+
+    All counts are in blocks unless their name says tokens. A sequence uses it in this order:
+
+        kv = KVManager(blocks=1000, block_tokens=16)
+        table = BlockTable()
+        cached = kv.reserve(prompt, table)      # tokens that need no prefill; None: no memory
+        ...                                     # prefill of prompt[cached:]
+        kv.remember(prompt, len(prompt), table)
+        kv.grow(table, len(prompt) + 1)         # before each decode step
+        kv.release(table)
+    """
 
     def __init__(self, blocks: int, block_tokens: int, *, prefix_cache: bool = True) -> None:
         self.block_tokens = block_tokens
@@ -47,44 +60,51 @@ class KVManager:
 
     @property
     def available(self) -> int:
-        """Blocks that are free or can be evicted."""
+        """Number of blocks that are free or can be evicted."""
         return self._pool.free + self._tree.evictable
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that fit if one sequence had all blocks."""
+        """Number of tokens that fit if one sequence has all blocks."""
         return self.blocks * self.block_tokens
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens in the prefix cache."""
+        """Number of tokens in the prefix cache."""
         return len(self._tree) * self.block_tokens
 
     @property
     def version(self) -> int:
-        """Changes whenever ``cached_prefix`` may answer differently."""
+        """Number that changes whenever `cached_prefix` may return something else than before."""
         return self._tree.version
 
-    def cached_prefix(self, tokens: Sequence[int]) -> int:
-        """Leading tokens whose KV is cached; at least the last token is always left to compute."""
+    def cached_prefix(self, tokens: Sequence[int], scope: str) -> int:
+        """Return the number of leading tokens whose KV is cached in this scope.
+
+        The last token never counts: it is always computed, because its logits are needed.
+        """
         if not self._prefix_cache:
             return 0
-        return len(self._tree.match(tokens, len(tokens) - 1)) * self.block_tokens
+        return len(self._tree.match(tokens, len(tokens) - 1, scope)) * self.block_tokens
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold this many tokens."""
+        """Return the number of blocks that hold this many tokens."""
         return -(-tokens // self.block_tokens)
 
     def reserve(self, tokens: Sequence[int], table: BlockTable, *, spare: int = 0) -> int | None:
-        """Give ``table`` (empty) blocks for all of ``tokens``, cached ones first.
+        """Give an empty ``table`` blocks for all of ``tokens``: cached ones first, then new ones.
 
-        Returns the tokens whose KV is there already, or None, with nothing changed, if fewer than
-        ``spare`` blocks would be left.
+        Args:
+            spare: blocks that have to be left for others.
+
+        Returns:
+            The number of leading tokens whose KV is cached; None, with nothing changed, if fewer
+            than ``spare`` blocks would be left.
         """
         assert not table.blocks
         shared: list[int] = []
         if self._prefix_cache:
-            shared = self._tree.hold(tokens, len(tokens) - 1)
+            shared = self._tree.hold(tokens, len(tokens) - 1, table.scope)
         wanted = self.blocks_for(len(tokens)) - len(shared)
         if wanted + spare > self.available:
             self._tree.release(shared)
@@ -96,7 +116,11 @@ class KVManager:
         return len(shared) * self.block_tokens
 
     def grow(self, table: BlockTable, tokens: int) -> bool:
-        """Have ``table`` hold at least ``tokens`` tokens; False, with nothing changed, if full."""
+        """Give ``table`` blocks until it has room for ``tokens`` tokens.
+
+        Returns:
+            False, with nothing changed, if there is not enough memory.
+        """
         wanted = self.blocks_for(tokens) - len(table.blocks)
         if wanted <= 0:
             return True
@@ -110,35 +134,35 @@ class KVManager:
     def remember(
         self, tokens: Sequence[int], computed: int, table: BlockTable, *, in_use: bool = False
     ) -> None:
-        """Tell the prefix cache of the first ``computed`` tokens, in whole blocks.
+        """Put the whole blocks among the first ``computed`` tokens into the prefix cache.
 
-        Where it knows them by another block, ``table`` gets that one in place of its own. A batch
-        under way may read ``table`` (``in_use``): then nothing is told from such a block on, until
-        a later call.
+        If the cache has the same tokens in another block, ``table`` gets that block instead of its
+        own. While a running batch reads ``table`` (``in_use``) no block of it may be replaced: then
+        caching stops before the first such block, and a later call goes on there.
         """
         whole = computed // self.block_tokens
         if not self._prefix_cache or whole <= table.inserted:
             return
         if in_use:
-            whole = self._tree.first_known(tokens, table.blocks, table.inserted, whole)
-        if self._tree.insert(tokens, table.blocks, table.inserted, whole):
+            whole = self._tree.first_known(tokens, table.blocks, table.inserted, whole, table.scope)
+        if self._tree.insert(tokens, table.blocks, table.inserted, whole, table.scope):
             table.forget_runs()
         table.inserted = whole
 
     def pin(self, blocks: Sequence[int]) -> None:
-        """Hold blocks of a sequence that holds them itself; ``unpin`` before it lets them go."""
+        """Hold blocks that a sequence holds as well; `unpin` gives them up."""
         self._pool.hold(blocks)
 
-    def pin_cached(self, tokens: Sequence[int]) -> list[int]:
-        """Hold the blocks of the longest cached prefix of ``tokens``, in whole blocks."""
-        return self._tree.hold(tokens, len(tokens)) if self._prefix_cache else []
+    def pin_cached(self, tokens: Sequence[int], scope: str) -> list[int]:
+        """Hold and return the blocks of the longest prefix of ``tokens`` cached in this scope."""
+        return self._tree.hold(tokens, len(tokens), scope) if self._prefix_cache else []
 
     def unpin(self, blocks: Sequence[int]) -> None:
-        """Let go of blocks that were pinned together, in the same order."""
+        """Give up blocks that were pinned together, in the same order."""
         self._tree.release(blocks)
 
     def release(self, table: BlockTable) -> None:
-        """Give back all blocks of ``table``; what the prefix cache knows stays until evicted."""
+        """Give back all blocks of ``table``; those in the prefix cache stay there until evicted."""
         self._tree.release(table.blocks)
         table.blocks = []
         table.inserted = 0

@@ -1,4 +1,4 @@
-"""How many KV blocks there are room for, and how long a sequence may then be."""
+"""Sizes of the KV cache: how many blocks fit into memory, and how long a sequence may be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pla_serve.engine.config import EngineConfig
 
 GIB = 1024**3
 CPU_SHARE = 0.4
-"""Share of free memory; the rest is for activations, the API server and everyone else."""
+"""Share of the free memory for KV; activations and other processes need the rest."""
 CPU_DEFAULT_GIB = 4.0
 CUDA_SHARE = 0.85
 
@@ -24,7 +24,7 @@ class KVPlan:
 
     blocks: int
     short_reserve: int
-    """Blocks that long prefills may not take."""
+    """Number of blocks that long prefills may not take."""
     max_model_len: int
     """Most tokens of prompt and output together."""
 
@@ -39,9 +39,9 @@ def plan_kv(
     """Fit the KV cache to the memory that is free now.
 
     Args:
-        shape: of this rank's share.
-        positions: the most tokens that the model was made for.
-        least: the fewest blocks of all ranks, given those that this one has room for.
+        shape: KV of one token in this rank's share of the model.
+        positions: longest sequence in tokens that the model was made for.
+        least: returns the fewest blocks of all ranks, given the number that fit on this one.
 
     Raises:
         ValueError: the settings do not fit the model or the memory; says what to change.
@@ -69,13 +69,13 @@ def plan_kv(
 
 
 def _budget(config: EngineConfig, shape: KVShape, device: torch.device, longest: int) -> int:
-    """Bytes for this rank's KV. On a CPU the ranks share one memory."""
+    """Return the bytes for this rank's KV; on a CPU all ranks share one memory."""
     ranks = config.tensor_parallel_size
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * GIB) // ranks
     if device.type == "cuda":
-        # What the allocator has kept of stock layers, now fused, counts as used until it is given
-        # back: with a large model that is half of the device.
+        # The allocator still keeps the memory of stock layers that were fused since. With a large
+        # model that is half of the device.
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
     free: int = psutil.virtual_memory().available // ranks

@@ -63,7 +63,7 @@ class RequestTable:
     def look_up(self, sequence: Sequence) -> int:
         """How much of it is cached now."""
         sequence.seen_version = self._kv.version
-        sequence.seen_cached = self._kv.cached_prefix(sequence.tokens)
+        sequence.seen_cached = self._kv.cached_prefix(sequence.tokens, sequence.table.scope)
         return sequence.seen_cached
 
     def preempt(self, sequence: Sequence) -> None:

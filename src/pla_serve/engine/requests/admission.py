@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.requests.memory import MemoryGate
 from pla_serve.engine.requests.sequence import Sequence
 from pla_serve.engine.sampling import Sampler, SamplingError
@@ -52,7 +52,7 @@ class Intake:
         fault = self._fault(request)
         if fault is not None:
             return Rejected(id=request.id, reason=fault, retry_after=None)
-        cached = self._kv.cached_prefix(request.prompt)
+        cached = self._kv.cached_prefix(request.prompt, request.cache_scope)
         numbers = PrefillRequest(
             id=request.id,
             arrival=request.arrival,
@@ -78,7 +78,7 @@ class Intake:
         fault = self._fault(request)
         if fault is not None:
             return Rejected(id=request.id, reason=fault, retry_after=None)
-        cached = self._kv.cached_prefix(request.prompt)
+        cached = self._kv.cached_prefix(request.prompt, request.cache_scope)
         short = self._policy.waits_as_short(len(request.prompt) - cached, cached)
         return self._sequence(request, short, cached)
 
@@ -100,6 +100,7 @@ class Intake:
             sampling=sampling,
             short=short,
             tokens=list(request.prompt),
+            table=BlockTable(scope=request.cache_scope),
             seen_version=self._kv.version,
             seen_cached=cached,
         )

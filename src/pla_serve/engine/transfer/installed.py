@@ -1,14 +1,14 @@
-"""Whether NIXL is there, without the time that importing it takes."""
+"""Finds out whether NIXL is installed without importing it, which takes seconds."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 MODULES = ("nixl_cu13", "nixl_cu12")
-"""One build for each CUDA version; either moves the processor's memory."""
+"""NIXL's builds for CUDA 13 and CUDA 12; both copy memory of the processor."""
 CURE = 'install it with: pip install "pla-serve[transfer]"'
 
 
 def installed_module() -> str | None:
-    """The build that is used."""
+    """Return the module of the build that is used; None if NIXL is not installed."""
     return next((name for name in MODULES if find_spec(name) is not None), None)

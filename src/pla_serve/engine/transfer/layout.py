@@ -1,4 +1,4 @@
-"""Where the KV of a run of tokens lies in memory, here and in another engine."""
+"""Addresses of the KV of a sequence, in this engine and in another one."""
 
 from __future__ import annotations
 
@@ -8,43 +8,55 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 
 from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.kv.blocks import BlockRun
 
 SAMPLES = 64
-"""Values of each weight tensor that go into a fingerprint."""
+"""Most values of one weight tensor that go into a fingerprint."""
 
 
 class Copy(NamedTuple):
-    """Bytes to fetch: from an address in the other engine to one here."""
+    """Bytes to copy from an address in the other engine to one in this engine."""
 
     local: int
     remote: int
     size: int
 
 
-class KVSource(msgspec.Struct, frozen=True, array_like=True):
-    """What a reader has to know of an offer; `Offer.source` is this in MessagePack."""
+class KVSource(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """KV that a reader may copy; the body of `Offer.source`, encoded as MessagePack.
+
+    The engine that offers the KV signs this struct (see `credentials`), so no field can be changed
+    on the way to the reader.
+    """
 
     kind: str
-    """`KVLayout.kind` of who offers."""
+    """`KVLayout.kind` of the engine that offers."""
     agent: str
-    """Its name in the transport, another one in each life of its process."""
+    """Name of that engine in the transport; each life of a process has another name."""
     metadata: bytes
-    """What the transport needs to reach it."""
+    """Addresses and keys with which the transport connects to that engine."""
     slot: int
-    """Address of the offer's slot in its ledger."""
+    """Address of the offer's slot in the ledger of that engine."""
     generation: int
-    """What that slot holds as long as the offer stands."""
+    """Value that the slot holds as long as the offer stands."""
     tokens: int
-    """Tokens whose KV is, or will be, there."""
+    """Number of tokens whose KV is offered, computed already or not."""
+    token_hash: bytes
+    """`hash_tokens` of these tokens."""
     runs: list[BlockRun]
-    """Its blocks, in the order of the tokens."""
+    """KV blocks in the order of the tokens, as runs of neighbours."""
+    blocks: int
+    """Number of blocks in the whole KV cache of that engine."""
     keys: list[int]
-    """Address of the keys of block 0, by layer."""
+    """Address of the keys of block 0, one for each layer."""
     values: list[int]
+    """Address of the values of block 0, one for each layer."""
+    expires: int
+    """UNIX time in seconds until which a reader may begin to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +64,23 @@ class KVLayout:
     """The paged cache of one engine as addresses."""
 
     kind: str
-    """Equal for engines whose KV means the same: weights, shape, dtype and block size."""
+    """Text that is equal in engines with the same weights, KV shape, dtype and block size."""
     keys: list[int]
-    """Address of the keys of block 0, by layer."""
+    """Address of the keys of block 0, one for each layer."""
     values: list[int]
+    """Address of the values of block 0, one for each layer."""
     block_tokens: int
     token_bytes: int
-    """Bytes of one token's keys in one layer; its values take as many."""
+    """Bytes of one token's keys in one layer; the values take as many."""
     blocks: int
+    """Number of blocks in the cache."""
 
     @classmethod
     def of(cls, cache: KVCache, block_tokens: int, weights: str) -> KVLayout:
-        """``weights`` is a `fingerprint`.
+        """Describe a cache of blocks with ``block_tokens`` tokens.
+
+        Args:
+            weights: `fingerprint` of the model.
 
         Raises:
             ValueError: the cache is not in the processor's memory.
@@ -88,18 +105,24 @@ class KVLayout:
         )
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one block's keys in one layer."""
+        return self.block_tokens * self.token_bytes
+
+    @property
     def layers(self) -> int:
+        """Number of decoder layers."""
         return len(self.keys)
 
     def regions(self) -> list[tuple[int, int]]:
-        """Address and bytes of all memory that may be read or written."""
-        size = self.blocks * self.block_tokens * self.token_bytes
+        """Return address and size in bytes of all memory that may be read or written."""
+        size = self.blocks * self.block_bytes
         return [(address, size) for address in (*self.keys, *self.values)]
 
     def copies(
         self, runs: Sequence[BlockRun], source: KVSource, layer: int, start: int, stop: int
     ) -> list[Copy]:
-        """What to fetch for tokens ``start`` to ``stop`` of a layer, into these runs of blocks."""
+        """Return the copies that bring tokens ``start`` to ``stop`` of a layer into ``runs``."""
         here = _spans(runs, start, stop, self.block_tokens)
         there = _spans(source.runs, start, stop, self.block_tokens)
         size = self.token_bytes
@@ -114,7 +137,10 @@ class KVLayout:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Tells models apart by samples of their weights, before any of them is repacked."""
+    """Return a hash over samples of all weights, which differs between models.
+
+    Call it before weights are repacked for a device: repacking changes their order.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
@@ -124,8 +150,19 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def hash_tokens(tokens: Sequence[int], cache_scope: str) -> bytes:
+    """Return the SHA-256 of token ids and the scope of the prefix cache that they belong to.
+
+    Raises:
+        OverflowError: a token id does not fit into 64 bits.
+    """
+    digest = hashlib.sha256(f"{len(cache_scope)} {cache_scope} {len(tokens)}\n".encode())
+    digest.update(np.asarray(tokens, dtype="<i8").tobytes())
+    return digest.digest()
+
+
 def _spans(runs: Iterable[BlockRun], start: int, stop: int, block_tokens: int) -> list[BlockRun]:
-    """Token slots (first, end) of tokens ``start`` to ``stop`` of what lies in these runs."""
+    """Return where tokens ``start`` to ``stop`` lie, as token slots (first, end) of the cache."""
     spans: list[BlockRun] = []
     before = 0
     for first, end in runs:
@@ -138,7 +175,7 @@ def _spans(runs: Iterable[BlockRun], start: int, stop: int, block_tokens: int) -
 
 
 def _common(here: list[BlockRun], there: list[BlockRun]) -> list[tuple[int, int, int]]:
-    """Pieces that have no gap on either side, as (slot here, slot there, tokens)."""
+    """Cut both lists into pieces without a gap on either side: (slot here, slot there, tokens)."""
     pieces: list[tuple[int, int, int]] = []
     i = j = a = b = 0
     while i < len(here) and j < len(there):

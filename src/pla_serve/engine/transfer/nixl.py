@@ -1,8 +1,8 @@
-"""NIXL as the transport: UCX finds the fastest way between two processes or machines.
+"""NIXL as the transport: its library UCX picks the fastest way between two processes or machines.
 
-On one machine that is the kernel's copy between processes, which asks nothing of the other side;
-between machines RDMA where there is some, else TCP. ``UCX_TLS`` and the other variables of UCX
-override its choice.
+On one machine that is the kernel's copy between processes, which needs nothing of the other
+process; between machines it is RDMA if the network has it, and TCP otherwise. ``UCX_TLS`` and the
+other variables of UCX override its choice.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pla_serve.engine.transfer.transport import TransportError
 
 
 class _Peer:
-    """Another engine's agent, as loaded into ours."""
+    """Connection to the agent of another engine."""
 
     def __init__(self) -> None:
         self.operations = 0
-        """Under way."""
+        """Number of reads that are running."""
         self.broken = False
 
 
@@ -62,11 +62,11 @@ class _Operation:
 
 
 class NixlTransport:
-    """One NIXL agent over some memory; see `Transport`.
+    """A `KVTransport` with one NIXL agent.
 
     Args:
-        name: of this engine; must be another one in each life.
-        regions: address and bytes of all memory that is read or written.
+        name: name of this engine; must differ in each life of the process.
+        regions: address and size in bytes of all memory that is read or written.
 
     Raises:
         ValueError: NIXL is not installed, or does not work here; says what to do.
@@ -77,7 +77,7 @@ class NixlTransport:
         self._name = name
         self._peers: dict[str, _Peer] = {}
         try:
-            # Its own progress thread never rests: `progress` takes its place.
+            # NIXL's own progress thread takes a whole core: `progress` does its work instead.
             config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             self._agent: Any = api.nixl_agent(name, config)
             listed = [(address, size, 0, "") for address, size in regions]
@@ -90,16 +90,16 @@ class NixlTransport:
 
     @property
     def name(self) -> str:
-        """See `Transport`."""
+        """See `KVTransport`."""
         return self._name
 
     @property
     def metadata(self) -> bytes:
-        """See `Transport`."""
+        """See `KVTransport`."""
         return self._metadata
 
     def read(self, agent: str, metadata: bytes, copies: Sequence[Copy]) -> _Operation:
-        """See `Transport`."""
+        """See `KVTransport`."""
         try:
             peer = self._peer(agent, metadata)
             local = [(copy.local, copy.size, 0) for copy in copies]
@@ -121,11 +121,11 @@ class NixlTransport:
         return _Operation(self._agent, handle, peer, state)
 
     def progress(self) -> None:
-        """See `Transport`."""
+        """See `KVTransport`."""
         self._agent.get_new_notifs()
 
     def _peer(self, agent: str, metadata: bytes) -> _Peer:
-        """Connect, anew if that has become necessary."""
+        """Return the connection to an agent; connect if there is none or it has broken."""
         peer = self._peers.get(agent)
         if peer is not None and peer.broken:
             if peer.operations:
@@ -140,7 +140,7 @@ class NixlTransport:
 
 
 def _load() -> ModuleType:
-    # It logs to standard output as it is imported, where programs expect the program's own lines.
+    # NIXL logs to standard output while it is imported, and programs parse what we print there.
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     name = installed_module()
     if name is None:

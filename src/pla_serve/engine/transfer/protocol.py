@@ -1,4 +1,4 @@
-"""What the engine's loop asks of KV transfer."""
+"""KV transfer as the engine's loop sees it."""
 
 from __future__ import annotations
 
@@ -23,35 +23,40 @@ TransferMessage = Reserve | Begin | Lend | Release
 
 
 class Arrival(NamedTuple):
-    """What has become of a reserved sequence."""
+    """A reserved sequence that goes on in this engine, or ends."""
 
     sequence: Sequence
     end: Output | None
-    """Set: it ends with this. None: it goes on; ``computed`` says what KV it has."""
+    """Last output of a sequence that ends. None: it goes on with the KV of ``computed`` tokens."""
 
 
 class KVExchange(Protocol):
-    """KV transfer of one engine. Nothing here waits for another engine."""
+    """KV transfer of one engine; no method waits for another engine.
+
+    On the source of a hand-over the loop calls `offer`, `layers_computed` and `computed` as the
+    prefill runs, and `hand_over` at its end. On the target it calls `reserve` and `begin` for the
+    messages of the router, and `poll` yields the sequence once its KV is there.
+    """
 
     def refuses(self, request: AddRequest) -> Rejected | None:
-        """The answer to a request that cannot be handed over from here."""
+        """Return a refusal if this request asks for a hand-over that is not possible here."""
         ...
 
-    # This engine takes over
+    # This engine is the target
 
     def reserve(self, message: Reserve, now: float) -> tuple[Accepted | Rejected, Sequence | None]:
-        """The answer, and if it is accepted a sequence that has its memory.
+        """Return the answer and, if the request is accepted, a sequence that has its memory.
 
-        It is ``in_flight`` until `poll` yields it or `abandon` is told of it.
+        The sequence is ``in_flight`` until `poll` yields it or `abandon` is called with it.
         """
         ...
 
     def begin(self, message: Begin, now: float) -> Rejected | None:
-        """Its sequence comes out of `poll` as soon as nothing more is to be read."""
+        """Let a reserved sequence go on: `poll` yields it when nothing more is to be read."""
         ...
 
     def abandon(self, sequence: Sequence) -> None:
-        """It was aborted: if it was reserved it is ``in_flight`` no longer."""
+        """End the reservation of a sequence that was aborted; others are ignored."""
         ...
 
     @property
@@ -60,52 +65,56 @@ class KVExchange(Protocol):
         ...
 
     def poll(self, now: float) -> list[Arrival]:
-        """Reserved sequences that go on from here, or end. Ends leases that are over."""
+        """Return reserved sequences that go on or end now, and end the leases that are over."""
         ...
 
     def pause(self, now: float) -> float | None:
-        """Seconds until `poll` should be asked again; None: not before another message."""
+        """Return seconds until the next `poll`; None: not before another message arrives."""
         ...
 
-    # Others take over from this engine
+    # This engine is the source
 
     def lend(self, message: Lend, now: float) -> Offer:
-        """Offer what is cached."""
+        """Offer what the prefix cache has of the tokens in the message."""
         ...
 
     def release(self, request_id: str) -> None:
-        """An offer is needed no longer."""
+        """Withdraw an offer that nobody needs any more."""
         ...
 
     def offer(self, sequence: Sequence) -> Offer:
-        """A sequence to be handed over has its memory, and its prefill begins."""
+        """Offer the KV of a sequence whose prefill begins now."""
         ...
 
     def layers_computed(self, sequences: Iterable[tuple[Sequence, int]], layers: int) -> None:
-        """In a running pass: so many layers are there, up to so many tokens of each sequence."""
+        """Publish that a running batch has computed its first ``layers`` layers.
+
+        Args:
+            sequences: each with the number of its leading tokens that then have KV.
+        """
         ...
 
     def computed(self, sequence: Sequence) -> None:
-        """All layers are there of ``sequence.computed`` tokens."""
+        """Publish that ``sequence.computed`` tokens have KV in all layers."""
         ...
 
     def hand_over(self, sequence: Sequence, now: float) -> None:
-        """Its prefill is done: keep its KV for the time of its lease."""
+        """Keep the KV of a sequence whose prefill is done, until its lease ends."""
         ...
 
     def withdraw(self, sequence: Sequence) -> None:
-        """A sequence is about to give up its blocks; one that was handed over keeps its offer."""
+        """Withdraw the offer of a sequence that gives up its blocks before its hand-over."""
         ...
 
     def stats(self) -> TransferStats | None:
-        """For the report."""
+        """Return counters for `EngineStats`; None without KV transfer."""
         ...
 
 
 def receive(
     exchange: KVExchange, message: TransferMessage, now: float
 ) -> tuple[Accepted | Offer | Rejected | None, Sequence | None]:
-    """Hand a message on; the answer, and the sequence that was reserved."""
+    """Call the method for ``message``; return its answer and the sequence that was reserved."""
     if isinstance(message, Reserve):
         return exchange.reserve(message, now)
     if isinstance(message, Begin):
@@ -117,7 +126,7 @@ def receive(
 
 
 class NoKVExchange:
-    """An engine without KV transfer: refuses what needs it."""
+    """KV transfer of an engine without any: all that needs it is refused."""
 
     def refuses(self, request: AddRequest) -> Rejected | None:
         return None if request.hand_over is None else _refusal(request.id)

@@ -1,7 +1,8 @@
-"""One offer being read, layer by layer as it is computed: a state machine without clock or thread.
+"""A pull: one offer being read, layer by layer as the KV is computed.
 
-It alternates between a look at the offer's slot and a read of what the look found computed. What
-was read before a look that finds the offer standing is confirmed, and nothing else is ever used.
+A pull is a state machine without clock or thread. It alternates between reading the offer's slot in
+the ledger of the other engine (a *look*) and reading the KV that the last look found computed. KV
+is confirmed, and may be used, once a later look finds that the offer still stands.
 """
 
 from __future__ import annotations
@@ -15,44 +16,45 @@ from pla_serve.engine.transfer.ledger import SLOT_BYTES, LedgerReading, Slots
 from pla_serve.engine.transfer.transport import KVTransport, Operation, TransportError
 
 READ_BYTES = 4 * 2**20
-"""Most bytes in one read: what a cancelled pull may still have to wait for."""
+"""Most bytes in one read, and so the most that a cancelled pull still waits for."""
 
 
 @dataclass(frozen=True, slots=True)
 class PullRequest:
-    """What to read, and where to."""
+    """An offer to read, and the blocks to read it into."""
 
     key: int
-    """Told with all that is reported of it."""
+    """Number of the pull, repeated in its reports."""
     source: KVSource
     runs: list[BlockRun]
-    """Blocks here, in the order of the tokens."""
+    """Blocks of this engine, in the order of the tokens."""
     skip: int
-    """Leading tokens whose KV is here already."""
+    """Number of leading tokens whose KV is in these blocks already."""
 
 
 @dataclass(frozen=True, slots=True)
 class PullReport:
-    """How far one pull has come."""
+    """Progress of one pull since its last report."""
 
     key: int
     confirmed: int
-    """Leading tokens whose KV is here and confirmed, those that were here before included."""
+    """Number of leading tokens whose KV is here and confirmed, with those that were skipped."""
     ended: bool
-    """It reads no more, and nothing that it began will write to memory any more."""
+    """Whether the pull is over and nothing that it began can write to memory any more."""
     failure: str | None
-    """Why it ended before it was complete."""
+    """Why the pull ended before it was complete."""
     bytes_read: int
-    """Since the last report."""
+    """Bytes of KV read since the last report."""
     bytes_early: int
-    """Of these, what was read before the other engine had computed its last layer."""
+    """Those of them that were read before the other engine had computed its last layer."""
 
 
 class Pull:
-    """Reads one offer. ``step`` goes on as far as it can without waiting.
+    """Reads one offer; call `step` until `ended`.
 
     Args:
-        slots, row: where looks at the other engine's slot go.
+        slots: rows of memory that looks are read into.
+        row: the row that belongs to this pull.
     """
 
     def __init__(self, request: PullRequest, layout: KVLayout, slots: Slots, row: int) -> None:
@@ -63,13 +65,13 @@ class Pull:
         self._layout = layout
         self._slots = slots
         self._read = [request.skip] * layout.layers
-        """By layer: leading tokens that have been read."""
+        """Number of leading tokens that have been read, for each layer."""
         self._looked: list[int] = []
-        """``_read`` when the look under way began."""
+        """Copy of ``_read`` from when the running look began."""
         self._seen: LedgerReading | None = None
         self._operation: Operation | None = None
         self._reading: list[tuple[int, int]] = []
-        """Layers of the read under way, and the tokens that they will then have."""
+        """Layers of the running read, each with the leading tokens that it will have then."""
         self._bytes = 0
         self._counted = [0, 0]
         self._cancelled = False
@@ -78,20 +80,28 @@ class Pull:
 
     @property
     def ended(self) -> bool:
-        """It will do nothing more, and nothing that it began goes on."""
+        """Whether the pull is over and no read of it is running."""
         return self._operation is None and self._over
 
     @property
     def waits(self) -> bool:
-        """A read or a look is under way."""
+        """Whether a read or a look is running."""
         return self._operation is not None
 
     def cancel(self) -> None:
-        """Begin nothing more; a read that is under way still ends in its own time."""
+        """Begin no further read; one that is running still has to end."""
         self._cancelled = True
 
+    def fail(self, reason: str) -> None:
+        """Give the pull up; it has ended once the read that is running, if any, is over."""
+        self.failure = self.failure or reason
+
     def step(self, transport: KVTransport) -> bool:
-        """Whether anything has come of it; if not, ask again a little later."""
+        """Go on as far as possible without waiting.
+
+        Returns:
+            Whether there was progress; if not, call again a little later.
+        """
         try:
             if self._operation is None:
                 if self._over:
@@ -100,14 +110,14 @@ class Pull:
             if not self._operation.done():
                 return False
         except TransportError as error:
-            self.failure = str(error)
+            self.fail(str(error))
             self._operation, self._reading = None, []
             return True
         self._operation = None
-        return self._took_in() if self._reading else self._looked_up()
+        return self._finish_read() if self._reading else self._finish_look()
 
     def report(self) -> PullReport:
-        """How far it is; counts bytes since it was called last."""
+        """Return the progress since the last report."""
         counted, self._counted = self._counted, [0, 0]
         return PullReport(self.key, self.confirmed, self.ended, self.failure, *counted)
 
@@ -124,8 +134,8 @@ class Pull:
         self._bytes = sum(copy.size for copy in copies)
         return transport.read(self._source.agent, self._source.metadata, copies)
 
-    def _took_in(self) -> bool:
-        """KV has arrived; it counts for nothing until it is confirmed."""
+    def _finish_read(self) -> bool:
+        """Note that KV has arrived; a later look has to confirm it."""
         for layer, tokens in self._reading:
             self._read[layer] = tokens
         self._reading = []
@@ -134,11 +144,11 @@ class Pull:
             self._counted[1] += self._bytes
         return True
 
-    def _looked_up(self) -> bool:
-        """The other engine's slot has arrived."""
+    def _finish_look(self) -> bool:
+        """Evaluate the slot of the offer, which has arrived."""
         seen = self._slots.read(self.row)
         if seen is None:
-            return False  # caught in the middle of a change
+            return False  # read while it was being changed: look again
         if seen.generation != self._source.generation:
             self.failure = "the offer was withdrawn"
             return True
@@ -147,7 +157,7 @@ class Pull:
         return known != (confirmed, seen)
 
     def _next_copies(self) -> Sequence[Copy]:
-        """What is computed there and not here, as much of it as one read may have."""
+        """Return copies of KV that is computed there and missing here, at most READ_BYTES."""
         if self._seen is None:
             return ()
         copies: list[Copy] = []

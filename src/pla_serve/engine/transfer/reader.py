@@ -1,7 +1,12 @@
-"""Drives all pulls of one engine, in a thread beside it; the two talk through queues."""
+"""The reader: a thread beside the engine that drives all its pulls.
+
+Commands go to the reader and reports come back through queues, so the engine never waits for it. A
+failure of one pull ends that pull alone: its request is computed here instead.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -12,19 +17,25 @@ from pla_serve.engine.transfer.ledger import Slots
 from pla_serve.engine.transfer.pull import Pull, PullReport, PullRequest
 from pla_serve.engine.transfer.transport import KVTransport
 
+log = logging.getLogger(__name__)
+
 BUSY_SECONDS = 0.0002
-"""Pause while a read is under way: the transport moves only when it is asked."""
+"""Pause while a read is running: the transport moves bytes only when it is called."""
 LOOK_SECONDS = 0.001
-"""Between two looks at an offer of which nothing new was computed."""
+"""Pause between two looks at an offer while nothing new is computed."""
 IDLE_SECONDS = 0.005
-"""How long another engine that connects waits for this one at most."""
+"""Pause without pulls: the longest that another engine waits when it connects to this one."""
+ERROR_SECONDS = 0.5
+"""Pause after an error that no pull is to blame for."""
 
 
 class Reader:
-    """Reads offers, and lets others read. ``step`` and what it calls belong to one thread.
+    """Reads offers, and answers engines that connect to this one.
+
+    `start`, `cancel` and `reports` belong to the engine's thread, `step` to the reader's.
 
     Args:
-        rows: for looks; as many pulls can run at once, the others wait.
+        rows: memory for looks. One pull runs for each row at most; others wait.
     """
 
     def __init__(self, transport: KVTransport, layout: KVLayout, rows: Slots) -> None:
@@ -35,38 +46,31 @@ class Reader:
         self._reports: deque[PullReport] = deque()
         self._waiting: deque[PullRequest] = deque()
         self._pulls: dict[int, Pull] = {}
-        self.crash: Exception | None = None
         self.seconds = 0.0
-        """Counter: time in which there was something to read."""
+        """Counter: seconds in which there was something to read."""
 
-    # The engine's side
+    # Called by the engine's thread
 
     def start(self, request: PullRequest) -> None:
-        """Read what is offered; `reports` tells how it goes, until one of them has ``ended``."""
+        """Begin a pull; `reports` has its progress, up to a report that it has ``ended``."""
         self._commands.append(request)
 
     def cancel(self, key: int) -> None:
-        """Read no more; a report that it has ended still comes."""
+        """End a pull; a report that it has ``ended`` follows."""
         self._commands.append(key)
 
     def reports(self) -> list[PullReport]:
-        """What is new.
-
-        Raises:
-            RuntimeError: the thread has crashed, so that no read will ever be reported as ended.
-        """
-        if self.crash is not None:
-            raise RuntimeError("the thread that reads KV has crashed") from self.crash
+        """Return the reports since the last call."""
         taken: list[PullReport] = []
         while self._reports:
             taken.append(self._reports.popleft())
         return taken
 
-    # The thread's side
+    # Called by the reader's thread
 
     def step(self) -> float:
-        """Move everything as far as it goes; seconds until it is worth doing again."""
-        self._obey()
+        """Drive all pulls as far as they go; return seconds until the next call is worth it."""
+        self._take_commands()
         moved = False
         for pull in list(self._pulls.values()):
             moved |= self._move(pull)
@@ -77,7 +81,7 @@ class Reader:
             return BUSY_SECONDS
         return LOOK_SECONDS if self._pulls else IDLE_SECONDS
 
-    def _obey(self) -> None:
+    def _take_commands(self) -> None:
         while self._commands:
             command = self._commands.popleft()
             if isinstance(command, PullRequest):
@@ -91,7 +95,7 @@ class Reader:
             self._pulls[request.key] = Pull(request, self._layout, self._rows, row)
 
     def _forget(self, key: int) -> None:
-        """Cancelled before it had a row; unknown if its end is on the way to the engine."""
+        """Cancel a pull that has no row yet; one that is unknown has ended already."""
         for request in self._waiting:
             if request.key == key:
                 self._waiting.remove(request)
@@ -99,7 +103,14 @@ class Reader:
                 return
 
     def _move(self, pull: Pull) -> bool:
-        moved = pull.step(self._transport)
+        """Drive one pull, and report if anything happened; returns whether it did."""
+        try:
+            moved = pull.step(self._transport)
+        except Exception as error:  # whatever it is, it is the fault of this pull alone
+            if pull.failure is None:
+                log.exception("reading KV from another engine failed")
+            pull.fail(f"{type(error).__name__}: {error}")
+            moved = False
         if pull.ended:
             del self._pulls[pull.key]
             self._rows.give_back(pull.row)
@@ -110,7 +121,7 @@ class Reader:
 
 
 class ReaderThread:
-    """Runs a reader until it is closed, garbage, or the interpreter ends."""
+    """Thread that drives a reader until `close`, or until this object is garbage."""
 
     def __init__(self, reader: Reader) -> None:
         self._wake = threading.Event()
@@ -122,7 +133,7 @@ class ReaderThread:
         thread.start()
 
     def wake(self) -> None:
-        """There is something new to do."""
+        """Drive the reader at once: it has been given something to do."""
         self._wake.set()
 
     def close(self) -> None:
@@ -135,9 +146,12 @@ def _run(reader: Reader, wake: threading.Event, closing: threading.Event) -> Non
         began = time.perf_counter()
         try:
             pause = reader.step()
-        except Exception as error:
-            reader.crash = error
-            return
+        except Exception:
+            # Without this thread no read would ever end. Requests do not wait for it: they are
+            # computed here after a second.
+            log.exception("the thread that reads KV goes on after an error")
+            closing.wait(ERROR_SECONDS)
+            continue
         if pause < IDLE_SECONDS:
             reader.seconds += time.perf_counter() - began
         if pause:

@@ -1,11 +1,12 @@
-"""Requests that this engine takes over: their memory, what is being read into it, and until when.
+"""Requests that this engine takes over: it reserves memory for them and reads their KV into it.
 
-No block is reused while a read may still write to it, whatever became of its request: such blocks
-are kept back, in quarantine, until the reader says that nothing is under way.
+No block is reused while a read may still write to it, even after its request has ended. Such blocks
+stay in quarantine until the reader reports that the read is over.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.requests.admission import Intake
 from pla_serve.engine.requests.memory import MemoryGate
 from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.transfer.credentials import Credentials, OfferRefused
 from pla_serve.engine.transfer.layout import KVLayout, KVSource
 from pla_serve.engine.transfer.protocol import Arrival
 from pla_serve.engine.transfer.pull import PullReport, PullRequest
@@ -28,12 +30,14 @@ from pla_serve.wire.engine import (
     Reserve,
 )
 
+log = logging.getLogger(__name__)
+
 RETRY_SECONDS = 0.5
-"""After a refusal for want of memory."""
+"""A router may try again after this time when there was no memory."""
 STALL_SECONDS = 1.0
-"""A begun request waits no longer than this for a reader that makes no progress."""
+"""A request that has begun waits this long for a reader that makes no progress."""
 END_SECONDS = 0.05
-"""How long the end of a cancelled read is waited for, before its blocks go into quarantine."""
+"""After this time the blocks of a cancelled read go into quarantine."""
 
 
 @dataclass(slots=True)
@@ -41,31 +45,38 @@ class _Reservation:
     sequence: Sequence
     lease: float
     until: float
-    """When it is given up, or goes on without what is still to be read."""
+    """When the request is given up, or goes on without the KV that was not read by then."""
     key: int | None = None
-    """Of the pull that is under way."""
+    """Key of the running pull; None if none runs."""
     offered: int = 0
-    """Tokens that the other engine offers."""
+    """Number of tokens that the other engine offers."""
     begun: bool = False
     cancelled: bool = False
     end: Output | None = None
 
 
 class Reservations:
-    """Reserved sequences, by request."""
+    """All reserved sequences of one engine, by request id."""
 
     def __init__(
-        self, reader: Reader, layout: KVLayout, intake: Intake, gate: MemoryGate, kv: KVManager
+        self,
+        reader: Reader,
+        layout: KVLayout,
+        credentials: Credentials,
+        intake: Intake,
+        gate: MemoryGate,
+        kv: KVManager,
     ) -> None:
         self._reader = reader
         self._layout = layout
+        self._credentials = credentials
         self._intake = intake
         self._gate = gate
         self._kv = kv
         self._reservations: dict[str, _Reservation] = {}
         self._by_key: dict[int, _Reservation] = {}
         self._quarantine: dict[int, list[int]] = {}
-        """Blocks that an abandoned pull may still write to."""
+        """Blocks that an abandoned pull may still write to, by the key of the pull."""
         self._keys = 0
         self.taken_over = 0
         self.recomputed = 0
@@ -77,11 +88,13 @@ class Reservations:
         return len(self._reservations)
 
     def reserve(self, message: Reserve, now: float) -> tuple[Accepted | Rejected, Sequence | None]:
-        """See `Exchange`."""
+        """See `KVExchange`."""
         request = msgspec.structs.replace(message.request, hand_over=None)
-        source = self._source(message)
-        if isinstance(source, str):
-            return Rejected(id=request.id, reason=source, retry_after=None), None
+        try:
+            source = self._source(message)
+        except OfferRefused as error:
+            log.warning("request %s: %s", request.id, error)
+            return Rejected(id=request.id, reason=str(error), retry_after=None), None
         sequence = self._intake.take_over(request)
         if isinstance(sequence, Rejected):
             return sequence, None
@@ -97,7 +110,7 @@ class Reservations:
         return Accepted(request.id, sequence.computed), sequence
 
     def begin(self, message: Begin, now: float) -> Rejected | None:
-        """See `Exchange`."""
+        """See `KVExchange`."""
         reservation = self._reservations.get(message.id)
         if reservation is None or reservation.begun:
             reason = f"request {message.id} is not reserved here; its lease may be over"
@@ -108,42 +121,34 @@ class Reservations:
         return None
 
     def abandon(self, sequence: Sequence) -> None:
-        """See `Exchange`."""
+        """See `KVExchange`."""
         reservation = self._reservations.get(sequence.id)
         if reservation is not None and reservation.sequence is sequence:
             self._leave(reservation)
 
     def poll(self, now: float) -> list[Arrival]:
-        """See `Exchange`."""
+        """See `KVExchange`."""
         for report in self._reader.reports():
             self._take(report, now)
         return list(self._arrivals(now)) if self._reservations else []
 
     @property
     def reading(self) -> bool:
-        """Reports are to be expected."""
+        """Whether the reader will report something."""
         return bool(self._by_key or self._quarantine)
 
     def next_expiry(self) -> float | None:
-        """When the next lease ends, or something goes on without it."""
+        """Return when the next request is given up or goes on without all KV; None without any."""
         return min((r.until for r in self._reservations.values()), default=None)
 
-    def _source(self, message: Reserve) -> KVSource | str | None:
-        """What is to be read; None if nothing is, a text if it cannot be."""
+    def _source(self, message: Reserve) -> KVSource | None:
+        """Return what is to be read, or None if nothing is offered. Raises OfferRefused."""
         if not message.source:
             return None
-        try:
-            source = msgspec.msgpack.decode(message.source, type=KVSource)
-        except msgspec.MsgspecError as error:
-            return f"the source is not one of this version's offers: {error}"
-        if source.kind != self._layout.kind:
-            return (
-                f"the KV offered is of another kind than this instance's ({source.kind}, not "
-                f"{self._layout.kind}); serve the same model with the same settings on both"
-            )
-        if source.tokens > len(message.request.prompt):
-            return "the offer is of more tokens than the prompt has"
-        return source
+        request = message.request
+        return self._credentials.check(
+            message.source, self._layout, request.prompt, request.cache_scope
+        )
 
     def _start(self, reservation: _Reservation, source: KVSource) -> None:
         self._keys += 1
@@ -155,8 +160,10 @@ class Reservations:
         self._reader.start(PullRequest(self._keys, source, runs, sequence.computed))
 
     def _append(self, sequence: Sequence, tokens: list[int]) -> Output | None:
-        """Output of the other engine becomes this one's; the end, if that ends it."""
+        """Append output of the other engine; return the end of the request if that ends it."""
         reason: FinishReason | None = None
+        if sequence.generated + len(tokens) > sequence.request.sampling.max_tokens:
+            return _failed(sequence, "more tokens were made than the request asked for")
         for token in tokens:
             if not 0 <= token < self._intake.limits.vocab_size:
                 return _failed(sequence, f"token id {token} is outside this model's vocabulary")
@@ -204,7 +211,7 @@ class Reservations:
                     self.expired += 1
                     self._leave(reservation)
                     seconds = f"{reservation.lease:.1f} s"
-                    reason = f"nobody began this request, and nothing came of it for {seconds}"
+                    reason = f"nobody began this request, and no KV was read for {seconds}"
                     yield Arrival(sequence, _failed(sequence, reason))
             elif reservation.key is None:
                 yield self._go_on(reservation)
@@ -213,7 +220,8 @@ class Reservations:
                 reservation.until = now + END_SECONDS
                 self._reader.cancel(reservation.key)
             elif late:
-                # What has been read cannot be told from what may still be written: start afresh.
+                # Blocks that were read and blocks that may still be written to cannot be told
+                # apart, so the prefill starts from the beginning in other blocks.
                 self._leave(reservation)
                 self._gate.release(sequence)
                 sequence.computed = 0
@@ -227,16 +235,16 @@ class Reservations:
         else:
             self.recomputed += 1
         self._leave(reservation)
-        # The last token is always computed here, because what follows it is.
+        # The last token is always computed here: the next one is sampled from its logits.
         sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
         if not self._kv.grow(sequence.table, len(sequence.tokens)):
-            # No room for what the other engine made: wait for it like everyone else.
+            # No memory for the tokens of the other engine: wait for some like any other request.
             self._gate.release(sequence)
             sequence.computed = 0
         return Arrival(sequence, None)
 
     def _leave(self, reservation: _Reservation) -> None:
-        """It is an ordinary sequence from now on; blocks being written stay behind it."""
+        """Make it an ordinary sequence; blocks that may still be written to go into quarantine."""
         sequence = reservation.sequence
         del self._reservations[sequence.id]
         sequence.in_flight -= 1

@@ -1,4 +1,4 @@
-"""What moves bytes from another engine's memory into this one's."""
+"""The transport: it copies bytes from the memory of another engine into this one's."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from pla_serve.engine.transfer.layout import Copy
 
 
 class TransportError(Exception):
-    """The other engine cannot be reached, or is gone."""
+    """The other engine cannot be reached, or has ended."""
 
 
 class Operation(Protocol):
-    """One read under way."""
+    """One running read."""
 
     def done(self) -> bool:
-        """Whether all its bytes have arrived; asks the transport, never waits.
+        """Whether all bytes have arrived; never waits.
 
-        Once it has answered True or raised, nothing is written here any more.
+        Once this has returned True or raised, the read writes nothing any more.
 
         Raises:
-            TransportError: it failed, and any part of the bytes may have arrived.
+            TransportError: the read failed, and any part of the bytes may have arrived.
         """
         ...
 
 
 class KVTransport(Protocol):
-    """All calls come from one thread."""
+    """Connection of one engine to all others; all calls come from one thread."""
 
     @property
     def name(self) -> str:
-        """Of this engine; another one in each life of the process."""
+        """Name of this engine, which differs in each life of the process."""
         ...
 
     @property
     def metadata(self) -> bytes:
-        """What others need to reach this engine's memory."""
+        """Addresses and keys that others need to read this engine's memory."""
         ...
 
     def read(self, agent: str, metadata: bytes, copies: Sequence[Copy]) -> Operation:
-        """Begin to read from the engine of that name; connects to it if need be.
+        """Begin to read from the engine of that name, and connect to it first if necessary.
 
         Raises:
-            TransportError: nothing was begun.
+            TransportError: the engine cannot be reached; no read was begun.
         """
         ...
 
     def progress(self) -> None:
-        """Serve what others ask of this engine; to be called again and again."""
+        """Answer engines that connect to this one; call it again and again."""
         ...

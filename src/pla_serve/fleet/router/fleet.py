@@ -114,7 +114,9 @@ class Fleet:
 
     def submit(self, request: AddRequest, receiver: NewsReceiver, tenant: str) -> None:
         """Route a request; its messages go to ``receiver`` until it has ended or is closed."""
-        routed = RoutedRequest(with_seed(request), receiver, tenant, Chain(request.prompt))
+        routed = RoutedRequest(
+            with_seed(request), receiver, tenant, Chain(request.prompt, request.cache_scope)
+        )
         self._requests[routed.id] = routed
         self._place(routed)
 

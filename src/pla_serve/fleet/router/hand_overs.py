@@ -23,6 +23,7 @@ from pla_serve.fleet.router.routed_request import Attempt, OngoingHandOver, Rout
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.router import Placement
 from pla_serve.wire import engine as wire
+from pla_serve.wire.kv_offer import bind
 
 Remainder = Effect | None
 """Part of an event that is left to the fleet: `Effect.ORDINARY`, `Effect.PLACE_TOGETHER`, None."""
@@ -109,6 +110,7 @@ class HandOvers:
             id=attempt.id,
             tokens=[*request.original.prompt, *request.tokens],
             lease_seconds=self._lease,
+            cache_scope=request.original.cache_scope,
         )
         if not self._attempts.send(source, lend):
             return False
@@ -203,9 +205,11 @@ class HandOvers:
         self, request: RoutedRequest, hand_over: OngoingHandOver, target: Attempt
     ) -> Event | None:
         hand_over.carried = len(request.tokens)
+        facts = target.instance.facts
+        reader = (facts.transfer_agent if facts is not None else None) or ""
         reserve = wire.Reserve(
             request=request.message(target.id),
-            source=hand_over.state.address,
+            source=bind(hand_over.state.address, reader),
             lease_seconds=self._lease,
         )
         sent = self._attempts.send(target.instance, reserve)

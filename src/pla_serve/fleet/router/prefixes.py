@@ -16,14 +16,16 @@ DEFAULT_CAPACITY = 2**17
 class Chain:
     """Hashes of a growing token sequence, one for each whole block and all that is before it.
 
-    Equal hashes are taken for equal tokens: a collision makes one prediction wrong, no more. The
-    hash is Python's for bytes, salted in each process, so that no client can make collisions.
+    Equal hashes are taken for equal tokens of the same cache scope: a collision makes one
+    prediction wrong, no more. The hash is Python's for bytes, which each process salts, so that no
+    client can make collisions.
     """
 
-    __slots__ = ("_tail", "hashes")
+    __slots__ = ("_start", "_tail", "hashes")
 
-    def __init__(self, tokens: Sequence[int]) -> None:
+    def __init__(self, tokens: Sequence[int], cache_scope: str = "") -> None:
         self.hashes: list[int] = []
+        self._start = hash(cache_scope)
         self._tail = array("q")
         self.extend(tokens)
 
@@ -34,7 +36,7 @@ class Chain:
         if not whole:
             return
         data, step = self._tail.tobytes(), BLOCK * self._tail.itemsize
-        last = self.hashes[-1] if self.hashes else 0
+        last = self.hashes[-1] if self.hashes else self._start
         for at in range(0, whole * step, step):
             last = hash((last, data[at : at + step]))
             self.hashes.append(last)

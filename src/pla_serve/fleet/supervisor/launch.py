@@ -28,6 +28,7 @@ from pla_serve.fleet.supervisor.spec import FleetSpec, Option
 from pla_serve.fleet.supervisor.supervisor import Supervisor
 from pla_serve.logs import LogFormat, configure
 from pla_serve.server.run import listen
+from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ class LaunchPlan:
     async def _run(self) -> None:
         spec, on_line = self._spec, write_line(self._log_format)
         key = secrets.token_hex(16)
+        # One secret for the life of the fleet, so that a restarted instance can read again.
+        fleet_secret = os.environ.get(FLEET_SECRET_VARIABLE) or secrets.token_hex(32)
         instances = [
             FleetMember(
                 Recipe(
@@ -109,7 +112,11 @@ class LaunchPlan:
                     words,
                     f"http://{LOOPBACK}:{port}",
                     has_engine=True,
-                    env={"PLA_SERVE_API_KEY": key, **_ucx_env()},
+                    env={
+                        "PLA_SERVE_API_KEY": key,
+                        FLEET_SECRET_VARIABLE: fleet_secret,
+                        **_ucx_env(),
+                    },
                 ),
                 spec.health,
                 on_line,

@@ -124,6 +124,7 @@ class LinkHub:
             express=info.capabilities.leaves_at_layer_boundary,
             resumes=True,
             transfer=info.transfer,
+            transfer_agent=info.transfer_agent,
         )
         self._pinged = False
         self._inform()
