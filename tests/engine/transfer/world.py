@@ -156,6 +156,7 @@ def request(
     *,
     lease: float | None = None,
     priority: int = 0,
+    cache_scope: str = "",
     **sampling: object,
 ) -> AddRequest:
     """Greedy unless told otherwise; to be handed over if there is a lease."""
@@ -166,6 +167,7 @@ def request(
         sampling=SamplingParams(**params),  # type: ignore[arg-type]
         arrival=0.0,
         priority=priority,
+        cache_scope=cache_scope,
         hand_over=None if lease is None else HandOver(lease_seconds=lease),
     )
 
@@ -185,8 +187,12 @@ def reserve(node: Node, add: AddRequest, source: bytes, lease: float = LEASE) ->
     node.engine.inbox.append(Reserve(request=add, source=source, lease_seconds=lease))
 
 
-def lend(node: Node, request_id: str, tokens: Sequence[int]) -> None:
-    node.engine.inbox.append(Lend(id=request_id, tokens=list(tokens), lease_seconds=LEASE))
+def lend(
+    node: Node, request_id: str, tokens: Sequence[int], scope: str = "", lease: float = LEASE
+) -> None:
+    node.engine.inbox.append(
+        Lend(id=request_id, tokens=list(tokens), lease_seconds=lease, cache_scope=scope)
+    )
 
 
 def ended(node: Node, request_id: str) -> Output | Rejected | None:

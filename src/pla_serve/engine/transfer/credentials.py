@@ -91,7 +91,7 @@ class Credentials:
             ) from None
         try:
             source = msgspec.msgpack.decode(body, type=KVSource)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise OfferRefused(f"the KV offer is not one of this version: {error}") from None
         if source.kind != layout.kind:
             raise OfferRefused(
