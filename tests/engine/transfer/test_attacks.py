@@ -17,7 +17,6 @@ from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.transfer import credentials
 from pla_serve.engine.transfer.credentials import (
     CLOCK_SKEW_SECONDS,
-    MOST_OFFER_BYTES,
     Credentials,
     OfferRefused,
     fleet_secret,
@@ -27,6 +26,7 @@ from pla_serve.engine.transfer.offers import PREFILL_SECONDS
 from pla_serve.engine.transfer.transport import Operation
 from pla_serve.wire.engine import Begin, Output, Rejected, Release, Reserve
 from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE, SIGNATURE_BYTES, bind, sign
+from pla_serve.wire.limits import MOST_OFFER_BYTES
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.tiny import BLOCK, expected
 from tests.engine.transfer.world import (

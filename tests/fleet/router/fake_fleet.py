@@ -30,8 +30,10 @@ from pla_serve.wire.engine import (
     Reserve,
     SamplingParams,
 )
+from pla_serve.wire.kv_offer import bind
 
 LOAD = set(EngineLoad.__struct_fields__)
+
 VOCABULARY = 1000
 
 
@@ -128,6 +130,7 @@ class FakeLink:
             block_tokens=16,
             resumes=True,
             transfer=self.transfer,
+            transfer_agent=f"agent of {self.url}",
             kv_bytes_per_token=1000,
         )
         self.fleet.connected(self, self.facts)
@@ -161,6 +164,7 @@ class FakeLink:
             self.offers.discard(message.id)
             self.outbox = [item for item in self.outbox if item.id != message.id]
         elif isinstance(message, Reserve):
+            assert message.source == bind(b"kv", f"agent of {self.url}"), "not bound to this reader"
             self._add(message.request, reserved=True)
         elif isinstance(message, Begin):
             self._begin(message)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pla_serve.engine.transfer.credentials import fleet_secret
 from pla_serve.fleet.forwarding import Forwarded, split
 from pla_serve.fleet.supervisor import launch
 from pla_serve.fleet.supervisor.launch import LaunchPlan
+from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE
 from tests.command_runner import CommandResult, pla_serve
 
 
@@ -47,6 +49,20 @@ def words_of(plan: LaunchPlan) -> tuple[list[list[str]], list[str]]:
 
 def value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
+
+
+def test_instances_share_a_secret_that_no_command_line_shows(
+    plans: list[LaunchPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(FLEET_SECRET_VARIABLE, raising=False)
+    first, second = (launch.instance_environment("k") for _ in range(2))
+    assert first[FLEET_SECRET_VARIABLE] != second[FLEET_SECRET_VARIABLE]
+    fleet_secret(first)  # long enough for an instance
+    monkeypatch.setenv(FLEET_SECRET_VARIABLE, "given by the operator, for all machines")
+    given = launch.instance_environment("k")[FLEET_SECRET_VARIABLE]
+    assert given == "given by the operator, for all machines"
+    assert fleet("org/model", "--mixed", "1", "--decode", "1", "--port", free_port()).exit_code == 0
+    assert not any(given in word for _, words in plans[0].commands() for word in words)
 
 
 def test_flags_go_to_whom_they_belong(plans: list[LaunchPlan]) -> None:

@@ -103,8 +103,7 @@ class LaunchPlan:
     async def _run(self) -> None:
         spec, on_line = self._spec, write_line(self._log_format)
         key = secrets.token_hex(16)
-        # One secret for the life of the fleet, so that a restarted instance can read again.
-        fleet_secret = os.environ.get(FLEET_SECRET_VARIABLE) or secrets.token_hex(32)
+        environment = instance_environment(key)
         instances = [
             FleetMember(
                 Recipe(
@@ -112,11 +111,7 @@ class LaunchPlan:
                     words,
                     f"http://{LOOPBACK}:{port}",
                     has_engine=True,
-                    env={
-                        "PLA_SERVE_API_KEY": key,
-                        FLEET_SECRET_VARIABLE: fleet_secret,
-                        **_ucx_env(),
-                    },
+                    env=environment,
                 ),
                 spec.health,
                 on_line,
@@ -155,6 +150,19 @@ def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
         )
         return []
     return ["--kv-transfer"]
+
+
+def instance_environment(key: str) -> dict[str, str]:
+    """Return the variables that every instance gets, in which secrets travel (never in argv).
+
+    Args:
+        key: the router's key for its instances.
+    """
+    return {
+        "PLA_SERVE_API_KEY": key,
+        FLEET_SECRET_VARIABLE: os.environ.get(FLEET_SECRET_VARIABLE) or secrets.token_hex(32),
+        **_ucx_env(),
+    }
 
 
 def _ucx_env() -> dict[str, str]:
