@@ -79,6 +79,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "arcee": lambda: ArceeConfig(**SIZES),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
 }
+FUSED = tuple(sorted(set(CONFIGS) - {"arcee"}))
+"""Families whose decoder layers are replaced as a whole."""
 
 
 @cache

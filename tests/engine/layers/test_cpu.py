@@ -14,7 +14,7 @@ from pla_serve.engine.layers.cpu import FusedLayer, FusedRMSNorm, PackedLinear, 
 from pla_serve.engine.layers.cpu.layer import TurningRotary
 from pla_serve.engine.layers.cpu.linear import FEW_TOKENS
 from pla_serve.engine.layers.cpu.probe import same_results
-from tests.engine.tiny import CONFIGS, SIZES, reference_model
+from tests.engine.tiny import CONFIGS, FUSED, SIZES, reference_model
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -85,7 +85,7 @@ def engine_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Modu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", FUSED)
 def test_layers_are_fused(name: str, dtype: torch.dtype) -> None:
     """`optimise` compares each with the stock layer first; tests of outputs run the result."""
     model = engine_model(name, dtype)

@@ -1,0 +1,118 @@
+"""Llama 3.2 and Llama 4: calls in a list, in the syntax of Python.
+
+[get_weather(city="Paris"), get_time(zone="Europe/Paris")]
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+from pla_serve.server.tools.events import CallArguments
+from pla_serve.server.tools.script import Script, ScriptReader, Step
+
+START, END = "<|python_start|>", "<|python_end|>"
+
+
+class PythonicReader(ScriptReader):
+    """An answer that begins with a bracket and a name is calls; any other one is content.
+
+    A call is read when its closing parenthesis is there, so its arguments come in one piece.
+    """
+
+    def script(self) -> Script:
+        yield from self.skip_space()
+        if (yield from self.next_is([START])):
+            self.drop(START)
+            yield from self.skip_space()
+        if (yield from self.next_is(["["])) is None:
+            return
+        self.drop("[")
+        read = "["
+        while (yield from self._call()):
+            read = ""
+            yield from self.skip_space()
+            if (yield from self.next_is([","])):
+                self.drop(",")
+        if read:
+            self._text = read + self._text
+            return
+        yield from self.take_until(["]"])
+        yield from self.skip_space()
+        if (yield from self.next_is([END])):
+            self.drop(END)
+
+    def _call(self) -> Step[bool]:
+        """Read one call and emit it; False, with nothing read, if the text is none."""
+        yield from self.skip_space()
+        length = 0
+        while True:
+            end = _end_of_call(self._text)
+            if end is not None:
+                break
+            if self._over or not _may_be_call(self._text):
+                return False
+            length = len(self._text)
+            while len(self._text) == length and not self._over:
+                yield
+        text = self._text[:end]
+        call = parse_call(text)
+        if call is None:
+            return False
+        self._text = self._text[end:]
+        index = self.begin(call[0])
+        self.emit(CallArguments(index, json.dumps(call[1], ensure_ascii=False)))
+        return True
+
+
+def _may_be_call(text: str) -> bool:
+    name = text.partition("(")[0].strip()
+    return not name or all(part.isidentifier() for part in name.rstrip(".").split("."))
+
+
+def _end_of_call(text: str) -> int | None:
+    """The place behind the parenthesis that closes the first one."""
+    depth, quote, escaped = 0, "", False
+    for place, char in enumerate(text):
+        if quote:
+            if escaped:
+                escaped = False
+            elif char == "\\":
+                escaped = True
+            elif char == quote:
+                quote = ""
+        elif char in "'\"":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+            if depth == 0:
+                return place + 1
+            if depth < 0:
+                return None
+    return None
+
+
+def parse_call(text: str) -> tuple[str, dict[str, Any]] | None:
+    """Name and arguments of ``name(key=value, …)`` whose values are literals; None for others."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(node, ast.Call) or node.args:
+            return None
+        arguments = {str(word.arg): _literal(word.value) for word in node.keywords if word.arg}
+        return ast.unparse(node.func), arguments
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):
+        return {"true": True, "false": False, "null": None}[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(element) for element in node.elts]
+    if isinstance(node, ast.Dict):
+        keys = [_literal(key) for key in node.keys if key is not None]
+        return dict(zip(map(str, keys), map(_literal, node.values), strict=True))
+    return ast.literal_eval(node)
