@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -18,6 +19,14 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 ROOT = "pla_serve."
 REQUESTS = "pla_serve.requests"
 """The logger with an entry for each request; in text only at level debug."""
+MOST_CHARACTERS = 4000
+"""A longer message or field is cut: a client's text may be as long as a request's body."""
+MOST_LINES = 200
+"""Of a traceback."""
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+"""Control characters, line ends, marks that change the direction of text, halves of surrogates."""
 _PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "request_id"}
 
 
@@ -34,6 +43,8 @@ def configure(level: str, form: LogFormat, process: str, stream: IO[str] | None 
     logging.basicConfig(level=level.upper(), handlers=[handler])
     for chatty in ("uvicorn", "httpx", "httpcore", "websockets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Its warnings are about requests that cannot be read: anybody could fill the log with them.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 def in_use() -> tuple[str, LogFormat]:
@@ -43,16 +54,31 @@ def in_use() -> tuple[str, LogFormat]:
     return logging.getLevelName(root.level), "json" if machines else "text"
 
 
+def printable(text: str, most: int = MOST_CHARACTERS) -> str:
+    """``text`` on one line: what a terminal or a reader of logs would obey is escaped.
+
+    A text of more than ``most`` characters is cut, and ends with its length.
+    """
+    cut = text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), cut)
+
+
 class TextFormatter(logging.Formatter):
-    """One line for a person."""
+    """One line for a person; lines of a traceback are indented, so that none looks like an entry.
+
+    Texts of clients cannot add lines: see `printable`.
+    """
 
     def __init__(self, process: str) -> None:
         super().__init__(f"%(asctime)s %(levelname)s {process}: %(message)s")
 
-    def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         id = getattr(record, "request_id", None) or request_id.get()
-        return line if id is None else f"{line} (request {id})"
+        line = printable(super().formatMessage(record))
+        return line if id is None else f"{line} (request {printable(str(id))})"
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return _indented(super().formatException(ei))
 
 
 class JsonFormatter(logging.Formatter):
@@ -69,12 +95,24 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "process": self._process,
             "logger": record.name.removeprefix(ROOT),
-            "message": record.getMessage(),
+            "message": printable(record.getMessage()),
         }
         id = getattr(record, "request_id", None) or request_id.get()
         if id is not None:
-            entry["request_id"] = id
-        entry |= {name: value for name, value in vars(record).items() if name not in _PLAIN}
+            entry["request_id"] = printable(str(id))
+        entry |= {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in vars(record).items()
+            if name not in _PLAIN
+        }
         if record.exc_info:
-            entry["error"] = self.formatException(record.exc_info)
+            entry["error"] = _indented(self.formatException(record.exc_info))
         return msgspec.json.encode(entry, enc_hook=str).decode()
+
+
+def _indented(traceback: str) -> str:
+    """A traceback with the text of each line `printable`; cut in the middle if it is long."""
+    lines = traceback.splitlines()
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES // 2], "…", *lines[-MOST_LINES // 2 :]]
+    return "\n".join("  " + printable(line) for line in lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import msgspec
 import torch
 
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.host.child import private_folder, tell
+from pla_serve.engine.host.child import PrivateFolder, tell
 from pla_serve.engine.parallel.commands import Command, CommandSender, End
 from pla_serve.engine.parallel.ranks import TorchRanks
 from pla_serve.logs import LogFormat, in_use
@@ -81,7 +80,8 @@ class Team:
         self.size = config.tensor_parallel_size
         self._stuck = stuck or _end_process
         self._stuck_seconds = stuck_seconds
-        self.folder = private_folder()
+        self._private = PrivateFolder()
+        self.folder = self._private.path
         self._lost: str | None = None
         self._noticed = threading.Event()
         self._closing = False
@@ -169,7 +169,7 @@ class Team:
             assert child.stdin is not None
             with suppress(BrokenPipeError):
                 child.stdin.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._private.remove()
 
     def _start(
         self, config: EngineConfig, rank: int, program: tuple[str, ...]
@@ -201,7 +201,7 @@ class Team:
         self._lost = f"rank {rank} of {self.size} ended: {_reason(words, status)}"
         log.error(self._lost)
         if not self._noticed.wait(self._stuck_seconds):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._private.remove()
             self._stuck(self._lost)
 
 

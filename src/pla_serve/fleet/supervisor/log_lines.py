@@ -9,7 +9,10 @@ from typing import Any
 
 import msgspec
 
-from pla_serve.logs import LogFormat
+from pla_serve.logs import LogFormat, printable
+
+LINE_CHARACTERS = 20_000
+"""A longer line of plain text is cut. It is far more than an entry of `logs.TextFormatter`."""
 
 
 def write_line(
@@ -26,7 +29,7 @@ def write_line(
 
 
 def _as_text(name: str, line: str) -> str:
-    return f"[{name}] {line}"
+    return f"[{name}] {printable(line, LINE_CHARACTERS)}"
 
 
 def _as_json(name: str, line: str) -> str:
@@ -36,5 +39,5 @@ def _as_json(name: str, line: str) -> str:
         entry = msgspec.json.decode(line, type=dict[str, Any])
     except msgspec.DecodeError:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        entry = {"time": now, "level": "info", "message": line}
+        entry = {"time": now, "level": "info", "message": printable(line)}
     return msgspec.json.encode({**entry, "process": name}).decode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.host.child import private_folder, tell
+from pla_serve.engine.host.child import PrivateFolder, tell
 from pla_serve.engine.host.process import CORE, Launch
 from pla_serve.logs import LogFormat
 from pla_serve.wire.codec import WireError, encode, engine_answers, named_request
@@ -93,7 +92,7 @@ class EngineProcess:
         self._ended = ended
         self._reason: str | None = None
         self._loop = asyncio.get_running_loop()
-        self._folder = private_folder()
+        self._folder = PrivateFolder()
         self._decode = engine_answers()
         self._open_sockets()
         self.exited = asyncio.Event()
@@ -129,8 +128,8 @@ class EngineProcess:
 
     def _open_sockets(self) -> None:
         """Each side binds the socket that it reads, so a send always has a peer to queue to."""
-        self._inbound = f"ipc://{self._folder / 'engine'}"
-        self._outbound = f"ipc://{self._folder / 'server'}"
+        self._inbound = f"ipc://{self._folder.path / 'engine'}"
+        self._outbound = f"ipc://{self._folder.path / 'server'}"
         self._context = zmq.Context()
         self._in = self._context.socket(zmq.PULL)
         self._out = self._context.socket(zmq.PUSH)
@@ -203,7 +202,7 @@ class EngineProcess:
         self._in.close()
         self._out.close()
         self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 def _describe(status: int) -> str:
