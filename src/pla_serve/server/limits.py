@@ -78,13 +78,14 @@ class Limits:
     max_upload_bytes: Annotated[
         int,
         Flag(
-            "Largest sum of all bodies that are being read or wait for admission (503 beyond it). "
-            "One client takes at most half of it.",
+            "Largest sum of the bodies above 64 KiB that are being read or wait for admission "
+            "(503 beyond it). One API key, or one address where there are no keys, takes at most "
+            "half of it (429).",
             unit="bytes",
             least=1,
             panel=LIMITS,
         ),
-    ] = 128 * 2**20
+    ] = 64 * 2**20
     engine_silence_seconds: Annotated[
         float,
         Flag(

@@ -53,8 +53,16 @@ def test_a_hopeless_text_is_only_begun(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(PromptEncoder, "_ids", counting)
     with pytest.raises(ApiError, match="at least"):
-        encode("x" * 1_000_000, 100)
+        encode("x" * 1900, 100)
     assert seen == [PROBE_CHARACTERS_PER_TOKEN * 100]
+
+
+def test_a_text_longer_than_its_tokens_can_be_is_not_even_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(PromptEncoder, "_ids", lambda *_: pytest.fail("it was tokenised"))
+    with pytest.raises(ApiError, match="at least"):
+        encode("x" * 1_000_000, 100)
 
 
 def test_long_texts_leave_the_event_loop_free() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -17,6 +18,10 @@ from pla_serve.server.generation.generation import ChoiceDelta, Generation
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+LONG = 10_000
+"""Tokens of an answer above which it is encoded in a thread."""
+LOGPROB_COST = 10
+"""Tokens that take as long to encode as the log probabilities of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,21 @@ async def whole(generation: Generation, form: Format, header: Header) -> Json:
         "object": form.object,
         "created": header.created,
         "model": header.model,
-        "choices": [form.whole(pieces[index]) for index in sorted(pieces)],
+        "choices": await _choices(form, [pieces[index] for index in sorted(pieces)]),
         "usage": generation.usage(),
         "system_fingerprint": None,
     }
+
+
+async def _choices(form: Format, pieces: list[ChoicePart]) -> list[Json] | list[msgspec.Raw]:
+    """All choices as JSON; those of a long answer are encoded one by one in a thread."""
+    if sum(len(piece.tokens) + LOGPROB_COST * len(piece.logprobs) for piece in pieces) < LONG:
+        return [form.whole(piece) for piece in pieces]
+
+    def encode() -> list[msgspec.Raw]:
+        return [msgspec.Raw(msgspec.json.encode(form.whole(piece))) for piece in pieces]
+
+    return await asyncio.to_thread(encode)
 
 
 class EventWriter:

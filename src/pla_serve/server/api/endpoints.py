@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pla_serve.logs import request_id
 from pla_serve.server.api.answer import EventWriter, Header, whole
-from pla_serve.server.api.body import read_json
+from pla_serve.server.api.body import BodyReader, Upload
 from pla_serve.server.api.errors import ApiError, invalid, json_response, too_long, unavailable
 from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
@@ -26,7 +27,7 @@ from pla_serve.server.api.schema import MAX_SEQUENCES, ChatRequest, CompletionRe
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.generation import Generation, GenerationPlan
-from pla_serve.server.generation.prompts import PromptEncoder, check_tokens
+from pla_serve.server.generation.prompts import PromptEncoder
 from pla_serve.server.records.journal import Journal, JournalEntry
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.records.tracing import TRACE_HEADERS
@@ -61,41 +62,42 @@ class Endpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._bodies = BodyReader(service.settings.max_body_bytes, service.settings.limits)
         # One thread: hostile grammars take a second each, and shall not take all cores for it.
         self._grammars = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     async def chat(self, request: Request) -> Response:
         arrival = time.monotonic()
         service = self._service
-        settings = service.settings
-        body = await read_json(
-            request, ChatRequest, settings.max_body_bytes, settings.limits.body_seconds
-        )
-        model = self._model(body.model)
-        info = await self._engine()
-        prompt = await service.encoder.chat(body, limit=info.max_model_len)
-        header = self._header("chatcmpl", model)
-        plan = self._plan(body, header.id, arrival, [prompt], body.output_limit, info)
-        form = ChatFormat(service.names, logprobs=bool(body.logprobs))
-        return await self._answer(request, body, plan, form, header)
+        with self._bodies.upload(_client(request)) as upload:
+            body = await upload.read_json(request, ChatRequest)
+            model = self._model(body.model)
+            info = await self._engine()
+            prompt = await service.encoder.chat(body, limit=info.max_model_len, size=upload.size)
+            header = self._header("chatcmpl", model)
+            plan = await upload.run(
+                lambda: self._plan(body, header.id, arrival, [prompt], body.output_limit, info)
+            )
+            form = ChatFormat(service.names, logprobs=bool(body.logprobs))
+            return await self._answer(request, upload, body, plan, form, header)
 
     async def complete(self, request: Request) -> Response:
         arrival = time.monotonic()
         service = self._service
-        settings = service.settings
-        body = await read_json(
-            request, CompletionRequest, settings.max_body_bytes, settings.limits.body_seconds
-        )
-        model = self._model(body.model)
-        info = await self._engine()
-        prompts = [await self._prompt(item, body, info) for item in body.prompt]
-        header = self._header("cmpl", model)
-        limit = body.max_tokens or COMPLETION_TOKENS
-        plan = self._plan(body, header.id, arrival, prompts, limit, info)
-        echoes = [self._echo(item) for item in body.prompt] if body.echo else []
-        wants = body.logprobs is not None
-        form = CompletionFormat(service.names, logprobs=wants, echoes=echoes, n=plan.n)
-        return await self._answer(request, body, plan, form, header)
+        with self._bodies.upload(_client(request)) as upload:
+            body = await upload.read_json(request, CompletionRequest)
+            model = self._model(body.model)
+            info = await self._engine()
+            prompts = await self._prompts(body, info)
+            header = self._header("cmpl", model)
+            limit = body.max_tokens or COMPLETION_TOKENS
+            plan = await upload.run(
+                lambda: self._plan(body, header.id, arrival, prompts, limit, info)
+            )
+            echoes = await service.encoder.texts(body.prompt) if body.echo else []
+            wants = body.logprobs is not None
+            form = CompletionFormat(service.names, logprobs=wants, echoes=echoes, n=plan.n)
+            return await self._answer(request, upload, body, plan, form, header)
 
     async def models(self, request: Request) -> Response:
         names = self._service.settings.model_names
@@ -107,6 +109,7 @@ class Endpoints:
     async def _answer(
         self,
         request: Request,
+        upload: Upload,
         body: ChatRequest | CompletionRequest,
         plan: GenerationPlan,
         form: Format,
@@ -125,6 +128,7 @@ class Endpoints:
         streams = False
         try:
             await generation.admit()
+            upload.release()
             if not body.stream:
                 return json_response(await whole(generation, form, header))
             streams = True
@@ -150,10 +154,9 @@ class Endpoints:
         n = body.n or 1
         if len(prompts) * n > MAX_SEQUENCES:
             raise invalid(f"at most {MAX_SEQUENCES} choices in one request, over all prompts", "n")
-        sampling = []
-        for prompt in prompts:
-            limit = output_limit(len(prompt), max_tokens, info.max_model_len)
-            sampling.append(sampling_params(body, limit, info.vocab_size))
+        limits = [output_limit(len(each), max_tokens, info.max_model_len) for each in prompts]
+        shared = sampling_params(body, min(limits), info.vocab_size)
+        sampling = [msgspec.structs.replace(shared, max_tokens=limit) for limit in limits]
         return GenerationPlan(
             id=id,
             prompts=prompts,
@@ -167,17 +170,19 @@ class Endpoints:
             skip_special=body.skip_special_tokens,
         )
 
-    async def _prompt(
-        self, item: str | list[int], body: CompletionRequest, info: EngineReady
-    ) -> list[int]:
-        limit = info.max_model_len
-        if isinstance(item, list):
-            return check_tokens(item, info.vocab_size, limit)
-        special = body.add_special_tokens
-        return await self._service.encoder.text(item, limit=limit, add_special_tokens=special)
-
-    def _echo(self, item: str | list[int]) -> str:
-        return item if isinstance(item, str) else self._service.encoder.decode(item)
+    async def _prompts(self, body: CompletionRequest, info: EngineReady) -> list[list[int]]:
+        """Tokens of all prompts. Others get their turn between two of them."""
+        encoder, limit, found = self._service.encoder, info.max_model_len, []
+        for item in body.prompt:
+            if isinstance(item, list):
+                tokens = await encoder.tokens(item, vocab_size=info.vocab_size, limit=limit)
+            else:
+                special = body.add_special_tokens
+                tokens = await encoder.text(item, limit=limit, add_special_tokens=special)
+            found.append(tokens)
+            if len(body.prompt) > 1:
+                await asyncio.sleep(0)
+        return found
 
     async def _check(self, grammar: Grammar) -> None:
         try:
@@ -220,6 +225,12 @@ class Endpoints:
             "parent": None,
             "max_model_len": info.max_model_len if info else None,
         }
+
+
+def _client(request: Request) -> str:
+    """Whom uploads are charged to: the API key's owner, or an address where there are no keys."""
+    address = request.client.host if request.client else ""
+    return tenant(request.scope) or address
 
 
 def output_limit(prompt: int, asked: int | None, context: int) -> int:

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from pla_serve.server.api.bounded_json import decode
 from pla_serve.server.api.errors import invalid
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from pla_serve.wire.engine import Grammar, SamplingParams
@@ -106,10 +107,7 @@ def _constraints(
 def _schema(schema: dict[str, Any] | str) -> Grammar:
     if isinstance(schema, dict):
         return Grammar("json_schema", json.dumps(schema))
-    try:
-        parsed = json.loads(schema)
-    except ValueError as error:
-        raise invalid(f"the JSON schema is not valid JSON: {error}") from None
+    parsed = decode(schema.encode(), "the JSON schema")
     if not isinstance(parsed, dict):
         raise invalid("a JSON schema must be an object")
     return Grammar("json_schema", schema)

@@ -6,15 +6,34 @@ used (`Ignored`); every other field that the server does not have is refused by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 16
 MAX_SEQUENCES = 256
 """Most sequences of one HTTP request: prompts times n."""
 MAX_LOGPROBS = 20
+MAX_MESSAGES = 2048
+"""Messages of a conversation, and parts of one message."""
+MAX_TOOLS = 128
+"""Tools, and calls of them in one message."""
+MAX_CHOICES = 1024
+"""Texts that ``guided_choice`` may offer."""
+MAX_BIASES = 300
+"""Entries of ``logit_bias``, as OpenAI has it."""
+MAX_METADATA = 64
+INTS_AT_ONCE = 50_000
 
 Content = str | None
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -22,6 +41,16 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _few_fields(cls, value: Any, validate: Any) -> Any:
+        """Refuse an object of many unknown fields at once: each would be an error of its own."""
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = next(str(name) for name in value if name not in known)[:200]
+            raise refuse(unknown, f"{unknown} is not supported")
+        return validate(value)
 
 
 def refuse(param: str, message: str) -> PydanticCustomError:
@@ -32,6 +61,17 @@ def refuse(param: str, message: str) -> PydanticCustomError:
 def wrong(param: str, message: str) -> PydanticCustomError:
     """A fault that only several fields together show; ``param`` is the one to mend."""
     return PydanticCustomError("wrong", "{reason}", {"reason": message, "param": param})
+
+
+def at_most(entries: int) -> Callable[[Any], Any]:
+    """Refuses a larger object before each of its entries is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > entries:
+            raise ValueError(f"at most {entries} entries, not {len(value)}")
+        return value
+
+    return check
 
 
 def read_prompts(value: object) -> list[str | list[int]]:
@@ -54,7 +94,9 @@ def read_prompts(value: object) -> list[str | list[int]]:
 
 
 def _all_ints(items: list[Any]) -> bool:
-    return set(map(type, items)) <= {int}  # a bool is an int to isinstance
+    """A few at a time, so that other threads get their turn. A bool is an int to isinstance."""
+    starts = range(0, len(items), INTS_AT_ONCE)
+    return all(set(map(type, items[start : start + INTS_AT_ONCE])) <= {int} for start in starts)
 
 
 def read_content(value: object) -> str | None:
@@ -63,6 +105,8 @@ def read_content(value: object) -> str | None:
         return value
     if not isinstance(value, list):
         raise ValueError("content must be a string or a list of parts")
+    if len(value) > MAX_MESSAGES:
+        raise ValueError(f"at most {MAX_MESSAGES} parts of content, not {len(value)}")
     return "\n".join(_read_part(part) for part in value)
 
 
@@ -121,6 +165,16 @@ Stop = Annotated[
 ]
 
 
+Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(at_most(MAX_BIASES)),
+    Field(json_schema_extra={"maxProperties": MAX_BIASES}),
+]
+Metadata = Annotated[dict[str, Any], BeforeValidator(at_most(MAX_METADATA))]
+Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -153,7 +207,7 @@ class StructuredOutputs(Strict):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
+    choice: Choices | None = None
     grammar: str | None = None
 
 
@@ -161,7 +215,7 @@ class Ignored(Strict):
     """Fields that do not change the answer."""
 
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
@@ -190,10 +244,10 @@ class GenerationRequest(Ignored):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: Biases | None = None
     stop: Stop = ()
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=256)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -203,7 +257,7 @@ class GenerationRequest(Ignored):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = Field(None, min_length=1)
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1)
     """Smaller is sooner."""
@@ -239,7 +293,7 @@ class ChatMessage(Strict):
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -250,7 +304,9 @@ class ChatMessage(Strict):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -259,7 +315,7 @@ class ChatRequest(GenerationRequest):
     add_special_tokens: bool = False
     """Chat templates write their special tokens themselves."""
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     """Only with tool_choice none: shown to the template, calls are not parsed."""
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None

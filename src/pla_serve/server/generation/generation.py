@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,8 @@ class Generation:
         }
         self._unfinished = len(self._choices)
         self._held: list[Update] = []
+        self._followers: deque[AnswerChoice] = deque()
+        """Choices to be submitted now that the first one of their prompt has a token."""
         self._cached: dict[int, int] = {}
         self._retries: set[asyncio.TimerHandle] = set()
 
@@ -132,6 +135,7 @@ class Generation:
             if choice.index % self.plan.n == 0:
                 waiting.add(choice.id)
                 self._submit(choice)
+                await asyncio.sleep(0)  # a prompt may be long to encode
         while waiting:
             for update in await self._receive(None):
                 if update.rejected is not None:
@@ -149,6 +153,9 @@ class Generation:
         while True:
             found = map(self._advance, news)
             deltas = [delta for delta in found if delta is not None]
+            while self._followers:
+                self._submit(self._followers.popleft())
+                await asyncio.sleep(0)
             if deltas:
                 yield deltas
             if not self._unfinished:
@@ -225,7 +232,7 @@ class Generation:
         if choice.tokens == 0 and choice.index % self.plan.n == 0:
             for follower in self._choices.values():
                 if follower.prompt == choice.prompt and follower is not choice:
-                    self._submit(follower)
+                    self._followers.append(follower)
         text, stopped_by, used = self._decode(choice, update)
         tokens, logprobs, finish = (
             update.tokens[:used],

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
+from pla_serve.server.api.bounded_json import decode
 from pla_serve.server.api.errors import invalid, too_long, unsupported
 from pla_serve.server.api.schema import ChatMessage, ChatRequest
 
+Result = TypeVar("Result")
+
 INLINE_CHARACTERS = 2_000
 """Shorter texts are tokenised on the event loop: a thread's hand-over costs more (about 0.1 ms)."""
+INLINE_BYTES = 4_000
+"""Conversations in bodies up to this size are rendered and tokenised there as well."""
+INLINE_TOKENS = 16_000
+LARGE = 64_000
+"""Characters, bytes or tokens above which a text waits for others of its size only."""
 PROBE_CHARACTERS_PER_TOKEN = 8
-"""Of a text longer than this times the limit, only that much is tokenised at first."""
+"""Longer texts than this times the limit are tokenised in slices first, of this size each."""
+WIDEST = 4
+"""How many times shorter a normaliser may make a text before it is cut into tokens."""
+CUT_TOKENS = 32
+"""How many tokens more a cut in the middle of a word may make of two slices."""
 PROTECTED_KWARGS = {"tokenize", "chat_template", "conversation", "messages", "tools"}
 
 
@@ -33,27 +44,56 @@ class PromptEncoder:
         self._template: str | None = (
             template.get("default") if isinstance(template, dict) else template
         )
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._threads, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def text(self, text: str, *, limit: int, add_special_tokens: bool) -> list[int]:
         """Raises:
         ApiError: more than ``limit`` tokens.
         """
-        return await self._run(len(text), lambda: self._encode(text, limit, add_special_tokens))
+        return await self._run(
+            len(text),
+            len(text) <= INLINE_CHARACTERS,
+            lambda: self._encode(text, limit, add_special_tokens),
+        )
 
-    async def chat(self, request: ChatRequest, *, limit: int) -> list[int]:
-        """Raises:
-        ApiError: no template, a template that refuses the messages, more than ``limit`` tokens.
+    async def tokens(self, tokens: list[int], *, vocab_size: int, limit: int) -> list[int]:
+        """The same tokens, checked.
+
+        Raises:
+            ApiError: an id outside the vocabulary, or more than ``limit`` of them.
         """
-        size = sum(len(message.content or "") for message in request.messages)
+        return await self._run(
+            len(tokens),
+            len(tokens) <= INLINE_TOKENS,
+            lambda: check_tokens(tokens, vocab_size, limit),
+        )
 
-        def work() -> list[int]:
-            return self._encode(self.render(request), limit, request.add_special_tokens)
+    async def chat(self, request: ChatRequest, *, limit: int, size: int) -> list[int]:
+        """Tokens of a conversation. ``size`` is that of its body, in bytes: a template may show any
+        part of it.
 
-        return await self._run(size, work)
+        Raises:
+            ApiError: no template, a template that refuses the messages, more than ``limit`` tokens.
+        """
+        return await self._run(
+            size,
+            size <= INLINE_BYTES,
+            lambda: self._encode(self.render(request), limit, request.add_special_tokens),
+        )
+
+    async def texts(self, prompts: list[str | list[int]]) -> list[str]:
+        """Texts of prompts, for ``echo``; tokens are decoded in a thread."""
+
+        def work() -> list[str]:
+            return [item if isinstance(item, str) else self.decode(item) for item in prompts]
+
+        return await self._run(LARGE, all(isinstance(item, str) for item in prompts), work)
 
     def render(self, request: ChatRequest) -> str:
         if not self._template:
@@ -91,19 +131,24 @@ class PromptEncoder:
         text: str = self._tokenizer.decode(tokens)
         return text
 
-    async def _run(self, characters: int, work: Callable[[], list[int]]) -> list[int]:
-        if characters <= INLINE_CHARACTERS:
+    async def _run(self, size: int, inline: bool, work: Callable[[], Result]) -> Result:
+        if inline:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        pool = self._threads if size < LARGE else self._large
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     def _encode(self, text: str, limit: int, special: bool) -> list[int]:
         """A text that cannot fit costs no more than a few times one that fills the context."""
+        if len(text) > WIDEST * self._longest_token * limit:
+            raise too_long(limit + 1, limit, at_least=True)
         probe = PROBE_CHARACTERS_PER_TOKEN * limit
         if len(text) > 2 * probe:
-            tokens = len(self._ids(text[:probe], special))
-            # The cut may split one word in a few tokens; a wide margin keeps this a lower bound.
-            if tokens - 32 > limit:
-                raise too_long(tokens - 32, limit, at_least=True)
+            tokens = 0
+            for start in range(0, len(text), probe):
+                found = len(self._ids(text[start : start + probe], special))
+                tokens += max(0, found - CUT_TOKENS)
+                if tokens > limit:
+                    raise too_long(tokens, limit, at_least=True)
         ids = self._ids(text, special)
         if len(ids) > limit:
             raise too_long(len(ids), limit)
@@ -123,10 +168,8 @@ class PromptEncoder:
         for call in fields.get("tool_calls", ()):
             function = call.get("function")
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                try:
-                    function["arguments"] = json.loads(function["arguments"])
-                except ValueError:
-                    raise invalid("arguments of a tool call are not JSON", "messages") from None
+                arguments = function["arguments"].encode()
+                function["arguments"] = decode(arguments, "an arguments field of a tool call")
         return fields
 
 
