@@ -187,6 +187,12 @@ def test_text_that_cannot_be_read_is_a_usage_error(
     assert why in re.sub(r"\s+", " ", result.output)
 
 
+@pytest.mark.parametrize("given", ["run-1.0", "run-1.0.json", "run-1.0.png"])
+def test_names_of_output_keep_their_dots(given: str) -> None:
+    found = job.output_paths(Path("out") / given)
+    assert found == (Path("out/run-1.0.json"), Path("out/run-1.0.png"))
+
+
 def test_entries() -> None:
     entries = parse_entries("fcfs, hrrn:max-batch-tokens=512:no-prefix-cache")
     assert entries == (

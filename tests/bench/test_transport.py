@@ -155,6 +155,54 @@ def test_a_connection_that_the_server_closed_is_not_used_again() -> None:
     assert server.connections == 2
 
 
+class ClosesLater(Bytes):
+    """Answers one request on each connection, and closes it when the next one has come."""
+
+    def __init__(self, *portions: bytes, rest: bytes = b"") -> None:
+        super().__init__(*portions)
+        self.rest = rest
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.handlers.add(asyncio.current_task())
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            await self._take(reader)
+            writer.write(b"".join(self.portions))
+            await self._take(reader)
+            writer.write(self.rest)
+        await ended(writer)
+
+    async def _take(self, reader: asyncio.StreamReader) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or 0)
+        self.requests.append(head + await reader.readexactly(length))
+
+
+def test_a_kept_connection_that_ends_without_an_answer_is_replaced_once() -> None:
+    async def use(transport: HttpTransport) -> list[Any]:
+        return [await post(transport) for _ in range(3)]
+
+    server = ClosesLater(SIZED)
+    assert against(server, use) == [(200, b"hello")] * 3
+    assert server.connections == 3
+    assert len(server.requests) == 5  # the second and the third came twice
+
+
+def test_a_request_that_was_being_answered_is_not_sent_again() -> None:
+    async def use(transport: HttpTransport) -> list[str | None]:
+        return [(await timed(transport)).error, (await timed(transport)).error]
+
+    server = ClosesLater(SIZED, rest=b"HTTP/1.1 200 O")
+    assert against(server, use)[1] == "connection"
+    assert len(server.requests) == 2
+
+
+def test_a_fresh_connection_that_ends_is_a_failure() -> None:
+    server = Bytes(b"")
+    assert against(server, timed).error == "connection"
+    assert len(server.requests) == 1
+
+
 def test_a_server_that_never_answers_is_a_timeout() -> None:
     class Mute(Bytes):
         async def __call__(self, reader: Any, writer: asyncio.StreamWriter) -> None:

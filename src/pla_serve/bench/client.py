@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,7 +58,7 @@ class TimedRequest:
     """Last event that carried text."""
     done: float | None = None
     gaps: list[float] = field(default_factory=list)
-    """Seconds between events that carried text."""
+    """Seconds between tokens after the first event that carried text; see `per_token`."""
     text: str = ""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -93,25 +93,37 @@ async def exchange(
     into.done = clock()
 
 
+@dataclass(slots=True)
+class _Texts:
+    """Text of an answer as it came: an entry for each event that carried some."""
+
+    texts: list[str] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    """Seconds before each of them but the first."""
+
+
 async def _read(portions: AsyncIterator[bytes], clock: Clock, into: TimedRequest) -> None:
     splitter = EventSplitter()
-    texts: list[str] = []
+    came = _Texts()
     complete = False
-    async for portion in portions:
-        now = clock()
-        for payload in splitter.feed(portion):
-            if payload == DONE:
-                complete = True
-            else:
-                _take(payload, now, into, texts)
-    into.text = "".join(texts)
+    try:
+        async for portion in portions:
+            now = clock()
+            for payload in splitter.feed(portion):
+                if payload == DONE:
+                    complete = True
+                else:
+                    _take(payload, now, into, came)
+    finally:  # of an answer that is cut off, what came of it
+        into.text = "".join(came.texts)
+        into.gaps = per_token(came.gaps, [len(text) for text in came.texts], into.output_tokens)
     if into.error is None and not (complete or into.finish_reason):
         into.error = "cut off"
     elif into.error is None and into.first is None:
         into.error, into.detail = "malformed", "the answer has neither text nor an end"
 
 
-def _take(payload: bytes, now: float, into: TimedRequest, texts: list[str]) -> None:
+def _take(payload: bytes, now: float, into: TimedRequest, came: _Texts) -> None:
     event = decode(payload)
     if event.error is not None:
         into.error, into.detail = "server error", str(event.error)[:300]
@@ -123,12 +135,38 @@ def _take(payload: bytes, now: float, into: TimedRequest, texts: list[str]) -> N
         content = choice.content
         into.finish_reason = choice.finish_reason or into.finish_reason
         if content:
-            texts.append(content)
+            came.texts.append(content)
             if into.last is not None:
-                into.gaps.append(now - into.last)
+                came.gaps.append(now - into.last)
             into.last = now
         if into.first is None and (content or choice.finish_reason):
             into.first = now
+
+
+def per_token(gaps: Sequence[float], sizes: Sequence[int], tokens: int | None) -> list[float]:
+    """Seconds between tokens, from the seconds between events that carry one or more.
+
+    Events do not say how many tokens they carry. If the answer has more tokens than events, each
+    event has one, and the others are shared out by the length of the texts. The gap before an event
+    of k tokens counts as k gaps of its k-th part.
+
+    >>> per_token([0.1, 0.3], [4, 4, 40], 5)
+    [0.1, 0.1, 0.1, 0.1]
+
+    Args:
+        gaps: seconds before each event but the first.
+        sizes: characters of each event.
+        tokens: tokens of the answer by the server's usage; None if it does not say.
+    """
+    more = 0 if tokens is None else tokens - len(sizes)
+    if more <= 0 or not gaps:
+        return list(gaps)
+    whole = sum(sizes)
+    counts = [1 + more * size // whole for size in sizes]
+    rests = sorted(range(len(sizes)), key=lambda i: (-(more * sizes[i] % whole), i))
+    for i in rests[: more + len(sizes) - sum(counts)]:
+        counts[i] += 1
+    return [gap / k for gap, k in zip(gaps, counts[1:], strict=True) for _ in range(k)]
 
 
 async def one(

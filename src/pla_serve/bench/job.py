@@ -322,10 +322,16 @@ def _save(job: BenchJob, outcome: ExperimentResult, salt: str, console: Console)
 
     assert job.output is not None
     found = summaries(outcome, job.baseline or job.labels[0])
-    json_path, png_path = job.output.with_suffix(".json"), job.output.with_suffix(".png")
+    json_path, png_path = output_paths(job.output)
     save_json(json_path, outcome, found, job.parameters(salt), records=job.records)
     draw(found, png_path, title=title(outcome.workloads), subtitle=_subtitle(outcome))
     console.print(f"saved {json_path} and {png_path}", highlight=False)
+
+
+def output_paths(output: Path) -> tuple[Path, Path]:
+    """JSON and picture of ``--output``; run-1.0 and run-1.0.json both name run-1.0.json."""
+    name = output.stem if output.suffix in (".json", ".png") else output.name
+    return output.with_name(f"{name}.json"), output.with_name(f"{name}.png")
 
 
 def title(workloads: list[BenchWorkload]) -> str:

@@ -79,12 +79,39 @@ class HttpTransport:
     async def _request(self, line: str, headers: str, body: bytes) -> AsyncIterator[_Connection]:
         message = f"{line} HTTP/1.1\r\n{self._headers}{headers}\r\n".encode() + body
         async with asyncio.timeout(self._timeout):
-            connection = self._kept() or await self._connect()
+            connection = await self._asked(message)
             try:
-                await connection.ask(message)
                 yield connection
             finally:
                 self._keep(connection)
+
+    async def _asked(self, message: bytes) -> _Connection:
+        """A connection on which ``message`` was sent and a status has come.
+
+        A server may close a kept connection at any moment, some do after every answer. So a request
+        that gets not one byte of an answer on a kept connection is sent again, once, on a fresh
+        one. No other request is sent twice: its failure is what is measured.
+        """
+        kept = self._kept()
+        if kept is not None:
+            try:
+                await kept.ask(message)
+            except ConnectionError:
+                kept.close()
+                if kept.answering:
+                    raise
+            except BaseException:
+                kept.close()
+                raise
+            else:
+                return kept
+        connection = await self._connect()
+        try:
+            await connection.ask(message)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _keep(self, connection: _Connection) -> None:
         if connection.reusable:
@@ -93,8 +120,7 @@ class HttpTransport:
             connection.close()
 
     def _kept(self) -> _Connection | None:
-        """One that was idle so briefly that the server has surely not closed it. A request that
-        fails is never sent again: the failure is what is measured."""
+        """A connection that has been idle only briefly, or None."""
         oldest = asyncio.get_running_loop().time() - IDLE_SECONDS
         while self._idle:
             connection, since = self._idle.pop()
@@ -116,6 +142,8 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.status = 0
+        self.answering = False
+        """Whether a byte of the answer has come."""
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._news = asyncio.Event()
@@ -134,6 +162,7 @@ class _Connection(asyncio.Protocol):
         """
         self._parser = httptools.HttpResponseParser(self)
         self._begun = self._complete = self._framed = self._keep = False
+        self.answering = False
         self._body.clear()
         if self._transport is None or self._error is not None:
             raise ConnectionResetError(self._error or "not connected")
@@ -176,6 +205,7 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        self.answering = True
         try:
             if self._parser is not None:
                 self._parser.feed_data(data)
