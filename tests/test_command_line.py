@@ -24,11 +24,12 @@ NEW = {
     "serve": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
-        "--engine-silence-seconds",
+        *("--engine-silence-seconds", "--share-prefix-cache"),
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
+        "--share-prefix-cache",
     },
     "fleet start": {"--serve-word", "--route-word"},
 }

@@ -60,7 +60,7 @@ class FakeCore:
     emit: Callable[[Outbound], None]
     clock: Callable[[], float]
     running: dict[str, Running] = field(default_factory=dict)
-    seen: set[tuple[int, ...]] = field(default_factory=set)
+    seen: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
     prompt_tokens: int = 0
     generation_tokens: int = 0
     firsts: list[LatencySample] = field(default_factory=list)
@@ -114,7 +114,7 @@ class FakeCore:
             self.emit(Rejected(id=request.id, reason="never", retry_after=None))
             return
         prompt = tuple(request.prompt)
-        cached = len(prompt) - 1 if prompt in self.seen else 0
+        cached = len(prompt) - 1 if (request.cache_scope, prompt) in self.seen else 0
         self.prompt_tokens += len(prompt)
         self.emit(Accepted(request.id, cached))
         script = self.script(request)
@@ -160,7 +160,7 @@ class FakeCore:
         if finish:
             del self.running[request.id]
         if first:
-            self.seen.add(tuple(request.prompt))
+            self.seen.add((request.cache_scope, tuple(request.prompt)))
             waited = self.clock() - request.arrival
             self.firsts.append(LatencySample(len(request.prompt) < 256, waited / 2, waited))
         return Output(

@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 from tests.server.server_harness import DEADLINE, make_tokenizer, until
 
 NAME = "tiny"
+OTHER_KEY = "of another tenant"
 HELLO = [{"role": "user", "content": "hello there"}]
 PROMPT = "<user>hello there<assistant>"
 SCHEMA = {
@@ -71,7 +72,8 @@ def command(folder: Path | str, *flags: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    flags = ("--served-model-name", NAME, "--api-key", "secret", "--keep-alive-seconds", "0.5")
+    keys = ("--api-key", "secret", "--api-key", OTHER_KEY)
+    flags = ("--served-model-name", NAME, *keys, "--keep-alive-seconds", "0.5")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command(folder, *flags), stdout=subprocess.PIPE, env=env) as child:
         try:
@@ -118,6 +120,22 @@ def test_followers_of_n_find_the_prompt_cached(server: Server, client: openai.Op
     assert len({choice.text for choice in answer.choices}) > 1  # seeds differ
     assert answer.usage.completion_tokens == 16
     until(lambda: server.metric("vllm:prefix_cache_hits_total") - before >= 3 * 176, "reuse")
+
+
+def test_tenants_are_not_told_of_each_others_prompts(server: Server, client: openai.OpenAI) -> None:
+    def cached(key: str, cache_salt: str | None = None) -> int:
+        extra = {} if cache_salt is None else {"cache_salt": cache_salt}
+        answer = client.with_options(api_key=key).completions.create(
+            model=NAME, prompt="whose prompt is this? " * 9, max_tokens=1, extra_body=extra
+        )
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached("secret") == 0
+    assert cached("secret") > 100
+    assert cached(OTHER_KEY) == 0
+    assert cached(OTHER_KEY) > 100, "each key has a cache of its own"
+    assert cached("secret", "salt") == 0
+    assert cached("secret", "salt") > 100
 
 
 def test_seed_repeats_an_answer(client: openai.OpenAI) -> None:

@@ -50,6 +50,14 @@ class ServerSettings:
             variable="PLA_SERVE_API_KEY",
         ),
     ] = ()
+    share_prefix_cache: Annotated[
+        bool,
+        Flag(
+            "Let clients with different API keys share the prefix cache. Each can then find out "
+            "whether another one has sent a prompt that it guesses.",
+            panel=HTTP,
+        ),
+    ] = False
     max_body_mib: Annotated[
         float, Flag("Largest body of a request.", unit="MiB", above=0, panel=HTTP)
     ] = 8.0

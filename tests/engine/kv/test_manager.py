@@ -16,27 +16,33 @@ TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=BLOCK * 5)
 
 
 class ManagerMachine(RuleBasedStateMachine):
-    """``contents[block]`` is the exact prefix whose KV was written there."""
+    """``contents[block]`` is the scope and the exact prefix whose KV was written there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kv = KVManager(BLOCKS, BLOCK)
-        self.contents: dict[int, tuple[int, ...]] = {}
+        self.contents: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.live: list[tuple[list[int], BlockTable]] = []
 
     def write(self, tokens: list[int], table: BlockTable, start: int) -> None:
         for index in range(start // BLOCK, len(table.blocks)):
-            self.contents[table.blocks[index]] = tuple(tokens[: (index + 1) * BLOCK])
+            self.contents[table.blocks[index]] = (table.scope, tuple(tokens[: (index + 1) * BLOCK]))
 
     def check_readable(self, tokens: list[int], table: BlockTable, count: int) -> None:
         for index in range(count // BLOCK):
-            assert self.contents[table.blocks[index]] == tuple(tokens[: (index + 1) * BLOCK])
+            own = (table.scope, tuple(tokens[: (index + 1) * BLOCK]))
+            assert self.contents[table.blocks[index]] == own
 
-    @rule(tokens=TOKENS, spare=st.integers(0, 3), remember=st.booleans())
-    def start(self, tokens: list[int], spare: int, remember: bool) -> None:
-        table = BlockTable()
+    @rule(
+        tokens=TOKENS,
+        scope=st.sampled_from(("", "a", "b")),
+        spare=st.integers(0, 3),
+        remember=st.booleans(),
+    )
+    def start(self, tokens: list[int], scope: str, spare: int, remember: bool) -> None:
+        table = BlockTable(scope=scope)
         before = self.kv.available
-        expected = self.kv.cached_prefix(tokens, "")
+        expected = self.kv.cached_prefix(tokens, scope)
         cached = self.kv.reserve(tokens, table, spare=spare)
         if cached is None:
             assert not table.blocks

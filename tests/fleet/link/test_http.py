@@ -116,6 +116,13 @@ def test_what_another_began_is_a_longer_prompt_with_less_to_make(kind: str) -> N
     run(main())
 
 
+def test_cache_scopes_have_their_place_at_each_server() -> None:
+    for kind, field in (("vllm", "cache_salt"), ("sglang", "extra_key")):
+        dialect, _ = DIALECTS[kind]
+        assert dialect.body(add("a", cache_scope="of a tenant"), "m")[field] == "of a tenant"
+        assert field not in dialect.body(add("a"), "m")
+
+
 @BOTH
 def test_what_cannot_be_said_is_refused_by_name(kind: str) -> None:
     dialect, _ = DIALECTS[kind]

@@ -328,7 +328,14 @@ class Bench:
             link.connect()
         self._serial = count()
 
-    def submit(self, prompt: list[int], tokens: int = 4, tenant: str = "", **sampling: Any) -> Any:
+    def submit(
+        self,
+        prompt: list[int],
+        tokens: int = 4,
+        tenant: str = "",
+        cache_scope: str = "",
+        **sampling: Any,
+    ) -> Any:
         client = Client()
         client.id = f"r{next(self._serial)}"  # type: ignore[attr-defined]
         request = AddRequest(
@@ -336,6 +343,7 @@ class Bench:
             prompt=prompt,
             sampling=SamplingParams(max_tokens=tokens, **{"temperature": 0, **sampling}),
             arrival=self.clock(),
+            cache_scope=cache_scope,
         )
         client.request = request  # type: ignore[attr-defined]
         self.fleet.submit(request, client, tenant)

@@ -403,19 +403,25 @@ def test_a_reservation_that_expired_is_computed_again() -> None:
 # Fetches of cached KV
 
 
-def test_a_prompt_is_fetched_to_where_there_is_room_if_that_is_faster() -> None:
+@pytest.mark.parametrize("scope", ["", "of a tenant"])
+def test_a_prompt_is_fetched_to_where_there_is_room_if_that_is_faster(scope: str) -> None:
     bench = Bench(2, transfer=True)
     cost = CostProfile(1e-3, 0, 0, 0, 0)
     prefix = list(range(800))
-    first = bench.submit(prefix)
+    first = bench.submit(prefix, cache_scope=scope)
     home = bench.where(first)
     other = next(link for link in bench.links if link is not home)
     bench.run()
     bench.clock.advance(2)
     home.report(cost=cost, queued_long_seconds=30.0)
     other.report(cost=cost)
-    client = bench.submit([*prefix, 1, 2, 3], 4)
+    stranger = bench.submit([*prefix, 4, 5, 6], 4, cache_scope="of another tenant")
+    assert bench.where(stranger) is other, "nothing is cached for it, and nothing is fetched"
+    bench.run()
+    bench.clock.advance(2)
+    client = bench.submit([*prefix, 1, 2, 3], 4, cache_scope=scope)
     assert isinstance(home.received[-1], Lend)
+    assert home.received[-1].cache_scope == scope
     home.flush()
     assert isinstance(other.received[-1], Reserve)
     bench.run()

@@ -101,6 +101,17 @@ def test_a_chain_grows_as_if_it_had_been_made_at_once() -> None:
     assert len(chain.hashes) == 2
 
 
+def test_a_prefix_is_not_expected_in_another_cache_scope() -> None:
+    record = PrefixRecord()
+    record.join("a", 0)
+    tokens = tokens_of(1, 2, 3)
+    record.insert("a", Chain(tokens, "one tenant"))
+    assert record.match(Chain(tokens, "one tenant")) == {"a": 3 * BLOCK}
+    for scope in ("", "another tenant"):
+        assert record.match(Chain(tokens, scope)) == {}
+    assert Chain(tokens, "").hashes == Chain(tokens).hashes
+
+
 def test_matches_are_per_instance() -> None:
     record = PrefixRecord()
     record.join("a", 0)

@@ -101,6 +101,8 @@ class SglangDialect:
             "sampling_params": params,
             "stream": True,
         }
+        if request.cache_scope:
+            body["extra_key"] = request.cache_scope
         if sampling.logprobs is not None:
             body |= {"return_logprob": True, "top_logprobs_num": sampling.logprobs}
         return body

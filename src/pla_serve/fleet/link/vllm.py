@@ -93,6 +93,8 @@ class VllmDialect:
             "skip_special_tokens": False,
             "priority": request.priority,
         }
+        if request.cache_scope:
+            body["cache_salt"] = request.cache_scope
         if sampling.seed is not None:
             body["seed"] = sampling.seed
         if sampling.logit_bias:

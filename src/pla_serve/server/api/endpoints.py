@@ -17,13 +17,19 @@ from starlette.responses import Response
 from pla_serve.logs import request_id
 from pla_serve.server.api.answer import EventWriter, Header, whole
 from pla_serve.server.api.body import BodyReader, Upload
+from pla_serve.server.api.cache_scope import CacheScopes
 from pla_serve.server.api.errors import ApiError, invalid, json_response, too_long, unavailable
 from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.api.guard import tenant
 from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.api.params import sampling_params
-from pla_serve.server.api.schema import MAX_SEQUENCES, ChatRequest, CompletionRequest
+from pla_serve.server.api.schema import (
+    MAX_SEQUENCES,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.generation import Generation, GenerationPlan
@@ -62,7 +68,9 @@ class Endpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._bodies = BodyReader(service.settings.max_body_bytes, service.settings.limits)
+        settings = service.settings
+        self._bodies = BodyReader(settings.max_body_bytes, settings.limits)
+        self._cache_scopes = CacheScopes(settings.api_keys, shared=settings.share_prefix_cache)
         # One thread: hostile grammars take a second each, and shall not take all cores for it.
         self._grammars = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
@@ -75,8 +83,9 @@ class Endpoints:
             info = await self._engine()
             prompt = await service.encoder.chat(body, limit=info.max_model_len, size=upload.size)
             header = self._header("chatcmpl", model)
+            limit, scope = body.output_limit, self._cache_scope(request, body)
             plan = await upload.run(
-                lambda: self._plan(body, header.id, arrival, [prompt], body.output_limit, info)
+                lambda: self._plan(body, header.id, arrival, [prompt], limit, info, scope)
             )
             form = ChatFormat(service.names, logprobs=bool(body.logprobs))
             return await self._answer(request, upload, body, plan, form, header)
@@ -91,8 +100,9 @@ class Endpoints:
             prompts = await self._prompts(body, info)
             header = self._header("cmpl", model)
             limit = body.max_tokens or COMPLETION_TOKENS
+            scope = self._cache_scope(request, body)
             plan = await upload.run(
-                lambda: self._plan(body, header.id, arrival, prompts, limit, info)
+                lambda: self._plan(body, header.id, arrival, prompts, limit, info, scope)
             )
             echoes = await service.encoder.texts(body.prompt) if body.echo else []
             wants = body.logprobs is not None
@@ -142,6 +152,9 @@ class Endpoints:
             stall_seconds=settings.stall_seconds,
         )
 
+    def _cache_scope(self, request: Request, body: GenerationRequest) -> str:
+        return self._cache_scopes.of(tenant(request.scope), body.cache_salt)
+
     def _plan(
         self,
         body: ChatRequest | CompletionRequest,
@@ -150,6 +163,7 @@ class Endpoints:
         prompts: list[list[int]],
         max_tokens: int | None,
         info: EngineReady,
+        cache_scope: str,
     ) -> GenerationPlan:
         n = body.n or 1
         if len(prompts) * n > MAX_SEQUENCES:
@@ -165,6 +179,7 @@ class Endpoints:
             arrival=arrival,
             ttft_slo=body.ttft_slo_ms / 1000 if body.ttft_slo_ms else None,
             priority=body.priority,
+            cache_scope=cache_scope,
             stop=body.stop,
             include_stop=body.include_stop_str_in_output,
             skip_special=body.skip_special_tokens,

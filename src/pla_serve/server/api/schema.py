@@ -259,6 +259,8 @@ class GenerationRequest(Ignored):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+    """The prefix cache is shared only between requests of one API key with the same salt."""
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1)
     """Smaller is sooner."""
     ttft_slo_ms: float | None = Field(None, gt=0, le=1e9)

@@ -39,6 +39,8 @@ class GenerationPlan:
     ttft_slo: float | None
     """Seconds from arrival."""
     priority: int
+    cache_scope: str
+    """As `AddRequest.cache_scope`."""
     stop: tuple[str, ...]
     include_stop: bool
     skip_special: bool
@@ -201,6 +203,7 @@ class Generation:
             arrival=plan.arrival if first else self._clock(),
             deadline=plan.arrival + plan.ttft_slo if first and plan.ttft_slo else None,
             priority=plan.priority,
+            cache_scope=plan.cache_scope,
             request_id=self._entry.request_id,
         )
         try:
