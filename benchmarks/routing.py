@@ -36,7 +36,7 @@ from typing import Any
 from routers.others import SGLANG_ROUTER, VLLM_ROUTER, prepare, sglang_router, vllm_router
 
 from pla_serve.bench.calibrate import Probe, idle_ttft, measure_costs, warm_up
-from pla_serve.bench.client import Target
+from pla_serve.bench.client import RequestTarget
 from pla_serve.bench.load import LoadGenerator
 from pla_serve.bench.report import Objectives, Report, summarise
 from pla_serve.bench.servers import free_port, started
@@ -143,7 +143,7 @@ async def idle(url: str, filler: WordFiller, config: WorkloadConfig) -> tuple[Ob
     """Objectives from an idle instance, and requests a second that one core can do."""
     transport = HttpTransport(url)
     try:
-        probe = Probe(transport, Target(MODEL, "completions"), filler, "idle", ids=False)
+        probe = Probe(transport, RequestTarget(MODEL, "completions"), filler, "idle", ids=False)
         shape = generate(config)
         longest = max(turn.new_tokens for turn in shape.turns)
         await warm_up(probe, longest)
@@ -166,11 +166,11 @@ async def idle(url: str, filler: WordFiller, config: WorkloadConfig) -> tuple[Ob
 async def load(url: str, filler: WordFiller, workload: BenchWorkload, seconds: float) -> Any:
     transport = HttpTransport(url)
     try:
-        probe = Probe(transport, Target(MODEL, "completions"), filler, "warm", ids=False)
+        probe = Probe(transport, RequestTarget(MODEL, "completions"), filler, "warm", ids=False)
         await asyncio.gather(*(probe.ask(str(number), 32, 2) for number in range(8)))
         generator = LoadGenerator(
             transport,
-            Target(MODEL, "completions"),
+            RequestTarget(MODEL, "completions"),
             filler,
             clock=asyncio.get_running_loop().time,
         )

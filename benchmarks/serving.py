@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from serving_sim import Simulated, search
 
-from pla_serve.bench.client import Target
+from pla_serve.bench.client import RequestTarget
 from pla_serve.bench.experiment import Experiment, ExperimentPlan, ExperimentResult
 from pla_serve.bench.figure import draw
 from pla_serve.bench.progress import ProgressView
@@ -79,7 +79,7 @@ def measure(
     plan = ExperimentPlan(
         entries=tuple(entries),
         open_server=fresh([*SERVE, *options.serve]),
-        target=Target(""),
+        target=RequestTarget(""),
         make_workload=lambda rate, repetition: generate(
             replace(config, rate=rate, seed=config.seed + repetition)
         ),

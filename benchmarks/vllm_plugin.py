@@ -32,7 +32,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pla_serve.bench.client import Target, one
+from pla_serve.bench.client import RequestTarget, one
 from pla_serve.bench.load import LoadGenerator, RunResult
 from pla_serve.bench.report import LONG, SHORT, Objectives, Report, summarise
 from pla_serve.bench.save import write_json
@@ -138,7 +138,7 @@ async def measure(
     transport = HttpTransport(url)
     clock = asyncio.get_running_loop().time
     try:
-        generator = LoadGenerator(transport, Target(MODEL, "chat"), filler, clock=clock)
+        generator = LoadGenerator(transport, RequestTarget(MODEL, "chat"), filler, clock=clock)
         return await generator.run(workload, seconds + DRAIN_SECONDS)
     finally:
         await transport.close()
@@ -150,7 +150,7 @@ async def warm_up(url: str, filler: WordFiller) -> None:
     try:
         for tokens in (16, 64, 200, 1024, 3000):
             ids = filler.ids([FillerPart(f"warm{tokens}", tokens)])
-            await one(transport, Target(MODEL, "completions"), ids, 4)
+            await one(transport, RequestTarget(MODEL, "completions"), ids, 4)
     finally:
         await transport.close()
 

@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pla_serve.bench.client import Target, TimedRequest, one
+from pla_serve.bench.client import RequestTarget, TimedRequest, one
 from pla_serve.bench.save import write_json
 from pla_serve.bench.servers import Started, free_port, started
 from pla_serve.bench.text import FillerPart, WordFiller, load_tokenizer, make_filler
@@ -105,7 +105,7 @@ class Bench:
 
     async def ask(self, key: str, tokens: int, answer: int) -> TimedRequest:
         ids = self.filler.ids([FillerPart(key, tokens)])
-        return await one(self.transport, Target(MODEL, "completions"), ids, answer)
+        return await one(self.transport, RequestTarget(MODEL, "completions"), ids, answer)
 
     async def prefill(self, tokens: int, times: int) -> float:
         """Prompt tokens a second, one at a time, from sending to the only token."""
@@ -132,7 +132,7 @@ class Bench:
             requests=count, mean_turns=1, document_tokens=(1024, 2048), think_seconds=0
         )
         turns = iter(list(generate(config).turns))
-        target = Target(MODEL, "chat")
+        target = RequestTarget(MODEL, "chat")
 
         async def client() -> None:
             for turn in turns:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 import pytest
 
 from pla_serve.cli import COMMANDS
-from pla_serve.command_line import Command, CommandGroup, Given, parse
+from pla_serve.command_line import CliCommand, CommandGroup, Given, parse
 from pla_serve.flags import CommandFlag, Flag, FlagsOf
 from pla_serve.policy.knobs import Knob
 from tests.command_runner import pla_serve
@@ -49,7 +49,7 @@ CHANGED: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def commands() -> dict[str, Command]:
+def commands() -> dict[str, CliCommand]:
     """Every command by the words that call it."""
     found = {}
     for lazy in COMMANDS:
@@ -150,7 +150,7 @@ def _reads(flag: CommandFlag, word: str) -> bool:
 
 
 @pytest.mark.parametrize(("command", "flag"), EVERY_FLAG)
-def test_every_name_of_every_flag_sets_its_field(command: Command, flag: CommandFlag) -> None:
+def test_every_name_of_every_flag_sets_its_field(command: CliCommand, flag: CommandFlag) -> None:
     needed = [
         word
         for other in command.flags
@@ -175,7 +175,7 @@ def test_every_name_of_every_flag_sets_its_field(command: Command, flag: Command
 
 
 @pytest.mark.parametrize(("command", "flag"), EVERY_FLAG)
-def test_every_flag_has_help(command: Command, flag: CommandFlag) -> None:
+def test_every_flag_has_help(command: CliCommand, flag: CommandFlag) -> None:
     assert flag.help(whole=False).strip()
     assert flag.default is not MISSING or flag.required
 
@@ -217,7 +217,7 @@ class Greeting:
 
 
 def greeting(*words: str) -> Given:
-    return parse(Command("greet", lambda given: 0, (FlagsOf(Greeting),)), words)
+    return parse(CliCommand("greet", lambda given: 0, (FlagsOf(Greeting),)), words)
 
 
 def test_given_says_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,13 +252,13 @@ def test_what_cannot_be_read_is_named(words: list[str], why: str) -> None:
 
 def test_knobs_become_flags_where_a_panel_is_named() -> None:
     flags = FlagsOf(Greeting, only=("knob",), panel="Knobs", also={"knob": ("-k",)})
-    command = Command("greet", lambda given: 0, (flags,))
+    command = CliCommand("greet", lambda given: 0, (flags,))
     assert parse(command, ["-k", "4"]).make(Greeting).knob == 4
     assert [flag.flag.panel for flag in command.flags] == ["Knobs"]
 
 
 def test_two_flags_of_one_name_are_a_mistake() -> None:
-    command = Command("greet", lambda given: 0, (FlagsOf(Greeting), FlagsOf(Greeting)))
+    command = CliCommand("greet", lambda given: 0, (FlagsOf(Greeting), FlagsOf(Greeting)))
     with pytest.raises(ValueError, match="two flags"):
         _ = command.flags
 

@@ -27,11 +27,11 @@ from common import (
     turns_with_history,
 )
 
-from pla_serve.traces.generator import GeneratorOptions, Kind, generate_rows
+from pla_serve.traces.generator import GeneratedKind, GeneratorOptions, generate_rows
 
 CLIENTS = 64
 WINDOWS_MS = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20)
-WORKLOADS: tuple[tuple[str, Kind, float], ...] = (
+WORKLOADS: tuple[tuple[str, GeneratedKind, float], ...] = (
     ("messages", "all-short", 0.1),
     ("chat", "chat", 0.2),
 )

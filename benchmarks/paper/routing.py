@@ -29,12 +29,12 @@ from common import (
 from pla_serve.policy.pools.balance import BalanceController
 from pla_serve.policy.pools.pressure import PressureController
 from pla_serve.simulator.turns import turns_of
-from pla_serve.traces.generator import GeneratorOptions, Kind, generate_rows
+from pla_serve.traces.generator import GeneratedKind, GeneratorOptions, generate_rows
 
 INSTANCES = 8
 CLIENTS = 256
 LOADS = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2)
-WORKLOADS: tuple[Kind, ...] = ("chat+documents", "burst-long")
+WORKLOADS: tuple[GeneratedKind, ...] = ("chat+documents", "burst-long")
 POOLS: dict[str, Any] = {"routing": "class-pools", "short_instances": 4}
 LATE = 0.01
 SYSTEMS = (

@@ -8,7 +8,7 @@
         print("Hello", given.make(Greeting).name)
         return 0
 
-    GREET = Command("greet", greet, (FlagsOf(Greeting),))
+    GREET = CliCommand("greet", greet, (FlagsOf(Greeting),))
 
 What cannot be read (an unknown flag, no number, no such choice) is a usage error: a message on
 standard error, exit status 2. What can be read and is refused, such as a value out of range, is for
@@ -61,7 +61,7 @@ class Given:
         """Fields of ``config`` that were given, with their values."""
         return {field: value for (kind, field), value in self._values.items() if kind is config}
 
-    def record(self, command: Command) -> dict[str, Any]:
+    def record(self, command: CliCommand) -> dict[str, Any]:
         """Values of all flags of a command by name, as in ``max_batch_tokens``, for a record."""
         return {
             flag.record_name: self._values.get((flag.config, flag.field), flag.default)
@@ -70,7 +70,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class CliCommand:
     """A word of the command line, and the flags behind it."""
 
     name: str
@@ -101,7 +101,7 @@ class CommandGroup:
     """A word with commands behind it, as in ``pla-serve fleet status``."""
 
     name: str
-    commands: tuple[Command, ...]
+    commands: tuple[CliCommand, ...]
     rewrite: Callable[[list[str]], list[str]] = list
     """Changes the words behind the name before they are parsed."""
     help: str = ""
@@ -115,12 +115,12 @@ class LazyCommand:
     help: str
     """What the command does, for the help."""
     place: str
-    """Module and name of a `Command` or `CommandGroup`: ``package.module:NAME``."""
+    """Module and name of a `CliCommand` or `CommandGroup`: ``package.module:NAME``."""
 
-    def load(self) -> Command | CommandGroup:
+    def load(self) -> CliCommand | CommandGroup:
         """The command, with this help unless it has a longer one."""
         module, _, name = self.place.partition(":")
-        command: Command | CommandGroup = getattr(import_module(module), name)
+        command: CliCommand | CommandGroup = getattr(import_module(module), name)
         return command if command.help else replace(command, help=self.help)
 
 
@@ -152,7 +152,7 @@ def _never_called() -> None:
     """Stands for a command in the list of all."""
 
 
-def parse(command: Command, words: Sequence[str]) -> Given:
+def parse(command: CliCommand, words: Sequence[str]) -> Given:
     """What the words behind a command give, without running it.
 
     Raises:
@@ -179,7 +179,7 @@ def _app(name: str, about: str) -> cyclopts.App:
     )
 
 
-def _add(app: cyclopts.App, command: Command | CommandGroup, *, whole_help: bool) -> None:
+def _add(app: cyclopts.App, command: CliCommand | CommandGroup, *, whole_help: bool) -> None:
     if isinstance(command, CommandGroup):
         below = _app(command.name, command.help)
         for one in command.commands:
@@ -189,7 +189,7 @@ def _add(app: cyclopts.App, command: Command | CommandGroup, *, whole_help: bool
         app.command(_function(command, whole_help), name=command.name, help=command.help)
 
 
-def _function(command: Command, whole_help: bool) -> Callable[..., int]:
+def _function(command: CliCommand, whole_help: bool) -> Callable[..., int]:
     """A function whose signature is the command's flags: the form in which cyclopts takes them."""
     flags = command.flags
     panels = list(dict.fromkeys([*command.panels, *(flag.flag.panel for flag in flags)]))

@@ -14,8 +14,8 @@ they differ from the field's::
         def __post_init__(self) -> None:
             check_knobs(self)
 
-A command lists the dataclasses whose flags it takes (`command_line.Command`). Nothing here reads a
-command line, so that the engine can import it.
+A command lists the dataclasses whose flags it takes (`command_line.CliCommand`). Nothing here reads
+a command line, so that the engine can import it.
 """
 
 from __future__ import annotations

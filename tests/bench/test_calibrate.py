@@ -15,7 +15,7 @@ from pla_serve.bench.calibrate import (
     measure_costs,
     sized_by_server,
 )
-from pla_serve.bench.client import Target
+from pla_serve.bench.client import RequestTarget
 from pla_serve.bench.text import make_filler
 from pla_serve.bench.workload import WorkloadConfig, generate
 from tests.bench.virtual import Script, ScriptedServer, run_virtual
@@ -33,7 +33,7 @@ def linear(body: dict[str, Any]) -> Script:
 
 
 def probe(server: ScriptedServer) -> Probe:
-    return Probe(server, Target("m"), make_filler("s"), "probe")
+    return Probe(server, RequestTarget("m"), make_filler("s"), "probe")
 
 
 @pytest.mark.parametrize(

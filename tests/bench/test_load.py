@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.bench.client import Endpoint, Target
+from pla_serve.bench.client import Endpoint, RequestTarget
 from pla_serve.bench.load import LEAD, LoadGenerator, Record, RunResult
 from pla_serve.bench.text import FillerPart, make_filler
 from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session, WorkloadConfig, generate
@@ -43,7 +43,7 @@ def play(
         loop = asyncio.get_running_loop()
         generator = LoadGenerator(
             server,
-            Target("m", endpoint),
+            RequestTarget("m", endpoint),
             make_filler("salt"),
             clock=loop.time,
             ids=ids,
@@ -224,6 +224,6 @@ def test_bodies_ask_for_usage_and_the_planned_length() -> None:
 
 
 def test_without_ignore_eos_the_field_is_absent_and_extras_are_there() -> None:
-    fields = Target("m", ignore_eos=False, extra={"ttft_slo_ms": 300}).body([], 5)
+    fields = RequestTarget("m", ignore_eos=False, extra={"ttft_slo_ms": 300}).body([], 5)
     assert b"ignore_eos" not in fields
     assert b'"ttft_slo_ms":300' in fields

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pla_serve.bench.calibrate import Probe
-from pla_serve.bench.client import Target
+from pla_serve.bench.client import RequestTarget
 from pla_serve.bench.profile import (
     SETTLE_STEPS,
     ProfileError,
@@ -78,7 +78,7 @@ class CacheServer:
 
 def driven(longest: int = 8192, *, caches: bool = True) -> CacheServer:
     server = CacheServer(caches)
-    probe = Probe(server, Target("m", "completions"), make_filler("s"), "p", ids=True)
+    probe = Probe(server, RequestTarget("m", "completions"), make_filler("s"), "p", ids=True)
     run_virtual(drive(probe, longest, lambda text: None))
     return server
 

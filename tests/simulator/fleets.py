@@ -10,7 +10,7 @@ from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.registry import parse_policy
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
-from pla_serve.simulator.machine import KnownCost, Machine, Seconds
+from pla_serve.simulator.machine import KnownCost, Machine, UnitSeconds
 from pla_serve.simulator.turns import OpenLoop, SimulatedTurn, TurnSource
 
 MACHINE = Machine(
@@ -21,7 +21,7 @@ MACHINE = Machine(
     kv_bytes_per_token=1000.0,
     transfer_bytes_per_second=4e6,
     transfer_seconds=0.01,
-    seconds=Seconds(
+    seconds=UnitSeconds(
         per_token=1e-3, per_attention=0.0, per_kv=0.0, per_sequence=0.0, per_launch=0.02
     ),
 )

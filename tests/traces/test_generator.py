@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.traces.generator import KINDS, GeneratorOptions, Kind, generate_rows
+from pla_serve.traces.generator import KINDS, GeneratedKind, GeneratorOptions, generate_rows
 from pla_serve.traces.rows import Row
 
 
-def rows_of(kind: Kind, seed: int = 0, **options: Any) -> list[Row]:
+def rows_of(kind: GeneratedKind, seed: int = 0, **options: Any) -> list[Row]:
     return generate_rows(kind, GeneratorOptions(**options), seed)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(KINDS), st.integers(1, 80), st.floats(0, 1), st.integers(0, 99))
-def test_what_every_kind_keeps(kind: Kind, requests: int, share: float, seed: int) -> None:
+def test_what_every_kind_keeps(kind: GeneratedKind, requests: int, share: float, seed: int) -> None:
     rows = rows_of(kind, seed, requests=requests, share=share)
     assert [row.index for row in rows] == list(range(requests))
     times = [row.arrival or 0.0 for row in rows]
@@ -64,7 +64,7 @@ def test_sizes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["burst-short", "burst-long"])
-def test_only_the_class_named_comes_in_bursts(kind: Kind) -> None:
+def test_only_the_class_named_comes_in_bursts(kind: GeneratedKind) -> None:
     rows = rows_of(kind, requests=30_000, share=0.4, turns=1, quiet=200, burst=20)
     spread = {}
     for name, documents in (("short", False), ("long", True)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pla_serve.bench.client import Target, TimedRequest, one
+from pla_serve.bench.client import RequestTarget, TimedRequest, one
 from pla_serve.bench.report import Percentiles, percentiles
 from pla_serve.bench.text import Filler, FillerPart, WordFiller, calibrated
 from pla_serve.bench.transport import RequestTransport
@@ -57,7 +57,7 @@ class Probe:
     """Sends single requests whose text is used once. ``name`` keeps the texts of probes apart."""
 
     transport: RequestTransport
-    target: Target
+    target: RequestTarget
     filler: Filler
     name: str
     ids: bool = False

@@ -17,7 +17,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class RequestTarget:
     """What is asked of which server."""
 
     model: str
@@ -170,7 +170,7 @@ def per_token(gaps: Sequence[float], sizes: Sequence[int], tokens: int | None) -
 
 
 async def one(
-    transport: RequestTransport, target: Target, prompt: object, max_tokens: int
+    transport: RequestTransport, target: RequestTarget, prompt: object, max_tokens: int
 ) -> TimedRequest:
     """One request on its own, on the event loop's clock.
 

@@ -8,7 +8,7 @@ from pla_serve.bench.job import OUTPUT, SERVER, BenchJob, run
 from pla_serve.bench.replay import TRACE, TraceOptions
 from pla_serve.bench.report import GOALS, Objectives
 from pla_serve.bench.workload import TIME, WORK, WorkloadConfig
-from pla_serve.command_line import Command, Given, fail
+from pla_serve.command_line import CliCommand, Given, fail
 from pla_serve.flags import FlagsOf
 
 
@@ -20,7 +20,7 @@ def bench(given: Given) -> int:
         fail(error)
 
 
-BENCH = Command(
+BENCH = CliCommand(
     "bench",
     bench,
     (FlagsOf(BenchJob), FlagsOf(WorkloadConfig), FlagsOf(TraceOptions), FlagsOf(Objectives)),

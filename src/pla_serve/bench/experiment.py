@@ -16,7 +16,7 @@ from pla_serve.bench.calibrate import (
     sized_by_server,
     warm_up,
 )
-from pla_serve.bench.client import Target
+from pla_serve.bench.client import RequestTarget
 from pla_serve.bench.load import LoadGenerator, LoadObserver, RunResult
 from pla_serve.bench.report import Objectives, Percentiles, Report, summarise
 from pla_serve.bench.servers import Open, ServerEntry, ServerError
@@ -39,7 +39,7 @@ class ExperimentPlan:
 
     entries: tuple[ServerEntry, ...]
     open_server: Open
-    target: Target
+    target: RequestTarget
     """An empty model name stands for the first that the server lists."""
     make_workload: MakeWorkload
     objectives: Objectives

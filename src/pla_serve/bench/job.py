@@ -12,7 +12,7 @@ import httpx
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from pla_serve.bench.client import Endpoint, Target
+from pla_serve.bench.client import Endpoint, RequestTarget
 from pla_serve.bench.experiment import Experiment, ExperimentPlan, ExperimentResult, MakeWorkload
 from pla_serve.bench.progress import ProgressView
 from pla_serve.bench.replay import TRACE, TraceOptions, read_trace
@@ -272,7 +272,7 @@ def _plan(job: BenchJob, *, sized: bool) -> ExperimentPlan:
     return ExperimentPlan(
         entries=job.entries,
         open_server=_opener(job),
-        target=Target(job.model or "", job.endpoint, job.ignore_eos, job.extra_body),
+        target=RequestTarget(job.model or "", job.endpoint, job.ignore_eos, job.extra_body),
         make_workload=make_workload,
         objectives=job.objectives,
         rate=job.rate or 1.0,

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pla_serve.bench.client import Clock, Endpoint, Target, TimedRequest, exchange
+from pla_serve.bench.client import Clock, Endpoint, RequestTarget, TimedRequest, exchange
 from pla_serve.bench.text import Filler
 from pla_serve.bench.transport import RequestTransport
 from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session
@@ -116,7 +116,7 @@ class LoadGenerator:
     def __init__(
         self,
         transport: RequestTransport,
-        target: Target,
+        target: RequestTarget,
         filler: Filler,
         *,
         clock: Clock,

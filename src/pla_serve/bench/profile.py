@@ -16,7 +16,7 @@ from pla_serve.bench.calibrate import Probe
 from pla_serve.bench.client import TimedRequest, one
 from pla_serve.bench.text import FillerPart
 from pla_serve.policy.cost import CostProfile
-from pla_serve.simulator.machine import Machine, Seconds
+from pla_serve.simulator.machine import Machine, UnitSeconds
 
 ALONE = (16, 64, 256, 512, 1024, 2048, 4096)
 """New tokens of prompts sent one at a time, without history."""
@@ -156,5 +156,7 @@ def machine_of(metrics: MetricSamples, name: str, source: str, transfer: Transfe
         kv_bytes_per_token=metric("kv_bytes_per_token"),
         transfer_bytes_per_second=transfer.bytes_per_second,
         transfer_seconds=transfer.seconds,
-        seconds=Seconds(**{field: metric("cost_seconds", unit) for field, unit in units.items()}),
+        seconds=UnitSeconds(
+            **{field: metric("cost_seconds", unit) for field, unit in units.items()}
+        ),
     )

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from pla_serve.command_line import Command, Given, fail
+from pla_serve.command_line import CliCommand, Given, fail
 from pla_serve.flags import Flag, FlagsOf
 from pla_serve.policy.knobs import check_knobs
 
@@ -56,7 +56,7 @@ def calibrate(given: Given) -> int:
     return 0
 
 
-CALIBRATE = Command("calibrate", calibrate, (FlagsOf(CalibrateFlags),))
+CALIBRATE = CliCommand("calibrate", calibrate, (FlagsOf(CalibrateFlags),))
 
 
 async def _run(flags: CalibrateFlags) -> None:
@@ -64,7 +64,7 @@ async def _run(flags: CalibrateFlags) -> None:
 
     from pla_serve import __version__
     from pla_serve.bench.calibrate import Probe
-    from pla_serve.bench.client import Target
+    from pla_serve.bench.client import RequestTarget
     from pla_serve.bench.profile import Transfer, drive, machine_of, wait_idle
     from pla_serve.bench.text import make_filler
     from pla_serve.bench.transport import HttpTransport
@@ -74,7 +74,7 @@ async def _run(flags: CalibrateFlags) -> None:
     try:
         card = (await transport.get("/v1/models"))["data"][0]
         longest = int(card.get("max_model_len") or 2048)
-        target = Target(card["id"], "completions")
+        target = RequestTarget(card["id"], "completions")
         probe = Probe(transport, target, make_filler(salt), "calibrate", ids=True)
         await wait_idle(lambda: read_metrics(flags.base_url))
         await drive(probe, longest, lambda text: print(text, file=sys.stderr))

@@ -41,7 +41,7 @@ class StreamedChoice(msgspec.Struct):
         return self.text or ""
 
 
-class Event(msgspec.Struct):
+class StreamedEvent(msgspec.Struct):
     """One ``data:`` payload; fields that are not needed here are skipped, not kept."""
 
     choices: list[StreamedChoice] = []
@@ -50,10 +50,10 @@ class Event(msgspec.Struct):
 
 
 DONE = b"[DONE]"
-_decode = msgspec.json.Decoder(Event).decode
+_decode = msgspec.json.Decoder(StreamedEvent).decode
 
 
-def decode(payload: bytes) -> Event:
+def decode(payload: bytes) -> StreamedEvent:
     """Raises:
     msgspec.MsgspecError: not JSON, or not a chunk of an answer.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from pla_serve.command_line import HELP_FLAGS, Command, CommandGroup, Given, fail
+from pla_serve.command_line import HELP_FLAGS, CliCommand, CommandGroup, Given, fail
 from pla_serve.flags import Flag, FlagsOf
 from pla_serve.fleet.forwarding import check_words, split_words
 from pla_serve.fleet.supervisor.spec import FleetSpec, Pools, check, read_spec
@@ -62,13 +62,13 @@ def status(given: Given) -> int:
     return 0
 
 
-START = Command(
+START = CliCommand(
     "start",
     start,
     (FlagsOf(FleetSpec), FlagsOf(Pools), FlagsOf(StartFlags), FlagsOf(LogSettings)),
     help="Start a fleet (`start` may be left out). SIGTERM drains it, SIGHUP restarts it in turn.",
 )
-STATUS = Command(
+STATUS = CliCommand(
     "status", status, (FlagsOf(StatusFlags),), help="Show what each instance of a fleet does now."
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pla_serve.command_line import HELP_FLAGS, Command, parse
+from pla_serve.command_line import HELP_FLAGS, CliCommand, parse
 from pla_serve.fleet import route_command
 from pla_serve.server import command as serve_command
 
@@ -25,7 +25,7 @@ class Forwarded(NamedTuple):
     route: tuple[str, ...] = ()
 
 
-def split_words(words: Sequence[str], own: Command) -> tuple[list[str], Forwarded]:
+def split_words(words: Sequence[str], own: CliCommand) -> tuple[list[str], Forwarded]:
     """Words of the command ``own``, and those for ``serve`` and ``route``."""
     names = {*options_of(own), *HELP_FLAGS}
     return split(words, names, options_of(serve_command.SERVE), options_of(route_command.ROUTE))
@@ -71,7 +71,7 @@ def _next(words: Iterator[str]) -> tuple[str, ...]:
     return () if word is None else (word,)
 
 
-def options_of(command: Command) -> dict[str, bool]:
+def options_of(command: CliCommand) -> dict[str, bool]:
     """Names of the flags of a command, and whether each stands without a value."""
     options: dict[str, bool] = {}
     for flag in command.flags:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pla_serve.command_line import Command, Given, fail
+from pla_serve.command_line import CliCommand, Given, fail
 from pla_serve.engine.config import EngineConfig
 from pla_serve.flags import Flag, FlagsOf
 from pla_serve.fleet.router.circuit import FAULTS, CircuitOptions
@@ -171,7 +171,7 @@ def route(given: Given) -> int:
     return start(engine, settings, router, template, logs.level, logs.form)
 
 
-ROUTE = Command(
+ROUTE = CliCommand(
     "route",
     route,
     (

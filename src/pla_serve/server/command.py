@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pla_serve.command_line import Command, Given, fail
+from pla_serve.command_line import CliCommand, Given, fail
 from pla_serve.engine.config import DEVICE, NO_SHAPES, SCHEDULE, EngineConfig
 from pla_serve.flags import Flag, FlagsOf
 from pla_serve.logs import LogFormat, configure
@@ -45,7 +45,7 @@ def serve(given: Given) -> int:
     return start(engine, settings, template, logs.level, logs.form)
 
 
-SERVE = Command(
+SERVE = CliCommand(
     "serve",
     serve,
     (

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from rich.console import Console
 
-from pla_serve.command_line import Command, Given, fail
+from pla_serve.command_line import CliCommand, Given, fail
 from pla_serve.environment import describe, usable_cores
 from pla_serve.flags import Flag, FlagsOf
 from pla_serve.policy.knobs import check_knobs
@@ -113,7 +113,7 @@ def simulate(given: Given) -> int:
         fail(error)
 
 
-SIMULATE = Command(
+SIMULATE = CliCommand(
     "simulate",
     simulate,
     (FlagsOf(SweepFlags), FlagsOf(Setting), FlagsOf(FleetSetting), FlagsOf(Objective)),

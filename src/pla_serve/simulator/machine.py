@@ -17,7 +17,7 @@ class MachineError(ValueError):
     """There is no such machine, or its file cannot be used; the message says which and why."""
 
 
-class Seconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class UnitSeconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The fields of `CostProfile`: seconds for one unit of work of each kind."""
 
     per_token: float
@@ -28,7 +28,7 @@ class Seconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Roofline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Published numbers of a chip and a model, from which `Seconds` follow.
+    """Published numbers of a chip and a model, from which `UnitSeconds` follow.
 
     Efficiencies are the shares of the peaks that kernels reach; their source belongs in the
     machine's ``source``.
@@ -69,7 +69,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_batch_tokens: int = PolicyConfig().max_batch_tokens
     """The batch limit of a deployment on it; a policy's knob goes before it."""
     roofline: Roofline | None = None
-    seconds: Seconds | None = None
+    seconds: UnitSeconds | None = None
     """Measured, or given; goes before the roofline."""
     captured: Captured | None = None
     """None: launching kernels is in ``per_launch``, and no batch is padded."""

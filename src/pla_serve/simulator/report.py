@@ -16,7 +16,7 @@ from pla_serve.simulator.run import SHORT_TOKENS, RequestsDone, SimulationResult
 from pla_serve.simulator.setting import Objective, RunSpec
 
 CLASSES = ("short", "long", "all")
-Array = NDArray[np.float64]
+SecondsArray = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
@@ -141,14 +141,14 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
     )
 
 
-def time_alone(outcome: SimulationResult, cost: CostModel) -> Array:
+def time_alone(outcome: SimulationResult, cost: CostModel) -> SecondsArray:
     """Seconds that each prompt takes alone, in one pass, with what was cached where it ran."""
     return np.array([cost.prefill_seconds(job.new_tokens, job.history) for job in outcome.jobs])
 
 
-def slo_seconds(alone: Array, objective: Objective) -> Array:
+def slo_seconds(alone: SecondsArray, objective: Objective) -> SecondsArray:
     """When the first token of each request is due, seconds after its arrival."""
-    due: Array = np.maximum(objective.seconds, objective.stretch * alone)
+    due: SecondsArray = np.maximum(objective.seconds, objective.stretch * alone)
     return due
 
 
@@ -181,11 +181,11 @@ def _masks(short: Mask) -> tuple[Mask, Mask, Mask]:
     return short, ~short, np.ones_like(short)
 
 
-def _by_class(seconds: Array, short: Mask) -> ByClass:
+def _by_class(seconds: SecondsArray, short: Mask) -> ByClass:
     return ByClass(*(_times(seconds[mask]) for mask in _masks(short)))
 
 
-def _times(seconds: Array) -> Times:
+def _times(seconds: SecondsArray) -> Times:
     if not len(seconds):
         return Times(None, None, None, None, None, 0)
     p50, p90, p99 = (float(value) for value in np.percentile(seconds, (50, 90, 99)))
@@ -196,11 +196,11 @@ def _share(flags: Mask) -> float | None:
     return float(flags.mean()) if len(flags) else None
 
 
-def _tpot(outcome: SimulationResult) -> Array:
+def _tpot(outcome: SimulationResult) -> SecondsArray:
     found = [
         (job.finished - job.first_token) / (job.output_tokens - 1) if job.output_tokens > 1 else nan
         for job in outcome.jobs
     ]
     values = np.array(found)
-    kept: Array = values[~np.isnan(values)]
+    kept: SecondsArray = values[~np.isnan(values)]
     return kept

@@ -11,10 +11,10 @@ from pla_serve.traces.arrivals import Bursts, poisson
 from pla_serve.traces.lengths import ChatLengths, Lengths, Lmsys, Lognormal
 from pla_serve.traces.rows import Row
 
-Kind = Literal[
+GeneratedKind = Literal[
     "chat", "documents", "chat+documents", "burst-short", "burst-long", "all-short", "all-long"
 ]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[GeneratedKind, ...] = get_args(GeneratedKind)
 SHORT_TOKENS = 256
 LONG_TOKENS = 2048
 
@@ -74,7 +74,7 @@ class GeneratorOptions:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
-def generate_rows(kind: Kind, options: GeneratorOptions, seed: int) -> list[Row]:
+def generate_rows(kind: GeneratedKind, options: GeneratorOptions, seed: int) -> list[Row]:
     """Rows in the order of their arrivals.
 
     - ``chat``, ``documents``, ``chat+documents``: Poisson arrivals of sessions.
@@ -104,7 +104,7 @@ def _answers(options: GeneratorOptions) -> Lengths:
 
 
 def _chats(
-    kind: Kind, options: GeneratorOptions, requests: int, rng: random.Random
+    kind: GeneratedKind, options: GeneratorOptions, requests: int, rng: random.Random
 ) -> list[list[Row]]:
     alone = kind == "all-short"
     longest = min(options.longest_message, SHORT_TOKENS) if alone else options.longest_message
@@ -129,7 +129,7 @@ def _chats(
 
 
 def _documents(
-    kind: Kind, options: GeneratorOptions, requests: int, rng: random.Random
+    kind: GeneratedKind, options: GeneratorOptions, requests: int, rng: random.Random
 ) -> list[list[Row]]:
     low = LONG_TOKENS + 1 if kind == "all-long" else 1
     lengths = Lognormal(
