@@ -7,6 +7,7 @@ import sys
 from pla_serve.engine.config import EngineConfig
 from pla_serve.server.engine.client import EngineClient
 from pla_serve.server.engine.process import EngineSpec
+from pla_serve.server.model import ServedModel
 from pla_serve.server.run import InstanceServer, listen, run
 from pla_serve.server.settings import ServerSettings
 from tests.server.server_harness import CONTEXT, ENGINE_PATH, MODEL, check_grammar, make_tokenizer
@@ -26,8 +27,7 @@ def main() -> int:
                 factory="tests.server.fake_core:FakeCore",
                 env={"PYTHONPATH": ENGINE_PATH},
             ),
-            make_tokenizer(),
-            check_grammar=check_grammar,
+            ServedModel(make_tokenizer(), check_grammar),
             on_ready=on_ready,
         )
 

@@ -20,6 +20,7 @@ from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.process import CORE
 from pla_serve.server.engine.process import EngineSpec
 from pla_serve.server.generation.detokenize import _byte_spelling
+from pla_serve.server.model import ServedModel
 from pla_serve.server.run import InstanceServer, listen
 from pla_serve.server.settings import ServerSettings
 from pla_serve.wire.engine import Grammar
@@ -132,7 +133,7 @@ class Live:
         async def main() -> int:
             self._loop = asyncio.get_running_loop()
             instance = InstanceServer(
-                self.settings, self._spec, self._tokenizer, check_grammar=check_grammar
+                self.settings, self._spec, ServedModel(self._tokenizer, check_grammar)
             )
             self._instance.set_result(instance)
             return await instance.run(self._listener)

@@ -17,6 +17,7 @@ from pla_serve.fleet.router.contract import ROUTING, FleetOptions
 from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.knobs import check_knobs
 from pla_serve.server.limits import Limits
+from pla_serve.server.model import ServedModel
 from pla_serve.server.records import tracing
 from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, server_settings
 
@@ -228,12 +229,10 @@ def start(
         fail(error)
     host, port = listener.getsockname()[:2]
     with listener:
-        _, tokenizer, check_grammar = load_for_api(config)
+        _, model = load_for_api(config, chat_template)
 
         def server() -> Any:
-            return build(
-                settings, router, tokenizer, check_grammar, chat_template, f"{host}:{port}"
-            )
+            return build(settings, router, model, f"{host}:{port}")
 
         try:
             return run(server, listener)
@@ -244,9 +243,7 @@ def start(
 def build(
     settings: ServerSettings,
     router: RouteSettings,
-    tokenizer: Any,
-    check_grammar: Any,
-    chat_template: str | None,
+    model: ServedModel,
     address: str,
 ) -> Any:
     """The API server whose backend is the fleet. Belongs to a running event loop."""
@@ -284,9 +281,7 @@ def build(
         settings,
         client,
         metrics,
-        tokenizer,
-        chat_template=chat_template,
-        check_grammar=check_grammar,
+        model,
         on_ready=announce,
         extend=status.add_routes,
         shared_listener=router.listen_fd is not None,

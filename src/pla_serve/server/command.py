@@ -17,6 +17,7 @@ from pla_serve.flags import Flag, FlagsOf
 from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.server.limits import Limits
+from pla_serve.server.model import ServedModel
 from pla_serve.server.records import tracing
 from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, server_settings
 
@@ -140,16 +141,14 @@ def start(
     log.info("loading %s for port %d", config.model, port)
     with listener, spawn(spec) as child:  # it imports torch while this process does
         try:
-            source, tokenizer, check_grammar = load_for_api(config)
+            source, model = load_for_api(config, chat_template)
             found = replace(spec, config=_located(config, source))
 
             def instance() -> InstanceServer:
                 return InstanceServer(
                     settings,
                     found,
-                    tokenizer,
-                    chat_template=chat_template,
-                    check_grammar=check_grammar,
+                    model,
                     on_ready=lambda engine: _announce(settings, host, port, engine.info),
                     child=child,
                 )
@@ -166,8 +165,14 @@ def _located(config: EngineConfig, source: ModelSource) -> EngineConfig:
     return replace(config, model=source.path, load_format=source.load_format)
 
 
-def load_for_api(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
-    """Source, tokenizer, and a check of grammars. Fetches the model if it is not here yet."""
+def load_for_api(
+    config: EngineConfig, chat_template: str | None
+) -> tuple[ModelSource, ServedModel]:
+    """Where the model is, and what the API needs of it; fetches it if it is not here yet.
+
+    Raises:
+        SystemExit: it cannot be had; the message on standard error says why.
+    """
     from pla_serve.engine.loading import (
         ConsoleProgress,
         LoadingError,
@@ -184,7 +189,8 @@ def load_for_api(config: EngineConfig) -> tuple[ModelSource, Any, GrammarCheck]:
             tokenizer = numbers_tokenizer(load_config(source).vocab_size)
     except (LoadingError, OSError, ValueError) as error:
         fail(error)
-    return source, tokenizer, _grammar_check(tokenizer, source)
+    check_grammar = _grammar_check(tokenizer, source)
+    return source, ServedModel(tokenizer, check_grammar, chat_template)
 
 
 def _grammar_check(tokenizer: Any, source: ModelSource) -> GrammarCheck:

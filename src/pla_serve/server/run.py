@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from pla_serve.server.api.app import build_app
-from pla_serve.server.api.endpoints import GrammarCheck, Service
+from pla_serve.server.api.endpoints import Service
 from pla_serve.server.api.guard import Keys, Traffic
 from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.connections.acceptor import Acceptor
@@ -32,6 +32,7 @@ from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.prompts import PromptEncoder
 from pla_serve.server.link.hub import LinkHub
 from pla_serve.server.loop_lag import LoopLag
+from pla_serve.server.model import ServedModel
 from pla_serve.server.records.journal import Journals, LogJournal
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.records.tracing import configured, open_tracing
@@ -130,10 +131,8 @@ class ApiServer:
         settings: ServerSettings,
         backend: Backend,
         metrics: Metrics,
-        tokenizer: Any,
+        model: ServedModel,
         *,
-        chat_template: str | None = None,
-        check_grammar: GrammarCheck,
         on_ready: Callable[[], None] = lambda: None,
         extend: Callable[[FastAPI], None] = lambda app: None,
         shared_listener: bool = False,
@@ -144,8 +143,8 @@ class ApiServer:
         self._on_ready = on_ready
         self.metrics = metrics
         self.traffic = Traffic(metrics)
-        self.encoder = PromptEncoder(tokenizer, chat_template=chat_template)
-        token_bytes = TokenBytes(tokenizer)
+        self.encoder = PromptEncoder(model.tokenizer, chat_template=model.chat_template)
+        token_bytes = TokenBytes(model.tokenizer)
         self._tracing = (
             open_tracing(settings.otlp_endpoint, "pla-serve")
             if configured(settings.otlp_endpoint)
@@ -158,23 +157,11 @@ class ApiServer:
             encoder=self.encoder,
             names=TokenNames(token_bytes),
             metrics=metrics,
-            check_grammar=check_grammar,
+            check_grammar=model.check_grammar,
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )
-        config = uvicorn.Config(
-            build_app(service, self.traffic, extend),
-            access_log=False,
-            log_config=None,
-            lifespan="off",
-            ws="websockets-sansio",
-            ws_max_size=MOST_FRAME_BYTES,
-            ws_ping_interval=None,  # links have heartbeats of their own
-            ws_per_message_deflate=False,
-            timeout_keep_alive=math.ceil(settings.limits.idle_seconds),
-            server_header=False,
-            proxy_headers=False,  # nothing here asks where a request comes from
-        )
+        config = _uvicorn_config(build_app(service, self.traffic, extend), settings)
         self.connections = ConnectionRegistry(settings.limits)
         self.http = DrainingServer(config, self.stop, self.connections)
         self._drain_task: asyncio.Task[None] | None = None
@@ -256,10 +243,8 @@ class InstanceServer(ApiServer):
         self,
         settings: ServerSettings,
         spec: EngineSpec,
-        tokenizer: Any,
+        model: ServedModel,
         *,
-        chat_template: str | None = None,
-        check_grammar: GrammarCheck,
         on_ready: Callable[[EngineClient], None] = lambda engine: None,
         child: subprocess.Popen[bytes] | None = None,
     ) -> None:
@@ -275,9 +260,7 @@ class InstanceServer(ApiServer):
             settings,
             self.engine,
             metrics,
-            tokenizer,
-            chat_template=chat_template,
-            check_grammar=check_grammar,
+            model,
             on_ready=lambda: on_ready(self.engine),
             extend=lambda app: self._link(app, spec.config.block_tokens),
         )
@@ -294,6 +277,22 @@ class InstanceServer(ApiServer):
             role=settings.role,
         )
         hub.add_routes(app)
+
+
+def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        lifespan="off",
+        ws="websockets-sansio",
+        ws_max_size=MOST_FRAME_BYTES,
+        ws_ping_interval=None,  # links have heartbeats of their own
+        ws_per_message_deflate=False,
+        timeout_keep_alive=math.ceil(settings.limits.idle_seconds),
+        server_header=False,
+        proxy_headers=False,  # nothing here asks where a request comes from
+    )
 
 
 def _starter(child: subprocess.Popen[bytes] | None) -> Callable[..., EngineProcess]:

@@ -18,6 +18,7 @@ import pytest
 from pla_serve.fleet.link import http, own
 from pla_serve.fleet.route_command import RouteSettings, build, make_links
 from pla_serve.fleet.router.contract import FleetOptions
+from pla_serve.server.model import ServedModel
 from pla_serve.server.run import listen
 from pla_serve.server.settings import ServerSettings
 from tests.command_runner import pla_serve
@@ -70,7 +71,9 @@ class Routed:
 
     def _run(self, settings: ServerSettings, router: RouteSettings) -> None:
         async def main() -> int:
-            self._server = build(settings, router, make_tokenizer(), check_grammar, None, "here")
+            self._server = build(
+                settings, router, ServedModel(make_tokenizer(), check_grammar), "here"
+            )
             self._loop.set_result(asyncio.get_running_loop())
             return await self._server.run(self._listener)
 
