@@ -1,4 +1,4 @@
-"""Measurements on an idle server, before the load: warm-up, costs of the parts, idle TTFT."""
+"""Measurements on an idle server before the load: warm-up, costs, idle TTFT."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from pla_serve.bench.workload import BenchWorkload
 WARM_UP_TOKENS = (16, 64, 256, 1024, 2048, 64, 256)
 PREFILL_TOKENS = (32, 128, 512, 1024, 2048, 4096)
 DECODERS = 8
-"""Sequences that decode together where the cost of a token is measured."""
+"""Number of sequences that decode together while the cost of a token is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What parts of the work take on this server when nothing else runs."""
+    """Seconds that prefill and decode take on this server when nothing else runs."""
 
     prefill: tuple[tuple[int, float], ...]
     """New tokens and the seconds to the first token, from small to large."""
     decode_token: float
-    """Seconds per output token with `DECODERS` sequences decoding together: a step's time over
-    their number."""
+    """Seconds for one output token: the time of a step of `DECODERS` sequences, divided by
+    `DECODERS`."""
 
     def seconds(self, new_tokens: int, output_tokens: int) -> float:
-        """Service time of one request. Prefill is interpolated; beyond the samples it goes on as
-        the last two do."""
+        """Return the service time of one request.
+
+        Prefill is interpolated between the samples; beyond them it is extrapolated from the last
+        two.
+        """
         sizes, times = zip(*self.prefill, strict=True)
         if new_tokens <= sizes[-1]:
             prefill = float(np.interp(new_tokens, sizes, times))
@@ -43,10 +46,10 @@ class Costs:
         return prefill + output_tokens * self.decode_token
 
     def capacity(self, workload: BenchWorkload) -> float:
-        """Requests a second at which this workload would keep the server busy all the time.
+        """Return the requests a second that keep the server busy all the time.
 
-        Load is defined by it: offered load = rate / capacity, the mean service time of a request
-        times the arrival rate.
+        Load is defined by this: offered load = rate / capacity, which is the mean service time of
+        a request times the arrival rate.
         """
         total = sum(self.seconds(turn.new_tokens, turn.max_tokens) for turn in workload.turns)
         return workload.requests / total
@@ -54,7 +57,10 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Sends single requests whose text is used once. ``name`` keeps the texts of probes apart."""
+    """Sends single requests, each with a text of its own.
+
+    ``name`` goes into every text, so that two probes share no prefix.
+    """
 
     transport: RequestTransport
     target: RequestTarget
@@ -77,10 +83,10 @@ class Probe:
 
 
 async def warm_up(probe: Probe, longest: int) -> None:
-    """The same work for every server: each size once, then decoding together.
+    """Send the same few requests to every server: each size once, then several together.
 
-    It fills allocators and caches of compiled kernels, and gives a policy that fits its costs
-    while serving something to fit.
+    This fills allocators and caches of compiled kernels, and a policy that fits its cost model
+    while it serves gets samples.
     """
     for number, tokens in enumerate(WARM_UP_TOKENS):
         if tokens <= longest:
@@ -89,7 +95,10 @@ async def warm_up(probe: Probe, longest: int) -> None:
 
 
 async def measure_costs(probe: Probe, longest: int, repeat: int = 2) -> Costs:
-    """Prompts alone, one after another, the best of ``repeat`` each; then decoding together."""
+    """Measure prompts alone, one after another, then sequences that decode together.
+
+    A prompt of each size is sent ``repeat`` times, and the shortest time counts.
+    """
     sizes = sorted({min(tokens, longest) for tokens in PREFILL_TOKENS})
     sizes = sizes if len(sizes) > 1 else [max(1, sizes[0] // 2), sizes[0] + 1]
     prefill = []
@@ -102,15 +111,18 @@ async def measure_costs(probe: Probe, longest: int, repeat: int = 2) -> Costs:
 
 
 async def idle_ttft(probe: Probe, sizes: Sequence[int]) -> Percentiles | None:
-    """TTFT of prompts of these sizes, one at a time; None for no sizes."""
+    """Measure the TTFT of prompts of these sizes, sent one at a time; None for no sizes."""
     return percentiles(
         [_ttft(await probe.ask(f"idle{i}", tokens, 1)) for i, tokens in enumerate(sizes)]
     )
 
 
 async def sized_by_server(probe: Probe, filler: WordFiller) -> WordFiller:
-    """The filler with its words measured in the server's tokens: two texts, so that what a chat
-    template adds drops out. Unchanged if the server reports no usage."""
+    """Return the filler with the number of tokens that one of its words has on this server.
+
+    Two texts of different lengths are sent, so that the tokens of a chat template cancel out. The
+    filler is returned unchanged if the server reports no usage.
+    """
     few, many = 100, 500
     counts = [(await probe.ask(f"size{n}", n, 1)).prompt_tokens for n in (few, many)]
     if counts[0] is None or counts[1] is None:

@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible server, timed."""
+"""A timed request to a server that speaks the OpenAI API."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class RequestTarget:
-    """What is asked of which server."""
+    """Model and endpoint of requests, and what all of them have in common."""
 
     model: str
     endpoint: Endpoint = "chat"
     ignore_eos: bool = True
-    """Answers are as long as planned, so that every policy gets the same work. vLLM, SGLang and
-    this server take it; turn it off for servers that do not."""
+    """Whether answers are exactly as long as planned, so that every policy gets the same work.
+    vLLM, SGLang and this server support it."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further fields of every body."""
+    """Further fields of every request body."""
 
     @property
     def path(self) -> str:
         return "/v1/chat/completions" if self.endpoint == "chat" else "/v1/completions"
 
     def body(self, prompt: object, max_tokens: int) -> bytes:
-        """``prompt``: messages for chat; text or token ids for completions."""
+        """Make a request body. ``prompt`` holds messages for chat, text or token ids otherwise."""
         fields: dict[str, Any] = {
             "model": self.model,
             "messages" if self.endpoint == "chat" else "prompt": prompt,
@@ -49,13 +49,14 @@ class RequestTarget:
 
 @dataclass(slots=True)
 class TimedRequest:
-    """What happened to one request; filled while it happens, times on the caller's clock."""
+    """Times and outcome of one request, filled while it runs. Times are on the caller's clock."""
 
     sent: float | None = None
     first: float | None = None
-    """First event that carried text; for an answer without any text, the event that ended it."""
+    """Time of the first event with text; of an answer without any text, of the event that ended it.
+    """
     last: float | None = None
-    """Last event that carried text."""
+    """Time of the last event with text."""
     done: float | None = None
     gaps: list[float] = field(default_factory=list)
     """Seconds between tokens after the first event that carried text; see `per_token`."""
@@ -65,7 +66,7 @@ class TimedRequest:
     output_tokens: int | None = None
     finish_reason: str | None = None
     error: str | None = None
-    """Kind of failure, None if the answer is whole: ``http 429``, ``connection``, ``timeout``,
+    """Kind of failure, or None if the answer is whole: ``http 429``, ``connection``, ``timeout``,
     ``server error``, ``cut off``, ``malformed``, ``unfinished``, ``interrupted``."""
     detail: str = ""
 
@@ -73,7 +74,7 @@ class TimedRequest:
 async def exchange(
     transport: RequestTransport, path: str, body: bytes, clock: Clock, into: TimedRequest
 ) -> None:
-    """Sends a body and reads the streamed answer to its end. Failures are recorded, not raised."""
+    """Send a body and read the streamed answer to its end. Failures are recorded, not raised."""
     into.sent = clock()
     try:
         async with transport.post(path, body) as (status, portions):
@@ -172,10 +173,10 @@ def per_token(gaps: Sequence[float], sizes: Sequence[int], tokens: int | None) -
 async def one(
     transport: RequestTransport, target: RequestTarget, prompt: object, max_tokens: int
 ) -> TimedRequest:
-    """One request on its own, on the event loop's clock.
+    """Send one request and return its times, on the clock of the event loop.
 
     Raises:
-        RuntimeError: it failed; the message says how.
+        RuntimeError: the request failed; the message says how.
     """
     result = TimedRequest()
     body = target.body(prompt, max_tokens)

@@ -1,4 +1,4 @@
-"""Runs the same workload against each entry in turn, and sums up."""
+"""Runs the same workload against each entry in turn."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from pla_serve.bench.transport import HttpTransport
 from pla_serve.bench.workload import BenchWorkload
 
 MakeWorkload = Callable[[float, int], BenchWorkload]
-"""Requests a second and repetition to a workload; sizes and order do not depend on the rate."""
+"""Makes a workload from requests a second and the number of the repetition. Sizes and order do not
+depend on the rate."""
 IDLE_REQUESTS = 30
 
 
 @dataclass(frozen=True, slots=True)
 class ExperimentPlan:
-    """An experiment.
+    """What an experiment runs.
 
-    ``load`` replaces ``rate``: the first entry's server is measured before its first run, and the
-    rate is load times its capacity. All entries get that rate.
+    With ``load``, ``rate`` is not used: the first entry's server is measured before its first run,
+    and the rate of all entries is ``load`` times its capacity.
     """
 
     entries: tuple[ServerEntry, ...]
     open_server: Open
     target: RequestTarget
-    """An empty model name stands for the first that the server lists."""
+    """Target of all requests; an empty model name stands for the first that the server lists."""
     make_workload: MakeWorkload
     objectives: Objectives
     rate: float = 1.0
@@ -49,16 +50,16 @@ class ExperimentPlan:
     idle: bool = False
     warm: bool = True
     size_words: bool = True
-    """Learn from the first server's usage how many tokens a word has."""
+    """Whether the tokens of a word are measured on the first server."""
     ids: bool = False
     api_key: str | None = None
     max_seconds: float | None = None
-    """None: three times the span of the arrivals, and two minutes."""
+    """Longest run; None: three times the span of the arrivals, and two minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRun:
-    """One entry, once."""
+    """One run of one entry."""
 
     entry: str
     repetition: int
@@ -69,7 +70,7 @@ class BenchRun:
 
 @dataclass(slots=True)
 class ExperimentResult:
-    """All runs that were finished, also when the rest was called off."""
+    """All complete runs; ``interrupted`` says whether others were called off."""
 
     rate: float
     costs: Costs | None = None
@@ -78,6 +79,7 @@ class ExperimentResult:
     interrupted: bool = False
 
     def of(self, entry: str) -> list[BenchRun]:
+        """Return the runs of one entry."""
         return [run for run in self.runs if run.entry == entry]
 
 
@@ -99,9 +101,10 @@ class Experiment:
         self.outcome = ExperimentResult(plan.rate)
 
     def run(self) -> ExperimentResult:
-        """A B C, A B C, ...: drift of the machine meets all entries alike.
+        """Run all entries, repetition by repetition (A B C, A B C), and return the complete runs.
 
-        Ctrl-C and SIGTERM end it with what there is, and no server is left behind.
+        In this order a slow change of the machine affects all entries alike. After Ctrl-C or
+        SIGTERM no server is left behind.
         """
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -143,7 +146,10 @@ class Experiment:
             self.outcome.workloads.append(workload)
 
     async def _connect(self, transport: HttpTransport, repetition: int) -> Probe:
-        """Finds out what the plan leaves to the server; later entries get the same."""
+        """Ask the server for what the plan leaves open: the model's name and the tokens of a word.
+
+        All entries use the tokens of a word that the first server gave.
+        """
         target = self._plan.target
         if not target.model:
             target = replace(target, model=await _first_model(transport))
@@ -181,7 +187,7 @@ class Experiment:
 
     @contextmanager
     def _stopped_by_ctrl_c(self, generator: LoadGenerator) -> Iterator[None]:
-        """The first Ctrl-C ends the run and reports; a second one is the ordinary one."""
+        """Let the first Ctrl-C end the run with a report; a second one raises KeyboardInterrupt."""
         loop = asyncio.get_running_loop()
 
         def stop() -> None:

@@ -1,4 +1,4 @@
-"""The one picture: TTFT of short and long prompts under each policy, on a log scale."""
+"""Picture of an experiment: TTFT of short and long prompts under each policy, on a log scale."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANKS = ("p50", "p90", "p99")
 
 
 def draw(summaries: Sequence[Summary], path: Path, *, title: str, subtitle: str) -> None:
-    """Writes a PNG. A bar runs from P50 to P99 of a class, the dot is P90 with its value."""
+    """Write a PNG. Each bar runs from P50 to P99 of a class; the dot and the number are P90."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +55,7 @@ def _range(axes: Any, summary: Summary, name: str, y: float) -> None:
 
 
 def _idle_line(axes: Any, summaries: Sequence[Summary]) -> None:
-    """P90 of short prompts on an idle machine, the best that any policy could do."""
+    """Draw the P90 of short prompts on an idle machine, which no policy can beat."""
     known = [v for s in summaries if (v := s.values.get("idle_ttft_p90")) is not None]
     if not known:
         return
@@ -94,7 +94,7 @@ def _frame(axes: Any, summaries: Sequence[Summary]) -> None:
 
 
 def _heading(axes: Any, title: str, subtitle: str) -> None:
-    """The colors are named in words beside the title, instead of a legend."""
+    """Write the title, and the names of the classes in their colors in place of a legend."""
     axes.set_title(f"{title}\n", loc="left", fontsize=12, fontweight="bold", color=INK)
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color=FAINT)
     for x, name in ((0.87, SHORT), (0.95, LONG)):

@@ -1,4 +1,4 @@
-"""One call of ``pla-serve bench``: what was asked for, done and reported."""
+"""One call of ``pla-serve bench``: its settings, its run and its report."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ DEFAULT_LOAD = 0.7
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        ValueError: the text is none.
+        ValueError: the text is no JSON object.
     """
     try:
         value = json.loads(text)
@@ -209,16 +209,19 @@ class BenchJob:
 
     @property
     def entries(self) -> tuple[ServerEntry, ...]:
+        """Servers to measure in turn."""
         if self.compare is not None:
             return parse_entries(self.compare)
         return (ServerEntry(self.base_url, ()),)
 
     @property
     def labels(self) -> list[str]:
+        """Names of the entries."""
         return [entry.label for entry in self.entries]
 
     @property
     def workload_maker(self) -> MakeWorkload:
+        """Function that makes the workload of a repetition; a trace is the same in all of them."""
         if self.trace is None:
             return lambda rate, repetition: generate(
                 replace(self.workload, rate=rate, seed=self.workload.seed + repetition)
@@ -227,7 +230,7 @@ class BenchJob:
         return lambda rate, repetition: first
 
     def parameters(self, salt: str) -> dict[str, object]:
-        """For the record; without secrets and folders."""
+        """Return the settings for the record, without secrets and folders."""
         fields = asdict(self)
         del fields["api_key"], fields["workload"], fields["trace_options"]
         for name in ("trace", "tokenizer", "output"):
@@ -236,8 +239,10 @@ class BenchJob:
 
 
 def run(job: BenchJob, console: Console | None = None) -> int:
-    """Runs, prints and saves; returns the exit status: 0, 1 if every request failed, 130 after
-    Ctrl-C.
+    """Run the experiment, print its tables and save its results.
+
+    Returns:
+        The exit status: 0, 1 if every request failed, 130 after Ctrl-C.
 
     Raises:
         RuntimeError: a server did not start, or failed before the load.

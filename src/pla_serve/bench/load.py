@@ -1,4 +1,4 @@
-"""The open-loop load generator: every request leaves at its due time, whatever the others do."""
+"""Open-loop load generator: every request is sent at its due time, however long others take."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session
 
 Sleep = Callable[[float], Awaitable[None]]
 LEAD = 0.25
-"""Seconds before its due time that a prompt is made, so that making it delays nothing."""
+"""Seconds between the making of a prompt and its due time, so that making it delays no request."""
 
 
 @dataclass(slots=True)
 class Record:
-    """One request that became due; times in seconds from the start of the run."""
+    """A request that became due. Times are seconds from the start of the run."""
 
     turn: BenchTurn
     session: int
@@ -28,11 +28,12 @@ class Record:
 
     @property
     def ok(self) -> bool:
+        """Whether the whole answer came."""
         return self.exchange.error is None and self.exchange.done is not None
 
     @property
     def new_tokens(self) -> int:
-        """Prompt tokens that the server had to compute, as it says; else as planned."""
+        """Prompt tokens that were not cached, by the server's usage; as planned if it has none."""
         prompt, cached = self.exchange.prompt_tokens, self.exchange.cached_tokens
         if prompt is None or cached is None:
             return self.turn.new_tokens
@@ -40,34 +41,37 @@ class Record:
 
     @property
     def lag(self) -> float | None:
-        """How late the client itself was."""
+        """Seconds from the due time to the sending: how late the client itself was."""
         return None if self.exchange.sent is None else self.exchange.sent - self.due
 
     @property
     def ttft(self) -> float | None:
-        """From the due time, so that nothing that the client did late is hidden."""
+        """Seconds from the due time to the first token; the client's own lateness is included."""
         return None if self.exchange.first is None else self.exchange.first - self.due
 
     @property
     def latency(self) -> float | None:
-        """Due time to the end of the answer."""
+        """Seconds from the due time to the end of a whole answer."""
         done = self.exchange.done
         return done - self.due if self.ok and done is not None else None
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
+    """Requests of one run."""
+
     records: list[Record]
-    """In the order in which they became due."""
+    """Requests that became due, in the order of their due times."""
     seconds: float
-    """From the start to the end of the last answer."""
+    """Time from the start to the end of the last answer."""
     planned: int
+    """Number of requests of the workload."""
     stopped: str | None
-    """Why it ended early: ``interrupted`` or ``unfinished`` (out of time)."""
+    """Reason why the run ended early, ``interrupted`` or ``unfinished`` (out of time), or None."""
 
 
 class LoadObserver(Protocol):
-    """Told of every request as it goes out and ends; shows progress."""
+    """Receives every request when it is sent and when it ends; shows progress."""
 
     def sent(self, record: Record) -> None: ...
 
@@ -75,6 +79,8 @@ class LoadObserver(Protocol):
 
 
 class NoLoadObserver:
+    """Ignores everything."""
+
     def sent(self, record: Record) -> None:
         pass
 
@@ -83,7 +89,7 @@ class NoLoadObserver:
 
 
 class Conversation:
-    """Makes the prompts of one session; keeps the real answers, as chat clients do."""
+    """Makes the prompts of one session from its turns and the real answers, as chat clients do."""
 
     def __init__(self, endpoint: Endpoint, filler: Filler, *, ids: bool, remembers: bool) -> None:
         self._endpoint = endpoint
@@ -93,7 +99,7 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
 
     def ask(self, turn: BenchTurn) -> object:
-        """Messages for the chat endpoint; text or token ids for completions."""
+        """Return the next prompt: messages for chat; text or token ids for completions."""
         if self._ids:
             return self._filler.ids(turn.pieces)
         if not self._remembers:
@@ -104,11 +110,12 @@ class Conversation:
         return "\n".join(message["content"] for message in self._messages)
 
     def answered(self, text: str) -> None:
+        """Add the answer to the prompts that follow."""
         self._messages.append({"role": "assistant", "content": text})
 
 
 class LoadGenerator:
-    """Runs workloads against one target.
+    """Sends workloads to one server.
 
     ``clock`` and ``sleep`` must agree with each other; tests give virtual ones.
     """
@@ -133,13 +140,13 @@ class LoadGenerator:
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
-        """Ends the run now; what was not answered is recorded as interrupted."""
+        """End the run now; requests that are not answered are recorded as interrupted."""
         self._stop.set()
 
     async def run(
         self, workload: BenchWorkload, max_seconds: float, observer: LoadObserver | None = None
     ) -> RunResult:
-        """Sends the workload; returns when all is answered, at ``max_seconds``, or after `stop`.
+        """Send the workload; return when all is answered, at ``max_seconds``, or after `stop`.
 
         Raises:
             ValueError: token-id prompts cannot hold the answers that a multi-turn session needs.
@@ -211,7 +218,10 @@ class LoadGenerator:
 
 
 def _result(records: list[Record], planned: int, elapsed: float, stopped: str | None) -> RunResult:
-    """Marks what was cut short; a run lasts until its last answer, or until it was stopped."""
+    """Make the result: mark the requests that were cut short, and measure the run.
+
+    A run lasts until its last answer, or until it was stopped.
+    """
     for record in records:
         if record.exchange.done is None:
             record.exchange.error = record.exchange.error or stopped or "interrupted"

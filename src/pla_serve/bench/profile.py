@@ -1,9 +1,10 @@
-"""Measures a running server of this project into a machine profile for the simulator.
+"""Measures a running server of this project and makes a machine profile for the simulator.
 
-The server fits its cost model to every batch that it runs. What it serves by chance may leave
-coefficients open that always move together, such as launches and sequences. So an idle server is
-driven through a design in which each of them varies on its own: new tokens, history, sequences in
-a batch, and decode steps on contexts of several lengths. Then its fit is read from ``/metrics``.
+The server fits its cost model to every batch that it runs. Ordinary traffic cannot tell some
+coefficients apart, because their features always grow together, for example the number of launches
+and the number of sequences. So an idle server gets requests in which each feature varies on its
+own: new tokens, history, sequences in a batch, and decode steps on contexts of several lengths.
+Then the fitted coefficients are read from ``/metrics``.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ ALONE = (16, 64, 256, 512, 1024, 2048, 4096)
 """New tokens of prompts sent one at a time, without history."""
 HISTORIES = (512, 2048, 6144)
 NEW = (16, 128, 512)
-"""New tokens on each history, and of prompts sent together, at most MOST_TOGETHER in all."""
+"""New tokens of prompts with a history, and of prompts that are sent together."""
 MOST_TOGETHER = 1024
+"""Most new tokens of all prompts that are sent together."""
 TOGETHER = (2, 4, 8, 16)
-"""Requests sent at the same moment."""
+"""Numbers of requests that are sent at the same moment."""
 CONTEXTS = (32, 1024, 4096)
 STEPS = 12
-"""Tokens of each answer where decoding is measured."""
+"""Tokens of each answer while decoding is measured."""
 MOST_CONTEXT = 8192
-"""Tokens of all contexts that decode together."""
+"""Most tokens of all contexts that decode together."""
 SETTLE_STEPS = 300
 """Decode steps at the end: more than the cost model lets pass between two fits
-(`policy.cost.REFIT_EVERY`), so that the last one has seen everything."""
+(`policy.cost.REFIT_EVERY`), so that the last fit uses all samples."""
 ROUNDS = 2
 
 MetricSamples = dict[tuple[str, str], float]
-"""Name and the value of the label ``per``, empty for none, to a sample."""
+"""Samples by the name of a metric and its label ``per``, which is empty where there is none."""
 Tell = Callable[[str], None]
 
 
@@ -47,17 +49,21 @@ class ProfileError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Between two instances; one server alone cannot measure it, so it is given."""
+    """Speed of KV transfers between two instances, which one server alone cannot measure."""
 
     bytes_per_second: float
     seconds: float
 
 
 async def drive(probe: Probe, longest: int, tell: Tell) -> None:
-    """The design, ROUNDS times, then enough steps for a last fit. ``longest``: most tokens of a
-    prompt with its answer.
+    """Send all kinds of requests, ROUNDS times, then enough decode steps for a last fit.
 
-    ``probe`` must send token ids, so that sizes are exact.
+    Args:
+        probe: sends token ids, so that sizes are exact.
+        longest: most tokens of a prompt together with its answer.
+
+    Raises:
+        ProfileError: the server has no prefix cache.
     """
     for number in range(ROUNDS):
         tell(f"round {number + 1} of {ROUNDS}: decoding")
@@ -87,7 +93,7 @@ async def _decode(probe: Probe, key: str, longest: int) -> None:
 
 
 async def _on_context(probe: Probe, context: int, place: int, key: str) -> None:
-    """A few tokens on a context that is prefilled only the first time."""
+    """Decode a few tokens on a context that is prefilled only the first time."""
     begun = FillerPart(f"{probe.name}/context{context}.{place}", context)
     more = FillerPart(f"{begun.key}/{key}", 16)
     await _ids(probe, (begun, more), STEPS)
@@ -114,10 +120,10 @@ async def _ids(probe: Probe, pieces: tuple[FillerPart, ...], answer: int) -> Tim
 
 
 async def wait_idle(read: Callable[[], MetricSamples], patience: float = 10.0) -> None:
-    """Returns when the server has nothing to do.
+    """Return as soon as the server has nothing to do.
 
     Raises:
-        ProfileError: it is still busy after ``patience`` seconds.
+        ProfileError: the server is still busy after ``patience`` seconds.
     """
     for _ in range(max(1, round(patience / 0.5))):
         found = read()
@@ -131,10 +137,10 @@ _BUSY = ("running", "waiting")
 
 
 def machine_of(metrics: MetricSamples, name: str, source: str, transfer: Transfer) -> Machine:
-    """The profile that the metrics of a driven server give.
+    """Make the machine profile from the metrics of a server that `drive` has driven.
 
     Raises:
-        ProfileError: a metric is missing: another server, or an older version of this one.
+        ProfileError: a metric is missing, as with servers of another kind or version.
     """
 
     def metric(key: str, per: str = "") -> float:

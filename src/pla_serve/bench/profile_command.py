@@ -1,4 +1,4 @@
-"""``pla-serve calibrate``: from a running server to a machine profile in a file."""
+"""``pla-serve calibrate``: measures a running server and writes a machine profile."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ async def _run(flags: CalibrateFlags) -> None:
 
 
 def read_metrics(base_url: str) -> dict[tuple[str, str], float]:
-    """Samples of the server's ``/metrics`` by name and label ``per``.
+    """Read the samples of the server's ``/metrics``, by name and label ``per``.
 
     Raises:
-        RuntimeError: there is no such page.
+        RuntimeError: the page cannot be read.
     """
     import httpx
     from prometheus_client.parser import text_string_to_metric_families

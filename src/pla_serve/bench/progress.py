@@ -1,4 +1,4 @@
-"""What the user sees while a run is under way."""
+"""Progress of runs on the terminal."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pla_serve.bench.report import Objectives
 from pla_serve.bench.workload import BenchWorkload
 
 REFRESH = 4
-"""A second; each costs the client about a millisecond."""
+"""Redraws a second; each takes the client about a millisecond."""
 
 
 class RunObserver:
-    """Counts the requests of one run."""
+    """Counts the requests of one run, and shows the counts as a line of text."""
 
     def __init__(self, objectives: Objectives) -> None:
         self._objectives = objectives
         self.on_finish: Callable[[int], None] = lambda done: None
-        """Called with the number of requests that have ended."""
+        """Callback, called with the number of requests that have ended."""
         self.out = 0
         self.done = 0
         self.failed = 0
@@ -51,14 +51,17 @@ class RunObserver:
 
 
 class _Counts(ProgressColumn):
-    """The observer's own words, read at every refresh: a request costs no redraw."""
+    """Column with the observer's text, which is read at each redraw and not for each request."""
 
     def render(self, task: Task) -> Text:
         return Text(str(task.fields["observer"]))
 
 
 class ProgressView:
-    """A bar for every run, one below the other. Off a terminal it prints a line when one starts."""
+    """Shows a bar for every run, one below the other.
+
+    If standard output is no terminal, it prints a line when a run starts instead.
+    """
 
     def __init__(self, console: Console, objectives: Objectives) -> None:
         self._console = console

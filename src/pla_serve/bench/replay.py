@@ -1,7 +1,7 @@
 """Makes a workload of a recorded trace.
 
-Prompts are filler in which equal blocks give equal text, so that the prefixes that were shared are
-shared again.
+Prompts are filler in which equal blocks give equal text, so that prompts share the same prefixes as
+in the trace.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class TraceOptions:
 
 
 def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> BenchWorkload:
-    """A workload from a file of any format that `traces.files` reads.
+    """Make a workload from a file of any format that `traces.files` reads.
 
     Raises:
         TraceError: the file is missing, malformed, or needs an option that was not given.
@@ -111,7 +111,7 @@ def read_trace(path: Path, options: TraceOptions = TraceOptions()) -> BenchWorkl
 
 
 def _fit(rows: list[Row], options: TraceOptions) -> tuple[list[Row], dict[str, object]]:
-    """Rows within the limit, and what happened to the others."""
+    """Return the rows to send, and how many were dropped or clipped, for the record."""
     limit = options.max_input_tokens
     over = 0 if limit is None else sum(row.input_tokens > limit for row in rows)
     if options.over_length == "drop":
@@ -121,8 +121,11 @@ def _fit(rows: list[Row], options: TraceOptions) -> tuple[list[Row], dict[str, o
 
 
 def _turns(rows: list[Row], block: int | None, options: TraceOptions) -> list[BenchTurn]:
-    """Requests in the order of the rows. Where the trace does not say how much of a prompt was
-    cached, new tokens are planned as if all blocks before were."""
+    """Return the requests in the order of the rows.
+
+    Where the trace does not say how much of a prompt was cached, new tokens are planned as if all
+    earlier blocks were.
+    """
     seen = SeenBlocks()
     turns = []
     for row, (pieces, shared) in zip(rows, _prompts(rows, block), strict=True):
@@ -149,10 +152,10 @@ def _turn(
 
 
 def _prompts(rows: list[Row], block: int | None) -> Iterator[tuple[tuple[FillerPart, ...], int]]:
-    """Prompts in the order of the rows, prefixes shared as the trace says, and the tokens that one
-    without blocks has of its session's prompt before.
+    """Yield each prompt, and the tokens that it shares with the previous prompt of its session.
 
-    No more than that prompt is shared: filler holds no answers, though a trace may count them.
+    The second is for rows without blocks only. A prompt shares no more than that previous prompt:
+    filler holds no answers, though a trace may count them as cached.
     """
     last: dict[str, tuple[FillerPart, ...]] = {}
     for row in rows:
@@ -182,7 +185,7 @@ def _from_blocks(
 
 
 def beginning(pieces: tuple[FillerPart, ...], tokens: int) -> tuple[FillerPart, ...]:
-    """The first ``tokens`` tokens of a prompt; all of it if it has fewer."""
+    """Return the first ``tokens`` tokens of a prompt, or all of it if it has fewer."""
     kept: list[FillerPart] = []
     for piece in pieces:
         if tokens <= 0:
@@ -193,7 +196,7 @@ def beginning(pieces: tuple[FillerPart, ...], tokens: int) -> tuple[FillerPart, 
 
 
 def _by_arrivals(rows: list[Row], turns: list[BenchTurn], speed: float) -> tuple[Session, ...]:
-    """Every request at its own time, whatever became of the ones before."""
+    """Return a session for each request, due at the recorded time."""
     single = [
         Session((row.arrival or 0.0) / speed, (turn,), remembers=False)
         for row, turn in zip(rows, turns, strict=True)
@@ -204,7 +207,7 @@ def _by_arrivals(rows: list[Row], turns: list[BenchTurn], speed: float) -> tuple
 def _by_sessions(
     rows: list[Row], turns: list[BenchTurn], options: TraceOptions, name: str
 ) -> tuple[tuple[Session, ...], str]:
-    """Sessions at drawn times, and how that was done in words for the record."""
+    """Return sessions at drawn times, and a description of the times for the record."""
     if options.rate is None:
         raise TraceError(f"{name} has no common clock: give the sessions' starts with --rate")
     groups: dict[str, list[tuple[Row, BenchTurn]]] = {}
@@ -221,14 +224,14 @@ def _by_sessions(
 
 
 def _session(start: float, members: list[tuple[Row, BenchTurn]], speed: float) -> Session:
-    """Sub-agents of a session share its clock; a turn never precedes the answer before it."""
+    """Return one session. Its sub-agents share its clock; no turn precedes an earlier answer."""
     first = (members[0][0].arrival or 0.0) / speed
     turns = tuple(_timed(row, turn, first, speed) for row, turn in members)
     return Session(start + first, turns, remembers=False)
 
 
 def _timed(row: Row, turn: BenchTurn, first: float, speed: float) -> BenchTurn:
-    """With a recorded think time that counts; else the recorded arrival does."""
+    """Return a turn with its time: by the recorded think time, or else by the recorded arrival."""
     offset = 0.0 if row.think is not None else max(0.0, (row.arrival or 0.0) / speed - first)
     return BenchTurn(
         turn.id,

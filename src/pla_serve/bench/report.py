@@ -1,4 +1,5 @@
-"""From records to numbers. All times are seconds, all rates are per second of the run."""
+"""Report of a run: percentiles and rates by class. Times are seconds, rates are per second of the
+run."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from pla_serve.policy.knobs import check_knobs
 GOALS = "Objectives"
 SHORT, LONG, ALL = "short", "long", "all"
 LATE = 0.1
-"""Seconds of send lag (P99) from which the client itself is suspect."""
+"""Seconds of send lag (P99) above which the report warns that the client was too slow."""
 
 
 def read_milliseconds(text: str) -> float:
-    """Seconds.
+    """Convert a text in milliseconds to seconds.
 
     Raises:
         ValueError: the text is no number.
@@ -84,13 +85,15 @@ class Objectives:
 
     @property
     def given(self) -> bool:
+        """Whether there is any objective."""
         return any(value is not None for value in (self.ttft_short, self.ttft_long, self.itl))
 
     def is_short(self, record: Record) -> bool:
+        """Whether a request belongs to the short class."""
         return record.new_tokens <= self.short_tokens
 
     def met(self, record: Record) -> bool:
-        """A request that failed has met nothing."""
+        """Whether a request met all objectives of its class; a failed request met none."""
         ttft = self.ttft_short if self.is_short(record) else self.ttft_long
         if not record.ok or record.ttft is None or (ttft is not None and record.ttft > ttft):
             return False
@@ -100,7 +103,7 @@ class Objectives:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Linear interpolation between closest ranks, as numpy's default."""
+    """Percentiles of some values, interpolated linearly between closest ranks as numpy does."""
 
     p50: float
     p90: float
@@ -111,32 +114,32 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class ClassReport:
-    """Requests of one class. Times are of requests that succeeded."""
+    """Figures of one class. Times are those of requests that succeeded."""
 
     requests: int
     succeeded: int
     ttft: Percentiles | None
     itl: Percentiles | None
-    """Over all gaps of all answers together."""
+    """Percentiles of all gaps between tokens of all answers together."""
     latency: Percentiles | None
-    """End to end."""
+    """Seconds from the due time to the end of the answer."""
     requests_per_second: float
     prompt_tokens_per_second: float
-    """Cached ones included; see ``cached_tokens``."""
+    """Rate of prompt tokens, cached ones included."""
     output_tokens_per_second: float
     prompt_tokens: int
     cached_tokens: int | None
-    """None if the server does not report them."""
+    """Prompt tokens that were cached; None if the server does not report them."""
     output_tokens: int
     slo_attainment: float | None
     """Share of requests that met the objectives; None without objectives."""
     goodput: float | None
-    """Requests per second that met them."""
+    """Requests a second that met the objectives; None without objectives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run."""
+    """Figures of one run."""
 
     seconds: float
     planned: int
@@ -149,7 +152,7 @@ class Report:
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:
-    """None for no values."""
+    """Return the percentiles of some values; None for no values."""
     if not values:
         return None
     p50, p90, p99 = np.percentile(np.asarray(values, dtype=np.float64), (50, 90, 99))
@@ -157,7 +160,7 @@ def percentiles(values: Sequence[float]) -> Percentiles | None:
 
 
 def summarise(result: RunResult, objectives: Objectives) -> Report:
-    """The report of a run. Requests that the user cut short by interrupting count nowhere."""
+    """Make the report of a run, without the requests that Ctrl-C cut short."""
     records = [record for record in result.records if record.exchange.error != "interrupted"]
     short = [record for record in records if objectives.is_short(record)]
     long = [record for record in records if not objectives.is_short(record)]

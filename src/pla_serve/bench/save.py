@@ -1,4 +1,4 @@
-"""Results on disk: JSON that says how it came about, and the picture."""
+"""Writes results as JSON, with all that is needed to repeat the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def save_json(
     *,
     records: bool,
 ) -> None:
-    """Everything needed to read the numbers and to repeat the run. Makes the folder."""
+    """Write the results of an experiment, and make the folder if it is missing."""
     content = {
         "environment": describe(),
         "parameters": parameters,
@@ -37,6 +37,7 @@ def save_json(
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write indented JSON, and make the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
 
@@ -54,7 +55,7 @@ def _run(run: BenchRun, records: bool) -> dict[str, object]:
 
 
 def _record(record: Record) -> dict[str, object]:
-    """One request, without its text."""
+    """Return one request without its text, JSON-ready."""
     exchange = record.exchange
     return {
         "id": record.turn.id,

@@ -1,4 +1,4 @@
-"""Servers to measure: one that runs already, or fresh ones started for each run."""
+"""Servers to measure: one that is running already, or a fresh one for each run."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from pla_serve.policy.knobs import split_knobs
 from pla_serve.policy.registry import POLICIES
 
 START_SECONDS = 600.0
-"""The first start may have to fetch and convert a model."""
+"""Longest time that a server may take to start; the first start may fetch and convert a model."""
 STOP_SECONDS = 45.0
-"""A little more than the server takes to drain."""
+"""Longest time that a server may take to stop; a little more than its drain."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 class ServerError(RuntimeError):
-    """A server did not start, or is not there; the message says what to do."""
+    """Raised if a server did not start or does not answer; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerEntry:
-    """One policy with its knobs, as in ``fcfs:max-batch-tokens=512:long-chunk-tokens=256``."""
+    """A policy with knobs, such as ``fcfs:max-batch-tokens=512``, and the flags of its server."""
 
     label: str
     flags: tuple[str, ...]
 
 
 Open = Callable[[ServerEntry], AbstractContextManager[str]]
-"""Gives the base URL of a server for an entry, while entered."""
+"""Makes a context that yields the base URL of a server for an entry."""
 
 
 def parse_entries(text: str) -> tuple[ServerEntry, ...]:
-    """Comma-separated entries.
+    """Read entries that are separated by commas.
 
     Raises:
         ValueError: an entry is malformed or is named twice.
@@ -77,7 +77,7 @@ def _parse_entry(text: str) -> ServerEntry:
 
 
 def running(base_url: str) -> Open:
-    """A server that is there already; it is left as it is."""
+    """Use the server at ``base_url`` for every entry, and leave it running."""
 
     @contextmanager
     def open_server(entry: ServerEntry) -> Iterator[str]:
@@ -87,7 +87,7 @@ def running(base_url: str) -> Open:
 
 
 def fresh(serve_args: Sequence[str]) -> Open:
-    """A new ``pla-serve serve`` each time, on a free port of the loopback interface."""
+    """Start a new ``pla-serve serve`` for each run, on a free port of the loopback interface."""
 
     @contextmanager
     def open_server(entry: ServerEntry) -> Iterator[str]:
@@ -100,6 +100,7 @@ def fresh(serve_args: Sequence[str]) -> Open:
 
 
 def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -107,14 +108,14 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A server of ours to stop, in a process group of its own."""
+    """A running server that we started, in a process group of its own."""
 
     url: str
     pid: int
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stands still, with all its children, so that it takes nothing from what is measured."""
+        """Stop the server and its children meanwhile, so that they use no processor time."""
         os.killpg(self.pid, signal.SIGSTOP)
         try:
             yield
@@ -131,12 +132,12 @@ def started(
     environment: dict[str, str] | None = None,
     seconds: float = START_SECONDS,
 ) -> Iterator[Started]:
-    """Runs a server until the block ends; SIGTERM, then SIGKILL if it does not drain.
+    """Run a server until the block ends; then SIGTERM, and SIGKILL if it does not drain.
 
-    It gets a process group of its own, so that Ctrl-C reaches the bench alone.
+    The server gets a process group of its own, so that Ctrl-C reaches the bench alone.
 
     Raises:
-        ServerError: it ended or was not ready in time; the message has the end of its log.
+        ServerError: the server ended or was not ready in time; the message has the end of its log.
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -157,7 +158,7 @@ def started(
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, seconds: float) -> str | None:
-    """What went wrong, or None."""
+    """Return what went wrong, or None once the server is ready."""
     end = time.monotonic() + seconds
     with httpx.Client(trust_env=False, timeout=5.0) as client:
         while time.monotonic() < end:

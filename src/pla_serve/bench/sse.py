@@ -1,4 +1,4 @@
-"""Server-sent events of the OpenAI streaming API, read at little cost for each token."""
+"""Reads server-sent events of the OpenAI streaming API, at little cost for each token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Usage(msgspec.Struct):
 
     @property
     def cached_tokens(self) -> int | None:
-        """None if the server does not say."""
+        """Prompt tokens that were cached, or None if the server does not say."""
         return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
 
 
@@ -28,7 +28,7 @@ class StreamedDelta(msgspec.Struct):
 
 
 class StreamedChoice(msgspec.Struct):
-    """Of a chat (``delta``) or of a completion (``text``)."""
+    """Choice of a chunk: ``delta`` in a chat, ``text`` in a completion."""
 
     delta: StreamedDelta | None = None
     text: str | None = None
@@ -42,7 +42,7 @@ class StreamedChoice(msgspec.Struct):
 
 
 class StreamedEvent(msgspec.Struct):
-    """One ``data:`` payload; fields that are not needed here are skipped, not kept."""
+    """Payload of one ``data:`` line, with the fields that are needed here."""
 
     choices: list[StreamedChoice] = []
     usage: Usage | None = None
@@ -54,21 +54,26 @@ _decode = msgspec.json.Decoder(StreamedEvent).decode
 
 
 def decode(payload: bytes) -> StreamedEvent:
-    """Raises:
-    msgspec.MsgspecError: not JSON, or not a chunk of an answer.
+    """Decode a payload.
+
+    Raises:
+        msgspec.MsgspecError: it is not JSON, or no chunk of an answer.
     """
     return _decode(payload)
 
 
 class EventSplitter:
-    """Takes bytes in whatever portions they come; gives the payloads of complete events."""
+    """Splits a stream of bytes, in portions of any size, into the payloads of events."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
 
     def feed(self, portion: bytes) -> list[bytes]:
-        """Payloads that ``portion`` completes. Lines end in LF or CRLF; comments are skipped."""
+        """Return the payloads that ``portion`` completes.
+
+        Lines end in LF or CRLF; comments are skipped.
+        """
         *lines, self._rest = (self._rest + portion).split(b"\n")
         payloads = []
         for line in lines:

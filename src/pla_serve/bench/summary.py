@@ -1,4 +1,4 @@
-"""Medians over repetitions, and ratios to a baseline."""
+"""Medians over the repetitions of each entry, and their ratios to a baseline."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from pla_serve.bench.report import ALL, LONG, SHORT, Percentiles
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Medians over the repetitions of one entry; seconds and rates. None: nothing to measure."""
+    """Medians over the repetitions of one entry, in seconds and per second.
+
+    A value is None where no request gave one, for example the TTFT of a class without requests.
+    """
 
     entry: str
     runs: int
     values: dict[str, float | None]
     ratios: dict[str, float | None]
-    """To the baseline's medians."""
+    """Each value divided by the baseline's."""
 
 
 def summaries(outcome: ExperimentResult, baseline: str) -> list[Summary]:
-    """One for each entry that ran, in the order of the runs."""
+    """Return a summary of each entry that ran, in the order of the runs."""
     entries = list(dict.fromkeys(run.entry for run in outcome.runs))
     values = {entry: _medians(outcome.of(entry)) for entry in entries}
     base = values.get(baseline, {})
@@ -37,7 +40,7 @@ def summaries(outcome: ExperimentResult, baseline: str) -> list[Summary]:
 
 
 def headline(run: BenchRun) -> dict[str, float | None]:
-    """The numbers of one run that are compared."""
+    """Return the numbers of one run that summaries compare, by name."""
     numbers: dict[str, float | None] = {}
     for name in (SHORT, LONG, ALL):
         part = run.report.classes[name]

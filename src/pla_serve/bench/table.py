@@ -1,4 +1,4 @@
-"""Reports as tables on a terminal."""
+"""Reports as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMES = {"TTFT": "ttft", "ITL": "itl", "end to end": "latency"}
 
 
 def run_table(run: BenchRun, objectives: Objectives) -> RenderableType:
-    """One run: a column for each class."""
+    """Make the table of one run, with a column for each class."""
     table = _table(run.entry, "")
     parts = [run.report.classes[name] for name in (SHORT, LONG, ALL)]
     for name in (SHORT, LONG, ALL):
@@ -39,7 +39,10 @@ def run_table(run: BenchRun, objectives: Objectives) -> RenderableType:
 
 
 def comparison_table(summaries: Sequence[Summary], baseline: str) -> RenderableType:
-    """One line for each entry, medians over its runs. Columns without any value are left out."""
+    """Make the table of all entries, a line for each, with medians over its runs.
+
+    Columns without any value are left out.
+    """
     title = f"TTFT in seconds, medians over runs. x: short P90 to that of {baseline}"
     table = _table(title, "", width=12)
     columns: list[tuple[str, list[str]]] = [
@@ -108,7 +111,7 @@ def _notes(run: BenchRun) -> list[str]:
 
 
 def _seconds(value: float | None) -> str:
-    """Three figures or so: 0.012, 1.23, 45.6."""
+    """Write seconds with about three figures: 0.012, 1.23, 45.6."""
     if value is None:
         return NOTHING
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"

@@ -1,8 +1,8 @@
-"""Filler: ordinary words without meaning, of a wanted size in tokens.
+"""Filler: texts of ordinary words without meaning, of a wanted number of tokens.
 
-A piece of filler is named by a key. The same key gives the same words, and a shorter piece is the
-beginning of a longer one with the same key; that is how shared prefixes are made. The salt goes
-into every draw, so two runs with different salts have nothing in common that a cache could keep.
+A part of filler is named by a key. Equal keys give equal words, and a shorter part is the beginning
+of a longer one with the same key; that is how prompts share prefixes. The salt goes into every
+draw, so two runs with different salts share no prefix.
 """
 
 from __future__ import annotations
@@ -73,26 +73,27 @@ year yellow yes yet young
 _WORDS = tuple(_LIST.split())
 
 _MIN_WORDS = 128
-"""With fewer words that are one token each, prompts would repeat themselves; words are counted."""
+"""Fewest single-token words to draw from. With fewer, prompts would repeat themselves, so all words
+are used, and the mean tokens of a word are counted."""
 _FIRST_PLAIN_ID = 1000
-"""Below it vocabularies keep special tokens and single bytes."""
+"""First token id that is drawn; vocabularies keep special tokens and single bytes below it."""
 
 
 class Filler(Protocol):
-    """Makes prompts; pure, apart from the salt that it was made with."""
+    """Makes prompts. Equal parts give equal prompts."""
 
     def words(self, pieces: Iterable[FillerPart]) -> str:
-        """Text of about as many tokens as the pieces say, one after another."""
+        """Return a text of about as many tokens as the parts say, one after another."""
         ...
 
     def ids(self, pieces: Iterable[FillerPart]) -> list[int]:
-        """Exactly as many token ids as the pieces say."""
+        """Return exactly as many token ids as the parts say."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FillerPart:
-    """``tokens`` tokens of the endless filler named ``key``, from its start."""
+    """The first ``tokens`` tokens of the endless filler named ``key``."""
 
     key: str
     tokens: int
@@ -100,16 +101,16 @@ class FillerPart:
 
 @dataclass(frozen=True, slots=True)
 class WordFiller:
-    """Filler drawn from a list of words.
+    """Draws filler from a list of words.
 
-    Where a tokenizer is at hand, the list holds only words that are one token each after a space,
-    so a text of n words is n tokens and nothing has to be encoded while a run is being measured.
+    With a tokenizer, the list holds only words that are one token each after a space, so that a
+    text of n words has n tokens, and no text is encoded while a run is measured.
     """
 
     salt: str
     vocabulary: tuple[str, ...]
     token_ids: tuple[int, ...] | None
-    """Of ``vocabulary``, where known; else ids are drawn below ``vocabulary_size``."""
+    """Token ids of ``vocabulary``; None: ids are drawn from those below ``vocabulary_size``."""
     tokens_per_word: float = 1.0
     vocabulary_size: int = 30_000
 
@@ -135,7 +136,7 @@ class WordFiller:
 def make_filler(
     salt: str, tokenizer: Tokenizer | None = None, *, vocabulary_size: int | None = None
 ) -> WordFiller:
-    """Filler sized by ``tokenizer``, or by words if there is none."""
+    """Make filler that is sized by ``tokenizer``, or by counting words if there is none."""
     if tokenizer is None:
         return WordFiller(salt, _WORDS, None, 1.0, vocabulary_size or 30_000)
     single = _single_token_words(tokenizer)
@@ -147,16 +148,16 @@ def make_filler(
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
-    """A ``tokenizer.json``, or the one in a model folder; None if there is none."""
+    """Load a ``tokenizer.json``, or the one in a model folder; None if there is none."""
     file = path / "tokenizer.json" if path.is_dir() else path
     return Tokenizer.from_file(str(file)) if file.is_file() else None
 
 
 def calibrated(filler: WordFiller, words: int, tokens: int) -> WordFiller:
-    """The filler told that ``words`` of its words were counted as ``tokens`` by the server.
+    """Return the filler resized: the server counted ``tokens`` tokens in ``words`` words.
 
     Raises:
-        ValueError: the counts cannot be; the server's usage is not to be trusted.
+        ValueError: no tokenizer counts like that.
     """
     if words < 1 or not 0.2 <= tokens / words <= 20:
         raise ValueError(f"the server counts {tokens} tokens in {words} words; cannot size prompts")
@@ -170,12 +171,12 @@ def calibrated(filler: WordFiller, words: int, tokens: int) -> WordFiller:
 
 
 def _single_token_words(tokenizer: Tokenizer) -> dict[str, int]:
-    """Words that are one and the same token each inside a sentence."""
+    """Return words that are one token each inside a sentence, with that token's id."""
     lead = len(tokenizer.encode("the", add_special_tokens=False).ids)
     found: dict[int, list[str]] = {}
     for word in _WORDS:
         ids = tokenizer.encode(f"the {word}", add_special_tokens=False).ids
         if len(ids) == lead + 1:
             found.setdefault(ids[-1], []).append(word)
-    # An id of several words stands for the unknown.
+    # An id that several words share stands for unknown words.
     return {words[0]: token for token, words in found.items() if len(words) == 1}

@@ -1,5 +1,5 @@
-"""HTTP/1.1 at little cost for each portion of a stream: the client shares the machine with what it
-measures. httptools parses; this file keeps connections."""
+"""An HTTP/1.1 client that costs little for each portion of a stream, because it shares the machine
+with the server that it measures. httptools parses; this module keeps connections."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ import httptools
 import msgspec
 
 IDLE_SECONDS = 2.0
-"""Servers close idle connections after five seconds or more."""
+"""Longest time that a connection stays idle and is still used; servers close idle connections after
+five seconds or more."""
 
 
 class RequestTransport(Protocol):
-    """Posts a body and streams what comes back. Tests put a scripted one here."""
+    """Posts a body and streams the answer. Tests use a scripted one."""
 
     def post(
         self, path: str, body: bytes
     ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
-        """Status and the body in portions; raises OSError, of which TimeoutError is one."""
+        """Return the status and the body in portions.
+
+        Raises:
+            OSError: the request failed or, as TimeoutError, took too long.
+        """
         ...
 
 
 class HttpTransport:
-    """Connections are opened as needed, without a limit: a free one is never waited for.
+    """Sends requests over as many connections as are needed; no request waits for a free one.
 
     Args:
         base_url: with or without ``/v1``; https is checked against the system's certificates.
@@ -58,10 +63,10 @@ class HttpTransport:
             yield connection.status, connection.portions()
 
     async def get(self, path: str) -> Any:
-        """JSON.
+        """Return the JSON at a path.
 
         Raises:
-            OSError: no server, or another status than 200.
+            OSError: there is no server, or the status is not 200.
             msgspec.DecodeError: the answer is not JSON.
         """
         async with self._request(f"GET {self._prefix}{path}", "", b"") as connection:
@@ -138,7 +143,7 @@ class HttpTransport:
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time. The methods named ``on_`` are called by the parser."""
+    """A connection with one request at a time. The parser calls the methods named ``on_``."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -155,10 +160,10 @@ class _Connection(asyncio.Protocol):
         self._error: str | None = None
 
     async def ask(self, message: bytes) -> None:
-        """Sends a request; returns when the status is there.
+        """Send a request and return when the status has come.
 
         Raises:
-            ConnectionError: the connection is lost, or this is not HTTP.
+            ConnectionError: the connection was lost, or the answer is not HTTP.
         """
         self._parser = httptools.HttpResponseParser(self)
         self._begun = self._complete = self._framed = self._keep = False
@@ -171,10 +176,10 @@ class _Connection(asyncio.Protocol):
             await self._more()
 
     async def portions(self) -> AsyncIterator[bytes]:
-        """The body as it comes, in as few portions as had arrived.
+        """Yield the body as it comes; bytes that arrived together are one portion.
 
         Raises:
-            ConnectionError: it was lost before the end.
+            ConnectionError: the connection was lost before the end.
         """
         while True:
             if self._body:

@@ -1,7 +1,8 @@
-"""What is sent and when: sessions of turns, drawn from a seed before anything is sent.
+"""Built-in workload: sessions of turns, drawn from a seed before anything is sent.
 
-A session's first turn is open loop: it is due at its time whatever the server does. A later turn is
-due when the answer before it is complete and the user has thought, as with a real chat client.
+The first turn of a session is open loop: it is due at its time, however busy the server is. A later
+turn is due when the answer before it is complete and the user has thought, as with a real chat
+client.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ class BenchTurn:
 
     id: str
     kind: str
-    """Where it comes from: ``chat``, ``document`` or ``trace``. Classes go by new tokens, not by
-    this."""
+    """Origin of the request: ``chat``, ``document`` or ``trace``. Its class, short or long, depends
+    on its new tokens and not on this."""
     pieces: tuple[FillerPart, ...]
-    """The user's message, or the whole prompt of a trace."""
+    """Parts of the user's message, or of the whole prompt of a trace."""
     new_tokens: int
-    """New tokens as planned; the server's usage, where it tells them, is what counts."""
+    """New tokens as planned. Reports use the server's usage where it has one."""
     max_tokens: int
     offset: float = 0.0
-    """Seconds after the session's start before which it is not sent."""
+    """Earliest sending, in seconds after the start of the session."""
     think: float = 0.0
-    """Seconds between the answer before it and this turn."""
+    """Seconds between the previous answer and this turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class Session:
     """Seconds after the start of the run."""
     turns: tuple[BenchTurn, ...]
     remembers: bool = True
-    """Whether a prompt holds the turns and real answers before it. A trace's prompts are whole."""
+    """Whether each prompt begins with the turns and real answers before it. Prompts of a trace are
+    whole already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +61,26 @@ class BenchWorkload:
     name: str
     sessions: tuple[Session, ...]
     parameters: dict[str, object] = field(default_factory=dict)
-    """How it was made, for the record."""
+    """Settings that it was made with, for the record."""
 
     @property
     def turns(self) -> Iterator[BenchTurn]:
+        """All turns, session by session."""
         return (turn for session in self.sessions for turn in session.turns)
 
     @property
     def requests(self) -> int:
+        """Number of turns of all sessions."""
         return sum(len(session.turns) for session in self.sessions)
 
     @property
     def multi_turn(self) -> bool:
-        """Whether some prompt needs the answer before it."""
+        """Whether some prompt holds an earlier answer."""
         return any(session.remembers and len(session.turns) > 1 for session in self.sessions)
 
 
 def read_range(text: str) -> tuple[int, int]:
-    """A range such as ``2048-4096``, or one number for both ends.
+    """Read a range such as ``2048-4096``, or one number for both ends.
 
     Raises:
         ValueError: the text is neither.
@@ -89,12 +93,12 @@ def read_range(text: str) -> tuple[int, int]:
 
 
 def show_range(ends: tuple[int, int]) -> str:
-    """Text that `read_range` reads back."""
+    """Write a range as `read_range` reads it."""
     return f"{ends[0]}-{ends[1]}"
 
 
 def read_longest(text: str) -> Lmsys:
-    """Chat messages of at most so many tokens.
+    """Make the distribution of chat messages that have at most so many tokens.
 
     Raises:
         ValueError: the text is no whole number.
@@ -208,9 +212,9 @@ class WorkloadConfig:
 
 
 def generate(config: WorkloadConfig) -> BenchWorkload:
-    """Draws the workload; equal configs give equal workloads.
+    """Draw the workload; equal configs give equal workloads.
 
-    Sizes and order are drawn apart from times, so changing the rate changes nothing but times.
+    Sizes and order are drawn apart from times, so that another rate changes nothing but times.
     """
     shapes = _sessions(config)
     turns = sum(len(turns) for turns in shapes)
