@@ -2,8 +2,9 @@
 
 One process, one core, wall clock; the workload is generated first and timed apart. Requests are
 chat as in LMSYS-Chat-1M with a tenth documents, sessions of two turns in the mean, each instance
-with a finite prefix cache, at 80% load. Every decision of the router is timed, the clock's own
-time not taken off.
+with a finite prefix cache, at 80% load. The router is the one of real fleets, with its records of
+prefixes, reports, circuits and accounts. Every decision of it is timed, the clock's own time not
+taken off.
 
     python benchmarks/fleet_scale.py -o benchmarks/results/fleet_scale.json
 """
@@ -22,30 +23,12 @@ import numpy as np
 from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.registry import parse_policy
-from pla_serve.policy.routing.router import Router
 from pla_serve.simulator.cluster import Cluster
 from pla_serve.simulator.cluster_options import ClusterOptions
 from pla_serve.simulator.machine import KnownCost, load_machine
 from pla_serve.simulator.turns import OpenLoop, turns_of
 from pla_serve.simulator.workload import at_load
 from pla_serve.traces.generator import KINDS, GeneratorOptions, generate_rows
-
-
-class Timed:
-    """A router whose decisions are timed: `choose` and `dispatched`."""
-
-    def __init__(self, router: Router) -> None:
-        self._router = router
-        self.seconds: list[float] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._router, name)
-
-    def choose(self, *request: Any) -> str:
-        began = time.perf_counter()
-        found = self._router.choose(*request)
-        self.seconds.append(time.perf_counter() - began)
-        return found
 
 
 def main() -> None:
@@ -82,16 +65,16 @@ def main() -> None:
         cache_tokens=machine.kv_tokens,
     )
     began = time.perf_counter()
+    decisions: list[float] = []
     cluster = Cluster(
         fleet,
         machine,
         lambda: spec.create(config, cost),
         turns,
         OpenLoop(turns, wait=False),
+        timer=None if options.no_decision_times else time.perf_counter,
+        decided=decisions.append,
     )
-    timed = None
-    if not options.no_decision_times:
-        timed = cluster._router = Timed(cluster._router)  # type: ignore[assignment]
     processor = time.process_time()
     result = cluster.run()
     processor = time.process_time() - processor
@@ -118,8 +101,8 @@ def main() -> None:
         "short_ttft_p99_s": round(float(np.percentile(shorts, 99)), 4),
         "short_over_0.4_s": float((shorts > 0.4).mean()),
     }
-    if timed is not None:
-        times = 1e6 * np.array(timed.seconds)
+    if not options.no_decision_times:
+        times = 1e6 * np.array(decisions)
         found["decision_us"] = {
             "mean": round(float(times.mean()), 2),
             "p50": round(float(np.percentile(times, 50)), 2),

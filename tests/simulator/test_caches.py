@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.simulator.caches import Holders, SimulatedPrefixCache
+from pla_serve.simulator.caches import SimulatedPrefixCache, TurnCache
+from pla_serve.simulator.turns import SimulatedTurn
 
 
 class SlowCache:
@@ -68,23 +69,33 @@ def test_against_a_list_of_tokens(sequence: list[list[range]], capacity: int) ->
         assert fast.match(prompt) == slow.match(prompt)
 
 
-@given(prompts(), st.lists(st.integers(0, 2), min_size=25, max_size=25))
+@given(prompts(), st.lists(st.booleans(), min_size=25, max_size=25))
 @settings(deadline=None)
-def test_holders_are_those_that_match(sequence: list[list[range]], places: list[int]) -> None:
-    caches = {f"i{n}": SimulatedPrefixCache(25) for n in range(3)}
-    holders = Holders()
-    for prompt, place in zip(sequence, places, strict=False):
-        matches = {name: cache.match(prompt) for name, cache in caches.items()}
-        assert holders.cached(prompt) == {name: n for name, n in matches.items() if n}
-        holders.insert(f"i{place}", caches[f"i{place}"], prompt)
+def test_a_cache_of_turns_holds_prompts_and_answers(
+    sequence: list[list[range]], whole: list[bool]
+) -> None:
+    turns = [
+        SimulatedTurn(n, 0.0, sum(map(len, prompt)), 1, tuple(prompt), answer=(range(999, 1003),))
+        for n, prompt in enumerate(sequence)
+    ]
+    cache, slow = TurnCache(turns, 25), SlowCache(25)
+    for turn, with_answer in zip(turns, whole, strict=False):
+        assert cache.match(f"{turn.index}~2", turn.prompt_tokens) == slow.match([*turn.prompt])
+        (cache.finished if with_answer else cache.prefilled)(str(turn.index))
+        slow.insert([*turn.prompt, *turn.answer] if with_answer else [*turn.prompt])
+
+
+def test_a_turn_that_says_what_is_cached_everywhere_is_believed() -> None:
+    turns = [SimulatedTurn(0, 0.0, 9, 1, (range(9),), history=4)]
+    assert TurnCache(turns, 0).match("0", 9) == 4
 
 
 def test_a_cleared_cache_holds_nothing() -> None:
-    cache, holders = SimulatedPrefixCache(10), Holders()
-    holders.insert("a", cache, [range(5)])
-    assert holders.cached([range(9)]) == {"a": 5}
+    cache = SimulatedPrefixCache(10)
+    cache.insert([range(5)])
+    assert cache.match([range(9)]) == 5
     cache.clear()
-    assert holders.cached([range(9)]) == {}
+    assert cache.match([range(9)]) == 0
     assert cache.size == 0
 
 

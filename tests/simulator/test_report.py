@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from pla_serve.policy.cost import CostProfile
-from pla_serve.simulator.node import Totals
 from pla_serve.simulator.plot import draw
 from pla_serve.simulator.report import RunReport, load_report, report, save
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.run import SimulationResult
 from pla_serve.simulator.setting import FleetSetting, Objective, RunSpec, Setting
+from pla_serve.simulator.totals import Totals
 from pla_serve.simulator.workload import TraceWorkload
 from pla_serve.traces.rows import Row
 from tests.simulator.fleets import MACHINE

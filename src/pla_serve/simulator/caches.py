@@ -1,9 +1,11 @@
-"""Finite prefix caches, one per instance, and who holds the beginning of a prompt."""
+"""Finite prefix caches, one per instance."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+
+from pla_serve.simulator.turns import SimulatedTurn
 
 Prompt = Sequence[range]
 """Tokens as ranges of ids: equal ids are equal tokens after equal tokens."""
@@ -106,29 +108,39 @@ class SimulatedPrefixCache:
         del self._starts[place], self._stops[place], self._stamps[place]
 
 
-class Holders:
-    """Which caches hold the beginning of a prompt.
+class TurnCache:
+    """Prefix cache of one instance that serves turns. Implements `ServerCache`.
 
-    Indexed by the first token id, so that a fleet of a thousand is not asked one by one; only
-    where all prompts begin alike (one system prompt) all of them are.
+    Args:
+        turns: all requests, by row.
+        capacity: tokens; 0 keeps nothing.
     """
 
-    def __init__(self) -> None:
-        self._by_first: dict[int, dict[str, SimulatedPrefixCache]] = {}
+    def __init__(self, turns: Sequence[SimulatedTurn], capacity: int) -> None:
+        self._turns = turns
+        self._cache = SimulatedPrefixCache(capacity)
 
-    def insert(self, name: str, cache: SimulatedPrefixCache, prompt: Prompt) -> None:
-        """The cache of this name takes a prompt."""
-        if prompt and cache.capacity:
-            cache.insert(prompt)
-            self._by_first.setdefault(prompt[0].start, {})[name] = cache
+    def match(self, id: str, tokens: int) -> int:
+        """Tokens that the turn itself says are cached everywhere, or those that are held here."""
+        turn = self._turns[row_of(id)]
+        return self._cache.match(turn.prompt) if turn.history is None else turn.history
 
-    def cached(self, prompt: Prompt) -> dict[str, int]:
-        """Leading tokens held, by name; those that hold none are left out."""
-        holders = self._by_first.get(prompt[0].start) if prompt else None
-        if not holders:
-            return {}
-        found = {name: cache.match(prompt) for name, cache in holders.items()}
-        for name, tokens in found.items():
-            if not tokens:
-                del holders[name]
-        return {name: tokens for name, tokens in found.items() if tokens}
+    def prefilled(self, id: str) -> None:
+        """Keep the prompt of a turn."""
+        if self._cache.capacity:
+            self._cache.insert(self._turns[row_of(id)].prompt)
+
+    def finished(self, id: str) -> None:
+        """Keep the prompt and the answer of a turn, if its answer is known."""
+        turn = self._turns[row_of(id)]
+        if turn.answer and self._cache.capacity:
+            self._cache.insert((*turn.prompt, *turn.answer))
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._cache.clear()
+
+
+def row_of(id: str) -> int:
+    """The turn that a request is for, by the name that a router gave its attempt."""
+    return int(id.partition("~")[0])

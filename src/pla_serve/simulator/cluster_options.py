@@ -7,8 +7,8 @@ from math import isfinite
 from typing import Literal
 
 from pla_serve.policy.pools.protocol import Move
-from pla_serve.simulator.node import Totals
 from pla_serve.simulator.request import SimulatedRequest
+from pla_serve.simulator.totals import Totals
 
 
 @dataclass(frozen=True, slots=True)

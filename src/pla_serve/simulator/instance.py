@@ -7,7 +7,7 @@ policy has something to decide, and the end of a batch. Between them no time is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 
 from pla_serve.policy.cost import CostModel
@@ -15,7 +15,7 @@ from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, Prefill
 from pla_serve.simulator.request import SimulatedRequest
 
 RequestCallback = Callable[[SimulatedRequest, float], None]
-"""Told of a job and the time."""
+"""Called with a job and the time."""
 SLACK = 1e-3
 """Of a layer: a moment this close after a boundary is at it. Covers rounding of long times."""
 
@@ -48,12 +48,13 @@ class SimulatedInstance:
     Args:
         cost: the true time of a batch (the policy may believe in another).
         layers: boundaries of a pass; 1 is a device that cannot be interrupted.
-        prefilled, finished: told when a job reaches these; ``prefilled`` is its first token, unless
-            it is prefilled again after a failure.
+        prefilled, finished: called when a job reaches these. A prefill ends with the first token.
         decodes: whether jobs go on decoding here after their first token.
+        started: called when the first new token of a job begins to be computed.
+        decoded: called with every further token but the last.
 
     ``wake_at`` is when `advance` must be called next; infinite if only an arrival can change
-    anything.
+    anything. The callbacks must not call the instance.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class SimulatedInstance:
         finished: RequestCallback,
         *,
         decodes: bool = False,
+        started: RequestCallback | None = None,
+        decoded: RequestCallback | None = None,
     ) -> None:
         self.policy = policy
         self.jobs: dict[str, SimulatedRequest] = {}
@@ -82,6 +85,8 @@ class SimulatedInstance:
         self._prefilled = prefilled
         self._finished = finished
         self._decodes = decodes
+        self._started = started
+        self._decoded = decoded
         self._passes: list[SimulatedPass] = []
         """Each runs inside the one before it; the last one is computed now."""
         self._ready = 0
@@ -108,19 +113,47 @@ class SimulatedInstance:
         self.policy.start_decode(job.id, job.computed, job.arrival, now)
         self._plan(now)
 
-    def recall(self, now: float) -> list[SimulatedRequest]:
-        """Take back the jobs of which nothing was computed here, in order of submission."""
-        begun = {c.request_id for p in self._passes for c in (*p.batch.prefills, *p.batch.decodes)}
-        jobs = [
+    def not_begun(self) -> list[SimulatedRequest]:
+        """Jobs of which nothing was computed here, in order of submission."""
+        begun = self._computed_now()
+        return [
             job for job in self.jobs.values() if job.computed == job.history and job.id not in begun
         ]
-        for job in jobs:
-            self.policy.remove(job.id)
-            del self.jobs[job.id]
-        self._ready -= len(jobs)
-        if jobs:
+
+    def abort(self, id: str, now: float) -> None:
+        """Forget a job; a batch that computes it goes on to its end. Unknown ids are ignored."""
+        job = self.jobs.pop(id, None)
+        if job is None:
+            return
+        self.policy.remove(id)
+        if id not in self._computed_now():
+            self._ready -= 1
             self._plan(now)
-        return jobs
+            return
+        for at in self._passes:
+            at.batch = _without(at.batch, id)
+        if self._leave_aborted(now):
+            self.wake_at = now
+
+    def _leave_aborted(self, now: float) -> bool:
+        """Leave the passes, from the innermost on, of which all requests were aborted."""
+        left = False
+        while self._passes:
+            top = self._passes[-1]
+            if top.batch.prefills or top.batch.decodes:
+                break
+            self._passes.pop()
+            seconds = top.done * top.layer + max(0.0, now - top.resumed)
+            self.busy_seconds += seconds
+            self.policy.observe(top.batch, seconds, now)
+            if self._passes:
+                self._passes[-1].resumed = now
+            left = True
+        return left
+
+    def _computed_now(self) -> set[str]:
+        """Ids of the jobs in batches that have begun."""
+        return {c.request_id for p in self._passes for c in (*p.batch.prefills, *p.batch.decodes)}
 
     def withdraw(self) -> list[SimulatedRequest]:
         """The instance dies: all jobs that it held, and it holds none any more."""
@@ -146,6 +179,8 @@ class SimulatedInstance:
         self._complete(top, now)
         if self._passes:
             self._passes[-1].resumed = now
+            self._leave_aborted(now)
+        if self._passes:
             self._at_boundary(self._passes[-1], now)
         else:
             self._ask(now)
@@ -189,6 +224,11 @@ class SimulatedInstance:
 
     def _start(self, batch: Batch, now: float) -> None:
         self._ready -= len(batch.prefills) + len(batch.decodes)
+        if self._started is not None:
+            for chunk in batch.prefills:
+                job = self.jobs[chunk.request_id]
+                if chunk.history == job.history:
+                    self._started(job, now)
         seconds = self._cost.seconds(batch)
         self._passes.append(SimulatedPass(batch, seconds, seconds / self._layers, now))
         self._go_on(self._passes[-1], 0)
@@ -226,3 +266,14 @@ class SimulatedInstance:
         self._ready += 1
         if not decoded:
             self.policy.start_decode(job.id, job.computed, job.arrival, now)
+        elif self._decoded is not None:
+            self._decoded(job, now)
+
+
+def _without(batch: Batch, id: str) -> Batch:
+    """The rest of a batch, of which one request was aborted."""
+    return replace(
+        batch,
+        prefills=tuple(chunk for chunk in batch.prefills if chunk.request_id != id),
+        decodes=tuple(chunk for chunk in batch.decodes if chunk.request_id != id),
+    )

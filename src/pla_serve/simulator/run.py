@@ -16,10 +16,10 @@ from pla_serve.simulator.cluster_options import ClusterOptions
 from pla_serve.simulator.faults import Fault, draw_faults
 from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost
-from pla_serve.simulator.node import Totals
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.setting import RunSpec, Setting
 from pla_serve.simulator.solo import serve
+from pla_serve.simulator.totals import Totals
 from pla_serve.simulator.turns import ClosedLoop, OpenLoop, SimulatedTurn, TurnSource, turns_of
 from pla_serve.simulator.workload import TraceWorkload, uncached
 
@@ -95,7 +95,7 @@ def _solo(
     jobs = workload.jobs()
     end = serve(instance, jobs, progress)
     totals = Totals()
-    totals.add(instance)
+    totals.count(instance)
     return SimulationResult(jobs, end, totals, Totals())
 
 
@@ -138,7 +138,7 @@ def _cluster(
     result = cluster.run(progress)
     prefill, decode = Totals(), Totals()
     for name, totals in result.nodes.items():
-        _sum(decode if name.startswith("d") else prefill, totals)
+        (decode if name.startswith("d") else prefill).add(totals)
     return SimulationResult(
         result.jobs,
         result.end,
@@ -187,11 +187,3 @@ def _faults(setting: Setting, workload: TraceWorkload) -> list[Fault]:
     until = 2 * max(workload.span, workload.offered_seconds / fleet.instances)
     count = fleet.instances + fleet.decode_instances
     return draw_faults(count, fleet.fail_every, fleet.down_seconds, until, setting.seed)
-
-
-def _sum(into: Totals, totals: Totals) -> None:
-    into.busy_seconds += totals.busy_seconds
-    into.computed_tokens += totals.computed_tokens
-    into.batches += totals.batches
-    into.express_batches += totals.express_batches
-    into.failures += totals.failures

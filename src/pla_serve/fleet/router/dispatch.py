@@ -246,7 +246,7 @@ class Dispatcher:
             if facts is not None and facts.block_tokens > 1:
                 cached[name] = tokens - tokens % facts.block_tokens
         tokens = len(request.original.prompt) + len(request.tokens)
-        return RouteRequest(id, tokens, cached, deadline=request.original.deadline)
+        return RouteRequest(id, tokens, cached, request.chain.common, request.original.deadline)
 
     def _exclusions(self, request: RoutedRequest, now: float) -> Iterator[frozenset[str]]:
         """What to leave out: first all that had better not have it, last those that cannot."""

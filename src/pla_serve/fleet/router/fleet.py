@@ -52,6 +52,7 @@ class Fleet:
         routing: RoutingPolicy | None = None,
         on_change: Callable[[], None] = lambda: None,
         timer: Callable[[], float] | None = None,
+        logger: logging.Logger = log,
     ) -> None:
         """
         Args:
@@ -65,6 +66,7 @@ class Fleet:
         self._options = options = options or FleetOptions()
         self._on_change = on_change
         self._timer = timer or clock
+        self._log = logger
         self._instances = InstanceTable(options.circuit)
         self._requests: dict[str, RoutedRequest] = {}
         self._parking = Parking(later, self._place)
@@ -112,11 +114,16 @@ class Fleet:
 
     # Requests
 
-    def submit(self, request: AddRequest, receiver: NewsReceiver, tenant: str) -> None:
-        """Route a request; its messages go to ``receiver`` until it has ended or is closed."""
-        routed = RoutedRequest(
-            with_seed(request), receiver, tenant, Chain(request.prompt, request.cache_scope)
-        )
+    def submit(
+        self, request: AddRequest, receiver: NewsReceiver, tenant: str, chain: Chain | None = None
+    ) -> None:
+        """Route a request; its messages go to ``receiver`` until it has ended or is closed.
+
+        Args:
+            chain: of the prompt, if the caller knows it.
+        """
+        chain = Chain(request.prompt, request.cache_scope) if chain is None else chain
+        routed = RoutedRequest(with_seed(request), receiver, tenant, chain)
         self._requests[routed.id] = routed
         self._place(routed)
 
@@ -125,6 +132,20 @@ class Fleet:
         request = self._requests.get(id)
         if request is not None:
             self._withdraw(request)
+
+    def place_again(self, id: str) -> None:
+        """Take a request back from the instance where it waits, and place it as the fleet is now.
+
+        Requests that have their first token, that are parked, or that are unknown stay as they are.
+        """
+        request = self._requests.get(id)
+        attempt = request.attempt if request is not None else None
+        if request is None or attempt is None or attempt.first:
+            return
+        self._hand_overs.drop(request)
+        self._attempts.settle(request, attempt)
+        self._attempts.send(attempt.instance, AbortRequest(attempt.id))
+        self._place(request)
 
     def fail_all(self, reason: str) -> None:
         """End every request with an error."""
@@ -139,9 +160,9 @@ class Fleet:
         if self._instances.connected(instance, facts):
             self.dispatcher.prefixes.clear(instance.name)
         if instance.unfit:
-            log.error("%s must not serve: %s", instance.name, instance.unfit)
+            self._log.error("%s must not serve: %s", instance.name, instance.unfit)
             return
-        log.info("%s is connected (%s)", instance.name, facts.kind)
+        self._log.info("%s is connected (%s)", instance.name, facts.kind)
         self.dispatcher.join(instance, now)
         self._changed()
 
@@ -159,7 +180,9 @@ class Fleet:
     def lost(self, link: Link, reason: str) -> None:
         instance, now = self._instances.of(link), self.clock()
         instance.lost(reason)
-        log.warning("lost %s with %d requests: %s", instance.name, len(instance.attempts), reason)
+        self._log.warning(
+            "lost %s with %d requests: %s", instance.name, len(instance.attempts), reason
+        )
         ids, instance.attempts = list(instance.attempts.values()), {}
         if ids:
             instance.circuit.failed(now)
@@ -385,7 +408,7 @@ class Fleet:
 
     def _fail(self, request: RoutedRequest, reason: str) -> None:
         self._withdraw(request)
-        log.error("request %s failed: %s", request.id, reason)
+        self._log.error("request %s failed: %s", request.id, reason)
         request.receiver.fail(EngineDiedError(reason))
 
     def _withdraw(self, request: RoutedRequest) -> None:

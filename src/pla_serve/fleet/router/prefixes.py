@@ -21,9 +21,14 @@ class Chain:
     client can make collisions.
     """
 
-    __slots__ = ("_start", "_tail", "hashes")
+    __slots__ = ("_start", "_tail", "common", "hashes")
 
-    def __init__(self, tokens: Sequence[int], cache_scope: str = "") -> None:
+    def __init__(self, tokens: Sequence[int], cache_scope: str = "", common: int = 0) -> None:
+        """
+        Args:
+            common: leading tokens that every instance is known to have cached.
+        """
+        self.common = common
         self.hashes: list[int] = []
         self._start = hash(cache_scope)
         self._tail = array("q")
