@@ -283,7 +283,7 @@ def build(
         metrics,
         model,
         on_ready=announce,
-        extend=status.add_routes,
+        more_routes=status.routes,
         shared_listener=router.listen_fd is not None,
     )
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,8 +13,9 @@ from starlette.responses import Response
 from pla_serve.fleet.control.control import FleetControl
 from pla_serve.fleet.router.client import FleetClient
 from pla_serve.fleet.router.fleet_instance import FleetInstance
-from pla_serve.server.api.errors import ApiError, json_response
+from pla_serve.server.api.errors import json_response
 from pla_serve.server.api.guard import Keys
+from pla_serve.server.api.routes import Operation
 
 
 class FleetStatus:
@@ -33,13 +33,14 @@ class FleetStatus:
         self._keys = keys
         self._clock = clock
 
-    def add_routes(self, app: FastAPI) -> None:
-        @app.get("/fleet", tags=["operations"])
+    def routes(self) -> list[Operation]:
+        """The page, for clients that send one of the keys."""
+
         async def fleet(request: Request) -> Response:
-            """Instances, pools, recent moves, and how many instances there should be."""
-            if self._keys.admit(request.headers.get("authorization", "").encode()) is None:
-                raise ApiError(401, "wrong or missing API key", code="invalid_api_key")
             return json_response(self.describe())
+
+        summary = "Instances, pools, recent moves, and how many instances there should be."
+        return [Operation("GET", "/fleet", fleet, summary, keys=self._keys)]
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready. Times are seconds; ``seconds_ago`` counts back from now."""

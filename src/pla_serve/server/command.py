@@ -1,6 +1,6 @@
 """``pla-serve serve``: from flags to a running server.
 
-Modules that are slow to import (torch, transformers, FastAPI) are imported when the command runs,
+Modules that are slow to import (torch, transformers, Starlette) are imported when the command runs,
 so that ``--help`` is quick.
 """
 

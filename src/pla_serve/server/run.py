@@ -9,18 +9,18 @@ import math
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from pla_serve.server.api.app import build_app
 from pla_serve.server.api.endpoints import Service
 from pla_serve.server.api.guard import Keys, Traffic
 from pla_serve.server.api.logprobs import TokenNames
+from pla_serve.server.api.routes import ApiRoute
 from pla_serve.server.connections.acceptor import Acceptor
 from pla_serve.server.connections.descriptors import RESERVED, raise_limit
 from pla_serve.server.connections.protocol import BoundedHttp
@@ -121,7 +121,7 @@ class ApiServer:
     Args:
         backend: ends with this server.
         on_ready: called once, when the backend is ready for the first time.
-        extend: adds routes of its own to the application.
+        more_routes: returns routes of its own; called once `traffic` is there.
         shared_listener: another process holds the listening socket as well. A draining server then
             leaves new connections to its successor, instead of refusing their requests.
     """
@@ -134,7 +134,7 @@ class ApiServer:
         model: ServedModel,
         *,
         on_ready: Callable[[], None] = lambda: None,
-        extend: Callable[[FastAPI], None] = lambda app: None,
+        more_routes: Callable[[], Sequence[ApiRoute]] = tuple,
         shared_listener: bool = False,
     ) -> None:
         self._settings = settings
@@ -161,7 +161,7 @@ class ApiServer:
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )
-        config = _uvicorn_config(build_app(service, self.traffic, extend), settings)
+        config = _uvicorn_config(build_app(service, self.traffic, more_routes()), settings)
         self.connections = ConnectionRegistry(settings.limits)
         self.http = DrainingServer(config, self.stop, self.connections)
         self._drain_task: asyncio.Task[None] | None = None
@@ -262,10 +262,10 @@ class InstanceServer(ApiServer):
             metrics,
             model,
             on_ready=lambda: on_ready(self.engine),
-            extend=lambda app: self._link(app, spec.config.block_tokens),
+            more_routes=lambda: self._link_routes(spec.config.block_tokens),
         )
 
-    def _link(self, app: FastAPI, block_tokens: int) -> None:
+    def _link_routes(self, block_tokens: int) -> list[ApiRoute]:
         """Let routers in."""
         settings = self._settings
         hub = LinkHub(
@@ -276,7 +276,7 @@ class InstanceServer(ApiServer):
             block_tokens=block_tokens,
             role=settings.role,
         )
-        hub.add_routes(app)
+        return hub.routes()
 
 
 def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:

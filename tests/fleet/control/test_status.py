@@ -6,7 +6,6 @@ import io
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 from starlette.testclient import TestClient
@@ -18,6 +17,7 @@ from pla_serve.fleet.status import ControlMetrics, FleetStatus
 from pla_serve.fleet.status_view import show
 from pla_serve.policy.pools.balance import BalanceController
 from pla_serve.server.api.guard import Keys
+from pla_serve.server.api.routes import Api
 from tests.fleet.control.fluid_fleet import FACTS, FakeLink
 
 
@@ -86,11 +86,7 @@ def test_signal_is_a_metric() -> None:
 
 @pytest.mark.parametrize(("key", "code"), [(None, 401), ("wrong", 401), ("secret", 200)])
 def test_page_asks_for_a_key_where_there_are_keys(key: str | None, code: int) -> None:
-    from pla_serve.server.api.app import _add_errors
-
-    app = FastAPI()
-    _add_errors(app)
-    Fleet("secret").status.add_routes(app)
+    app = Api(Fleet("secret").status.routes())
     headers = {"authorization": f"Bearer {key}"} if key else {}
     assert TestClient(app).get("/fleet", headers=headers).status_code == code
 

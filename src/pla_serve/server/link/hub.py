@@ -9,13 +9,14 @@ from collections.abc import Callable
 from itertools import count
 
 import msgspec
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from pla_serve.server.api.errors import ApiError, invalid, json_response
 from pla_serve.server.api.guard import Keys, Traffic
+from pla_serve.server.api.routes import ApiRoute, Operation
 from pla_serve.server.engine.client import EngineClient
 from pla_serve.server.link.router_link import RouterLink
 from pla_serve.wire.codec import BadMessage, WireError, instance_frames
@@ -88,13 +89,17 @@ class LinkHub:
         self._pinged_at = 0.0
         engine.watch(self)
 
-    def add_routes(self, app: FastAPI) -> None:
-        app.add_api_websocket_route(PATH, self.serve)
+    def routes(self) -> list[ApiRoute]:
+        """The link itself, and a page of what it says."""
 
-        @app.get("/fleet/instance", tags=["operations"])
         async def instance(request: Request) -> Response:
-            """What routers are told, for people."""
             return json_response(self.describe())
+
+        summary = "Facts and report of this instance, as routers get them."
+        return [
+            Operation("GET", "/fleet/instance", instance, summary),
+            WebSocketRoute(PATH, self.serve),
+        ]
 
     def describe(self) -> dict[str, object]:
         return {
