@@ -183,8 +183,11 @@ class InstanceLink:
             self._lose(reason)
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
-            await self._hang_up(socket)
+            try:
+                await asyncio.wait(tasks)
+                await self._say_goodbye(socket)
+            finally:
+                socket.transport.abort()  # also where this task is cancelled meanwhile
         return reason
 
     async def _open(self) -> ClientConnection:
@@ -309,10 +312,9 @@ class InstanceLink:
             log.log(level, "lost %s: %s", self._url, reason)
             self._events.lost(self, reason)
 
-    async def _hang_up(self, socket: ClientConnection) -> None:
-        """Politely where that is no use to anyone else's latency: requests move at once."""
+    async def _say_goodbye(self, socket: ClientConnection) -> None:
+        """Close the connection politely, unless requests wait to be moved elsewhere."""
         if self._closing.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await socket.close()
-        socket.transport.abort()
