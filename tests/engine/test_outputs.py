@@ -67,8 +67,8 @@ def serve_at_random(engine: Engine, name: str, rng: Random, count: int, aborts: 
 
 def assert_at_rest(engine: Engine) -> None:
     """Nothing is left of any request."""
-    assert not engine.loop._roster
-    assert not engine.loop._roster._unstarted
+    assert not engine.loop._requests
+    assert not engine.loop._requests._waiting
     assert not len(engine.parts.gate)
     kv = engine.parts.kv
     assert kv.available == kv.blocks

@@ -260,7 +260,7 @@ def test_shorts_wait_for_no_more_layers(seed: int, depth: int) -> None:
     prepare = late.engine.loop._preparation.prepare
 
     def watch(batch):  # type: ignore[no-untyped-def]
-        before = late.engine.loop._booking.dispatched
+        before = late.engine.loop._settlement.dispatched
         if batch.kind is BatchClass.LONG and before is not None and before.whole:
             assert before.ended.done(), "a long batch is enqueued behind a running one"
         for chunk in batch.prefills:

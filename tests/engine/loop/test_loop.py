@@ -104,12 +104,12 @@ def test_numbers_are_told_again_only_if_they_changed() -> None:
     engine = make_engine("llama", policy)
     for request_id, prompt in (("same", [1] * 9), ("other", [2] * 9)):
         engine.add(request_id, prompt, max_tokens=1)
-    engine.loop._take_inbox()
+    engine.loop._inbox.take()
     assert [(a.id, a.history) for a in policy.adds] == [("same", 0), ("other", 0)]
     kv, table = engine.parts.kv, BlockTable()
     kv.reserve([1] * 9, table)
     kv.remember([1] * 9, 9, table)
-    engine.loop._roster.refresh()
+    engine.loop._requests.refresh()
     assert [(a.id, a.history) for a in policy.adds[2:]] == [("same", 8)]
 
 

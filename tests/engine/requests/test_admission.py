@@ -119,7 +119,7 @@ def test_who_leaves_in_time_teaches_nothing_and_who_waited_in_vain_does_once() -
     engine = make_engine("llama", create_policy("fcfs", PolicyConfig(), cost), cost=cost)
     calibration = engine.parts.intake.calibration
     engine.add("waits", [1] * 20)
-    engine.loop._take_inbox()
+    engine.loop._inbox.take()
     engine.abort("waits")
     engine.abort("waits")
     engine.run()
@@ -127,7 +127,7 @@ def test_who_leaves_in_time_teaches_nothing_and_who_waited_in_vain_does_once() -
     cost = CostModel(CostProfile(1.0, 0, 0, 0, 0))
     patient = make_engine("llama", create_policy("fcfs", PolicyConfig(), cost), cost=cost)
     patient.add("leaves", [1] * 20)
-    patient.loop._take_inbox()
+    patient.loop._inbox.take()
     patient.abort("leaves")
     patient.run()
     assert patient.parts.intake.calibration.error(True) == 0

@@ -120,9 +120,9 @@ def test_the_victim_is_the_least_entitled(
         everyone.append(one)
     me = everyone[growing % len(everyone)]
     victim = gate.victim(me)
-    worse = [s for s in everyone if s.rank > me.rank and not s.in_flight]
+    worse = [s for s in everyone if s.precedence > me.precedence and not s.in_flight]
     if not worse:
         assert victim is None
     else:
         assert victim is not None
-        assert victim.rank == max(s.rank for s in worse)
+        assert victim.precedence == max(s.precedence for s in worse)

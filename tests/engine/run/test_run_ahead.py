@@ -114,7 +114,7 @@ def test_tokens_that_come_late_are_the_right_ones(seed: int, aborts: bool) -> No
     """Express batches are booked long after they were enqueued, in the middle of others."""
     engine = engine_on(FakeDevice(), ChaosPolicy(seed, express=0.5))
     serve_at_random(engine, "llama", Random(seed), count=8, aborts=aborts)
-    assert not engine.loop._booking.under_way
+    assert not engine.loop._settlement.pending
 
 
 # Those that interrupt a prefill.
@@ -130,4 +130,4 @@ def test_policies_bear_to_hear_late(name: str, seed: int) -> None:
     )
     engine = engine_on(FakeDevice(), create_policy(name, config, CostModel()))
     serve_at_random(engine, "llama", rng, count=8, aborts=True)
-    assert not engine.loop._booking.under_way
+    assert not engine.loop._settlement.pending

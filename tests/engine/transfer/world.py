@@ -227,7 +227,7 @@ def check_block(node: Node, address: int) -> None:
     assert kv._pool.holders(block) == 1, f"block {block} has {kv._pool.holders(block)} holders"
     assert block not in kv._tree._by_block, f"block {block} is in the prefix cache"
     waiting = {r.sequence.id for r in node.exchange._reservations._reservations.values()}
-    for sequence in node.engine.loop._roster._sequences.values():
+    for sequence in node.engine.loop._requests._sequences.values():
         if block in sequence.table.blocks:
             assert sequence.id in waiting, f"block {block} is used by {sequence.id}"
 
@@ -235,8 +235,8 @@ def check_block(node: Node, address: int) -> None:
 def at_rest(node: Node) -> None:
     """Nothing is left of anything, except in the prefix cache."""
     exchange = node.exchange
-    assert not node.engine.loop._roster
-    assert not node.engine.loop._roster._unstarted
+    assert not node.engine.loop._requests
+    assert not node.engine.loop._requests._waiting
     assert not len(node.engine.parts.gate)
     assert not len(exchange._offers)
     assert not len(exchange._reservations)

@@ -1,1 +1,1 @@
-"""A batch as data: flat tokens, block tables, and the buffers that carry them to a device."""
+"""Batches as data: flat tokens, block tables, and the buffers that carry them to a device."""

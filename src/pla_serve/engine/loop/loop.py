@@ -1,50 +1,45 @@
-"""The engine's loop: takes requests, runs what the policy decides, emits tokens.
+"""The engine's loop: takes requests, runs the batches that the policy decides on, emits tokens.
 
-A batch can be left at each layer boundary. There the loop takes what has arrived and asks the
-policy whether something goes first; that batch runs to its end, and the outer one goes on.
+One step asks the policy for a batch and runs it. A long batch runs layer by layer, and at each
+layer boundary the loop takes messages and asks the policy whether something goes first. Such a
+nested batch runs to its end, and then the outer batch goes on::
 
-On a device that works by itself the loop is one batch ahead: it asks the policy for the next one,
-and enqueues it, before it waits for the one that runs. See `booking`.
+    step                 messages -> policy.next -> prepare -> forward ------------> settle
+    layer boundary                                             | messages
+                                                               | policy.at_layer_boundary
+                                                               | prepare -> forward -> settle
+
+Four objects share the work: `RequestInbox` turns messages into requests, `RequestTable` knows the
+state of each request, `BatchPreparation` gives batches their KV memory, and `BatchSettlement` emits
+tokens. On a GPU the loop is one batch ahead: see `pla_serve.engine.loop.settle`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.loop.parts import EngineParts
-from pla_serve.engine.loop.prepare import Preparation
+from pla_serve.engine.loop.batches import BatchMember, BatchTimes, EnqueuedBatch
+from pla_serve.engine.loop.inbox import RequestInbox
+from pla_serve.engine.loop.parts import EngineParts, LoopContext
+from pla_serve.engine.loop.prepare import BatchPreparation
+from pla_serve.engine.loop.reports import EngineReports
 from pla_serve.engine.loop.requests import RequestTable
-from pla_serve.engine.loop.running import BatchMember, BatchTimes, EnqueuedBatch
-from pla_serve.engine.loop.settle import Booking
+from pla_serve.engine.loop.settle import BatchSettlement
 from pla_serve.engine.loop.telemetry import Telemetry
 from pla_serve.engine.run.executor import Executed
+from pla_serve.engine.run.runner import PassAbandoned
 from pla_serve.engine.sampling import TokenChoice
-from pla_serve.engine.transfer.protocol import TransferMessage, receive
 from pla_serve.policy.protocol import Batch, Idle, Run, Wait
-from pla_serve.wire.engine import (
-    AbortRequest,
-    Accepted,
-    AddRequest,
-    Inbound,
-    Lend,
-    Outbound,
-    Rejected,
-    Reserve,
-)
-
-
-class _Abandoned(Exception):
-    """Everyone in the running batch is over."""
+from pla_serve.wire.engine import Inbound, Outbound
 
 
 class EngineLoop:
-    """Single-threaded; ``step`` is called again and again.
+    """Serves requests in one thread, by calls of `step`.
 
     Args:
-        inbox: messages that have arrived since it was called last; never blocks.
+        inbox: returns the messages that have arrived since its last call. Never blocks.
         emit: takes messages as they are made, also in the middle of a batch.
-        clock: seconds, monotonic, the clock of `AddRequest.arrival`.
+        clock: monotonic seconds, the clock of `AddRequest.arrival`.
     """
 
     def __init__(
@@ -57,292 +52,195 @@ class EngineLoop:
     ) -> None:
         self._parts = parts
         self._policy = parts.policy
-        self._kv = parts.kv
-        self._exchange = parts.exchange
-        self._inbox = inbox
-        self._emit = emit
-        self._clock = clock
         self._executor = parts.executor
-        self._device = self._executor.device
-        self._goes_ahead = (
-            parts.async_scheduling and self._device.asynchronous and self._executor.carries
-        )
+        self._device = parts.executor.device
+        self._clock = clock
         self._telemetry = Telemetry()
-        self._roster = RequestTable(parts, self._telemetry, clock)
-        self._booking = Booking(parts, self._roster, self._telemetry, emit=emit, clock=clock)
-        self._preparation = Preparation(
-            parts, self._roster, self._booking, self._telemetry, emit=emit, clock=clock
-        )
-        self._frame = BatchTimes(0.0)
-        """Of the running batch; one of no account if there is none."""
-        self._idle_blocks: int | None = None
-        """Free KV blocks, as reported since there is nothing to do; None while there is."""
+        context = LoopContext(parts, emit, clock, self._telemetry)
+        self._requests = RequestTable(context)
+        self._inbox = RequestInbox(context, self._requests, inbox)
+        self._settlement = BatchSettlement(context, self._requests)
+        self._preparation = BatchPreparation(context, self._requests, self._settlement)
+        self._reports = EngineReports(context)
+        self._times = BatchTimes(0.0)
+        """Times of the batch that is being enqueued. Between batches nobody reads them."""
 
     def step(self) -> float | None:
-        """Run at most one batch, and what goes before it at its layer boundaries.
+        """Run at most one batch of the policy's choice, and what goes before it inside it.
 
         Returns how long the loop may be left alone: 0 if there is more to do, some seconds, or
         None until a message comes.
         """
-        self._take_inbox()
-        self._unpark()
-        self._roster.refresh()
-        self._make_way_for_longs()
+        self._inbox.take()
+        self._requests.resume_parked()
+        self._requests.refresh()
+        self._settle_before_long()
         decision = self._policy.next(self._clock())
-        if self._booking.under_way and not isinstance(decision, Run):
-            # How the batch that runs ends may change the decision.
-            self._land_all("nothing")
+        if self._settlement.pending and not isinstance(decision, Run):
+            # What the running batch brings may change the decision.
+            self._settle_all("nothing")
             return 0.0
         if isinstance(decision, Idle):
-            # What is kept for other instances comes free after the last request has ended.
-            if self._idle_blocks != self._kv.available:
-                self._report()
-                self._idle_blocks = self._kv.available
-            return 0.0 if self._executor.use_idle_time() else self._exchange.pause(self._clock())
-        self._idle_blocks = None
+            return self._idle()
+        self._reports.end_idle()
         if isinstance(decision, Wait):
-            now = self._clock()
-            pause = self._exchange.pause(now)
-            left = max(0.0, decision.until - now)
-            return left if pause is None else min(left, pause)
+            return self._pause_until(decision.until)
         self._run(decision.batch)
-        self._report_if_due()
+        self._reports.send_if_due()
         return 0.0
 
-    # Requests in, and out before their time
+    def _idle(self) -> float | None:
+        """Report that there is nothing to do, and use the time."""
+        self._reports.send_idle()
+        if self._executor.use_idle_time():
+            return 0.0
+        return self._parts.exchange.pause(self._clock())
 
-    def _take_inbox(self) -> None:
-        for message in self._inbox():
-            if isinstance(message, AbortRequest):
-                self._abort(message.id)
-            elif isinstance(message, AddRequest):
-                self._add(message)
-            else:
-                self._exchange_message(message)
-        self._take_arrivals()
-
-    def _add(self, request: AddRequest) -> None:
-        refusal = self._taken_id(request.id) or self._exchange.refuses(request)
-        if refusal is not None:
-            self._emit(refusal)
-            return
+    def _pause_until(self, until: float) -> float:
+        """Return the seconds until the policy, or KV transfer, wants to be asked again."""
         now = self._clock()
-        admitted = self._parts.intake.admit(request, now)
-        if isinstance(admitted, Rejected):
-            self._emit(admitted)
-            return
-        sequence, numbers = admitted
-        self._roster.enter(sequence)
-        self._roster.await_start(sequence)
-        self._emit(Accepted(request.id, numbers.history))
-        self._policy.add(numbers, now)
+        pause = self._parts.exchange.pause(now)
+        left = max(0.0, until - now)
+        return left if pause is None else min(left, pause)
 
-    def _taken_id(self, request_id: str) -> Rejected | None:
-        if self._roster.get(request_id) is None:
-            return None
-        reason = f"request {request_id} runs already; ids must be unique"
-        return Rejected(id=request_id, reason=reason, retry_after=None)
+    # Running batches
 
-    def _abort(self, request_id: str) -> None:
-        sequence = self._roster.get(request_id)
-        if sequence is None:
-            self._exchange.release(request_id)
-        elif not sequence.over:
-            self._exchange.abandon(sequence)
-            self._parts.intake.settle(sequence, self._clock(), served=False)
-            self._roster.end(sequence)
-
-    # KV from and for other engines
-
-    def _exchange_message(self, message: TransferMessage) -> None:
-        fresh = isinstance(message, (Reserve, Lend))
-        refusal = self._taken_id(message.id) if fresh else None
-        if refusal is not None:
-            self._emit(refusal)
-            return
-        answer, sequence = receive(self._exchange, message, self._clock())
-        if sequence is not None:
-            self._roster.enter(sequence)
-        if answer is not None:
-            self._emit(answer)
-
-    def _take_arrivals(self) -> None:
-        """Go on with what other engines have begun."""
-        if not self._exchange.pending:
-            return
-        now = self._clock()
-        for sequence, end in self._exchange.poll(now):
-            if end is not None:
-                self._emit(end)
-                self._roster.discard(sequence)
-                continue
-            self._kv.remember(sequence.tokens, sequence.computed, sequence.table)
-            if not sequence.table.blocks:
-                self._roster.await_start(sequence)
-                self._policy.add(sequence.prefill(self._roster.look_up(sequence)), now)
-            elif sequence.generated and sequence.computed == len(sequence.tokens) - 1:
-                arrival = sequence.request.arrival
-                self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
-            else:
-                self._policy.add(sequence.prefill(sequence.computed), now)
-
-    def _unpark(self) -> None:
-        """Whoever waited for memory and has it now."""
-        if not len(self._parts.gate):
-            return
-        now = self._clock()
-        for sequence in self._parts.gate.unpark(now):
-            self._policy.add(sequence.prefill(sequence.computed), now)
-
-    # Batches
-
-    def _run(self, batch: Batch, nested: bool = False) -> bool:
-        """Compute what of ``batch`` memory allows; False if that is nothing."""
+    def _run(self, batch: Batch, *, nested: bool = False) -> bool:
+        """Run the part of ``batch`` that has its KV memory. Returns False if there is none."""
         batch, members = self._preparation.prepare(batch)
         if not members:
             return False
-        if self._booking.dispatched is not None:
+        if self._settlement.dispatched is not None:
             self._telemetry.steps_ahead += 1
-        outer, self._frame = self._frame, BatchTimes(self._clock())
+        enqueued = self._enqueue(batch, members, nested)
+        if nested:
+            self._finish_nested(enqueued)
+        else:
+            self._finish(enqueued)
+        return True
+
+    def _enqueue(self, batch: Batch, members: list[BatchMember], nested: bool) -> EnqueuedBatch:
+        """Enqueue the forward pass and the choice of tokens. On a CPU that computes them.
+
+        A batch whose requests were all aborted is abandoned at a layer boundary: it has no choice.
+        """
+        outer_times, self._times = self._times, BatchTimes(self._clock())
         began = self._device.record()
-        whole = False
-        choice: TokenChoice | None = None
+        whole, choice = False, None
         try:
             executed = self._forward(batch, members)
-            whole, choice = executed.whole, self._choose(members, executed)
-        except _Abandoned:
+            whole, choice = executed.whole, self._choose_tokens(members, executed)
+        except PassAbandoned:
             pass
         finally:
-            frame, self._frame = self._frame, outer
-        ended = self._device.record()
-        flight = EnqueuedBatch(
+            times, self._times = self._times, outer_times
+        return EnqueuedBatch(
             batch=batch,
             members=members,
             choice=choice,
-            frame=frame,
-            outer=outer,
+            times=times,
+            outer_times=outer_times,
             nested=nested,
             whole=whole,
             began=began,
-            ended=ended,
+            ended=self._device.record(),
         )
-        if not nested:
-            self._follow(flight)
-        elif whole and self._device.asynchronous:
-            # The device computes on while the host enqueues the next layer of the outer batch.
-            self._booking.keep(flight)
-            self._booking.land_done()
-        else:
-            self._booking.land_all()
-            self._booking.land(flight)
-        return True
-
-    def _follow(self, flight: EnqueuedBatch) -> None:
-        """A batch of its own is enqueued: book those before it, and this one or go ahead of it."""
-        self._land_all()
-        if not self._goes_ahead:
-            self._land(flight)
-            return
-        reason = self._booking.waits_for(flight)
-        if reason is None:
-            self._booking.dispatch(flight)
-        else:
-            self._telemetry.steps_waited[reason] += 1
-            self._land(flight)
-
-    def _make_way_for_longs(self) -> None:
-        """Nothing long is decided on while a whole batch is before the device: what is short and
-        comes meanwhile would find itself behind it."""
-        flight = self._booking.dispatched
-        if flight is None or not flight.whole or flight.ended.done():
-            return
-        if self._policy.state(self._clock()).long_requests:
-            self._land_all("long")
-
-    def _land_all(self, reason: str | None = None) -> None:
-        if not self._booking.finished:
-            self._use_wait()
-        self._booking.land_all(reason)
-
-    def _land(self, flight: EnqueuedBatch) -> None:
-        if not flight.ended.done():
-            self._use_wait()
-        self._booking.land(flight)
-
-    def _use_wait(self) -> None:
-        """The device computes: a good time for what has to be done before the next batch."""
-        self._take_inbox()
-        self._roster.refresh()
 
     def _forward(self, batch: Batch, members: list[BatchMember]) -> Executed:
-        spans = [_span(member) for member in members]
-        coming = self._booking.coming if any(s.carried is not None for s in spans) else None
+        spans = [member.span() for member in members]
+        carries = any(span.carried is not None for span in spans)
+        carried = self._settlement.dispatched_tokens if carries else None
         handing_over = [
-            (m.sequence, m.sequence.enqueued + m.tokens)
-            for m in members
-            if m.sequence.request.hand_over is not None
+            (member.sequence, member.sequence.enqueued + member.tokens)
+            for member in members
+            if member.sequence.request.hand_over is not None
         ]
         layers = 0
 
         def at_boundary() -> None:
             nonlocal layers
             if layers and handing_over:
-                self._exchange.layers_computed(handing_over, layers)
+                self._parts.exchange.layers_computed(handing_over, layers)
             layers += 1
-            while True:
-                self._take_inbox()
-                self._booking.land_done()
-                if all(member.sequence.over for member in members):
-                    raise _Abandoned
-                self._unpark()
-                self._report_if_due()
-                if self._booking.dispatched is not None:
-                    return  # the batch before this one still runs: nothing could go first
-                express = self._policy.at_layer_boundary(self._clock(), batch)
-                if express is None or not self._run(express, nested=True):
-                    return
+            self._at_layer_boundary(batch, members)
 
-        return self._executor.forward(spans, at_boundary, coming)
+        return self._executor.forward(spans, at_boundary, carried)
 
-    def _choose(self, members: list[BatchMember], executed: Executed) -> TokenChoice:
-        """Enqueue the choice of the next token of each member that yields one."""
+    def _at_layer_boundary(self, batch: Batch, members: list[BatchMember]) -> None:
+        """Take messages, and run what the policy puts before the next layer of ``batch``.
+
+        Raises:
+            PassAbandoned: all requests of the batch have been aborted.
+        """
+        while True:
+            self._inbox.take()
+            self._settlement.settle_finished()
+            if all(member.sequence.over for member in members):
+                raise PassAbandoned
+            self._requests.resume_parked()
+            self._reports.send_if_due()
+            if self._settlement.dispatched is not None:
+                return  # the batch before this one still runs: nothing could go first
+            express = self._policy.at_layer_boundary(self._clock(), batch)
+            if express is None or not self._run(express, nested=True):
+                return
+
+    def _choose_tokens(self, members: list[BatchMember], executed: Executed) -> TokenChoice:
         yielding = [member.sequence.sampling for member in members if member.yields]
         return self._parts.sampler.choose(executed.logits, yielding)
 
-    # Reports
+    # Settling batches, or going ahead of the device
 
-    def _report_if_due(self) -> None:
-        if self._telemetry.due(self._clock()):
-            self._report()
+    def _finish(self, batch: EnqueuedBatch) -> None:
+        """Settle the batches before ``batch``, and dispatch it, or settle it as well."""
+        self._settle_all()
+        reason = None
+        if self._schedules_ahead:
+            reason = self._settlement.reason_to_settle(batch)
+            if reason is None:
+                self._settlement.dispatch(batch)
+                return
+            self._telemetry.steps_waited[reason] += 1
+        if not batch.ended.done():
+            self._use_wait()
+        self._settlement.settle(batch)
 
-    def _report(self) -> None:
-        now = self._clock()
-        self._emit(
-            self._telemetry.report(
-                now,
-                queue=self._policy.state(now),
-                kv=self._kv,
-                parked=len(self._parts.gate),
-                cost=self._parts.cost,
-                waits=self._parts.intake.calibration,
-                transfer=self._exchange.stats(),
-                graphs=self._executor.counts(),
-            )
-        )
+    def _finish_nested(self, batch: EnqueuedBatch) -> None:
+        """Settle a nested batch, unless the device still computes all of it.
 
+        The host then goes on to enqueue the next layer of the outer batch.
+        """
+        if batch.whole and self._device.asynchronous:
+            self._settlement.settle_later(batch)
+            self._settlement.settle_finished()
+        else:
+            self._settlement.settle_all()
+            self._settlement.settle(batch)
 
-def _span(member: BatchMember) -> SpanRequest:
-    sequence = member.sequence
-    start = sequence.enqueued
-    tokens = sequence.tokens[start : start + member.tokens]
-    carried = None
-    if len(tokens) < member.tokens:
-        tokens, carried = [0], sequence.coming
-        assert carried is not None
-    return SpanRequest(
-        tokens=tokens,
-        history=start,
-        runs=sequence.table.runs(),
-        wants_logits=member.yields,
-        carried=carried,
-    )
+    @property
+    def _schedules_ahead(self) -> bool:
+        """Whether the next batch is decided on while the device computes this one."""
+        return self._parts.async_scheduling and self._device.asynchronous and self._executor.carries
+
+    def _settle_before_long(self) -> None:
+        """Settle a dispatched batch that runs without layer boundaries, if long prefills wait.
+
+        A long batch enqueued behind it could not be left before that batch has ended, so shorts
+        that arrive meanwhile would wait longer.
+        """
+        batch = self._settlement.dispatched
+        if batch is None or not batch.whole or batch.ended.done():
+            return
+        if self._policy.state(self._clock()).long_requests:
+            self._settle_all("long")
+
+    def _settle_all(self, reason: str | None = None) -> None:
+        """See `BatchSettlement.settle_all`."""
+        if not self._settlement.finished:
+            self._use_wait()
+        self._settlement.settle_all(reason)
+
+    def _use_wait(self) -> None:
+        """Do what has to be done before the next batch anyway, while the device computes."""
+        self._inbox.take()
+        self._requests.refresh()

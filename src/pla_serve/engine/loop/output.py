@@ -1,4 +1,4 @@
-"""What a sampled token means for its sequence, and what is said of it."""
+"""Turns a sampled token into a message, and decides whether its sequence ends with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pla_serve.wire.engine import FinishReason, Output
 
 
 def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Output:
-    """Append the token to ``sequence``; the message that carries it, and why it ends, if it does.
+    """Append the token to ``sequence`` and return the message that carries it.
+
+    The message has a finish reason if the sequence ends with the token. Without a token, because
+    the logits were broken or a grammar excludes all tokens, the reason is "error".
 
     Args:
         max_model_len: most tokens of prompt and output together.
@@ -21,7 +24,7 @@ def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Outp
         id=sequence.id,
         tokens=[sampled.token],
         logprobs=None if sampled.logprob is None else [sampled.logprob],
-        finish_reason=_ends(sequence, sampled, max_model_len),
+        finish_reason=_finish_reason(sequence, sampled, max_model_len),
         stop_token=sampled.token if sampled.stopped else None,
         cached_tokens=sequence.cached_tokens if first else None,
         queued=sequence.queued_seconds if first else None,
@@ -29,21 +32,21 @@ def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Outp
 
 
 def ends_with_next(sequence: Sequence, max_model_len: int) -> bool:
-    """Whether ``sequence`` ends with its next token, whatever that is."""
+    """Return whether ``sequence`` ends with its next token, whichever token that is."""
     return _certain_end(sequence, 1, max_model_len) is not None
 
 
-def _ends(sequence: Sequence, sampled: Sampled, max_model_len: int) -> FinishReason | None:
+def _finish_reason(sequence: Sequence, sampled: Sampled, max_model_len: int) -> FinishReason | None:
     if sampled.stopped or sampled.grammar_finished:
         return "stop"
     return _certain_end(sequence, 0, max_model_len)
 
 
-def _certain_end(sequence: Sequence, coming: int, max_model_len: int) -> FinishReason | None:
-    """What ends it after ``coming`` more tokens, if no stop does before."""
+def _certain_end(sequence: Sequence, more: int, max_model_len: int) -> FinishReason | None:
+    """Return why ``sequence`` ends after ``more`` tokens that are no stop tokens, if it does."""
     if (
-        sequence.generated + coming >= sequence.request.sampling.max_tokens
-        or len(sequence.tokens) + coming >= max_model_len
+        sequence.generated + more >= sequence.request.sampling.max_tokens
+        or len(sequence.tokens) + more >= max_model_len
     ):
         return "length"
     return None if sequence.request.hand_over is None else "handed_over"

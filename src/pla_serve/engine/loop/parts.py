@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pla_serve.engine.kv.manager import KVManager
+from pla_serve.engine.loop.telemetry import Telemetry
 from pla_serve.engine.requests.admission import Intake
 from pla_serve.engine.requests.memory import MemoryGate
 from pla_serve.engine.run.executor import Executor
@@ -12,6 +14,7 @@ from pla_serve.engine.sampling import Sampler
 from pla_serve.engine.transfer.protocol import KVExchange, NoKVExchange
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy
+from pla_serve.wire.engine import Outbound
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +39,16 @@ class EngineParts:
     """Moves KV from and to other engines."""
     async_scheduling: bool = True
     """See `EngineConfig.async_scheduling`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopContext:
+    """Everything that the objects of one loop share."""
+
+    parts: EngineParts
+    emit: Callable[[Outbound], None]
+    """Sends a message to the server."""
+    clock: Callable[[], float]
+    """Monotonic seconds, the clock of `AddRequest.arrival`."""
+    telemetry: Telemetry
+    """Counters for reports."""

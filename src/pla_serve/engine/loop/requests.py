@@ -1,93 +1,120 @@
-"""Every request that the engine has, and what the policy goes by while it waits for its prefill."""
+"""Every request that the engine has, and the states that it goes through."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from pla_serve.engine.loop.parts import EngineParts
-from pla_serve.engine.loop.telemetry import Telemetry
+from pla_serve.engine.loop.parts import LoopContext
 from pla_serve.engine.requests.sequence import Sequence
 
 REFRESH = 8
-"""Waiting requests whose cached prefix is looked up again in one step, if the cache changed."""
+"""Most waiting requests whose cached prefix is looked up again in one step."""
 
 
 class RequestTable:
-    """Sequences by id, from admission until nothing is left to be done for them."""
+    """Sequences by request id, and the changes of state that the policy hears of.
 
-    def __init__(
-        self, parts: EngineParts, telemetry: Telemetry, clock: Callable[[], float]
-    ) -> None:
+    ====================  =========================================================================
+    state                 meaning, and how a sequence gets there
+    ====================  =========================================================================
+    waiting               the policy has it, and its prefix is looked up again when the prefix
+                          cache changes (`wait`; `preempt`, which takes its KV)
+    parked                it waits for KV blocks in the memory gate, unknown to the policy
+    started               it has its KV blocks (`start`; `resume_parked` after parking)
+    over                  it has ended, and batches or transfers still write to its blocks (`end`)
+    ====================  =========================================================================
+
+    A sequence that is over and written to by nobody is removed.
+    """
+
+    def __init__(self, context: LoopContext) -> None:
+        parts = context.parts
         self._policy = parts.policy
         self._kv = parts.kv
         self._gate = parts.gate
         self._exchange = parts.exchange
-        self._telemetry = telemetry
-        self._clock = clock
+        self._telemetry = context.telemetry
+        self._clock = context.clock
         self._sequences: dict[str, Sequence] = {}
-        self._unstarted: dict[str, Sequence] = {}
-        """Wait for their first chunk; in the order in which their prefix is looked up again."""
+        self._waiting: dict[str, Sequence] = {}
+        """Sequences in state waiting. The first one's prefix is looked up again first."""
 
     def __len__(self) -> int:
+        """Return the number of sequences in any state."""
         return len(self._sequences)
 
     def get(self, request_id: str) -> Sequence | None:
-        """None if there is no such request, or no more."""
+        """Return the sequence of a request, or None if it is unknown or removed."""
         return self._sequences.get(request_id)
 
-    def enter(self, sequence: Sequence) -> None:
-        """It is admitted."""
+    def insert(self, sequence: Sequence) -> None:
+        """Enter a sequence that was admitted, in none of the states yet."""
         self._sequences[sequence.id] = sequence
 
-    def await_start(self, sequence: Sequence) -> None:
-        """It waits for its first chunk: the policy is told when more or less of it is cached."""
-        self._unstarted[sequence.id] = sequence
+    def wait(self, sequence: Sequence) -> None:
+        """Have a sequence without KV blocks wait for its first chunk.
+
+        The policy counts the prefix that was found cached when it was last looked up.
+        """
+        self._waiting[sequence.id] = sequence
+        self._policy.add(sequence.prefill(sequence.seen_cached), self._clock())
 
     def start(self, sequence: Sequence) -> None:
-        """It has its memory, or waits for some; its numbers are its own from here on."""
-        self._unstarted.pop(sequence.id, None)
+        """End the waiting: the sequence gets its KV blocks now, or is parked."""
+        self._waiting.pop(sequence.id, None)
+
+    def resume_parked(self) -> None:
+        """Give the policy those parked sequences that get their KV blocks now."""
+        if not len(self._gate):
+            return
+        now = self._clock()
+        for sequence in self._gate.unpark(now):
+            self._policy.add(sequence.prefill(sequence.computed), now)
 
     def refresh(self) -> None:
-        """Tell the policy what has become cached, or been evicted, while requests wait."""
+        """Look up the prefixes of a few waiting sequences, and tell the policy what has changed.
+
+        Between two versions of the prefix cache each sequence is looked up once.
+        """
         version = self._kv.version
-        for _ in range(min(REFRESH, len(self._unstarted))):
-            request_id, sequence = next(iter(self._unstarted.items()))
+        for _ in range(min(REFRESH, len(self._waiting))):
+            request_id, sequence = next(iter(self._waiting.items()))
             if sequence.seen_version == version:
                 return
-            del self._unstarted[request_id]
-            self._unstarted[request_id] = sequence
-            told = sequence.seen_cached
-            if self.look_up(sequence) != told:
+            del self._waiting[request_id]
+            self._waiting[request_id] = sequence
+            known = sequence.seen_cached
+            if self.look_up(sequence) != known:
                 self._policy.add(sequence.prefill(sequence.seen_cached), self._clock())
 
     def look_up(self, sequence: Sequence) -> int:
-        """How much of it is cached now."""
+        """Return how many leading tokens are in the prefix cache now, and note it."""
         sequence.seen_version = self._kv.version
         sequence.seen_cached = self._kv.cached_prefix(sequence.tokens, sequence.table.scope)
         return sequence.seen_cached
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take its memory; it is prefilled again, output so far included, when there is some."""
+        """Take a sequence's KV blocks. It waits to be prefilled again, with its output so far."""
         assert not sequence.in_flight
         self._telemetry.recompute_preemptions += 1
         self._policy.remove(sequence.id)
         self._exchange.withdraw(sequence)
         self._gate.release(sequence)
         sequence.computed = 0
-        self._unstarted[sequence.id] = sequence
-        self._policy.add(sequence.prefill(self.look_up(sequence)), self._clock())
+        self.look_up(sequence)
+        self.wait(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """It has ended or was aborted. Its blocks stay while something under way writes to them,
-        and as long its id is taken."""
+        """End a sequence, which has its last token or was aborted.
+
+        Its id and its KV blocks stay taken as long as something writes to the blocks.
+        """
         sequence.over = True
         self._policy.remove(sequence.id)
         if not sequence.in_flight:
-            self.discard(sequence)
+            self.remove(sequence)
 
-    def discard(self, sequence: Sequence) -> None:
-        """Nothing of it is left but what the prefix cache keeps."""
+    def remove(self, sequence: Sequence) -> None:
+        """Free the id and the KV blocks of a sequence. The prefix cache keeps what it knows."""
         del self._sequences[sequence.id]
-        self._unstarted.pop(sequence.id, None)
+        self._waiting.pop(sequence.id, None)
         self._exchange.withdraw(sequence)
         self._gate.release(sequence)

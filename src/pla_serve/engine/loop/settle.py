@@ -1,146 +1,146 @@
-"""What becomes of batches whose work is enqueued: tokens, KV, and what the policy hears.
+"""Settles batches: emits their tokens, accounts their KV, and tells the policy what they took.
 
-A batch is *booked* when the device has finished it. On a device that works by itself that can wait:
+A batch is enqueued, and later settled once the device has finished it. On a CPU both happen at
+once. A GPU computes while the host goes on, so settling can wait:
 
-- An express batch inside another one is booked at one of the next layer boundaries.
+- A batch nested in another one is settled at one of the next layer boundaries.
 - A batch of its own is *dispatched*: policy and sequences go on as if it had been computed, so that
-  the next one can be decided on and enqueued, with the tokens that it needs still on the device.
-  Then the first is booked. One whose end turns out to have been the end of a request has its token
-  in the second batch for nothing; that token is dropped, and its KV never gets to be known.
+  the next batch can be decided on and enqueued while the device computes this one. Tokens that the
+  next batch needs stay on the device. Then the first batch is settled.
+
+A dispatched batch may turn out to end a request, with a stop token. The next batch then computes a
+token of that request in vain. The token is dropped, and its KV never enters the prefix cache.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
+from pla_serve.engine.loop.batches import BatchMember, EnqueuedBatch
 from pla_serve.engine.loop.output import ends_with_next, take_token
-from pla_serve.engine.loop.parts import EngineParts
+from pla_serve.engine.loop.parts import LoopContext
 from pla_serve.engine.loop.requests import RequestTable
-from pla_serve.engine.loop.running import BatchMember, EnqueuedBatch
-from pla_serve.engine.loop.telemetry import Telemetry
-from pla_serve.engine.sampling import Sampled, TokenChoice
+from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.sampling import Sampled
 from pla_serve.policy.protocol import Batch
-from pla_serve.wire.engine import Outbound
 
 MOST_NESTED = 4
-"""Express batches that the device may have before it has finished the first of them."""
+"""Nested batches that may be enqueued before the first of them is settled."""
 
 
-class Booking:
-    """Books the batches of one loop, in the order in which they were enqueued."""
+class BatchSettlement:
+    """Holds the enqueued batches of one loop, and settles them in the order of the device."""
 
-    def __init__(
-        self,
-        parts: EngineParts,
-        roster: RequestTable,
-        telemetry: Telemetry,
-        *,
-        emit: Callable[[Outbound], None],
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, context: LoopContext, requests: RequestTable) -> None:
+        parts = context.parts
+        self._context = context
         self._policy = parts.policy
         self._kv = parts.kv
         self._exchange = parts.exchange
-        self._sampler = parts.sampler
         self._intake = parts.intake
-        self._roster = roster
-        self._telemetry = telemetry
-        self._emit = emit
-        self._clock = clock
-        self._flights: deque[EnqueuedBatch] = deque()
+        self._sampler = parts.sampler
+        self._requests = requests
+        self._telemetry = context.telemetry
+        self._enqueued: deque[EnqueuedBatch] = deque()
 
     @property
-    def under_way(self) -> bool:
-        """Batches are out that the device may not have finished."""
-        return bool(self._flights)
+    def pending(self) -> bool:
+        """Whether there are batches to settle."""
+        return bool(self._enqueued)
 
     @property
     def finished(self) -> bool:
-        """The device has done all that is out."""
-        return not self._flights or self._flights[-1].ended.done()
+        """Whether the device has finished all batches, so that settling them does not wait."""
+        return not self._enqueued or self._enqueued[-1].ended.done()
 
     @property
     def dispatched(self) -> EnqueuedBatch | None:
-        """The dispatched batch that is not booked yet; there is at most one when another batch is
-        prepared."""
-        return next((flight for flight in self._flights if flight.dispatched), None)
+        """Dispatched batch that is not settled. There is at most one when a batch is prepared."""
+        return next((batch for batch in self._enqueued if batch.dispatched), None)
 
     @property
-    def coming(self) -> torch.Tensor | None:
-        """Tokens that the dispatched batch chooses; `Sequence.coming` names rows of it."""
-        flight = self.dispatched
-        return None if flight is None or flight.choice is None else flight.choice.chosen
+    def dispatched_tokens(self) -> torch.Tensor | None:
+        """Tokens that the dispatched batch chooses, (rows,) int64 on the device.
 
-    def waits_for(self, flight: EnqueuedBatch) -> str | None:
-        """Why a batch has to be booked before another one is prepared; None if it can be
-        dispatched."""
-        if flight.choice is None:
+        `Sequence.chosen_row` is a row of it.
+        """
+        batch = self.dispatched
+        return None if batch is None or batch.choice is None else batch.choice.chosen
+
+    def reason_to_settle(self, batch: EnqueuedBatch) -> str | None:
+        """Return why a batch must be settled before another one is prepared.
+
+        None means that it can be dispatched. The reasons are labels of a metric.
+        """
+        if batch.choice is None:
             return "abandoned"
-        for member in flight.members:
+        for member in batch.members:
             reason = member.sequence.sampling.needs_last_token
             if member.yields and reason is not None:
                 return reason
         return None
 
-    def keep(self, flight: EnqueuedBatch) -> None:
-        """Book an express batch at one of the next boundaries."""
-        self._flights.append(flight)
+    def settle_later(self, batch: EnqueuedBatch) -> None:
+        """Keep a nested batch, to be settled at one of the next layer boundaries."""
+        self._enqueued.append(batch)
 
-    def dispatch(self, flight: EnqueuedBatch) -> None:
-        """Go on from the end of a batch of which `waits_for` knows of nothing to wait for."""
-        now = self._clock()
-        self._policy.dispatched(flight.batch, now)
+    def dispatch(self, batch: EnqueuedBatch) -> None:
+        """Go on as if ``batch`` had been computed, and keep it to be settled.
+
+        `reason_to_settle` must have returned None for it.
+        """
+        now = self._context.clock()
+        self._policy.dispatched(batch.batch, now)
         row = 0
-        for member in flight.members:
-            sequence = member.sequence
-            sequence.ahead += member.tokens
+        for member in batch.members:
+            member.sequence.dispatched += member.tokens
             if not member.yields:
                 continue
-            if not sequence.over:
-                self._promise(member, row, now)
+            if not member.sequence.over:
+                self._expect_token(member, row, now)
             row += 1
-        flight.dispatched = True
-        self._flights.append(flight)
+        batch.dispatched = True
+        self._enqueued.append(batch)
 
-    def land_done(self) -> None:
-        """Book the batches that the device has finished, and the oldest if many are out."""
-        while self._flights and (len(self._flights) > MOST_NESTED or self._flights[0].ended.done()):
-            self.land(self._flights.popleft())
+    def settle_finished(self) -> None:
+        """Settle the batches that the device has finished, and the oldest if there are many."""
+        while self._enqueued and (
+            len(self._enqueued) > MOST_NESTED or self._enqueued[0].ended.done()
+        ):
+            self.settle(self._enqueued.popleft())
 
-    def land_all(self, reason: str | None = None) -> None:
-        """Wait for everything that is out, and book it.
+    def settle_all(self, reason: str | None = None) -> None:
+        """Wait for all enqueued batches and settle them.
 
         Args:
-            reason: why that is done before another batch is enqueued behind it; for metrics.
+            reason: why that is done before another batch is enqueued, for the metric.
         """
         if reason is not None and self.dispatched is not None:
             self._telemetry.steps_waited[reason] += 1
-        while self._flights:
-            self.land(self._flights.popleft())
+        while self._enqueued:
+            self.settle(self._enqueued.popleft())
 
-    def land(self, flight: EnqueuedBatch) -> None:
-        """Wait for a batch and book what came of it."""
-        flight.ended.wait()
-        members = flight.members
-        for member in members:
+    def settle(self, batch: EnqueuedBatch) -> None:
+        """Wait until the device has finished ``batch``, and settle it."""
+        batch.ended.wait()
+        for member in batch.members:
             member.sequence.in_flight -= 1
-        sampled = self._accept(members, flight.choice)
-        now = self._clock()
-        seconds = flight.ended.seconds_since(flight.began)
+        sampled = self._read_tokens(batch)
+        now = self._context.clock()
+        seconds = batch.ended.seconds_since(batch.began)
         if seconds is None:
-            seconds = now - flight.frame.started
-        self._tell(flight, max(0.0, seconds - flight.frame.inside), now)
-        flight.outer.inside += seconds
-        for member, token in zip(members, sampled, strict=True):
-            self._advance(member, token, now, flight.dispatched)
+            seconds = now - batch.times.started
+        self._tell_policy(batch, max(0.0, seconds - batch.times.nested_seconds), now)
+        batch.outer_times.nested_seconds += seconds
+        for member, token in zip(batch.members, sampled, strict=True):
+            self._settle_member(member, token, now, dispatched=batch.dispatched)
 
-    def _promise(self, member: BatchMember, row: int, now: float) -> None:
-        """A token comes, of which only its place is known."""
+    def _expect_token(self, member: BatchMember, row: int, now: float) -> None:
+        """Go on with a sequence whose next token only the device knows."""
         sequence = member.sequence
-        sequence.coming = row
+        sequence.chosen_row = row
         sequence.sampling.promise()
         if ends_with_next(sequence, self._intake.limits.max_model_len):
             self._policy.remove(sequence.id)
@@ -148,38 +148,37 @@ class Booking:
             arrival = sequence.request.arrival
             self._policy.start_decode(sequence.id, sequence.enqueued, arrival, now)
 
-    def _tell(self, flight: EnqueuedBatch, seconds: float, now: float) -> None:
-        batch = flight.batch
-        if flight.choice is None:
-            batch = Batch(batch.kind)
-        else:
-            self._telemetry.count_batch(batch, flight.nested)
-        if flight.dispatched:
-            self._policy.measured(batch, seconds, now)
-        else:
-            self._policy.observe(batch, seconds, now)
+    def _read_tokens(self, batch: EnqueuedBatch) -> list[Sampled | None]:
+        """Return the next token of each member, or None for members that yield none."""
+        if batch.choice is None:
+            return [None] * len(batch.members)
+        found = iter(self._sampler.accept(batch.choice))
+        return [next(found) if member.yields else None for member in batch.members]
 
-    def _accept(
-        self, members: list[BatchMember], choice: TokenChoice | None
-    ) -> list[Sampled | None]:
-        """The next token of each member that yields one."""
-        if choice is None:
-            return [None] * len(members)
-        found = iter(self._sampler.accept(choice))
-        return [next(found) if member.yields else None for member in members]
+    def _tell_policy(self, batch: EnqueuedBatch, seconds: float, now: float) -> None:
+        """Report the time of a batch to the policy. An abandoned batch is reported as empty."""
+        computed = batch.batch
+        if batch.choice is None:
+            computed = Batch(computed.kind)
+        else:
+            self._telemetry.count_batch(computed, batch.nested)
+        if batch.dispatched:
+            self._policy.measured(computed, seconds, now)
+        else:
+            self._policy.observe(computed, seconds, now)
 
-    def _advance(
-        self, member: BatchMember, sampled: Sampled | None, now: float, dispatched: bool
+    def _settle_member(
+        self, member: BatchMember, sampled: Sampled | None, now: float, *, dispatched: bool
     ) -> None:
-        """Book what a batch did for one of its members."""
+        """Account the KV of one member, and take its token."""
         sequence = member.sequence
         if dispatched:
-            sequence.ahead -= member.tokens
-            sequence.coming = None
+            sequence.dispatched -= member.tokens
+            sequence.chosen_row = None
         if sequence.over:
             if not sequence.in_flight:
                 self._kv.remember(sequence.tokens, sequence.computed, sequence.table)
-                self._roster.discard(sequence)
+                self._requests.remove(sequence)
             return
         sequence.computed += member.tokens
         in_use = sequence.in_flight > 0
@@ -187,22 +186,22 @@ class Booking:
         if sequence.request.hand_over is not None:
             self._exchange.computed(sequence)
         if sampled is not None:
-            self._take(member, sampled, now, dispatched)
+            self._take(sequence, sampled, now)
+            if not (sequence.over or member.decodes or dispatched):
+                arrival = sequence.request.arrival
+                self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
 
-    def _take(self, member: BatchMember, sampled: Sampled, now: float, dispatched: bool) -> None:
-        sequence = member.sequence
+    def _take(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
+        """Append and emit the next token of a sequence, and end it if that was the last."""
         first = sequence.made == 0
         output = take_token(sequence, sampled, self._intake.limits.max_model_len)
-        self._emit(output)
+        self._context.emit(output)
         if sampled.error is None:
             self._telemetry.generation_tokens += 1
             if first:
                 self._telemetry.count_first(sequence, now)
-                self._intake.settle(sequence, now, served=True)
+                self._intake.settle_forecast(sequence, now, served=True)
         if output.finish_reason is not None:
             if output.finish_reason == "handed_over":
                 self._exchange.hand_over(sequence, now)
-            self._roster.end(sequence)
-        elif not (member.decodes or dispatched):
-            arrival = sequence.request.arrival
-            self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
+            self._requests.end(sequence)

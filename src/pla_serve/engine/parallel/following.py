@@ -14,14 +14,11 @@ from pla_serve.engine.parallel.commands import (
     UseIdleTime,
 )
 from pla_serve.engine.run.executor import Executor
+from pla_serve.engine.run.runner import PassAbandoned
 
 
 class OutOfStep(Exception):
     """Rank 0 asked for something that this rank is not ready for: their passes differ."""
-
-
-class _Abandoned(Exception):
-    """The innermost batch is left at the layer boundary where it stands."""
 
 
 def follow(executor: Executor, receive: ReceiveCommand) -> None:
@@ -58,11 +55,11 @@ def _run(executor: Executor, receive: ReceiveCommand, begin: BeginPass, depth: i
                 layer += 1
                 return
             elif command == Abandon(depth):
-                raise _Abandoned
+                raise PassAbandoned
             else:
                 raise _unexpected(command, f"before layer {layer} at depth {depth}")
 
-    with suppress(_Abandoned):
+    with suppress(PassAbandoned):
         executor.forward(begin.requests, at_boundary)
 
 

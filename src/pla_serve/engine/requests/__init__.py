@@ -1,1 +1,1 @@
-"""One request inside the engine: its sequence, its admission, its memory."""
+"""Requests inside the engine: their sequences, their admission and their KV memory."""

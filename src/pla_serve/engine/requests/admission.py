@@ -1,4 +1,4 @@
-"""Whether a request gets in: its own faults first, then what the queues can bear."""
+"""Admits requests or refuses them: first for faults of their own, then for what already waits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.requests.memory import MemoryGate
-from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.requests.sequence import Sequence, prefill_request
 from pla_serve.engine.sampling import Sampler, SamplingError
 from pla_serve.policy.admission import Admission, Admit, Refuse
 from pla_serve.policy.calibration import Calibration
@@ -17,17 +17,24 @@ from pla_serve.wire.engine import AddRequest, Rejected
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may ask of this model."""
+    """Bounds of what a request may ask of the model that is served."""
 
     max_model_len: int
     """Most tokens of prompt and output together."""
     vocab_size: int
+    """Token ids run from 0 to one less than this."""
     eos_token_ids: frozenset[int]
+    """Tokens that end an output, unless a request ignores them."""
     default_seed: int
+    """Seed of requests that give none."""
 
 
 class Intake:
-    """Turns a message into a sequence that the policy may be told of, or into a refusal."""
+    """Makes a sequence of a request, or a refusal with its reason.
+
+    Example: ``intake.admit(AddRequest(id="a", prompt=[], ...), now)`` returns ``Rejected(id="a",
+    reason="the prompt is empty; give at least one token", retry_after=None)``.
+    """
 
     def __init__(
         self,
@@ -47,34 +54,32 @@ class Intake:
         self._cost = cost
         self._gate = gate
 
-    def admit(self, request: AddRequest, now: float) -> tuple[Sequence, PrefillRequest] | Rejected:
-        """No work is spent beyond a look at the prefix cache and compiling a grammar."""
+    def admit(self, request: AddRequest, now: float) -> Sequence | Rejected:
+        """Admit a request that waits for its prefill here.
+
+        A refusal costs no more than a lookup in the prefix cache. Only a request that the queues
+        can bear has its grammar compiled.
+        """
         fault = self._fault(request)
         if fault is not None:
             return Rejected(id=request.id, reason=fault, retry_after=None)
         cached = self._kv.cached_prefix(request.prompt, request.cache_scope)
-        numbers = PrefillRequest(
-            id=request.id,
-            arrival=request.arrival,
-            new_tokens=len(request.prompt) - cached,
-            history=cached,
-            deadline=request.deadline if request.generated == 0 else None,
-            priority=request.priority,
+        prefill = prefill_request(
+            request, len(request.prompt), cached, first=request.generated == 0
         )
-        short = self._policy.waits_as_short(numbers.new_tokens, numbers.history)
-        verdict = self._weigh(numbers, short, now)
+        short = self._policy.waits_as_short(prefill.new_tokens, prefill.history)
+        verdict = self._weigh(prefill, short, now)
         if isinstance(verdict, Refuse):
             return Rejected(
                 id=request.id, reason=verdict.reason, retry_after=verdict.retry_after_seconds
             )
         sequence = self._sequence(request, short, cached)
-        if isinstance(sequence, Rejected):
-            return sequence
-        sequence.forecast = verdict.forecast
-        return sequence, numbers
+        if isinstance(sequence, Sequence):
+            sequence.forecast = verdict.forecast
+        return sequence
 
     def take_over(self, request: AddRequest) -> Sequence | Rejected:
-        """For a request that another engine prefills: it waits in no queue here."""
+        """Admit a request that another engine prefills. It waits in no queue here."""
         fault = self._fault(request)
         if fault is not None:
             return Rejected(id=request.id, reason=fault, retry_after=None)
@@ -82,7 +87,27 @@ class Intake:
         short = self._policy.waits_as_short(len(request.prompt) - cached, cached)
         return self._sequence(request, short, cached)
 
+    @property
+    def calibration(self) -> Calibration:
+        """Corrections of predicted waits, learned from how long earlier requests waited."""
+        return self._admission.calibration
+
+    def settle_forecast(self, sequence: Sequence, now: float, *, served: bool) -> None:
+        """Compare the predicted time of the first token with the real one, once.
+
+        Args:
+            served: whether the first token was made. False if the request ended without one.
+        """
+        forecast, sequence.forecast = sequence.forecast, None
+        if forecast is None:
+            return
+        if served:
+            self.calibration.observe(forecast, now)
+        else:
+            self.calibration.gave_up(forecast, now)
+
     def _sequence(self, request: AddRequest, short: bool, cached: int) -> Sequence | Rejected:
+        """Check the sampling parameters, compile the grammar, and make the sequence."""
         try:
             own = len(request.prompt) - request.generated
             sampling = self._sampler.start(
@@ -105,29 +130,14 @@ class Intake:
             seen_cached=cached,
         )
 
-    @property
-    def calibration(self) -> Calibration:
-        """How far predicted waits can be believed."""
-        return self._admission.calibration
-
-    def settle(self, sequence: Sequence, now: float, *, served: bool) -> None:
-        """Its first token was made, or it left without one: compare with what was foreseen."""
-        forecast, sequence.forecast = sequence.forecast, None
-        if forecast is None:
-            return
-        if served:
-            self.calibration.observe(forecast, now)
-        else:
-            self.calibration.gave_up(forecast, now)
-
-    def _weigh(self, numbers: PrefillRequest, short: bool, now: float) -> Admit | Refuse:
-        """Against what waits in the policy, and for memory."""
-        own = self._cost.prefill_seconds(numbers.new_tokens, numbers.history)
+    def _weigh(self, prefill: PrefillRequest, short: bool, now: float) -> Admit | Refuse:
+        """Compare a request with what waits in the policy, and with what is parked for memory."""
+        own = self._cost.prefill_seconds(prefill.new_tokens, prefill.history)
         requests, tokens = self._gate.backlog(short)
         _, others = self._gate.backlog(not short)
         parked = requests * self._cost.prefill_seconds(tokens // requests, 0) if requests else 0.0
         return self._admission.decide(
-            numbers,
+            prefill,
             self._policy,
             own,
             now,
@@ -136,6 +146,7 @@ class Intake:
         )
 
     def _fault(self, request: AddRequest) -> str | None:
+        """Return why the model cannot serve this request at any time, or None if it can."""
         limits = self.limits
         if not request.prompt:
             return "the prompt is empty; give at least one token"

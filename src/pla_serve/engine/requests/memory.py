@@ -1,4 +1,4 @@
-"""Who gets KV memory when there is not enough for all."""
+"""Decides who gets KV blocks when there are not enough for all."""
 
 from __future__ import annotations
 
@@ -10,76 +10,93 @@ from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.requests.sequence import Sequence
 
 PATIENCE_SECONDS = 10.0
-"""After this long without memory the first of a class holds back later arrivals of the other."""
+"""After this long the first parked sequence of a class holds back later ones of the other class."""
 
 
 @dataclass(slots=True, eq=False)
 class _Parked:
+    """A sequence that waits for KV blocks."""
+
     sequence: Sequence
     short: bool
     since: float
+    """Time at which it was parked."""
     new_tokens: int
 
 
 class _Place(NamedTuple):
-    """Compares in the order in which memory is given; ``order`` breaks all ties."""
+    """Place of a parked sequence in the queue of its class. Places compare in the queue's order."""
 
-    rank: tuple[int, float]
+    precedence: tuple[int, float]
     order: int
+    """Number of sequences parked before it. It breaks all ties."""
     parked: _Parked
 
 
 class MemoryGate:
-    """Reserves KV for prompts, in order of arrival within each class, and parks who must wait.
+    """Reserves KV blocks for prefills in order of precedence within each class, and parks the rest.
 
-    A prompt's blocks are reserved as a whole before its first chunk, so a prefill that has begun
-    can go on unless someone more entitled takes its memory. Long prompts leave a reserve that only
-    short ones may use. A parked prompt is overtaken by later ones of its own class never, by the
-    other class for PATIENCE_SECONDS.
+    The blocks of a prefill are reserved as a whole before its first chunk, so that one which has
+    begun can go on until a sequence of higher precedence takes its memory. Long prefills leave a
+    reserve that only short ones may use.
+
+    A later sequence never overtakes a parked one of its own class. A later sequence of the other
+    class may, for PATIENCE_SECONDS. Example: a parked long prefill of 6,000 tokens does not hold up
+    shorts that fit into the free blocks, unless they have kept it waiting for 10 s.
+
+    Args:
+        short_reserve: blocks that long prefills may not take.
     """
 
     def __init__(self, kv: KVManager, short_reserve: int) -> None:
         self._kv = kv
         self._short_reserve = short_reserve
         self._holders: dict[str, Sequence] = {}
+        """Sequences with KV blocks, by request id."""
         self._places: dict[str, _Place] = {}
+        """Places of parked sequences, by request id."""
         self._queues: dict[bool, list[_Place]] = {False: [], True: []}
+        """Places of long (False) and short (True) sequences, in order."""
         self._tokens = {False: 0, True: 0}
+        """New tokens of the parked sequences of each class."""
         self._parks = 0
         self._refused_at: tuple[int, int] | None = None
-        """State of the KV in which the first of each class found no memory."""
+        """State of the KV memory in which the first of each class found no blocks."""
 
     def __len__(self) -> int:
-        """Sequences that are parked."""
+        """Return the number of parked sequences."""
         return len(self._places)
 
     def backlog(self, short: bool) -> tuple[int, int]:
-        """Parked sequences of a class, and the new tokens that they brought."""
+        """Return the number of parked sequences of a class, and their new tokens."""
         return len(self._queues[short]), self._tokens[short]
 
     def reserve(self, sequence: Sequence, short: bool, new_tokens: int, now: float) -> bool:
-        """Give ``sequence`` blocks for all its tokens, or park it; sets ``computed``.
+        """Give ``sequence`` blocks for all its tokens, or park it and return False.
 
-        ``new_tokens`` are those that it was thought to lack; they are counted while it is parked.
+        Sets ``sequence.computed`` to the tokens that the prefix cache provides.
+
+        Args:
+            new_tokens: expected new tokens, which count in `backlog` while it is parked.
         """
         if self.try_reserve(sequence, short, now):
             return True
         self._parks += 1
         parked = _Parked(sequence, short, now, new_tokens)
-        place = _Place(sequence.rank, self._parks, parked)
+        place = _Place(sequence.precedence, self._parks, parked)
         self._places[sequence.id] = place
         insort(self._queues[short], place)
         self._tokens[short] += new_tokens
         return False
 
     def try_reserve(self, sequence: Sequence, short: bool, now: float) -> bool:
-        """As ``reserve``, but who finds no memory, or is behind one who waits, is not parked."""
+        """Give ``sequence`` blocks like `reserve`, but do not park it if there are none."""
         return not self._blocked(sequence, short, now) and self._take(sequence, short)
 
     def unpark(self, now: float) -> list[Sequence]:
-        """Those that have waited and get their blocks now, most entitled first.
+        """Return the parked sequences that get their blocks now, highest precedence first.
 
-        Cheap to ask again and again: it looks only if memory or the prefix cache has changed.
+        Repeated calls are cheap: nothing is looked at until memory or the prefix cache changes.
         """
         if not self._places or self._refused_at == self._kv_state():
             return []
@@ -99,7 +116,7 @@ class MemoryGate:
         return served
 
     def release(self, sequence: Sequence) -> None:
-        """It gives up its memory, or its place in the queue for some."""
+        """Free the blocks of ``sequence``, or its place in the queue for some."""
         place = self._places.get(sequence.id)
         if place is not None:
             self._leave(place)
@@ -108,19 +125,23 @@ class MemoryGate:
             self._kv.release(sequence.table)
 
     def victim(self, growing: Sequence) -> Sequence | None:
-        """Whose memory to take so that ``growing`` can go on: the least entitled, if less than it.
+        """Return the sequence whose blocks ``growing`` may take for its next token.
 
-        Sequences in flight are never chosen. None if ``growing`` has to give way itself.
+        That is the one of lowest precedence among those that no enqueued batch and no transfer
+        writes to. None if it does not come after ``growing``, which then has to give way itself.
         """
         others = [s for s in self._holders.values() if not s.in_flight and s is not growing]
-        victim = max(others, key=lambda s: s.rank, default=None)
-        return victim if victim is not None and victim.rank > growing.rank else None
+        victim = max(others, key=lambda s: s.precedence, default=None)
+        if victim is None or victim.precedence <= growing.precedence:
+            return None
+        return victim
 
     def _kv_state(self) -> tuple[int, int]:
-        """As long as it is the same, whoever was refused is refused again."""
+        """Return a value that changes whenever a refused reservation could succeed."""
         return self._kv.version, self._kv.available
 
     def _leave(self, place: _Place) -> None:
+        """Take a sequence out of its queue."""
         parked = place.parked
         del self._places[parked.sequence.id]
         queue = self._queues[parked.short]
@@ -128,15 +149,16 @@ class MemoryGate:
         self._tokens[parked.short] -= parked.new_tokens
 
     def _blocked(self, sequence: Sequence, short: bool, now: float) -> bool:
-        """Whether the first of a class goes before it."""
+        """Return whether a parked sequence goes before ``sequence``."""
         return any(
-            queue[0].rank <= sequence.rank
+            queue[0].precedence <= sequence.precedence
             and (kind == short or now - queue[0].parked.since >= PATIENCE_SECONDS)
             for kind, queue in self._queues.items()
             if queue
         )
 
     def _take(self, sequence: Sequence, short: bool) -> bool:
+        """Reserve blocks for all tokens of ``sequence``. Returns False if too few are available."""
         spare = 0 if short else self._short_reserve
         cached = self._kv.reserve(sequence.tokens, sequence.table, spare=spare)
         if cached is None:

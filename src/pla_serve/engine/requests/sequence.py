@@ -1,4 +1,4 @@
-"""One request inside the engine, from admission to its last token."""
+"""One request inside the engine, from its admission to its last token."""
 
 from __future__ import annotations
 
@@ -13,73 +13,93 @@ from pla_serve.wire.engine import AddRequest
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens, KV blocks and sampling state of one request."""
+    """Tokens, KV blocks and sampling state of one request.
+
+    Three counts say how far the sequence is. Example: of 10 tokens, a prompt of 8 and 2 of output,
+    8 are computed and settled, and a dispatched batch computes one more::
+
+        len(tokens) = 10   computed = 8   dispatched = 1   enqueued = 9
+    """
 
     request: AddRequest
     sampling: SequenceSampling
     short: bool
-    """Its class on arrival, for metrics."""
+    """Whether the prefill counted as short on arrival. Reports and the memory gate go by this."""
     tokens: list[int]
     """Prompt and output so far."""
     computed: int = 0
     """Leading tokens whose KV is in ``table``."""
     table: BlockTable = field(default_factory=BlockTable)
-    ahead: int = 0
-    """Tokens behind these whose KV is written by batches that were dispatched and not booked."""
-    coming: int | None = None
-    """The token behind ``tokens`` is chosen, and this is its row among the choices of the batch
-    that was dispatched last."""
+    """KV blocks of the sequence."""
+    dispatched: int = 0
+    """Tokens after the computed ones that a batch computes which is dispatched and not settled."""
+    chosen_row: int | None = None
+    """Row of the token after ``tokens`` among those that the dispatched batch chooses, while only
+    the device knows that token. None at all other times."""
     in_flight: int = 0
-    """Batches under way, and transfers, that write to its blocks."""
+    """Enqueued batches and KV transfers that write to the blocks. They are kept until it is 0."""
     over: bool = False
-    """Ended or aborted. What still runs for it is for nobody."""
+    """Whether the request has ended or was aborted. Results that still arrive are dropped."""
     seen_version: int = -1
-    """State of the prefix cache when its prefix was last looked up."""
+    """Version of the prefix cache (`KVManager.version`) when the prefix was last looked up."""
     seen_cached: int = 0
-    """Cached tokens found then, which is what the policy goes by."""
+    """Cached tokens found then. The policy counts these as history until the prefill begins."""
     cached_tokens: int | None = None
-    """Prompt tokens found in the prefix cache when its prefill began."""
+    """Tokens found in the prefix cache when KV was first reserved."""
     started: float | None = None
-    """When its first chunk began."""
+    """Time at which the first chunk began."""
     forecast: Forecast | None = None
-    """What admission foresaw of its first token; None once it is known what came of it."""
+    """Predicted time of the first token, until it is compared with the real one."""
 
     @property
     def id(self) -> str:
+        """Id of the request."""
         return self.request.id
 
     @property
     def enqueued(self) -> int:
-        """Leading tokens whose KV is there once the device has done all that it was given."""
-        return self.computed + self.ahead
+        """Leading tokens whose KV is written once the device has done all enqueued work."""
+        return self.computed + self.dispatched
 
     @property
-    def rank(self) -> tuple[int, float]:
-        """Who goes first when memory is short: smaller is more entitled."""
+    def precedence(self) -> tuple[int, float]:
+        """Order in which sequences get KV memory: the smallest (priority, arrival) goes first."""
         return (self.request.priority, self.request.arrival)
 
     @property
     def made(self) -> int:
-        """Output tokens that were made here."""
+        """Output tokens that this engine has made."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property
-    def queued_seconds(self) -> float | None:
-        """From arrival until its prefill began; None before that."""
-        return None if self.started is None else self.started - self.request.arrival
-
-    @property
     def generated(self) -> int:
-        """Output tokens so far, with those that another engine made."""
+        """Output tokens so far, including those that another engine made before a hand-over."""
         return self.made + self.request.generated
 
-    def prefill(self, cached: int) -> PrefillRequest:
-        """Its numbers, if the KV of ``cached`` leading tokens is there."""
-        return PrefillRequest(
-            id=self.id,
-            arrival=self.request.arrival,
-            new_tokens=len(self.tokens) - cached,
-            history=cached,
-            deadline=self.request.deadline if self.generated == 0 else None,
-            priority=self.request.priority,
-        )
+    @property
+    def queued_seconds(self) -> float | None:
+        """Seconds from arrival to the first chunk, or None before that."""
+        return None if self.started is None else self.started - self.request.arrival
+
+    def prefill(self, history: int) -> PrefillRequest:
+        """Return the rest of the prefill as the policy sees it, given ``history`` cached tokens."""
+        return prefill_request(self.request, len(self.tokens), history, first=self.generated == 0)
+
+
+def prefill_request(
+    request: AddRequest, tokens: int, history: int, *, first: bool
+) -> PrefillRequest:
+    """Return a prefill as the policy sees it: as numbers.
+
+    Args:
+        tokens: tokens of the sequence. All but ``history`` of them are new.
+        first: whether the prefill makes the first token of the answer, which has a deadline.
+    """
+    return PrefillRequest(
+        id=request.id,
+        arrival=request.arrival,
+        new_tokens=tokens - history,
+        history=history,
+        deadline=request.deadline if first else None,
+        priority=request.priority,
+    )

@@ -1,1 +1,1 @@
-"""Running a batch: the model runner, executors, captured shapes, compiled layers."""
+"""Runs batches: the model runner, executors, captured shapes and compiled layers."""

@@ -1,8 +1,8 @@
-"""Decoder layers through ``torch.compile``: one compiled layer serves them all, for any length.
+"""Runs decoder layers through ``torch.compile``: one compiled layer for all of them and any length.
 
-Each layer is compiled by itself (regionally), so the boundaries between them stay where the engine
-leaves a long prefill. Attention and the write to the KV cache are not part of it: they need the
-batch, which is another one each time. What is compiled is everything around them.
+Each layer is compiled by itself (regional compilation), so the layer boundaries stay, at which the
+engine leaves long prefills. Attention and the write to the KV cache are left out, because they
+depend on the batch. Everything around them is compiled.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from pla_serve.engine.run.graphs.counts import GridCounts
 log = logging.getLogger(__name__)
 
 TRIALS = (37, 1)
-"""New tokens. One token is compiled on its own, as torch does; all other lengths share what the
-first trial compiles. That is an odd number so that no dimension of a model happens to equal it:
-torch would take the two for one and the same."""
+"""New tokens of the batches that are compiled for. Torch compiles one token on its own, and all
+other lengths share the code of the first trial. Its length is odd so that it equals no dimension of
+a model, which torch would take for the same symbol."""
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Of the norm of the logits: far above what reordered sums make, far below an error."""
+"""Largest difference of logits, relative to their norm. Reordered sums stay far below it, and
+errors are far above."""
 
 RunBatch = Callable[[Sequence[SpanRequest]], torch.Tensor]
-"""The logits (rows, vocabulary) of a batch."""
+"""Computes the logits (rows, vocabulary) of a batch."""
 
 
 class CompiledForward:
-    """The ``forward`` of a class of layers, compiled; the eager one once compiling has failed.
+    """Compiled ``forward`` of a class of layers. It falls back to the eager one if compiling fails.
 
     Args:
-        forward: takes the layer first.
-        counts: where failures are counted.
+        forward: the eager method, which takes the layer as its first argument.
+        counts: counter of failures.
         backend: see ``torch.compile``.
     """
 
@@ -56,7 +57,7 @@ class CompiledForward:
 
     @property
     def compiled(self) -> bool:
-        """Whether compiled code is used."""
+        """Whether compiled code is in use."""
         return self._compiled is not None
 
     def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -65,13 +66,13 @@ class CompiledForward:
         try:
             return self._compiled(layer, *args, **kwargs)
         except TorchDynamoException as error:
-            # Raised before the code in question has run; what ran before it, attention included,
-            # writes the same again.
+            # The error comes before the failing part has run. The eager layer repeats what ran
+            # before it, and writes the same KV again.
             self.give_up(f"{type(error).__name__}: {error}")
         return self._eager(layer, *args, **kwargs)
 
     def give_up(self, reason: str) -> None:
-        """Use the eager layers from now on."""
+        """Use the eager layers from now on, and log the reason."""
         self._compiled = None
         self._counts.compile_failures += 1
         short = " ".join(reason.split())[:300]
@@ -85,13 +86,14 @@ def compile_layers(
     counts: GridCounts,
     backend: str | Callable[..., Any] = "inductor",
 ) -> bool:
-    """Compile the layers, now and not when a request comes; whether they are used.
+    """Compile decoder layers at start, so that no request waits for the compiler.
 
-    They are not if they cannot be compiled or give other logits than before; the log says so.
+    Returns whether compiled layers are in use. They are not if compiling fails or if they give
+    other logits than before. The log then says why.
 
     Args:
-        layers: stock ones, of a model loaded with the attention `APART`.
-        run: computes a batch with these layers, before anyone has a claim to KV.
+        layers: layers of ``transformers``, of a model loaded with the attention `APART`.
+        run: computes a batch with these layers. It writes to the first KV blocks.
     """
     batches = [_batch(tokens, block_tokens) for tokens in TRIALS]
     expected = [run(batch).clone() for batch in batches]
@@ -112,7 +114,7 @@ def compile_layers(
 def _differs(
     run: RunBatch, batches: Sequence[Sequence[SpanRequest]], expected: Sequence[torch.Tensor]
 ) -> str | None:
-    """Why the results of compiled layers are not to be used, or None."""
+    """Return why the results of compiled layers are not to be trusted, or None if they are."""
     for batch, right in zip(batches, expected, strict=True):
         try:
             got = run(batch)
@@ -125,6 +127,6 @@ def _differs(
 
 
 def _batch(tokens: int, block_tokens: int) -> list[SpanRequest]:
-    """One sequence without history in the first blocks."""
+    """Return a batch of one sequence without history, in the first KV blocks."""
     blocks = -(-tokens // block_tokens)
     return [SpanRequest([i % 61 for i in range(tokens)], 0, [(0, blocks)], True)]

@@ -1,4 +1,4 @@
-"""What the host knows of the device's progress: marks in its stream of work."""
+"""Marks in a device's stream of work, by which the host follows its progress."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ import torch
 
 
 class DeviceMark(Protocol):
-    """A point in the device's stream of work."""
+    """Point in the device's stream of work."""
 
     def done(self) -> bool:
-        """Whether all work before it has finished; never waits."""
+        """Return whether all work before the mark has finished. Never waits."""
         ...
 
     def wait(self) -> None:
-        """Until all work before it has finished."""
+        """Wait until all work before the mark has finished."""
         ...
 
     def seconds_since(self, earlier: DeviceMark) -> float | None:
-        """Device time between two marks that are done; None where the device keeps no time."""
+        """Return the device time between two marks that are done, or None if it keeps no time."""
         ...
 
 
 class Device(Protocol):
-    """One stream of work, in which everything runs in the order in which it was enqueued."""
+    """Device with one stream of work, which runs in the order in which it was enqueued."""
 
     torch_device: torch.device
     asynchronous: bool
-    """Whether work goes on after the call that asked for it has returned."""
+    """Whether calls return before the work that they enqueue is done."""
 
     def record(self) -> DeviceMark:
-        """Mark the end of what has been enqueued so far."""
+        """Return a mark after all work that has been enqueued so far."""
         ...
 
 
 class _Finished:
-    """On a device that has finished whenever a call returns."""
+    """Mark on a device that has finished all work whenever a call returns."""
 
     def done(self) -> bool:
         return True
@@ -51,7 +51,7 @@ class _Finished:
 
 
 class HostDevice:
-    """The CPU."""
+    """CPU, which has done the work of a call when the call returns."""
 
     asynchronous = False
 
@@ -65,6 +65,8 @@ class HostDevice:
 
 
 class _CudaMark:
+    """CUDA event in a stream."""
+
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._event.record(stream)
@@ -82,7 +84,7 @@ class _CudaMark:
 
 
 class CudaDevice:
-    """The current stream of a CUDA device."""
+    """CUDA device, with its current stream."""
 
     asynchronous = True
 
@@ -95,19 +97,22 @@ class CudaDevice:
 
 
 def device_of(device: torch.device) -> Device:
-    """The one that keeps track of this torch device's work."""
+    """Return what records marks on a torch device."""
     return CudaDevice(device) if device.type == "cuda" else HostDevice()
 
 
 class RunAhead:
-    """Bounds how many layers the host has enqueued that the device has not finished.
+    """Bounds the number of layers that the host has enqueued and the device has not finished.
 
-    Without a bound, a host that enqueues a long prefill's layers in a millisecond each would have
-    asked for all of them before the first is done, and nothing would be left to preempt. With a
-    depth of 1 the device would idle while the host enqueues; with 2 one layer runs meanwhile.
+    Without a bound, a host that enqueues the layers of a long prefill in a millisecond each would
+    have enqueued all of them before the first is done, and nothing would be left to preempt. With a
+    depth of 1 the device would idle while the host enqueues. With 2 it runs one layer meanwhile.
 
     Args:
         depth: most unfinished layers once the next one is enqueued, at least 1.
+
+    Raises:
+        ValueError: ``depth`` is less than 1.
     """
 
     def __init__(self, device: Device, depth: int = 2) -> None:
@@ -119,10 +124,10 @@ class RunAhead:
         self._held = 0
 
     def before_layer(self, ask: Callable[[], None]) -> None:
-        """Call before each layer is enqueued; ``ask`` may run other passes first.
+        """Wait until the next layer may be enqueued, and call ``ask``, which may run other passes.
 
-        It is asked, and returns, when fewer than ``depth`` of the layers enqueued so far are
-        unfinished.
+        ``ask`` is called when fewer than ``depth`` of the enqueued layers are unfinished, and the
+        same holds when this returns.
         """
         if not self._device.asynchronous:
             ask()
@@ -134,7 +139,7 @@ class RunAhead:
             self._hold()
 
     def _hold(self) -> None:
-        """The mark made here stands for the layer before it, and express work behind that."""
+        """Mark the end of the last layer and of passes after it, and wait for an earlier mark."""
         self._held += 1
         self._marks.append(self._device.record())
         while len(self._marks) >= self._depth:

@@ -1,4 +1,4 @@
-"""Runs the model over a flat batch; the pass can be left at any layer boundary and resumed."""
+"""Runs the model over a flat batch. At each layer boundary the pass can be left or resumed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,32 @@ from pla_serve.engine.batch.flat import FlatBatch
 from pla_serve.engine.run.device import RunAhead
 
 AtBoundary = Callable[[], None]
-"""Called before each decoder layer. May run other batches; raising abandons the pass."""
+"""Called before each decoder layer. It may run other batches. An exception leaves the pass."""
+
+
+class PassAbandoned(Exception):
+    """Raised at a layer boundary to leave a forward pass whose result nobody wants any more."""
 
 
 class ModelRunner:
-    """A model, its decoder layers in order, and its KV cache.
+    """Runs forward passes of one model over its KV cache.
 
-    Forward passes nest: ``at_boundary`` of one may call ``forward`` again, and the outer pass
-    continues with its activations as they were. Nothing here knows why.
+    Passes nest: ``at_boundary`` of a pass may call `forward` for another batch. The outer pass
+    keeps its activations on the Python stack, and goes on with them afterwards. Example, in which
+    batch ``short`` runs before the second layer of batch ``long``::
 
-    ``run_ahead`` bounds how far the host gets ahead of the device in passes with boundaries.
+        boundaries = iter([None, short, None])
+
+        def at_boundary():
+            batch = next(boundaries)
+            if batch is not None:
+                runner.forward(batch)
+
+        logits = runner.forward(long, at_boundary)  # of a model with three layers
+
+    Args:
+        layers: decoder layers of ``model``, in order. Each gets a hook that calls ``at_boundary``.
+        run_ahead: bounds how far the host gets ahead of the device in passes with boundaries.
     """
 
     def __init__(
@@ -44,9 +60,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch, at_boundary: AtBoundary | None = None) -> torch.Tensor:
-        """Logits (rows, vocabulary) of ``batch.outputs``; writes the KV of all tokens.
+        """Write the KV of all tokens, and return logits (rows, vocabulary) of ``batch.outputs``.
 
-        What ``at_boundary`` raises comes out of here; KV of finished layers is then written.
+        An exception of ``at_boundary`` leaves the pass. Layers before it have written their KV.
         """
         context = ForwardContext(batch, self._cache, self._backend)
         with self._boundary(at_boundary):
@@ -62,6 +78,7 @@ class ModelRunner:
 
     @contextmanager
     def _boundary(self, at_boundary: AtBoundary | None) -> Iterator[None]:
+        """Have layers call ``at_boundary``, and afterwards that of the outer pass again."""
         outer, self._at_boundary = self._at_boundary, at_boundary
         try:
             yield

@@ -1,1 +1,1 @@
-"""Whole passes of fixed shape: CUDA graphs, or the same without capture on other devices."""
+"""Forward passes of fixed shape: CUDA graphs, or the same passes uncaptured on other devices."""

@@ -1,4 +1,4 @@
-"""Captures that count only if they work on every rank."""
+"""Captures shapes on all ranks, or on none if one of them fails."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pla_serve.engine.run.graphs.capture import Capturer, FixedPass, WarmUpFaile
 
 
 class Unagreed(Exception):
-    """This rank failed where the others wait for it, so that it can only end."""
+    """Raised when a rank fails while the others wait for it, so that it can only end."""
 
 
 class AgreedCapture:
-    """Wraps the capturer of each rank: all ranks have a shape, or none has."""
+    """Wraps the capturer of each rank, so that either all ranks have a shape or none has."""
 
     def __init__(self, capturer: Capturer, ranks: Ranks) -> None:
         self._capturer = capturer
@@ -21,9 +21,9 @@ class AgreedCapture:
         """See `Capturer`.
 
         Raises:
-            RuntimeError: it failed on some rank.
-            Unagreed: it failed in a warm-up, which computes sums with the other ranks: they are in
-                the middle of one and cannot be asked.
+            RuntimeError: the capture failed on some rank.
+            Unagreed: a pass before the capture failed. The other ranks may wait in a sum of that
+                pass, so they cannot be asked.
         """
         made: FixedPass | None = None
         said = ""

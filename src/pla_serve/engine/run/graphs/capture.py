@@ -1,4 +1,4 @@
-"""Turns a function on fixed tensors into something that can be played again and again."""
+"""Captures a function on fixed tensors, to be replayed again and again."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ from typing import Protocol
 import torch
 
 FixedPass = Callable[[], torch.Tensor]
-"""Reads its inputs from tensors that stay where they are; gives the logits."""
+"""Pass that reads its inputs from tensors at fixed addresses, and returns the logits."""
 
 
 class WarmUpFailed(RuntimeError):
-    """A pass before the capture failed, maybe in the middle of a sum with other ranks."""
+    """Raised when a pass before the capture fails, maybe in the middle of a sum over ranks."""
 
 
 class Capturer(Protocol):
-    """How a shape is made replayable."""
+    """Makes passes replayable."""
 
     def capture(self, run: FixedPass) -> FixedPass:
-        """``run``, which has never run before, as something to be called for each batch."""
+        """Return a replayable form of ``run``, which has never run before.
+
+        Raises:
+            RuntimeError: the pass cannot be captured.
+        """
         ...
 
     def bytes_held(self) -> int:
-        """Device memory that all captures so far keep."""
+        """Return the bytes of device memory that all captures so far keep."""
         ...
 
 
 class NoCapture:
-    """Runs the static pass as it is: the same shapes, padding and buffers on any device."""
+    """Runs the fixed pass uncaptured, with the same shapes, padding and buffers, on any device."""
 
     def capture(self, run: FixedPass) -> FixedPass:
         """See `Capturer`."""
@@ -40,15 +44,15 @@ class NoCapture:
 
 
 class CudaCapture:
-    """CUDA graphs that share one memory pool.
+    """Captures CUDA graphs that share one memory pool.
 
-    Only one of them runs at a time, and each one's results are read before the next is played, so
-    they may use the same memory. Captured from the largest on, each finds room in what the ones
-    before it have taken.
+    One graph runs at a time, and its results are read before the next one is replayed, so all of
+    them may use the same memory. When shapes are captured from the largest on, each graph finds
+    room in the memory of those before it.
     """
 
     WARM_UPS = 2
-    """Passes before the capture: kernels are compiled and libraries make their workspaces."""
+    """Passes before the capture, in which kernels are compiled and libraries make workspaces."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

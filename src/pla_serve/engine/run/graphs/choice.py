@@ -1,4 +1,4 @@
-"""Which shapes are captured at start."""
+"""Chooses the shapes that are captured at start."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from pla_serve.policy.shapes.optimise import Budget, optimise
 AUTO = "auto"
 PAPER = "paper"
 AUTO_SHAPES = 24
-"""Prefill shapes beside those of decode steps."""
+"""Number of prefill shapes that ``auto`` chooses, beside the shapes of decode steps."""
 STEP = 8
-"""Tokens between two sizes that are told apart."""
+"""Resolution in tokens of the sizes that ``auto`` optimises for."""
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...] | None:
-    """``auto`` and ``paper`` give None; else shapes as ``TOKENSxREQUESTS``, with commas.
+    """Parse a list of shapes. Returns None for ``auto`` and ``paper``.
+
+    Example: ``parse_shapes("64x4,256x16")`` is ``(Shape(64, 4), Shape(256, 16))``.
 
     Raises:
-        ValueError: it is neither; the message shows the form.
+        ValueError: the text is neither a list nor one of the two words. The message shows the form.
     """
     if text in (AUTO, PAPER):
         return None
@@ -39,14 +41,16 @@ def parse_shapes(text: str) -> tuple[Shape, ...] | None:
 def choose_shapes(
     text: str, *, most_tokens: int, most_batch: int, cost: ShapeCost
 ) -> tuple[Shape, ...]:
-    """Flat shapes (tokens of the whole batch, requests) by the value of ``--capture-shapes``.
+    """Return the shapes that ``--capture-shapes`` asks for: tokens of the whole batch, requests.
 
     Args:
-        most_tokens, most_batch: no batch to capture is larger.
-        cost: seconds of a shape, for ``auto``.
+        text: ``auto``, ``paper``, or a list of shapes.
+        most_tokens: most tokens of a batch that is captured.
+        most_batch: most requests of a batch.
+        cost: predicted seconds of a shape, which ``auto`` minimises.
 
     Raises:
-        ValueError: a shape that was named exceeds the limits, or is none.
+        ValueError: ``text`` is malformed, or a shape in it exceeds the limits.
     """
     named = parse_shapes(text)
     if named is not None:
@@ -66,10 +70,10 @@ def choose_shapes(
 
 
 def _optimised(most_tokens: int, most_batch: int, cost: ShapeCost) -> tuple[Shape, ...]:
-    """The ladder for a demand that favours no size over its double.
+    """Return the cheapest ladder for a demand in which no size is likelier than its double.
 
-    Each batch size that is a power of two is as likely as any other, and so is each octave of
-    tokens: before anything was served, nothing more is known.
+    All batch sizes that are powers of two are equally likely, and so are all octaves of tokens.
+    Before anything was served, nothing more is known.
     """
     demand: dict[Shape, SizeCount] = {}
     for batch in _powers(most_batch):
@@ -86,6 +90,7 @@ def _optimised(most_tokens: int, most_batch: int, cost: ShapeCost) -> tuple[Shap
 
 
 def _powers(most: int) -> list[int]:
+    """Return the powers of two below ``most``, and ``most``."""
     return [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most]
 
 

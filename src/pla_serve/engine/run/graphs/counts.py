@@ -1,4 +1,4 @@
-"""What became of captured shapes and compiled layers, for metrics."""
+"""Counters of captured shapes and compiled layers, for metrics."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class GridCounts:
-    """What happened so far."""
+    """Counters since the start."""
 
     replays: Counter[str] = field(default_factory=Counter)
-    """By shape, as ``tokens x requests``."""
+    """Replays by shape, such as ``64x4`` for 64 tokens of 4 requests."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Batches that ran on the ordinary kernels, by reason."""
     real_tokens: int = 0
+    """Tokens of batches that ran on captured shapes."""
     padding_tokens: int = 0
+    """Padding tokens in them."""
     compile_failures: int = 0
-    """Times that compiled layers were given up for those that they were made from."""
+    """Times that compiled layers were given up for the eager ones."""

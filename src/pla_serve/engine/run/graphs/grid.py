@@ -1,4 +1,4 @@
-"""Picks a captured shape for a batch, pads the batch to it, and plays it."""
+"""Chooses a captured shape for a batch, pads the batch to it, and replays it."""
 
 from __future__ import annotations
 
@@ -29,42 +29,48 @@ log = logging.getLogger(__name__)
 TABLE_TOO_LARGE = "table"
 CAPTURE_FAILED = "capture_failed"
 HOT = 32
-"""Batches of one size that ran on the ordinary kernels before a shape is captured for it."""
+"""Batches of one size that run on the ordinary kernels before a shape is captured for them."""
 MOST_LAZY = 16
-"""Shapes captured while serving: each takes memory that nobody planned for."""
+"""Most shapes that are captured while serving. Each takes memory that the KV plan left free."""
 MOST_ENTRIES = 1 << 18
-"""Block-table entries of a captured batch; 1 MiB."""
+"""Most block-table entries of a captured batch (1 MiB)."""
 
 
 @dataclass(frozen=True, slots=True)
 class GridLimits:
-    """What the shapes are captured for."""
+    """Bounds of the batches that shapes are captured for."""
 
     block_tokens: int
     scratch: Scratch
     most_context: int
-    """Longest context of a sequence."""
+    """Most tokens of a sequence's context."""
     most_tokens: int
-    """Largest shape that may be captured while serving."""
+    """Most tokens of a shape that is captured while serving."""
     padding_cap: float
+    """Largest share of padding in a batch. With more, a batch runs on the ordinary kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
+    """Captured shape: what fits into it, and its replay."""
+
     capacity: Capacity
     play: FixedPass
 
 
 class ShapeGrid:
-    """Executes batches that fit a captured shape as one whole, attention and logits included.
+    """Runs batches that fit a captured shape as one graph, attention and logits included.
 
-    Batches are ragged and flat, and so are shapes: (tokens of the whole batch, requests). Real
-    tokens come first and each sequence's lengths are data, so padding belongs to no sequence: it
-    is attended by nobody, and its KV goes to scratch slots. (The published grid pads each request;
-    there the padding has to come first, because its attention aligns the mask at the end.)
+    A shape is (tokens of the whole batch, requests). Real tokens come first, without padding
+    between sequences, and the lengths of sequences are data. Padding belongs to no sequence: no
+    token attends to it, and its KV goes to scratch slots. The published grid pads each request
+    instead, and there padding has to come first, because its attention aligns the mask at the end.
+
+    Example: a batch of 40 tokens of 3 requests runs on the shape 64x4 with 24 tokens of padding.
 
     Args:
-        cost: prices the shapes, to find the cheapest that fits.
+        cost: predicted seconds of a shape. The cheapest shape that fits is taken.
+        counts: counters that others add to as well. None makes new ones.
     """
 
     def __init__(
@@ -98,16 +104,20 @@ class ShapeGrid:
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Those that were captured."""
+        """Shapes that were captured."""
         return self._ladder.shapes
 
     def bytes_held(self) -> int:
-        """Device memory that the captures keep."""
+        """Return the bytes of device memory that the captures keep."""
         return self._capturer.bytes_held()
 
     def capture_all(self, tell: Callable[[Shape, int, int], None] | None = None) -> None:
-        """Capture what was asked for, largest first; ``tell`` gets each shape, its number, and how
-        many there are."""
+        """Capture the shapes that were asked for, largest first.
+
+        Args:
+            tell: called after each shape with the shape, its number from 1 on, and how many there
+                are.
+        """
         sizes = [self._capacity(Shape(self._limits.most_tokens, self._most_batch())).size]
         sizes += [self._capacity(shape).size for shape in self._wanted]
         self._buffer = torch.zeros(max(sizes), dtype=torch.int32, device=self._device)
@@ -120,9 +130,10 @@ class ShapeGrid:
     def forward(
         self, requests: Sequence[SpanRequest], carried: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Logits (rows, vocabulary), valid until the next call; None if no shape takes the batch.
+        """Run a batch on a captured shape, and return the logits (rows, vocabulary).
 
-        The reason is then counted. ``carried`` as of `Executor.forward`.
+        They are valid until the next call. Returns None, and counts the reason, if no shape takes
+        the batch. For ``carried`` see `Executor.forward`.
         """
         lengths = [len(request.tokens) for request in requests]
         fit = self._ladder.fit(lengths)
@@ -148,9 +159,9 @@ class ShapeGrid:
         return logits[: need.outputs]
 
     def capture_hot(self) -> bool:
-        """Capture one shape that was often missed; call it when nothing else is to be done.
+        """Capture one shape that batches have often missed, in a quiet moment.
 
-        Returns whether there was one.
+        Returns False if there is none.
         """
         if not self._hot or self._lazy >= MOST_LAZY:
             return False
@@ -162,6 +173,7 @@ class ShapeGrid:
         return True
 
     def _miss(self, reason: str, tokens: int, count: int) -> None:
+        """Count a batch that no shape takes, and note its shape once that is worth a capture."""
         self.counts.fallbacks[reason] += 1
         shape = Shape(-(-tokens // 16) * 16, 1 << (count - 1).bit_length())
         if shape.tokens > self._limits.most_tokens or shape.batch > self._most_batch():
@@ -184,7 +196,7 @@ class ShapeGrid:
         return Capacity(shape.tokens, shape.batch, shape.batch, entries)
 
     def _capture(self, shape: Shape) -> None:
-        """Make the shape playable; if that fails, say so and go on without it."""
+        """Capture a shape. If that fails, log the reason and go on without it."""
         capacity = self._capacity(shape)
         self._reset(capacity)
         try:
@@ -203,13 +215,13 @@ class ShapeGrid:
             )
 
     def _reset(self, capacity: Capacity) -> None:
-        """An empty batch, which writes to scratch slots only: what a capture runs on."""
+        """Fill the buffer with an empty batch, for captures: it writes to scratch slots only."""
         numbers, self._spans = pack([], capacity, self._limits.block_tokens, self._limits.scratch)
         self._uploader.upload(numbers, self._buffer)
 
     @torch.inference_mode()
     def _run(self, shape: Shape, capacity: Capacity) -> torch.Tensor:
-        """All shapes leave their logits in one place, so that no graph keeps memory for its own."""
+        """Run one fixed pass, and copy its logits to the one tensor that all shapes share."""
         logits = self._runner.forward(self._batch(shape, capacity))
         rows, width = logits.shape
         if self._logits is None:

@@ -1,0 +1,71 @@
+"""A batch from the moment it is prepared to the moment it is settled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.run.device import DeviceMark
+from pla_serve.engine.sampling import TokenChoice
+from pla_serve.policy.protocol import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMember:
+    """Part of one sequence that a batch computes."""
+
+    sequence: Sequence
+    tokens: int
+    """Number of new tokens."""
+    decodes: bool
+    """Whether this is a decode step, and not a prefill."""
+    yields: bool
+    """Whether the next token is chosen from the logits of the last new token."""
+
+    def span(self) -> SpanRequest:
+        """Return the new tokens with their KV blocks, for the executor.
+
+        A token that only the device knows is named by its row in the dispatched batch.
+        """
+        sequence = self.sequence
+        history = sequence.enqueued
+        tokens = sequence.tokens[history : history + self.tokens]
+        carried = None
+        if len(tokens) < self.tokens:
+            tokens, carried = [0], sequence.chosen_row
+            assert carried is not None
+        return SpanRequest(tokens, history, sequence.table.runs(), self.yields, carried)
+
+
+@dataclass(slots=True)
+class BatchTimes:
+    """Times of one batch, which batches that run inside it add to."""
+
+    started: float
+    """Time at which the host began to enqueue the batch."""
+    nested_seconds: float = 0.0
+    """Seconds that nested batches have taken."""
+
+
+@dataclass(slots=True, kw_only=True)
+class EnqueuedBatch:
+    """A batch whose work is enqueued on the device, and which is not settled yet."""
+
+    batch: Batch
+    members: list[BatchMember]
+    choice: TokenChoice | None
+    """Tokens that the batch chooses. None if it was abandoned at a layer boundary."""
+    times: BatchTimes
+    outer_times: BatchTimes
+    """Times of the batch around it. A batch of its own has times here that nobody reads."""
+    nested: bool
+    """Whether it ran at a layer boundary of another batch."""
+    whole: bool
+    """Whether it ran without layer boundaries, so that the device may have all of it to do yet."""
+    began: DeviceMark
+    """Mark in the device's stream of work before the batch."""
+    ended: DeviceMark
+    """Mark after the batch and the choice of its tokens."""
+    dispatched: bool = False
+    """Whether policy and sequences have gone on as if it had been computed."""
