@@ -129,10 +129,10 @@ def sometimes_quick(late: LateEngine, rng: Random) -> None:
 
 
 def assert_cache_is_true(engine: Engine) -> None:
-    """The prefix cache holds beginnings of prompts and their answers, and nothing else."""
+    """The prefix cache holds beginnings of prompts and answers, by scope, and nothing else."""
     # Their KV is held to account by the prompts of these tests that begin with earlier ones.
     texts = [
-        (*request.prompt, *engine.tokens(request.id))
+        (request.cache_scope, *request.prompt, *engine.tokens(request.id))
         for request in engine.asked
         if engine.rejected(request.id) is None
     ]
