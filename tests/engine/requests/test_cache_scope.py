@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from pla_serve.engine.requests.sequence import Sequence
 from pla_serve.wire.engine import AddRequest, SamplingParams
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.tiny import BLOCK, Engine, expected, make_engine
@@ -50,8 +51,9 @@ def test_another_scope_computes_the_whole_prompt_and_waits_as_such() -> None:
     for scope in ("a", "b"):
         scoped = msgspec.structs.replace(request, id=scope, cache_scope=scope)
         admitted = engine.parts.intake.admit(scoped, engine.clock())
-        assert isinstance(admitted, tuple)
-        seen[scope] = (admitted[1].new_tokens, admitted[1].history)
+        assert isinstance(admitted, Sequence)
+        prefill = admitted.prefill(admitted.seen_cached)
+        seen[scope] = (prefill.new_tokens, prefill.history)
     assert seen == {"a": (len(PROMPT) - WHOLE, WHOLE), "b": (len(PROMPT), 0)}
     before = engine.loop._telemetry.prompt_tokens
     send(engine, "second", "b")
