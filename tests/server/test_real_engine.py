@@ -40,7 +40,7 @@ class Server:
     """What it printed when it was ready."""
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", headers={"Authorization": "Bearer secret"}).text
         found = re.search(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
         assert found, f"no metric {name}"
         return float(found[1])

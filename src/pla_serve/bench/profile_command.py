@@ -76,21 +76,21 @@ async def _run(flags: CalibrateFlags) -> None:
         longest = int(card.get("max_model_len") or 2048)
         target = RequestTarget(card["id"], "completions")
         probe = Probe(transport, target, make_filler(salt), "calibrate", ids=True)
-        await wait_idle(lambda: read_metrics(flags.base_url))
+        await wait_idle(lambda: read_metrics(flags.base_url, flags.api_key))
         await drive(probe, longest, lambda text: print(text, file=sys.stderr))
-        await wait_idle(lambda: read_metrics(flags.base_url))
+        await wait_idle(lambda: read_metrics(flags.base_url, flags.api_key))
     finally:
         await transport.close()
     day = datetime.now(UTC).date().isoformat()
     source = f"pla-serve calibrate {__version__}, {day}, {card['id']}"
     transfer = Transfer(flags.transfer_bytes_per_second, flags.transfer_seconds)
     name = flags.name or flags.output.stem
-    machine = machine_of(read_metrics(flags.base_url), name, source, transfer)
+    machine = machine_of(read_metrics(flags.base_url, flags.api_key), name, source, transfer)
     flags.output.write_bytes(msgspec.json.format(msgspec.json.encode(machine), indent=2) + b"\n")
     print(f"saved {flags.output}")
 
 
-def read_metrics(base_url: str) -> dict[tuple[str, str], float]:
+def read_metrics(base_url: str, api_key: str | None = None) -> dict[tuple[str, str], float]:
     """Read the samples of the server's ``/metrics``, by name and label ``per``.
 
     Raises:
@@ -99,9 +99,11 @@ def read_metrics(base_url: str) -> dict[tuple[str, str], float]:
     import httpx
     from prometheus_client.parser import text_string_to_metric_families
 
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     root = base_url.rstrip("/").removesuffix("/v1")
     try:
-        answer = httpx.get(f"{root}/metrics", trust_env=False, timeout=10).raise_for_status()
+        answer = httpx.get(f"{root}/metrics", headers=headers, trust_env=False, timeout=10)
+        answer.raise_for_status()
     except httpx.HTTPError as error:
         raise RuntimeError(f"cannot read {root}/metrics: {error}") from None
     return {

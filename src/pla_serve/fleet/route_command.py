@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -145,14 +144,6 @@ class RouteSettings:
             panel=FAULTS,
         ),
     ] = None
-    listen_fd: Annotated[
-        int | None,
-        Flag(
-            "File descriptor of a listening socket that outlives this process. None: it makes its "
-            "own.",
-            hidden=True,
-        ),
-    ] = None
     fleet: FleetOptions = field(default_factory=FleetOptions)
 
     def __post_init__(self) -> None:
@@ -221,10 +212,7 @@ def start(
 
     configure(log_level, log_format, "router")
     try:
-        if router.listen_fd is None:
-            listener = listen(settings.host, settings.port)
-        else:
-            listener = socket.socket(fileno=router.listen_fd)
+        listener = listen(settings.host, settings.port, settings.listen_fd)
     except OSError as error:
         fail(error)
     host, port = listener.getsockname()[:2]
@@ -284,7 +272,6 @@ def build(
         model,
         on_ready=announce,
         more_routes=status.routes,
-        shared_listener=router.listen_fd is not None,
     )
 
 

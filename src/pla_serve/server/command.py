@@ -133,7 +133,7 @@ def start(
 
     configure(log_level, log_format, "server")
     try:
-        listener = listen(settings.host, settings.port)
+        listener = listen(settings.host, settings.port, settings.listen_fd)
     except OSError as error:
         fail(error)
     host, port = listener.getsockname()[:2]

@@ -48,15 +48,20 @@ MOST_FRAME_BYTES = 64 * 2**20
 """Of a link's frames; a prompt of a million tokens takes some 5 MB."""
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, descriptor: int | None = None) -> socket.socket:
     """A listening socket, taken before a model is loaded so that a busy port costs no wait.
 
     Connections inherit its settings: peers that vanished are found by keep-alive probes, and those
     that take no data for two minutes are dropped by the kernel.
 
+    Args:
+        descriptor: of a socket that another process made with this function and holds as well.
+
     Raises:
         OSError: the address cannot be had; the message says which.
     """
+    if descriptor is not None:
+        return socket.socket(fileno=descriptor)
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -118,12 +123,13 @@ class DrainingServer(uvicorn.Server):
 class ApiServer:
     """The API in front of ``backend``, and its end. `run` serves; `stop` is what SIGTERM does.
 
+    Where another process holds the listening socket as well (``settings.listen_fd``), a draining
+    server leaves new connections to its successor, instead of refusing their requests.
+
     Args:
         backend: ends with this server.
         on_ready: called once, when the backend is ready for the first time.
         more_routes: returns routes of its own; called once `traffic` is there.
-        shared_listener: another process holds the listening socket as well. A draining server then
-            leaves new connections to its successor, instead of refusing their requests.
     """
 
     def __init__(
@@ -135,10 +141,9 @@ class ApiServer:
         *,
         on_ready: Callable[[], None] = lambda: None,
         more_routes: Callable[[], Sequence[ApiRoute]] = tuple,
-        shared_listener: bool = False,
     ) -> None:
         self._settings = settings
-        self._shared_listener = shared_listener
+        self._shared_listener = settings.listen_fd is not None
         self._backend = backend
         self._on_ready = on_ready
         self.metrics = metrics

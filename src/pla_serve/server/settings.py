@@ -106,6 +106,23 @@ class ServerSettings:
             panel=HTTP,
         ),
     ] = 30.0
+    metrics_key: Annotated[
+        str | None,
+        Flag(
+            "Key that reads /metrics and nothing else, for scrapers; API keys read it as well. "
+            "Where neither is set, /metrics is open.",
+            panel=HTTP,
+            variable="PLA_SERVE_METRICS_KEY",
+        ),
+    ] = None
+    listen_fd: Annotated[
+        int | None,
+        Flag(
+            "File descriptor of a listening socket that outlives this process. None: it makes its "
+            "own.",
+            hidden=True,
+        ),
+    ] = None
     limits: Limits = field(default_factory=Limits)
     role: Annotated[
         Role,
@@ -134,6 +151,8 @@ class ServerSettings:
             raise ValueError("the model needs at least one name, and no empty one")
         if not all(self.api_keys):
             raise ValueError("an API key must not be empty")
+        if self.metrics_key == "":
+            raise ValueError("the key for /metrics must not be empty")
         check_knobs(self)
 
 

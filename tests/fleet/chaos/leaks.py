@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.fleet.chaos.tiny_fleet import Process, TinyFleet
+from tests.fleet.chaos.tiny_fleet import METRICS_KEY, Process, TinyFleet
 
 HELD = (
     "vllm:kv_cache_usage_perc",
@@ -25,7 +25,9 @@ SPARE_DESCRIPTORS = 4
 
 def metrics(url: str) -> dict[str, float]:
     """Sums over labels, by name."""
-    text = httpx.get(f"{url}/metrics", timeout=10, trust_env=False).raise_for_status().text
+    headers = {"Authorization": f"Bearer {METRICS_KEY}"}
+    answer = httpx.get(f"{url}/metrics", headers=headers, timeout=10, trust_env=False)
+    text = answer.raise_for_status().text
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

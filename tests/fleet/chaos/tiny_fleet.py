@@ -20,6 +20,7 @@ import psutil
 VOCABULARY = 512
 CONTEXT = 4096
 START_SECONDS = 180.0
+METRICS_KEY = "key-for-metrics"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -140,7 +141,7 @@ def is_ready(url: str) -> bool:
 @contextmanager
 def start_alone(model: Path) -> Iterator[str]:
     """One instance without a fleet; gives its URL."""
-    from pla_serve.fleet.supervisor.ports import ReservedPort
+    from tests.fleet.reserved_port import ReservedPort
 
     with ReservedPort() as port:
         command = [sys.executable, "-m", "pla_serve", "serve", str(model)]
@@ -172,8 +173,8 @@ def start_fleet(
         pools: flags such as ``--short 2``.
         count: instances in all.
     """
-    from pla_serve.fleet.supervisor.ports import ReservedPort
     from pla_serve.fleet.supervisor.process import die_with_parent
+    from tests.fleet.reserved_port import ReservedPort
 
     with ReservedPort() as reserved, log.open("wb") as out:
         port = reserved.number
@@ -181,6 +182,7 @@ def start_fleet(
         command += ["--port", str(port), "--load-format", "dummy", "--threads", "1", *words]
         child = subprocess.Popen(
             command,
+            env={**os.environ, "PLA_SERVE_METRICS_KEY": METRICS_KEY},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from pla_serve.fleet.supervisor.commands import instance_command, router_command, threads_each
+from pla_serve.fleet.supervisor.commands import (
+    instance_command,
+    router_command,
+    take_secrets,
+    threads_each,
+)
 from pla_serve.fleet.supervisor.spec import FleetSpec, Health, Pools, check, read_spec
 
 FILE = """
@@ -39,18 +45,38 @@ def test_file_says_what_is_started(tmp_path: Path) -> None:
     assert spec.instances == Pools(short=2, long=1, decode=1)
     assert spec.health == Health(hang_seconds=5)
     assert [name for name, _ in spec.names] == ["short-0", "short-1", "long-0", "decode-0"]
-    words = instance_command(spec, 2, "long", 4711, 2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port, descriptor = str(listener.getsockname()[1]), str(listener.fileno())
+        words = instance_command(spec, 2, "long", listener, 2)
+        front = router_command(spec, listener, ["http://a:1", "http://b:2"])
     assert words[3:] == [
-        "serve", "some/model", "--host", "127.0.0.1", "--port", "4711", "--role", "long",
+        "serve", "some/model", "--host", "127.0.0.1", "--port", port, "--role", "long",
+        "--listen-fd", descriptor,
         "--threads", "2", "--drain-seconds", "30.0", "--device", "cuda:0",
         "--kv-cache-gib", "1.5", "--no-prefix-cache",
     ]  # fmt: skip
-    words = router_command(spec, ["http://a:1", "http://b:2"])
-    assert words[3:] == [
-        "route", "some/model", "--host", "127.0.0.1", "--port", "9000", "--drain-seconds", "30.0",
+    assert front[3:] == [
+        "route", "some/model", "--host", "127.0.0.1", "--port", "9000",
+        "--listen-fd", descriptor, "--drain-seconds", "30.0",
         "--instance", "http://a:1", "--instance", "http://b:2",
         "--routing", "class-pools", "--api-key", "one", "--api-key", "two",
     ]  # fmt: skip
+
+
+def test_keys_of_a_file_travel_in_the_environment(tmp_path: Path) -> None:
+    spec = check(read_spec(write(tmp_path, FILE)))
+    words = [*router_command_words(spec), "--metrics-key=m", "--api-key", "three"]
+    rest, secrets = take_secrets(words)
+    assert secrets == {"PLA_SERVE_API_KEY": "one two three", "PLA_SERVE_METRICS_KEY": "m"}
+    assert not {"one", "two", "three", "m", "--api-key"} & set(rest)
+    for bad in (["--api-key", "two words"], ["--api-key="], ["--api-key"]):
+        with pytest.raises(ValueError, match="spaces"):
+            take_secrets(bad)
+
+
+def router_command_words(spec: FleetSpec) -> list[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return router_command(spec, listener, [])
 
 
 @pytest.mark.parametrize(

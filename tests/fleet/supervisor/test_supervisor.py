@@ -18,9 +18,9 @@ import pytest
 
 from pla_serve.fleet.supervisor.log_lines import write_line
 from pla_serve.fleet.supervisor.member import FleetMember, FleetStartError, MemberState, Recipe
-from pla_serve.fleet.supervisor.ports import ReservedPort
 from pla_serve.fleet.supervisor.spec import Health
 from pla_serve.fleet.supervisor.supervisor import Supervisor
+from pla_serve.server.run import listen
 
 SERVER = Path(__file__).parent / "fake_server.py"
 QUICK = Health(check_seconds=0.02, hang_seconds=0.5, start_seconds=20, base_seconds=0.01)
@@ -28,19 +28,19 @@ DEADLINE = 20.0
 
 
 class Fleet:
-    """Members on reserved ports, with the lines that they wrote."""
+    """Members whose sockets are held here, with the lines that they wrote."""
 
     def __init__(self) -> None:
-        self.ports: list[ReservedPort] = []
+        self.listeners: list[socket.socket] = []
         self.lines: list[tuple[str, str]] = []
 
     def member(self, name: str, *words: str, health: Health = QUICK) -> FleetMember:
-        port = ReservedPort()
-        self.ports.append(port)
-        command = [sys.executable, str(SERVER), str(port.number), *words]
-        recipe = Recipe(
-            name, command, f"http://127.0.0.1:{port.number}", has_engine="mute" in words
-        )
+        listener = listen("127.0.0.1", 0)
+        self.listeners.append(listener)
+        descriptor = listener.fileno()
+        command = [sys.executable, str(SERVER), str(descriptor), *words]
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        recipe = Recipe(name, command, url, has_engine="mute" in words, fds=(descriptor,))
         return FleetMember(recipe, health, lambda who, line: self.lines.append((who, line)))
 
     def lives(self, name: str) -> int:
@@ -72,8 +72,8 @@ def run(test: Callable[[Fleet], object]) -> None:
     try:
         asyncio.run(test(fleet))  # type: ignore[arg-type]
     finally:
-        for port in fleet.ports:
-            port.close()
+        for listener in fleet.listeners:
+            listener.close()
 
 
 def test_killed_process_comes_back_on_the_same_port() -> None:
@@ -193,16 +193,68 @@ def test_rolling_restart_renews_everybody_and_one_at_a_time() -> None:
     run(test)
 
 
-def test_reserved_port_is_given_to_nobody_who_asks_for_a_free_one() -> None:
-    with ReservedPort() as port:
-        others = [socket.socket() for _ in range(200)]
-        for other in others:
-            other.bind(("127.0.0.1", 0))
-        assert port.number not in [other.getsockname()[1] for other in others]
-        for other in others:
-            other.close()
-        with socket.create_server(("127.0.0.1", port.number)) as listener:
-            assert listener.getsockname()[1] == port.number
+TAKE = """
+import socket, sys
+for address in (("127.0.0.1", int(sys.argv[1])), ("", int(sys.argv[1]))):
+    for option in (None, socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        thief = socket.socket()
+        if option is not None:
+            thief.setsockopt(socket.SOL_SOCKET, option, 1)
+        try:
+            thief.bind(address)
+            thief.listen()
+            print("taken")
+        except OSError:
+            pass
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "renewed"])
+def test_nobody_takes_the_port_of_a_process_between_its_lives(how: str, tmp_path: Path) -> None:
+    """Another process cannot listen on it, and who connects meanwhile gets the next life."""
+
+    async def test(fleet: Fleet) -> None:
+        gate = tmp_path / "gate"
+        gate.touch()
+        one, router = fleet.member("one", "gate", str(gate)), fleet.member("router")
+        port = one.recipe.url.rpartition(":")[2]
+        async with running(one, router) as supervisor:
+            await one.ready.wait()
+            await router.ready.wait()
+            first = one.pid
+            assert first is not None
+            gate.unlink()
+            if how == "killed":
+                os.kill(first, signal.SIGKILL)
+            else:
+                supervisor.renew()
+            await until(lambda: fleet.lives("one") == 2)  # it has not begun to accept
+            async with httpx.AsyncClient(timeout=DEADLINE) as client:
+                early = asyncio.create_task(client.get(one.recipe.url))
+                thief = await asyncio.create_subprocess_exec(
+                    sys.executable, "-c", TAKE, port, stdout=subprocess.PIPE
+                )
+                said, _ = await thief.communicate()
+                assert said == b""
+                assert not early.done()
+                gate.touch()
+                assert (await early).status_code == 200
+            await one.ready.wait()
+
+    run(test)
+
+
+def test_a_process_that_drains_is_not_taken_for_hung() -> None:
+    """It answers nobody any more, because connections wait for its next life."""
+
+    async def test(fleet: Fleet) -> None:
+        one, router = fleet.member("one", "slow-drain"), fleet.member("router")
+        async with running(one, router):
+            await one.ready.wait()
+            await one.renew(10.0)
+            assert ("one", "drained") in fleet.lines
+
+    run(test)
 
 
 def test_lines_say_whose_they_are() -> None:
@@ -221,7 +273,8 @@ import asyncio, sys
 from pla_serve.fleet.supervisor.process import Child
 
 async def main():
-    child = await Child.start([sys.executable, *sys.argv[1:]], {}, lambda line: None)
+    command = [sys.executable, *sys.argv[1:]]
+    child = await Child.start(command, {}, lambda line: None, [int(sys.argv[2])])
     print(child.pid, flush=True)
     await child.wait()
 
@@ -232,9 +285,11 @@ asyncio.run(main())
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell children")
 def test_processes_leave_when_the_supervisor_is_killed() -> None:
     with (
-        ReservedPort() as port,
+        listen("127.0.0.1", 0) as listener,
         subprocess.Popen(
-            [sys.executable, "-c", PARENT, str(SERVER), str(port.number)], stdout=subprocess.PIPE
+            [sys.executable, "-c", PARENT, str(SERVER), str(listener.fileno())],
+            stdout=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
         ) as parent,
     ):
         assert parent.stdout is not None

@@ -288,10 +288,23 @@ def test_wrong_key(serve) -> None:
         with pytest.raises(openai.AuthenticationError) as caught:
             client.chat.completions.create(model=MODEL, messages=HELLO)
         assert caught.value.code == "invalid_api_key"
-    for path in ("/health", "/ready", "/metrics", "/version"):
+    for path in ("/health", "/ready", "/version"):
         assert httpx.get(server.url + path).status_code == 200
+    assert httpx.get(server.url + "/metrics").status_code == 401
+    right = {"Authorization": "Bearer right"}
+    assert httpx.get(server.url + "/metrics", headers=right).status_code == 200
     assert httpx.get(server.url + "/v1/models").status_code == 401
     assert httpx.get(server.url + "/v1/nowhere").status_code == 401
+
+
+def test_a_key_for_metrics_reads_nothing_else(serve) -> None:
+    server = serve(api_keys=("right",), metrics_key="scraper")
+    scraper = {"Authorization": "Bearer scraper"}
+    assert httpx.get(server.url + "/metrics", headers=scraper).status_code == 200
+    assert httpx.get(server.url + "/v1/models", headers=scraper).status_code == 401
+    alone = serve(metrics_key="scraper")
+    assert httpx.get(alone.url + "/metrics").status_code == 401
+    assert httpx.get(alone.url + "/v1/models").status_code == 200
 
 
 def test_too_long_a_prompt(client: openai.OpenAI) -> None:

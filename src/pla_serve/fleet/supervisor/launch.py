@@ -16,14 +16,15 @@ import psutil
 from pla_serve.engine.transfer.installed import CURE, installed_module
 from pla_serve.environment import usable_cores
 from pla_serve.fleet.supervisor.commands import (
+    API_KEY_VARIABLE,
     LOOPBACK,
     instance_command,
     router_command,
+    take_secrets,
     threads_each,
 )
 from pla_serve.fleet.supervisor.log_lines import write_line
 from pla_serve.fleet.supervisor.member import FleetMember, FleetStartError, Recipe
-from pla_serve.fleet.supervisor.ports import ReservedPort
 from pla_serve.fleet.supervisor.spec import FleetSpec, Option
 from pla_serve.fleet.supervisor.supervisor import Supervisor
 from pla_serve.logs import LogFormat, configure
@@ -62,26 +63,35 @@ class LaunchPlan:
         self._log_level = log_level
         self._log_format = log_format
         with ExitStack() as stack:
-            # Held here, so that connections wait while the router is restarted.
-            self._listener = stack.enter_context(listen(spec.host, spec.port))
-            self._ports = [stack.enter_context(ReservedPort(LOOPBACK)).number for _ in spec.names]
+            # Listened on here for as long as the fleet lives. Connections wait while a process is
+            # restarted, and no other process can take a port meanwhile.
+            self._front = stack.enter_context(listen(spec.host, spec.port))
+            self._listeners = [stack.enter_context(listen(LOOPBACK, 0)) for _ in spec.names]
+            self._plan(serve_words, route_words)
             self._stack = stack.pop_all()
+
+    def _plan(self, serve_words: Sequence[str], route_words: Sequence[str]) -> None:
+        """Make the command lines."""
+        spec = self._spec
         threads = spec.threads or threads_each(usable_cores(), len(spec.names))
         serve_words = [*_transfer_words(spec, serve_words), *serve_words]
         memory = _memory_words(spec, serve_words)
-        self._instances: list[tuple[str, int, list[str]]] = []
-        for number, (name, role) in enumerate(spec.names):
-            port = self._ports[number]
-            words = instance_command(spec, number, role, port, threads)
-            self._instances.append((name, port, [*words, *memory, *serve_words]))
-        urls = [f"http://{LOOPBACK}:{port}" for _, port, _ in self._instances]
+        self._instances: list[list[str]] = []
+        for number, (_, role) in enumerate(spec.names):
+            listener = self._listeners[number]
+            words = instance_command(spec, number, role, listener, threads)
+            words, self._instance_secrets = take_secrets([*words, *memory, *serve_words])
+            self._instances.append(words)
+        self._urls = [
+            f"http://{LOOPBACK}:{listener.getsockname()[1]}" for listener in self._listeners
+        ]
         control = _control_words(spec, route_words)
-        inherited = ["--listen-fd", str(self._listener.fileno())]
-        self._router = [*router_command(spec, urls), *inherited, *control, *route_words]
+        words = router_command(spec, self._front, self._urls)
+        self._router, self._router_secrets = take_secrets([*words, *control, *route_words])
 
     def commands(self) -> Iterator[tuple[str, list[str]]]:
         """``serve`` or ``route``, and the words behind it, of each process."""
-        for _, _, words in self._instances:
+        for words in self._instances:
             yield "serve", words[words.index("serve") + 1 :]
         yield "route", self._router[self._router.index("route") + 1 :]
 
@@ -103,24 +113,24 @@ class LaunchPlan:
     async def _run(self) -> None:
         spec, on_line = self._spec, write_line(self._log_format)
         key = secrets.token_hex(16)
-        environment = instance_environment(key)
+        environment = instance_environment(key, self._instance_secrets)
         instances = [
             FleetMember(
-                Recipe(
-                    name,
-                    words,
-                    f"http://{LOOPBACK}:{port}",
-                    has_engine=True,
-                    env=environment,
-                ),
+                Recipe(name, words, url, True, environment, (listener.fileno(),)),
                 spec.health,
                 on_line,
             )
-            for name, port, words in self._instances
+            for (name, _), words, url, listener in zip(
+                spec.names, self._instances, self._urls, self._listeners, strict=True
+            )
         ]
         front = f"http://{_reachable(spec.host)}:{spec.port}"
-        fds = (self._listener.fileno(),)
-        recipe = Recipe("router", self._router, front, env={KEY_VARIABLE: key}, fds=fds)
+        # It holds the instances' sockets as well, because it may outlive the supervisor: wherever
+        # it connects, nobody else can be listening.
+        fds = tuple(listener.fileno() for listener in (self._front, *self._listeners))
+        recipe = Recipe(
+            "router", self._router, front, env={KEY_VARIABLE: key, **self._router_secrets}, fds=fds
+        )
         router = FleetMember(recipe, spec.health, on_line)
         supervisor = Supervisor(instances, router, drain_seconds=spec.drain_seconds)
         loop = asyncio.get_running_loop()
@@ -152,14 +162,16 @@ def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
     return ["--kv-transfer"]
 
 
-def instance_environment(key: str) -> dict[str, str]:
+def instance_environment(key: str, given: Mapping[str, str] = {}) -> dict[str, str]:
     """Return the variables that every instance gets, in which secrets travel (never in argv).
 
     Args:
         key: the router's key for its instances.
+        given: keys of the fleet's file or command line, as `take_secrets` has them.
     """
     return {
-        "PLA_SERVE_API_KEY": key,
+        **given,
+        API_KEY_VARIABLE: f"{key} {given.get(API_KEY_VARIABLE, '')}".rstrip(),
         FLEET_SECRET_VARIABLE: os.environ.get(FLEET_SECRET_VARIABLE) or secrets.token_hex(32),
         **_ucx_env(),
     }

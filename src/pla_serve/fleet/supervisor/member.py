@@ -78,6 +78,8 @@ class FleetMember:
         self._child: Child | None = None
         self._worked = False
         self._renewing = False
+        self._leaving = False
+        """It drains: connections wait for the next life, so it answers nobody any more."""
         self._end_asked = asyncio.Event()
 
     @property
@@ -157,6 +159,7 @@ class FleetMember:
         child = self._child
         if child is None:
             return
+        self._leaving = True
         child.ask()
         try:
             async with asyncio.timeout(drain_seconds + LAST_SECONDS):
@@ -174,6 +177,7 @@ class FleetMember:
             recipe.command, recipe.env, lambda line: self._on_line(name, line), recipe.fds
         )
         self._child = child
+        self._leaving = False
         self._restarts.started(self._clock())
         if self._stopped():  # it was stopped while it was being started
             child.kill()
@@ -204,7 +208,7 @@ class FleetMember:
                     silence.answered(self._clock() - await self._engine_silence(client))
                 except httpx.HTTPError:
                     answer = None
-                if silence.hangs(self._clock()):
+                if silence.hangs(self._clock()) and not self._leaving:
                     log.error("%s does not answer any more and is killed", self.recipe.name)
                     child.kill()
                     return

@@ -103,8 +103,8 @@ class FleetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 OWN_FLAGS = {
-    "serve": ("model", "host", "port", "role", "threads", "device", "drain-seconds"),
-    "route": ("host", "port", "instance", "drain-seconds"),
+    "serve": ("model", "host", "port", "role", "threads", "device", "drain-seconds", "listen-fd"),
+    "route": ("host", "port", "instance", "instance-key", "drain-seconds", "listen-fd"),
 }
 """Flags that the supervisor sets; the file has fields of its own for them."""
 

@@ -32,7 +32,9 @@ def build_app(
     routes = [*_openai(Endpoints(service)), *_operations(service, traffic), *more]
     described = [each for each in routes if isinstance(each, Operation)]
     api = Api([*routes, *_descriptions(described)])
-    return Guard(api, Keys(service.settings.api_keys), traffic)
+    settings = service.settings
+    scrapers = Keys([*settings.api_keys, *filter(None, [settings.metrics_key])])
+    return Guard(api, Keys(settings.api_keys), traffic, scrapers)
 
 
 def _openai(endpoints: Endpoints) -> list[Operation]:

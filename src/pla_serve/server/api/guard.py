@@ -1,4 +1,4 @@
-"""What stands before the endpoints under /v1: keys, draining, and clients that go away."""
+"""Stands before the endpoints: API keys, draining, and clients that go away."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 TENANT = "pla_serve.tenant"
 """Key in the ASGI scope."""
+
+METRICS = "/metrics"
 
 ID = re.compile(r"[!-~]{1,128}")
 """Request ids that are taken over: printable, and no longer than anybody needs."""
@@ -89,34 +91,39 @@ class Traffic:
 class Guard:
     """ASGI middleware. A request whose client disconnects is cancelled, wherever it is."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, traffic: Traffic) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, traffic: Traffic, scrapers: Keys) -> None:
+        """``scrapers``: keys that read the metrics, which tell of all users."""
         self._app = app
         self._keys = keys
         self._traffic = traffic
+        self._scrapers = scrapers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or not scope["path"].startswith(("/v1/", METRICS)):
             await self._app(scope, receive, send)
             return
         send = name_answers(scope, send)
-        who = self._keys.admit(dict(scope["headers"]).get(b"authorization"))
-        refusal = self._refusal(who)
-        if refusal is not None:
+        serves = scope["path"].startswith("/v1/")
+        keys = self._keys if serves else self._scrapers
+        who = keys.admit(dict(scope["headers"]).get(b"authorization"))
+        if who is None:
+            refusal = ApiError(401, "wrong or missing API key", code="invalid_api_key")
             await refusal.response()(scope, receive, send)
-            return
-        scope[TENANT] = who
+        elif not serves:
+            await self._app(scope, receive, send)
+        elif self._traffic.draining:
+            refusal = unavailable("the server is shutting down", 5.0)
+            await refusal.response()(scope, receive, send)
+        else:
+            scope[TENANT] = who
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._traffic.change(+1)
         try:
             await run_while_connected(self._app, scope, receive, send)
         finally:
             self._traffic.change(-1)
-
-    def _refusal(self, who: str | None) -> ApiError | None:
-        if who is None:
-            return ApiError(401, "wrong or missing API key", code="invalid_api_key")
-        if self._traffic.draining:
-            return unavailable("the server is shutting down", 5.0)
-        return None
 
 
 def name_answers(scope: Scope, send: Send) -> Send:

@@ -1,4 +1,4 @@
-"""Ports of the loopback interface that nobody else is given while a fleet runs."""
+"""Ports of the loopback interface that nobody else is given while a test runs."""
 
 from __future__ import annotations
 
