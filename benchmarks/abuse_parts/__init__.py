@@ -1,0 +1,1 @@
+"""Parts of the abuse campaign: what hostile clients send, each grown from a seed."""

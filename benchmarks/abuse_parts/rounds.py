@@ -1,0 +1,93 @@
+"""Rounds of attacks. A round is a function of the seed and its number, so it can be repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from random import Random
+
+from abuse_parts.bodies import hostile_bodies
+from abuse_parts.links import talk
+from abuse_parts.sockets import SOCKET_ATTACKS, Address, misbehave, post
+
+KINDS = ("bodies", "bodies", "bodies", "sockets", "sockets", "links", "mixed")
+BODIES_AT_ONCE = 8
+SOCKETS_AT_ONCE = 16
+LINKS_AT_ONCE = 4
+NICE = 15
+"""Attackers give way: what they take from the processor is not the server's fault."""
+
+
+@dataclass
+class RoundResult:
+    """What became of one round's attacks."""
+
+    number: int
+    kind: str
+    counts: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    """Requests that were answered with 5xx other than 503."""
+
+
+def kind_of(seed: int, number: int) -> str:
+    return Random(f"{seed}/{number}").choice(KINDS)
+
+
+def attack(seed: int, number: int, address: Address, link_key: str, seconds: float) -> RoundResult:
+    """Run one round to its end; for a process of its own."""
+    os.nice(max(0, NICE - os.nice(0)))
+    return asyncio.run(_attack(seed, number, address, link_key, seconds))
+
+
+async def _attack(
+    seed: int, number: int, address: Address, link_key: str, seconds: float
+) -> RoundResult:
+    rng = Random(f"{seed}/{number}")
+    result = RoundResult(number, rng.choice(KINDS))
+    if rng.random() < 0.15:
+        address = Address(address.host, address.port, rng.choice(("", "wrong", "\x7f")))
+    work = []
+    if result.kind in ("bodies", "mixed"):
+        work += [_bodies(Random(rng.random()), address, result) for _ in range(BODIES_AT_ONCE)]
+    if result.kind in ("sockets", "mixed"):
+        work += [_sockets(Random(rng.random()), address, result) for _ in range(SOCKETS_AT_ONCE)]
+    if result.kind in ("links", "mixed"):
+        key = rng.choice((link_key, address.key, ""))
+        link = Address(address.host, address.port, key)
+        for _ in range(LINKS_AT_ONCE):
+            work.append(_links(Random(rng.random()), link, result, seconds))
+    tasks = [asyncio.create_task(each) for each in work]
+    _, left = await asyncio.wait(tasks, timeout=seconds)
+    for task in left:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+    return result
+
+
+def _count(result: RoundResult, what: str) -> None:
+    result.counts[what] = result.counts.get(what, 0) + 1
+
+
+async def _bodies(rng: Random, address: Address, result: RoundResult) -> None:
+    for number, (path, body) in enumerate(hostile_bodies(rng)):
+        status = await post(address, path, body, seconds=20.0)
+        _count(result, f"body {status}")
+        if status.startswith("5") and status != "503":
+            shown = body[:300] + (b"..." if len(body) > 300 else b"")
+            result.faults.append(f"round {result.number}, body {number}: {status} {path} {shown!r}")
+        await asyncio.sleep(0)
+
+
+async def _sockets(rng: Random, address: Address, result: RoundResult) -> None:
+    names = sorted(SOCKET_ATTACKS)
+    while True:
+        name = rng.choice(names)
+        _count(result, f"{name} {await misbehave(name, Random(rng.random()), address)}")
+
+
+async def _links(rng: Random, address: Address, result: RoundResult, seconds: float) -> None:
+    for what, number in (await talk(rng, address, seconds=max(0.5, seconds - 1))).items():
+        result.counts[f"link {what}"] = result.counts.get(f"link {what}", 0) + number
