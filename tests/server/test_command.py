@@ -75,7 +75,10 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--engine-silence-seconds": 1, "--metrics-key": "m", "--listen-fd": 9,
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
-    switches = ("--no-prefix-cache", "--kv-transfer", "--compile-layers", "--no-async-scheduling")
+    switches = (
+        *("--no-prefix-cache", "--kv-transfer", "--compile-layers", "--no-async-scheduling"),
+        "--share-prefix-cache",
+    )
     result = serve("some/model", *switches, *words)
     assert result.exit_code == 0, result.output
     policy = started.engine.policy_config
