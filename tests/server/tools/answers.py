@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pla_serve.server.tools.events import Reader
+from pla_serve.server.tools.events import AnswerReader
 from pla_serve.server.tools.formats.deepseek import DeepSeekReader
 from pla_serve.server.tools.formats.gemma import FUNCTION_GEMMA, GEMMA_4, GemmaReader
 from pla_serve.server.tools.formats.granite import GraniteReader
@@ -58,7 +58,7 @@ TOOLS = {
 class Family:
     """How a family writes an answer, and what reads it."""
 
-    reader: Callable[[], Reader]
+    reader: Callable[[], AnswerReader]
     write: Callable[[str, list[Call]], str]
     """Content and calls to text."""
     content_with_calls: bool = True

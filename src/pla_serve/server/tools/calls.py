@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from pla_serve.server.tools.events import CallArguments, Content
-from pla_serve.server.tools.script import ScriptReader, Step, json_or_none
+from pla_serve.server.tools.events import AnswerText, CallArguments
+from pla_serve.server.tools.script import ScriptReader, ScriptStep, json_or_none
 
 NAME_KEY = "name"
 ARGUMENT_KEYS = ("arguments", "parameters")
 
 
-def read_call_object(reader: ScriptReader) -> Step[bool]:
+def read_call_object(reader: ScriptReader) -> ScriptStep[bool]:
     """Read one object and emit its call; False, and its text as content, if it is none.
 
     Arguments that follow the name are emitted as they come. Those that stand before it wait for it.
@@ -36,7 +36,7 @@ def read_call_object(reader: ScriptReader) -> Step[bool]:
             early = value
     text = reader.recorded()
     if index is None and name is None:
-        reader.emit(Content(text))
+        reader.emit(AnswerText(text))
         return False
     if index is None and name is not None:
         index = reader.begin(name)
@@ -44,7 +44,7 @@ def read_call_object(reader: ScriptReader) -> Step[bool]:
     return True
 
 
-def _next_key(reader: ScriptReader) -> Step[str | None]:
+def _next_key(reader: ScriptReader) -> ScriptStep[str | None]:
     """Read up to the value of the next key; None behind the end, or where no key stands."""
     yield from reader.skip_space()
     if (yield from reader.next_is([","])):
@@ -61,7 +61,7 @@ def _next_key(reader: ScriptReader) -> Step[str | None]:
     return key
 
 
-def read_call_array(reader: ScriptReader) -> Step[None]:
+def read_call_array(reader: ScriptReader) -> ScriptStep[None]:
     """Read ``[call, call, …]``; the text goes on behind the bracket that closes it."""
     yield from reader.skip_space()
     if (yield from reader.next_is(["["])):

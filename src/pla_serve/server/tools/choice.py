@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pla_serve.server.tools.events import Reader
+from pla_serve.server.tools.events import AnswerReader
 from pla_serve.server.tools.formats.deepseek import MARKERS as DEEPSEEK_MARKERS
 from pla_serve.server.tools.formats.deepseek import DeepSeekReader
 from pla_serve.server.tools.formats.gemma import FUNCTION_GEMMA, GEMMA_4, GemmaReader
@@ -37,7 +37,7 @@ class ToolFormat:
     name: str
     signs: tuple[tuple[str, ...], ...]
     markers: tuple[str, ...]
-    reader: Callable[[Tools], Reader]
+    reader: Callable[[Tools], AnswerReader]
 
     def fits(self, template: str) -> bool:
         """Whether a model with this chat template writes its calls so."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class AnswerText:
     """Text for the user."""
 
     text: str
@@ -37,17 +37,17 @@ class CallArguments:
     text: str
 
 
-Event = Content | Reasoning | CallBegins | CallArguments
+AnswerEvent = AnswerText | Reasoning | CallBegins | CallArguments
 
 
-class Reader(Protocol):
+class AnswerReader(Protocol):
     """Reads one answer. Use one object for each answer."""
 
-    def push(self, text: str) -> list[Event]:
+    def push(self, text: str) -> list[AnswerEvent]:
         """Take the next piece of text. What may be the start of a marker waits for its end."""
         ...
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[AnswerEvent]:
         """The answer is over: give what was held back."""
         ...
 
@@ -68,10 +68,10 @@ class ReadAnswer:
     reasoning: str = ""
     calls: list[ReadCall] = field(default_factory=list)
 
-    def add(self, events: Iterable[Event]) -> None:
+    def add(self, events: Iterable[AnswerEvent]) -> None:
         """Append what ``events`` say."""
         for event in events:
-            if isinstance(event, Content):
+            if isinstance(event, AnswerText):
                 self.content += event.text
             elif isinstance(event, Reasoning):
                 self.reasoning += event.text
@@ -81,7 +81,7 @@ class ReadAnswer:
                 self.calls[event.index].arguments += event.text
 
 
-def read_whole(reader: Reader, text: str) -> ReadAnswer:
+def read_whole(reader: AnswerReader, text: str) -> ReadAnswer:
     """Read an answer that is complete."""
     answer = ReadAnswer()
     answer.add(reader.push(text))

@@ -7,7 +7,7 @@ yields, and goes on when more is there or the answer is over:
         '''Calls are written CALL name json.'''
 
         def script(self) -> Script:
-            while (yield from self.pass_until(["CALL "], Content)) is not None:
+            while (yield from self.pass_until(["CALL "], AnswerText)) is not None:
                 name, _ = yield from self.take_until([" "])
                 index = self.begin(name)
                 yield from self.take_json(partial(CallArguments, index))
@@ -18,22 +18,22 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
-from pla_serve.server.tools.events import CallBegins, Content, Event
+from pla_serve.server.tools.events import AnswerEvent, AnswerText, CallBegins
 from pla_serve.server.tools.scan import JsonEnd, first_marker, safe_length
 
 Result = TypeVar("Result")
-Step = Generator[None, None, Result]
+ScriptStep = Generator[None, None, Result]
 """A part of a script that gives a result once it has read what it needs."""
-Script = Step[None]
+Script = ScriptStep[None]
 
 
 class ScriptReader:
-    """A `Reader` whose format is the generator `script`."""
+    """A `AnswerReader` whose format is the generator `script`."""
 
     def __init__(self) -> None:
         self._text = ""
         self._over = False
-        self._events: list[Event] = []
+        self._events: list[AnswerEvent] = []
         self._calls = 0
         self._record: str | None = None
         self._running = self.script()
@@ -42,17 +42,17 @@ class ScriptReader:
         """Read one answer; to be written by each format."""
         raise NotImplementedError
 
-    def push(self, text: str) -> list[Event]:
+    def push(self, text: str) -> list[AnswerEvent]:
         """Take the next piece of text."""
         self._text += text
         return self._go_on()
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[AnswerEvent]:
         """The answer is over: give what was held back."""
         self._over = True
         return self._go_on()
 
-    def _go_on(self) -> list[Event]:
+    def _go_on(self) -> list[AnswerEvent]:
         if self._running is not None:
             try:
                 next(self._running)
@@ -64,11 +64,11 @@ class ScriptReader:
         return events
 
     def _rest(self) -> Script:
-        yield from self.pass_until([], Content)
+        yield from self.pass_until([], AnswerText)
 
     # For scripts
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: AnswerEvent) -> None:
         """Tell the user of the reader; an event without text is left out."""
         if getattr(event, "text", None) != "":
             self._events.append(event)
@@ -95,8 +95,8 @@ class ScriptReader:
         return text
 
     def pass_until(
-        self, markers: Sequence[str], make: Callable[[str], Event], *, trim: bool = True
-    ) -> Step[str | None]:
+        self, markers: Sequence[str], make: Callable[[str], AnswerEvent], *, trim: bool = True
+    ) -> ScriptStep[str | None]:
         """Emit text up to the first of ``markers`` and drop that marker.
 
         White space before a marker goes with it if ``trim``: it belongs to the format and not to
@@ -119,7 +119,7 @@ class ScriptReader:
             self.emit(make(self._take(safe)))
             yield
 
-    def take_until(self, markers: Sequence[str]) -> Step[tuple[str, str | None]]:
+    def take_until(self, markers: Sequence[str]) -> ScriptStep[tuple[str, str | None]]:
         """Text up to the first of ``markers``, and that marker; None if the answer ended."""
         while (found := first_marker(self._text, markers)) is None:
             if self._over:
@@ -130,7 +130,7 @@ class ScriptReader:
         self._take(len(marker))
         return text, marker
 
-    def skip_space(self) -> Step[None]:
+    def skip_space(self) -> ScriptStep[None]:
         """Drop white space, also what has not come yet."""
         while True:
             self._take(len(self._text) - len(self._text.lstrip()))
@@ -138,7 +138,7 @@ class ScriptReader:
                 return
             yield
 
-    def next_is(self, options: Sequence[str]) -> Step[str | None]:
+    def next_is(self, options: Sequence[str]) -> ScriptStep[str | None]:
         """The option that the text goes on with, which stays; None if it is none of them."""
         while True:
             for option in options:
@@ -153,7 +153,7 @@ class ScriptReader:
         assert self._text.startswith(text)
         self._take(len(text))
 
-    def take_json(self, make: Callable[[str], Event] | None = None) -> Step[str]:
+    def take_json(self, make: Callable[[str], AnswerEvent] | None = None) -> ScriptStep[str]:
         """One JSON value as it stands in the text, white space before it dropped.
 
         Args:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from pla_serve.server.tools.events import CallArguments, Content
-from pla_serve.server.tools.script import Script, ScriptReader, Step
+from pla_serve.server.tools.events import AnswerText, CallArguments
+from pla_serve.server.tools.script import Script, ScriptReader, ScriptStep
 
 ALL_BEGIN, ALL_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 BEGIN, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -25,14 +25,14 @@ class DeepSeekReader(ScriptReader):
 
     def script(self) -> Script:
         while True:
-            marker = yield from self.pass_until([ALL_BEGIN, ALL_END, BEGIN], Content)
+            marker = yield from self.pass_until([ALL_BEGIN, ALL_END, BEGIN], AnswerText)
             if marker is None:
                 return
             if marker == BEGIN:
                 yield from self._call()
             yield from self.skip_space()
 
-    def _call(self) -> Step[None]:
+    def _call(self) -> ScriptStep[None]:
         head, marker = yield from self.take_until([SEPARATOR, END])
         name = head.strip()
         if marker == SEPARATOR and name == "function":

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pla_serve.server.tools.events import CallArguments, Content
+from pla_serve.server.tools.events import AnswerText, CallArguments
 from pla_serve.server.tools.script import Script, ScriptReader
 
 
@@ -35,7 +35,7 @@ class GemmaReader(ScriptReader):
         super().__init__()
 
     def script(self) -> Script:
-        while (yield from self.pass_until([self._tags.open], Content)) is not None:
+        while (yield from self.pass_until([self._tags.open], AnswerText)) is not None:
             text, _ = yield from self.take_until([self._tags.close])
             head, brace, body = text.strip().partition("{")
             index = self.begin(head.removeprefix("call").lstrip(":").strip())

@@ -14,8 +14,8 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from pla_serve.server.tools.events import CallArguments, Content, Reasoning
-from pla_serve.server.tools.script import Script, ScriptReader, Step
+from pla_serve.server.tools.events import AnswerText, CallArguments, Reasoning
+from pla_serve.server.tools.script import Script, ScriptReader, ScriptStep
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
@@ -31,11 +31,11 @@ class HarmonyReader(ScriptReader):
             head, marker = yield from self.take_until([MESSAGE])
             if marker is None:
                 if head.strip() and CHANNEL not in head and START not in head:
-                    self.emit(Content(head))
+                    self.emit(AnswerText(head))
                 return
             yield from self._message(head)
 
-    def _message(self, head: str) -> Step[None]:
+    def _message(self, head: str) -> ScriptStep[None]:
         _, _, channel = head.rpartition(CHANNEL)
         recipient = RECIPIENT.search(head)
         if recipient is not None:
@@ -44,4 +44,4 @@ class HarmonyReader(ScriptReader):
         elif channel.strip().startswith("analysis"):
             yield from self.pass_until([*ENDS, START], Reasoning)
         else:
-            yield from self.pass_until([*ENDS, START], Content)
+            yield from self.pass_until([*ENDS, START], AnswerText)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from pla_serve.server.tools.calls import read_call_object
-from pla_serve.server.tools.events import Content
+from pla_serve.server.tools.events import AnswerText
 from pla_serve.server.tools.script import Script, ScriptReader
 
 TAG = "<|python_tag|>"
@@ -21,7 +21,7 @@ class LlamaJsonReader(ScriptReader):
         yield from self.skip_space()
         beginning = yield from self.next_is(BEGINNINGS)
         if beginning is None:
-            if (yield from self.pass_until([TAG], Content)) is None:
+            if (yield from self.pass_until([TAG], AnswerText)) is None:
                 return
         elif beginning == TAG:
             self.drop(TAG)

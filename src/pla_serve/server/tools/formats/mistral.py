@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import partial
 
 from pla_serve.server.tools.calls import read_call_array
-from pla_serve.server.tools.events import CallArguments, Content
-from pla_serve.server.tools.script import Script, ScriptReader, Step
+from pla_serve.server.tools.events import AnswerText, CallArguments
+from pla_serve.server.tools.script import Script, ScriptReader, ScriptStep
 
 MARKER, CALL_ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 
@@ -20,7 +20,7 @@ class MistralReader(ScriptReader):
     """Reads all that follows ``[TOOL_CALLS]``; text before it is content."""
 
     def script(self) -> Script:
-        while (yield from self.pass_until([MARKER], Content)) is not None:
+        while (yield from self.pass_until([MARKER], AnswerText)) is not None:
             yield from self.skip_space()
             if (yield from self.next_is(["["])):
                 yield from read_call_array(self)
@@ -28,7 +28,7 @@ class MistralReader(ScriptReader):
                 yield from self._named_call()
             yield from self.skip_space()
 
-    def _named_call(self) -> Step[None]:
+    def _named_call(self) -> ScriptStep[None]:
         name, marker = yield from self.take_until([CALL_ID, ARGUMENTS, "{"])
         if marker == CALL_ID:
             _, marker = yield from self.take_until([ARGUMENTS, "{"])

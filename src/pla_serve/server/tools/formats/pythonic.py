@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from pla_serve.server.tools.events import CallArguments
-from pla_serve.server.tools.script import Script, ScriptReader, Step
+from pla_serve.server.tools.script import Script, ScriptReader, ScriptStep
 
 START, END = "<|python_start|>", "<|python_end|>"
 
@@ -43,7 +43,7 @@ class PythonicReader(ScriptReader):
         if (yield from self.next_is([END])):
             self.drop(END)
 
-    def _call(self) -> Step[bool]:
+    def _call(self) -> ScriptStep[bool]:
         """Read one call and emit it; False, with nothing read, if the text is none."""
         yield from self.skip_space()
         length = 0

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pla_serve.server.tools.events import CallArguments, Content
-from pla_serve.server.tools.script import Script, ScriptReader, Step, json_or_none
+from pla_serve.server.tools.events import AnswerText, CallArguments
+from pla_serve.server.tools.script import Script, ScriptReader, ScriptStep, json_or_none
 from pla_serve.server.tools.tool import Tool, Tools, takes_text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -32,7 +32,7 @@ class QwenCoderReader(ScriptReader):
 
     def script(self) -> Script:
         while True:
-            marker = yield from self.pass_until([OPEN, FUNCTION], Content)
+            marker = yield from self.pass_until([OPEN, FUNCTION], AnswerText)
             if marker is None:
                 return
             if marker == OPEN:
@@ -46,7 +46,7 @@ class QwenCoderReader(ScriptReader):
                 self.drop(CLOSE)
             yield from self.skip_space()
 
-    def _function(self) -> Step[None]:
+    def _function(self) -> ScriptStep[None]:
         name, _ = yield from self.take_until([">"])
         name = name.strip()
         index = self.begin(name)
