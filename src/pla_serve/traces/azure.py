@@ -1,4 +1,4 @@
-"""Azure's LLM inference traces (Azure/AzurePublicDataset), of 2023 and of 2024."""
+"""Reads Azure's LLM inference traces (Azure/AzurePublicDataset) of 2023 and 2024."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COLUMNS = frozenset({"timestamp", "contexttokens", "generatedtokens"})
 
 
 def azure(table: Table) -> Iterator[Row]:
-    """Columns TIMESTAMP, ContextTokens, GeneratedTokens.
+    """Yield the rows of a table with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
 
     Times are written ``2023-11-16 18:15:46.6805900`` in the first year and
-    ``2024-05-12 00:00:00.003+00:00``, or without the fraction, in the second; without a zone they
-    are UTC. Neither tells which requests belong together.
+    ``2024-05-12 00:00:00.003+00:00``, or without the fraction, in the second. A time without a zone
+    is UTC. The traces have no sessions.
 
     Raises:
         TraceError: a row cannot be read.

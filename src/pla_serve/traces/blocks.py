@@ -1,4 +1,4 @@
-"""Block ids of prompts: their code in this project's CSV, and the size of a block."""
+"""Block ids of prompts: their form in this project's CSV, and what is cached of a prompt."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def decode_blocks(text: str, earlier: Sequence[tuple[range, ...]]) -> tuple[range, ...]:
-    """``J:K|a-b,c``: the first K ids of data row J, then the ids a to b and c.
+    """Read the blocks of a row: ``J:K|a-b,c`` is the first K ids of data row J, then a to b and c.
 
-    ``earlier`` holds the blocks of the rows before, from row 0.
+    Args:
+        earlier: blocks of all earlier rows, from row 0.
 
     Raises:
         ValueError: the text is not of this form, or row J has fewer than K ids.
@@ -31,7 +32,7 @@ def decode_blocks(text: str, earlier: Sequence[tuple[range, ...]]) -> tuple[rang
         low, _, high = part.partition("-")
         first, last = int(low), int(high or low)
         if ranges and ranges[-1].stop == first:
-            ranges[-1] = range(ranges[-1].start, last + 1)  # fewer pieces for all that follow
+            ranges[-1] = range(ranges[-1].start, last + 1)  # fewer ranges for the rows to come
         else:
             ranges.append(range(first, last + 1))
     return tuple(ranges)
@@ -48,8 +49,10 @@ def _first(ranges: tuple[range, ...], count: int) -> Iterator[range]:
 
 
 def block_size(rows: Sequence[Row], name: str) -> int | None:
-    """The power of two for which every row's block count fits its input, rounded up or down; None
-    for a trace without blocks.
+    """Infer the tokens in one block; None for a trace without blocks.
+
+    The size is the smallest power of two that explains the number of blocks of every row, rounded
+    up or down.
 
     Raises:
         TraceError: no size fits all rows.
@@ -69,10 +72,10 @@ def block_size(rows: Sequence[Row], name: str) -> int | None:
 
 
 class SeenBlocks:
-    """Remembers blocks and says how much of a prompt they hold already.
+    """Blocks of earlier prompts, to tell how much of a new prompt is cached.
 
-    Ids are kept as disjoint intervals in their order, so a prompt costs a few look-ups for each of
-    its ranges, not one for each of its blocks.
+    Ids are kept as sorted disjoint intervals, so that a prompt costs a few look-ups for each of its
+    ranges and not one for each of its blocks.
     """
 
     def __init__(self) -> None:
@@ -80,7 +83,7 @@ class SeenBlocks:
         self._stops: list[int] = []
 
     def add(self, blocks: Iterable[range]) -> int:
-        """How many leading blocks were seen before; all are from now on."""
+        """Add the blocks of a prompt, and return how many leading ones were seen before."""
         known, leading = 0, True
         for run in blocks:
             if leading:

@@ -1,4 +1,4 @@
-"""BurstGPT (HPMLL/BurstGPT, arXiv 2401.17644)."""
+"""Reads the traces of BurstGPT (HPMLL/BurstGPT, arXiv 2401.17644)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ COLUMNS = frozenset({"timestamp", "request tokens", "response tokens"})
 
 
 def burstgpt(table: Table) -> Iterator[Row]:
-    """Columns Timestamp (seconds), Request tokens, Response tokens and, in the third release,
-    Session ID (empty for API calls) and Elapsed time (seconds until the answer was complete).
+    """Yield the rows of a table with the columns Timestamp, Request tokens and Response tokens.
 
-    Failed requests, which have no response tokens, are kept with an answer of one token; the files
-    named ``without_fails`` lack them. What was cached is unknown. Think time is the time since the
-    session's answer before, 0 if that was not yet complete.
+    Timestamps are seconds. The third release also has Session ID (empty for API calls) and Elapsed
+    time (seconds until the answer was complete). Failed requests, which have no response tokens,
+    are kept with an answer of one token; the files named ``without_fails`` have none. The trace
+    does not say what was cached. Think time is the time since the session's previous answer, or 0
+    if that was not complete yet.
 
     Raises:
         TraceError: a row cannot be read.

@@ -1,4 +1,4 @@
-"""How much of each prompt the prompts before it hold."""
+"""Counts how much of each prompt earlier prompts have put into a cache."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pla_serve.traces.rows import Row
 
 
 def recount_cached(rows: Sequence[Row]) -> list[Row]:
-    """Rows with ``cached_tokens`` that the rows before them account for, in this order.
+    """Return the rows with new ``cached_tokens``, as the rows before them explain in this order.
 
-    To be called after rows were left out or put in another order. With blocks: those seen before,
-    whole. Without: what the row says, but not more than its session's prompt and answer before it;
-    where a session begins, all that it says (a system prompt), and nothing if its first turns were
-    left out. At most what the row says, where it says anything. The last token is always new.
+    Needed after rows were left out or put in another order. For a row with blocks these are the
+    tokens of its leading blocks that were seen before. For one without they are at most the
+    previous prompt and answer of its session; at the start of a session all that the row says (a
+    system prompt), and none if the first turns were left out. They are never more than what the row
+    says, where it says anything, and the last token is always new.
     """
     seen = SeenBlocks()
     sent: dict[str, int] = {}

@@ -13,7 +13,7 @@ from pla_serve.traces.rows import Row, root
 
 @dataclass(frozen=True, slots=True)
 class ClockOptions:
-    """What is drawn where a trace does not tell it.
+    """Settings of the times that are drawn where a trace has none.
 
     Raises:
         ValueError: a field is out of range.
@@ -21,7 +21,7 @@ class ClockOptions:
 
     seed: int = 0
     session_span: float = 3600.0
-    """Seconds over which sessions that have clocks of their own start."""
+    """Seconds over which the starts of sessions with clocks of their own are spread."""
     rate: float = 1.0
     """Requests a second, on average, of a trace without times."""
     think_seconds: float = 5.0
@@ -48,15 +48,15 @@ def common_clock(rows: Sequence[Row]) -> bool:
 
 
 def on_one_clock(rows: Sequence[Row], options: ClockOptions) -> tuple[list[Row], str]:
-    """Rows in the order of their arrivals, the first at 0, and in words how they were made.
+    """Return the rows in the order of their arrivals, the first at 0, and where these come from.
 
     - A common clock is kept.
     - Sessions with clocks of their own start at times drawn uniformly over ``session_span``;
       sub-agents have their session's clock.
-    - Without times, sessions (requests without one are sessions of their own) start as a Poisson
-      process in the file's order, at a rate that makes ``rate`` requests a second. Later turns
-      come after a thought that is drawn, or the recorded one; whoever replays them should wait for
-      the answer too, so ``think`` says it.
+    - Without times, sessions start as a Poisson process in the file's order, at a rate that makes
+      ``rate`` requests a second; a request without a session is a session of its own. A later turn
+      comes after its think time, recorded or drawn. ``think`` of the row says it, so that a replay
+      can wait for the answer as well.
     """
     if any(row.arrival is None for row in rows):
         timed = _drawn(rows, options)
@@ -78,11 +78,15 @@ def own_clocks(rows: Sequence[Row]) -> bool:
 def start_sessions(
     rows: Sequence[Row], span: float, seed: int, *, max_pause: float = inf
 ) -> list[Row]:
-    """Sessions start at times drawn uniformly over ``span`` seconds, each with its own pauses.
+    """Start the sessions at times that are drawn uniformly over ``span`` seconds.
 
-    ``rows`` have clocks of their own. Pauses of a session, its sub-agents included, are cut to
-    ``max_pause``. Rows come back in the order of their arrivals, the first at 0. With another span
-    the same seed draws the same starts, stretched.
+    Args:
+        rows: rows whose sessions have clocks of their own.
+        span: seconds. With another span the same seed draws the same starts, stretched.
+        max_pause: longest pause of a session, its sub-agents included; longer ones are cut.
+
+    Returns:
+        The rows in the order of their arrivals, the first at 0.
 
     Raises:
         ValueError: ``span`` or ``max_pause`` is negative.

@@ -1,4 +1,4 @@
-"""Reads a trace file of any known format, told apart by what is in it."""
+"""Reads trace files of all known formats; the content of a file tells its format."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ _TABLES = (
 _COMPANION = frozenset({"trace", "models", "contexts"})
 _SHAREGPT = '"conversations"'
 _PEEK = 65536
-"""Characters in which the form of a file shows."""
+"""Characters at the start of a file by which its format is recognised."""
 
 
 def read_rows(
     path: Path, most: int | None = None, count_tokens: CountTokens = about_four_characters
 ) -> list[Row]:
-    """The first ``most`` requests of a file, plain or gzip.
+    """Read the first ``most`` requests of a file, plain or gzip, in its order.
 
-    Arrivals count from the earliest, in the file's order. ``count_tokens`` is asked where a format
-    holds texts in place of counts.
+    Arrivals count from the earliest one.
+
+    Args:
+        count_tokens: counts the tokens of texts, for formats that hold texts and no counts.
 
     Raises:
         TraceError: the file is missing, empty or malformed; the message names file and row.
@@ -93,7 +95,7 @@ def _table_rows(table: Table) -> Iterator[Row]:
 
 
 def _from_zero(rows: list[Row]) -> list[Row]:
-    """Where a later line has an earlier time than the first, that one becomes 0."""
+    """Shift arrivals so that the earliest is 0, where a later line has an earlier time."""
     first = min((row.arrival for row in rows if row.arrival is not None), default=0.0)
     if first >= 0:
         return rows

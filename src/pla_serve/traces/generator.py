@@ -1,4 +1,4 @@
-"""Synthetic rows, for those who have no trace. Everything is drawn from a seed."""
+"""Generates traces from a seed, for tests and for users who have none."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LONG_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class GeneratorOptions:
-    """Sizes and times of what is generated.
+    """Sizes and times of generated requests.
 
-    Chat: messages as in LMSYS-Chat-1M (`lengths.Lmsys`), a geometric number of turns, exponential
-    thought; a turn's history is the turns before it and their answers. Documents: one request
-    each, lognormal. Answers: lognormal. The sizes of documents and answers are assumptions, not
-    fits.
+    Chats have messages as in LMSYS-Chat-1M (`lengths.Lmsys`), a geometric number of turns, and
+    exponential think times; the history of a turn is all earlier turns and their answers. A
+    document is one request of lognormal size. Answers have lognormal sizes. The sizes of documents
+    and answers are assumptions and no fits.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -38,23 +38,24 @@ class GeneratorOptions:
     share: float = 0.1
     """Share of requests that are documents, where there are both."""
     turns: float = 2.0
-    """Mean of a conversation, which has 20 at most."""
+    """Mean number of turns of a chat, which has 20 at most."""
     think: float = 5.0
     """Mean seconds between an answer and the next message."""
     longest_message: int = 2048
     document: int = 4096
-    """Median tokens; with ``document_sigma`` 0.8, one in ten has more than 2.8 times that."""
+    """Median tokens of a document; with ``document_sigma`` 0.8 one in ten has over 2.8 times that."""
     document_sigma: float = 0.8
     longest_document: int = 131_072
     answer: int = 128
-    """Median tokens."""
+    """Median tokens of an answer."""
     answer_sigma: float = 0.9
     longest_answer: int = 2048
     factor: float = 10.0
-    """How much more of the bursting class comes in a burst."""
+    """Rate of the bursting class in a burst, over its rate between bursts."""
     quiet: float = 300.0
-    """Mean seconds between bursts; ``burst`` is their mean length."""
+    """Mean seconds between bursts."""
     burst: float = 30.0
+    """Mean seconds of a burst."""
 
     def __post_init__(self) -> None:
         if self.requests < 1:
@@ -75,15 +76,15 @@ class GeneratorOptions:
 
 
 def generate_rows(kind: GeneratedKind, options: GeneratorOptions, seed: int) -> list[Row]:
-    """Rows in the order of their arrivals.
+    """Generate rows in the order of their arrivals.
 
     - ``chat``, ``documents``, ``chat+documents``: Poisson arrivals of sessions.
-    - ``burst-short``, ``burst-long``: both classes, of which conversations or documents come in
-      bursts (`arrivals.Bursts`), stretched so that both classes end together.
+    - ``burst-short``, ``burst-long``: both classes, of which chats or documents come in bursts
+      (`arrivals.Bursts`), stretched so that both classes end together.
     - ``all-short``: single messages of at most 256 tokens. ``all-long``: documents of more than
       2,048.
 
-    Sizes and times have streams of their own, so the rate changes times only.
+    Sizes and times are drawn from generators of their own, so the rate changes times only.
     """
     alone = {"chat": 0.0, "all-short": 0.0, "documents": 1.0, "all-long": 1.0}
     documents = round(alone.get(kind, options.share) * options.requests)

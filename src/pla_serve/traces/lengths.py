@@ -1,4 +1,4 @@
-"""Distributions of the sizes of messages, documents, answers and conversations."""
+"""Distributions of the sizes of messages, documents, answers and chats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import NamedTuple, Protocol
 class Lengths(Protocol):
     """A distribution of token counts."""
 
-    def sample(self, rng: random.Random) -> int: ...
+    def sample(self, rng: random.Random) -> int:
+        """Draw a number of tokens, at least 1."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Lmsys:
     """
 
     weight: float = 0.659
-    """Share of the first lognormal."""
+    """Probability of the first lognormal."""
     mu: tuple[float, float] = (2.604, 4.021)
     sigma: tuple[float, float] = (0.685, 1.515)
     low: int = 2
@@ -39,7 +41,7 @@ class Lmsys:
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """Rounded up to whole tokens and clipped to ``low``..``high``.
+    """A lognormal, rounded up to whole tokens and clipped to ``low``..``high``.
 
     Raises:
         ValueError: the parameters are out of range.
@@ -74,17 +76,19 @@ class Uniform:
 
 
 class TurnLengths(NamedTuple):
-    """One turn of a conversation."""
+    """Sizes of one turn of a chat."""
 
     new_tokens: int
     answer_tokens: int
     think: float
-    """Seconds since the answer before it; 0 for the first."""
+    """Seconds since the previous answer; 0 for the first turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatLengths:
-    """Conversations: a geometric number of turns, cut at ``max_turns``, with exponential thought
+    """Distribution of chats.
+
+    A chat has a geometric number of turns, at most ``max_turns``, and an exponential think time
     between an answer and the next message.
 
     Raises:
@@ -105,7 +109,7 @@ class ChatLengths:
             raise ValueError(f"think_seconds must not be negative, not {self.think_seconds}")
 
     def session(self, rng: random.Random) -> list[TurnLengths]:
-        """One conversation."""
+        """Draw one chat."""
         messages: list[TurnLengths] = []
         goes_on = True
         while goes_on and len(messages) < self.max_turns:

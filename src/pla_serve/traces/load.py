@@ -1,4 +1,4 @@
-"""From a text such as a command line has to rows on one clock.
+"""Loads a trace that is named by a text, and lays its requests on one clock.
 
 ::
 
@@ -10,8 +10,8 @@
     gen:burst-short:requests=5000:factor=10
     mix:lmsys.csv.gz@0.9+mooncake.csv.gz:min-new=2049@0.1
 
-No character of it means anything to a shell. Keys of a file are those of `FileOptions`, of a
-generated trace those of `generator.GeneratorOptions`, with hyphens for underscores.
+A shell leaves such a text as it is. Keys of a file are the fields of `FileOptions`, those of a
+generated trace the fields of `generator.GeneratorOptions`, with hyphens for underscores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PART = re.compile(r"(?P<source>.+?)@(?P<share>[0-9.eE-]+)(?:\+|$)")
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
-    """Which rows of a file count.
+    """Limits on the rows of a file that are used.
 
     Raises:
         ValueError: a field is below 1.
@@ -50,9 +50,9 @@ class FileOptions:
     min_input: int | None = None
     max_input: int | None = None
     first: int | None = None
-    """So many rows of the file, before anything is left out."""
+    """Number of rows that are read at all, before any is left out."""
     block_tokens: int | None = None
-    """Tokens in one block, where they cannot be told from the counts."""
+    """Tokens in one block, where they cannot be inferred from the counts."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -61,6 +61,7 @@ class FileOptions:
                 raise ValueError(f"{field.name} must be at least 1, not {value}")
 
     def keeps(self, row: Row) -> bool:
+        """Whether a row is within the limits."""
         return (
             (self.min_new is None or row.new_tokens >= self.min_new)
             and (self.max_new is None or row.new_tokens <= self.max_new)
@@ -71,22 +72,23 @@ class FileOptions:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A workload in numbers."""
+    """Requests of a trace on one clock."""
 
     name: str
-    """The spec, with file names for paths."""
+    """Text that named it, with file names in place of paths."""
     rows: tuple[Row, ...]
-    """In the order of their arrivals, of which the first is 0, numbered in it. ``cached_tokens``
-    is what the rows before it hold, and ``block_tokens`` is known where there are blocks."""
+    """Rows in the order of their arrivals, the first at 0, and numbered in it. Their
+    ``cached_tokens`` are what earlier rows explain; ``block_tokens`` is known where there are
+    blocks."""
     clock: str
-    """Where the arrivals come from, in words."""
+    """Description of where the arrivals come from."""
     left_out: int
-    """Rows with prompts above ``max_input_tokens``."""
+    """Number of rows that were left out because their prompts exceed ``max_input_tokens``."""
     recorded: tuple[Row, ...] = ()
-    """Where each session has a clock of its own: the rows with those times."""
+    """Rows with recorded times, where each session has a clock of its own; otherwise empty."""
 
     def restarted(self, span: float, seed: int, *, max_pause: float = inf) -> Trace:
-        """The same with sessions started over ``span`` seconds, as `clock.start_sessions` does.
+        """Return the trace with sessions that start over ``span`` seconds (`start_sessions`).
 
         Raises:
             ValueError: its sessions have no clocks of their own.
@@ -106,7 +108,7 @@ class _Loader:
     max_requests: int | None
 
     def source(self, text: str) -> tuple[str, list[Row], int]:
-        """Name, rows and how many had too long prompts, of a file or something generated."""
+        """Return name, rows, and number of rows with too long prompts, of a file or generator."""
         rest, options = _split_options(text)
         if rest.startswith("gen:"):
             kind = next((k for k in KINDS if k == rest.removeprefix("gen:")), None)
@@ -150,12 +152,17 @@ def load_trace(
     think_seconds: float = 5.0,
     count_tokens: CountTokens = about_four_characters,
 ) -> Trace:
-    """Rows on one clock; equal arguments give equal rows.
+    """Load a trace on one clock; equal arguments give equal rows.
 
-    ``max_input_tokens`` leaves longer prompts out, ``max_requests`` keeps the first to arrive.
-    What is drawn where a trace does not tell times is described in `clock.on_one_clock`.
-    Turns of a session arrive no earlier than their recorded times; whoever replays them lets
-    each also wait for the answer before it, and ``think`` where it is known.
+    Turns of a session arrive no earlier than their recorded times. A replay should let each also
+    wait for the previous answer, and for ``think`` where that is known.
+
+    Args:
+        spec: text of the form that this module describes.
+        seed: for all that is drawn; `clock.on_one_clock` says what that is.
+        max_input_tokens: longer prompts are left out.
+        max_requests: number of requests to keep, the first ones to arrive.
+        count_tokens: counts the tokens of texts, for formats without counts.
 
     Raises:
         TraceError: the spec or a file cannot be read; the message says what to change.
@@ -186,7 +193,7 @@ def _numbered(timed: list[Row]) -> tuple[Row, ...]:
 
 
 def _complete(rows: list[Row], options: FileOptions, name: str) -> list[Row]:
-    """Rows whose size of blocks is known, and how much of the prompt was cached."""
+    """Return the rows with the size of their blocks and with ``cached_tokens``."""
     size = options.block_tokens or block_size(rows, name)
     if size is not None:
         rows = [replace(row, block_tokens=size) if row.blocks else row for row in rows]
@@ -194,7 +201,7 @@ def _complete(rows: list[Row], options: FileOptions, name: str) -> list[Row]:
 
 
 def _split_options(text: str) -> tuple[str, dict[str, str]]:
-    """Peels ``:key=value`` off the end; a path may hold colons."""
+    """Split ``:key=value`` off the end of a text; a path may hold colons itself."""
     options: dict[str, str] = {}
     while match := _OPTION.match(text):
         text = match["rest"]

@@ -1,4 +1,4 @@
-"""Combines traces: so many requests of one in so many of all."""
+"""Mixes traces, each with a given share of all requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pla_serve.traces.rows import Row, TraceError
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One trace of a mixture.
+    """A trace of a mixture, and its share.
 
     Raises:
         ValueError: the share is not positive.
@@ -21,7 +21,7 @@ class Part:
     name: str
     rows: Sequence[Row]
     share: float
-    """Weight among the parts; they need not add up to 1."""
+    """Weight among the parts; the weights need not add up to 1."""
 
     def __post_init__(self) -> None:
         if not (self.share > 0 and math.isfinite(self.share)):
@@ -29,12 +29,12 @@ class Part:
 
 
 def mix(parts: Sequence[Part], seed: int, most: int | None = None) -> list[Row]:
-    """Requests of all parts in random order, without times, numbered anew.
+    """Return requests of all parts in random order, without times, and numbered anew.
 
-    Each part gives its share of requests, exactly up to rounding, each at most once: the part that
-    runs out first decides how many there are, or ``most`` does. Whole sessions are drawn, in their
-    order; the last one is cut where the share is met. Sessions and blocks of different parts are
-    kept apart. `cached.recount_cached` then tells what is still cached of what was drawn.
+    Each part gives its share of the requests, exactly up to rounding, and each request at most
+    once. So the part that runs out first bounds their number, or ``most`` does. Whole sessions are
+    drawn, with their turns in order; the last one is cut where the share is met. Sessions and
+    blocks of different parts get different ids. `cached.recount_cached` is to be called afterwards.
 
     Raises:
         TraceError: the shares leave a part without any request.
@@ -45,7 +45,7 @@ def mix(parts: Sequence[Part], seed: int, most: int | None = None) -> list[Row]:
     sessions: list[list[Row]] = []
     offset = 0
     for number, part in enumerate(parts):
-        # Rounding down, but for errors in the last digit: 10,000 / 0.9 * 0.9 is 10,000.
+        # Round down, but forgive errors in the last digit: 10,000 / 0.9 * 0.9 is 10,000.
         count = int(total * part.share / weight + 1e-6)
         if count < 1:
             raise TraceError(f"no request of {part.name} fits its share of {total:.0f} requests")

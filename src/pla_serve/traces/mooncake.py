@@ -1,4 +1,4 @@
-"""Mooncake's JSONL (kvcache-ai/Mooncake, FAST 2025 release)."""
+"""Reads Mooncake's traces (kvcache-ai/Mooncake, FAST 2025 release)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ BLOCK_TOKENS = 512
 
 
 def mooncake(file: Iterable[str]) -> Iterator[Row]:
-    """``{"timestamp": ms, "input_length": n, "output_length": n, "hash_ids": [...]}`` a line.
+    """Yield the rows of a file with one JSON object a line.
+
+    Example: ``{"timestamp": 274, "input_length": 699, "output_length": 52, "hash_ids": [46, 47]}``,
+    in milliseconds and with a hash for each block of 512 tokens.
 
     Raises:
         TraceError: a line is not of this form.
@@ -36,7 +39,7 @@ def mooncake(file: Iterable[str]) -> Iterator[Row]:
 
 
 def _runs(ids: Iterable[int]) -> tuple[range, ...]:
-    """Ids in their order, those that count up as one range."""
+    """Return ids as ranges, in their order; ids that count up are one range."""
     runs: list[range] = []
     for block in ids:
         if runs and runs[-1].stop == block:

@@ -1,4 +1,4 @@
-"""This project's CSV: counts, times and block numbers, columns by name."""
+"""Reads this project's CSV: counts, times and block numbers, with columns by name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pla_serve.traces.rows import Row, TraceError, at_least_one, number
 from pla_serve.traces.table import Table
 
 COLUMNS = frozenset({"input_tokens"})
-"""What makes a CSV one of these. Also known: arrival_s, session_id, turn, output_tokens,
-cached_prefix_tokens, think_s, blocks. Where output_tokens is missing, answers have one token."""
+"""Column that every such file has. Others are arrival_s, session_id, turn, output_tokens,
+cached_prefix_tokens, think_s and blocks. Without output_tokens answers have one token."""
 
 
 def project_csv(table: Table) -> Iterator[Row]:
-    """An empty or missing cell is unknown; other columns are ignored.
+    """Yield the rows of a table. An empty or missing cell is unknown; other columns are ignored.
 
     Raises:
         TraceError: a row cannot be read.

@@ -1,4 +1,4 @@
-"""One request of a trace, and what is wrong with a file that is none."""
+"""Row of a trace, the same for all formats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class TraceError(ValueError):
-    """The file is not a trace that can be read; the message says where and why."""
+    """Raised if a trace cannot be read; the message says where and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +16,20 @@ class Row:
     index: int
     """Place in the file, from 0."""
     arrival: float | None
-    """Seconds from the first request; in some traces from the start of its session."""
+    """Seconds from the first request, or in some traces from the start of the session; None if
+    unknown."""
     input_tokens: int
-    """The whole prompt; at least 1."""
+    """Tokens of the whole prompt; at least 1."""
     output_tokens: int
-    """The answer; 1 where the trace does not tell."""
+    """Tokens of the answer; 1 where the trace does not say."""
     session: str | None = None
-    """Turns of one session follow each other. ``12.1`` is a sub-agent of session 12."""
+    """Session that the request is a turn of. ``12.1`` is a sub-agent of session 12."""
     cached_tokens: int | None = None
-    """Leading tokens that a cache without bounds would hold; None is unknown."""
+    """Leading tokens that an unbounded cache would hold; None if that is unknown."""
     think: float | None = None
-    """Seconds between the answer before it and this request."""
+    """Seconds between the previous answer of the session and this request."""
     blocks: tuple[range, ...] | None = None
-    """Ids of the prompt's blocks: equal ids are equal tokens."""
+    """Ids of the prompt's blocks; blocks with equal ids have equal tokens."""
     block_tokens: int | None = None
     """Tokens in one block, where the format fixes it."""
     turn: int | None = None
@@ -36,20 +37,20 @@ class Row:
 
     @property
     def new_tokens(self) -> int:
-        """What is left to prefill with such a cache; at least 1."""
+        """Prompt tokens that such a cache does not hold; at least 1."""
         return max(1, self.input_tokens - (self.cached_tokens or 0))
 
 
 def root(session: str) -> str:
-    """The session that a sub-agent belongs to, or the session itself."""
+    """Return the session that a sub-agent belongs to, or the session itself."""
     return session.partition(".")[0]
 
 
 def at_least_one(value: object) -> int:
-    """A count of tokens; 0 is read as 1, as no request has an empty prompt or answer.
+    """Read a count of tokens; 0 is read as 1, because no request has an empty prompt or answer.
 
     Raises:
-        ValueError: it is no whole number, or negative.
+        ValueError: the value is no whole number, or negative.
     """
     text = str(value)
     try:
@@ -65,5 +66,5 @@ def at_least_one(value: object) -> int:
 
 
 def number(cell: str | None) -> float | None:
-    """A cell's number; None for an empty or missing one."""
+    """Read the number in a cell; None for an empty or missing one."""
     return float(cell) if cell else None

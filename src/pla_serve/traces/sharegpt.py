@@ -1,4 +1,4 @@
-"""ShareGPT's JSON: conversations as texts, read for their lengths only."""
+"""Reads ShareGPT's JSON: chats as texts, of which only the lengths are used."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ _ANSWERS = frozenset({"gpt", "chatgpt", "assistant", "model", "bard", "bing"})
 
 
 def about_four_characters(text: str) -> int:
-    """A rough count for want of a tokenizer: four characters a token, as English text has with
-    vocabularies of 50K to 150K. Chinese or code have fewer characters a token."""
+    """Estimate the tokens of a text: four characters a token.
+
+    English text has about that many with vocabularies of 50K to 150K tokens. Chinese text and code
+    have fewer characters a token.
+    """
     return -(-len(text) // 4)
 
 
 def sharegpt(file: IO[str], count_tokens: CountTokens) -> Iterator[Row]:
-    """``[{"id": ..., "conversations": [{"from": "human", "value": "..."}, ...]}, ...]``, or one
-    such object a line.
+    """Yield a row for each answer of each chat.
 
-    A request is an answer with all that was said before it. Its history (``cached_tokens``) is the
-    prompt before and the answer to that. Chat templates are not counted. There are no times.
-    What is said after the last answer was not answered and is no request.
+    The file holds ``[{"id": ..., "conversations": [{"from": "human", "value": "..."}, ...]}, ...]``
+    or one such object a line. The prompt of an answer is all that was said before it, and its
+    history (``cached_tokens``) is the previous prompt and answer. Chat templates are not counted,
+    and there are no times. Messages after the last answer give no row.
 
     Raises:
         TraceError: the JSON is malformed, or a conversation has another form.
@@ -55,7 +58,7 @@ def _entries(file: IO[str]) -> Iterator[Any]:
 
 
 def _lengths(entry: Any, count_tokens: CountTokens) -> list[tuple[int, int, int]]:
-    """(prompt, history, answer) in tokens, for each answer."""
+    """Return the tokens of prompt, history and answer, for each answer of a chat."""
     said = history = 0
     requests = []
     for message in entry["conversations"]:

@@ -1,4 +1,4 @@
-"""CSV with a header, one dict a line, with names that do not depend on case or outer blanks."""
+"""Reads CSV with a header; names of columns ignore case and outer blanks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pla_serve.traces.rows import TraceError
 
 
 class Table:
-    """Iterates over the data rows once."""
+    """A CSV file as a dict for each data row. It can be iterated over once."""
 
     def __init__(self, file: Iterable[str]) -> None:
         self._lines = csv.reader(file)
