@@ -1,4 +1,4 @@
-"""The time of a batch on a machine that captures shapes, and of one that has to launch kernels."""
+"""Time of a batch on a machine that runs captured shapes, and otherwise launches kernels."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from pla_serve.policy.shapes.ladder import (
 
 
 class Captured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which prefill batches are replayed as a whole, and what the others pay.
+    """Shapes whose prefill batches run captured, and the launch time of all other batches.
 
     The host launches the ordinary kernels of a pass while the device computes, so such a pass takes
-    as long as the slower of the two. A replayed one takes what the device needs for all slots of
-    its shape, padding included.
+    as long as the slower of the two. A captured pass takes the time that the device needs for all
+    slots of its shape, padding included.
     """
 
     ordinary_seconds: float
     """Host time to launch the ordinary kernels of one pass."""
     tokens: tuple[int, ...] = GRID_TOKENS
-    """With ``batches`` all pairs of a grid (`ladder.Shape`); empty captures nothing."""
+    """Tokens of the captured shapes, which are all pairs with ``batches`` (`ladder.Shape`); empty
+    captures nothing."""
     batches: tuple[int, ...] = GRID_BATCHES
     layout: Layout = Layout.PADDED
     always: bool = True
-    """A batch is padded to its nearest shape also where ordinary kernels would be faster, as
-    published; if not, the faster of the two runs."""
+    """Whether a batch is padded to its nearest shape even where ordinary kernels would be faster,
+    as published. If not, the faster of the two runs."""
 
     def __post_init__(self) -> None:
         if not self.ordinary_seconds >= 0:
@@ -46,11 +47,13 @@ class Captured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CapturedCost(CostModel):
-    """The true seconds of a batch; learns nothing.
+    """True seconds of a batch. Unlike other cost models it does not learn.
 
-    ``profile`` is the device's own time. A batch with prefills runs captured if it has no decode
-    step and some shape covers it. Steps of decode alone are taken to be captured everywhere, as
-    every engine does it.
+    A batch with prefills runs captured if it has no decode step and some shape covers it. Batches
+    of decode steps alone always run captured, as in every engine.
+
+    Args:
+        profile: time on the device, without launches by the host.
     """
 
     def __init__(self, profile: CostProfile, captured: Captured) -> None:
@@ -61,7 +64,7 @@ class CapturedCost(CostModel):
         self._most_tokens = max(captured.tokens, default=0)
 
     def seconds(self, batch: Batch) -> float:
-        """Of one batch, where it runs."""
+        """Return the seconds of one batch, captured or not."""
         device = super().seconds(batch)
         if not batch.prefills:
             return device
@@ -72,10 +75,10 @@ class CapturedCost(CostModel):
         return replayed if self._captured.always else min(replayed, ordinary)
 
     def observe(self, batch: Batch, seconds: float) -> None:
-        """Nothing to learn."""
+        """Ignore the measurement."""
 
     def _replayed(self, chunks: Sequence[Chunk], device: float) -> float | None:
-        """Seconds in the nearest shape; None if there is none."""
+        """Return the seconds in the nearest shape; None if no shape covers the prefills."""
         if chunks[0].tokens > self._most_tokens:
             return None
         layout = self._captured.layout
@@ -91,6 +94,6 @@ class CapturedCost(CostModel):
         )
 
     def _shape_seconds(self, tokens: int, batch: int) -> float:
-        """Without history; for a flat shape a price to compare by."""
+        """Return the seconds of a shape without history; of a flat one, for comparisons only."""
         count = slots(Shape(tokens, batch), self._captured.layout)
         return self.work_seconds(count, count * count / batch / 2, count, batch, 1)

@@ -1,4 +1,4 @@
-"""What a simulated fleet is made of, and what a run of it yields."""
+"""Settings of a simulated fleet, and the result of a run."""
 
 from __future__ import annotations
 

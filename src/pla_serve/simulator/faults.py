@@ -1,4 +1,4 @@
-"""When instances fail."""
+"""Failures of simulated instances."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Raises:
-    ValueError: a field is negative.
+    """One failure of an instance.
+
+    Raises:
+        ValueError: a field is negative.
     """
 
     time: float
     """Seconds of virtual time."""
     instance: int
-    """By number, from 0; prefill instances first, then decode instances."""
+    """Number of the instance, from 0; prefill instances come first, then decode instances."""
     down_seconds: float
-    """Until it is being started again."""
+    """Time until the instance is started again."""
 
     def __post_init__(self) -> None:
         if self.time < 0 or self.instance < 0 or not self.down_seconds >= 0:
@@ -27,7 +29,12 @@ class Fault:
 def draw_faults(
     instances: int, mean_seconds: float, down_seconds: float, until: float, seed: int
 ) -> list[Fault]:
-    """Each instance fails after an exponential time of ``mean_seconds`` up, again and again.
+    """Draw failures: each instance fails again and again, after an exponential time of running.
+
+    Args:
+        mean_seconds: mean of that time.
+        down_seconds: time from a failure to the restart.
+        until: seconds after which no failure is drawn.
 
     Raises:
         ValueError: ``mean_seconds`` is not positive.

@@ -1,4 +1,4 @@
-"""What a machine can do, as a file of numbers: the only thing the simulator knows of hardware."""
+"""Machine profiles: files of numbers, which are all that the simulator knows of hardware."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pla_serve.simulator.captured import Captured, CapturedCost
 
 
 class MachineError(ValueError):
-    """There is no such machine, or its file cannot be used; the message says which and why."""
+    """Raised if a machine is unknown or its file cannot be used; the message says why."""
 
 
 class UnitSeconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fields of `CostProfile`: seconds for one unit of work of each kind."""
+    """Seconds for one unit of work of each kind, with the fields of `CostProfile`."""
 
     per_token: float
     per_attention: float
@@ -35,44 +35,44 @@ class Roofline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     parameters: float
-    """That each token passes through; an embedding table is looked up, not multiplied."""
+    """Parameters that each token is multiplied with; an embedding table is looked up instead."""
     weight_bytes: float
-    """Read once a launch."""
+    """Bytes of weights, which are read once a launch."""
     layers: int
     attention_width: int
-    """Heads times head size."""
+    """Number of query heads times the size of a head."""
     kv_bytes_per_token: float
     flops: float
-    """Peak operations a second, dense, in the type computed with."""
+    """Peak operations a second, dense, in the type that is computed with."""
     bytes_per_second: float
     flops_efficiency: float
     bytes_efficiency: float
     launch_seconds: float
-    """Host and kernel start-up that a pass cannot hide."""
+    """Time of the host and of kernel starts that a pass cannot hide."""
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One instance: a device, or several that work as one, with a model on it."""
+    """Profile of one instance: a model on a device, or on several that work as one."""
 
     name: str
     source: str
-    """Where the numbers come from: a data sheet, a paper, or a measurement and its date."""
+    """Origin of the numbers: a data sheet, a paper, or a measurement and its date."""
     layers: int
     """Decoder layers; a prefill can be left between two of them."""
     kv_tokens: int
     """Tokens whose KV fits beside the weights."""
     kv_bytes_per_token: float
     transfer_bytes_per_second: float
-    """KV from one instance to another."""
+    """Rate of KV transfers from one instance to another."""
     transfer_seconds: float
-    """Fixed cost of such a transfer."""
+    """Fixed time of such a transfer."""
     max_batch_tokens: int = PolicyConfig().max_batch_tokens
-    """The batch limit of a deployment on it; a policy's knob goes before it."""
+    """Most tokens of a batch, unless a policy's knob says otherwise."""
     roofline: Roofline | None = None
     seconds: UnitSeconds | None = None
-    """Measured, or given; goes before the roofline."""
+    """Measured seconds; a machine has either these or a roofline."""
     captured: Captured | None = None
-    """None: launching kernels is in ``per_launch``, and no batch is padded."""
+    """Captured shapes. None: no batch is padded, and ``per_launch`` includes launching kernels."""
 
     def __post_init__(self) -> None:
         if (self.roofline is None) == (self.seconds is None):
@@ -85,7 +85,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def profile(self) -> CostProfile:
-        """Seconds by kind of work."""
+        """Seconds for each kind of work."""
         if self.seconds is not None:
             return CostProfile(**msgspec.structs.asdict(self.seconds))
         chip = self.roofline
@@ -103,29 +103,29 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def cost(self) -> CostModel:
-        """The true time of a batch; policies believe in `profile` alone."""
+        """Cost model with the true time of a batch; policies know only `profile`."""
         if self.captured is None:
             return KnownCost(self.profile)
         return CapturedCost(self.profile, self.captured)
 
     def transfer(self, tokens: int) -> float:
-        """Seconds to move the KV of so many tokens to another instance."""
+        """Return the seconds to move the KV of so many tokens to another instance."""
         size = tokens * self.kv_bytes_per_token
         return self.transfer_seconds + size / self.transfer_bytes_per_second
 
 
 class KnownCost(CostModel):
-    """A cost model that knows the machine and learns nothing; predictions are exact."""
+    """Cost model whose predictions are exact; it does not learn."""
 
     def observe(self, batch: Batch, seconds: float) -> None:
-        """Nothing to learn."""
+        """Ignore the measurement."""
 
 
 def load_machine(name_or_file: str) -> Machine:
-    """A machine that comes with the project, by name, or one from a JSON file.
+    """Load a machine that comes with the project, by name, or one from a JSON file.
 
     Raises:
-        MachineError: it is not there, or not a machine.
+        MachineError: there is no such machine, or the file holds none.
     """
     path = Path(name_or_file)
     if path.suffix == ".json":
@@ -148,7 +148,7 @@ def load_machine(name_or_file: str) -> Machine:
 
 
 def known_machines() -> list[str]:
-    """Names of the machines that come with the project."""
+    """Return the names of the machines that come with the project."""
     folder = files(__package__).joinpath("machines")
     return sorted(
         entry.name.removesuffix(".json")

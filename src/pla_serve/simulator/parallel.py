@@ -1,4 +1,4 @@
-"""Independent pieces of work in processes of their own, with progress and a clean end."""
+"""Runs independent pieces of work in worker processes, with progress and a clean end."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from typing import Any, Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 WorkFunction = Callable[[Item, Callable[[int], None]], Result]
-"""Takes an item and a function to call with its progress."""
+"""Function of an item and of a callback for its progress."""
 ItemProgress = Callable[[int, int], None]
-"""Told which item made how much progress."""
+"""Callback for the number of an item and its progress."""
 
 
 class WorkerError(RuntimeError):
-    """A piece of work failed in a way that was not foreseen; the message says where."""
+    """Raised if a worker failed in an unforeseen way; the message says where."""
 
 
 def in_order(
     work: WorkFunction[Item, Result], items: Iterable[Item], jobs: int, heard: ItemProgress
 ) -> Generator[Result, None, None]:
-    """Results in the order of the items, whichever is done first.
+    """Yield the results of all items in the order of the items.
 
-    With ``jobs`` of 1 all is done in this process. Items are taken as workers get free; no more
-    than ``2 * jobs`` results wait to be yielded. Closing the iterator ends the workers.
+    With ``jobs`` of 1 everything runs in this process. Items are taken as workers become free; at
+    most ``2 * jobs`` results wait to be yielded. Closing the iterator ends the workers.
 
     Args:
-        work: importable by its name, as the items and results must be picklable.
+        work: function that can be imported by name; items and results must be picklable.
+        jobs: number of worker processes.
+        heard: called with the number of an item and its progress.
 
     Raises:
-        ValueError: one that ``work`` raised.
-        WorkerError: another error in a worker, or its death.
+        ValueError: ``work`` raised it.
+        WorkerError: a worker raised another error, or died.
     """
     if jobs == 1:
         for number, item in enumerate(items):
@@ -54,7 +56,7 @@ def _bound(heard: ItemProgress, number: int) -> Callable[[int], None]:
 
 
 class _Crew(Generic[Item, Result]):
-    """Worker processes, which start as they are needed and take one item after another."""
+    """Worker processes, which start when they are needed and take one item after another."""
 
     def __init__(self, work: WorkFunction[Item, Result], heard: ItemProgress) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -63,7 +65,7 @@ class _Crew(Generic[Item, Result]):
         self._processes: dict[Connection, BaseProcess] = {}
         self._idle: list[Connection] = []
         self._busy: dict[Connection, int] = {}
-        """The number of the item that each is at."""
+        """Number of the item that each worker works on."""
         self._done: dict[int, Result] = {}
 
     def run(self, items: Iterable[Item], jobs: int) -> Iterator[Result]:
@@ -86,7 +88,7 @@ class _Crew(Generic[Item, Result]):
                 expected += 1
 
     def dismiss(self) -> None:
-        """End all workers, whatever they are at."""
+        """End all workers at once."""
         for process in self._processes.values():
             process.terminate()
         for connection, process in self._processes.items():
@@ -96,7 +98,7 @@ class _Crew(Generic[Item, Result]):
     def _give(self, number: int, item: Item) -> None:
         connection = self._idle.pop() if self._idle else self._hire()
         self._busy[connection] = number
-        with suppress(BrokenPipeError):  # it is dead, as its silence will tell
+        with suppress(BrokenPipeError):  # the worker is dead, which `_hear` will find
             connection.send(item)
 
     def _hire(self) -> Connection:

@@ -1,4 +1,4 @@
-"""One picture of simulated runs: short P90 and long P99 by policy and load, a row a trace."""
+"""Picture of simulated runs: short P90 and long P99 by policy and load, a row for each trace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pla_serve.simulator.report import ByClass, RunReport
 INK, FAINT = "#222222", "#8a8a8a"
 SHORT_COLORS = ("#7fb7cf", "#0f6b8f", "#083c52")
 LONG_COLORS = ("#e6ab85", "#c2571a", "#6e2f0b")
-"""From light to heavy load."""
+"""Colors of the dots, from light to heavy load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,10 @@ PANELS = (
 
 
 def draw(runs: Sequence[RunReport], path: Path) -> None:
-    """Writes a PNG; makes its folder. The dashed line is the same rank on an idle machine."""
+    """Write a PNG, and make its folder if it is missing.
+
+    The dashed line is the same percentile on an idle machine.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,7 +128,7 @@ def _frame(axes: Any, policies: Sequence[str]) -> None:
 
 
 def plain_frame(axes: Any) -> None:
-    """Only the bottom line, and the grid behind everything."""
+    """Leave only the bottom line of a frame, and put the grid behind everything."""
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, colors=INK)
     for side in ("top", "right", "left"):
@@ -134,7 +137,7 @@ def plain_frame(axes: Any) -> None:
 
 
 def seconds_label(value: float) -> str:
-    """Two digits, in ms below a tenth of a second."""
+    """Write seconds with two digits, in ms below a tenth of a second."""
     if value < 0.1:
         return f"{value * 1000:.0f} ms"
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"

@@ -1,4 +1,4 @@
-"""A run in the numbers that are compared, and the file that holds them."""
+"""Figures of a simulated run, and the file that holds them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Mask = NDArray[np.bool_]
 
 
 class Times(msgspec.Struct, frozen=True):
-    """Seconds of one class; None where it has no request. Percentiles interpolate linearly."""
+    """Times of one class in seconds; None where the class has no request.
+
+    Percentiles are interpolated linearly.
+    """
 
     mean: float | None
     p50: float | None
@@ -32,13 +35,15 @@ class Times(msgspec.Struct, frozen=True):
 
 
 class ByClass(msgspec.Struct, frozen=True):
+    """Times of each class."""
+
     short: Times
     long: Times
     all: Times
 
 
 class ClassShares(msgspec.Struct, frozen=True):
-    """Of each class; None where it has no request."""
+    """Share of each class; None where the class has no request."""
 
     short: float | None
     long: float | None
@@ -46,28 +51,28 @@ class ClassShares(msgspec.Struct, frozen=True):
 
 
 class RunReport(msgspec.Struct, frozen=True):
-    """One run. Seconds are virtual."""
+    """Figures of one run. All seconds are virtual time."""
 
     trace: str
     policy: str
     load: float | None
-    """Asked for; None in a closed loop."""
+    """Load that was asked for; None in a closed loop."""
     instances: int
     machine: str
     seed: int
     requests: int
     makespan_s: float
-    """From the first arrival to the last token."""
+    """Time from the first arrival to the last token."""
     throughput_tokens_per_s: float
-    """Prompt tokens computed, so not cached ones, a second of the makespan."""
+    """Computed prompt tokens, without cached ones, for each second of the makespan."""
     ttft_s: ByClass
     slo_violation: ClassShares
     wait_longest_s: float
-    """The largest TTFT less what that request takes alone."""
+    """Largest difference between the TTFT of a request and its time alone."""
     utilisation: float
     """Share of the makespan in which an instance that prefills computed, on average."""
     idle_ttft_s: ByClass
-    """Each request alone on an idle machine, in one pass."""
+    """Time of each request alone on an idle machine, in one pass."""
     mode: str
     clients: int | None
     offered_load: float | None
@@ -78,23 +83,23 @@ class RunReport(msgspec.Struct, frozen=True):
     cached_tokens: int
     batches: int
     express_batches: int
-    """Those that ran at a layer boundary of another."""
+    """Batches that ran at a layer boundary of another batch."""
     tpot_s: Times | None = None
     """Seconds for each token of an answer after the first, where answers decode."""
     decode_utilisation: float | None = None
     restarts: int = 0
-    """Requests that a failure sent elsewhere."""
+    """Requests that were sent to another instance after a failure."""
     pool_moves: int = 0
     fetched_tokens: int = 0
 
 
 def run_and_report(spec: RunSpec, progress: RequestsDone) -> RunReport:
-    """What a worker does."""
+    """Simulate a run and make its report, as a worker process does."""
     return report(spec, simulate(spec, progress))
 
 
 def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
-    """The numbers of a run."""
+    """Make the report of a run."""
     setting, workload, jobs = spec.setting, spec.workload, outcome.jobs
     cost = KnownCost(setting.machine.profile)
     ttft = np.array([job.ttft for job in jobs])
@@ -142,12 +147,12 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
 
 
 def time_alone(outcome: SimulationResult, cost: CostModel) -> SecondsArray:
-    """Seconds that each prompt takes alone, in one pass, with what was cached where it ran."""
+    """Return the seconds of each prompt alone, in one pass, with the cache of its instance."""
     return np.array([cost.prefill_seconds(job.new_tokens, job.history) for job in outcome.jobs])
 
 
 def slo_seconds(alone: SecondsArray, objective: Objective) -> SecondsArray:
-    """When the first token of each request is due, seconds after its arrival."""
+    """Return the seconds after its arrival at which the first token of each request is due."""
     due: SecondsArray = np.maximum(objective.seconds, objective.stretch * alone)
     return due
 
@@ -155,17 +160,17 @@ def slo_seconds(alone: SecondsArray, objective: Objective) -> SecondsArray:
 def save(
     path: Path, runs: Sequence[RunReport], about: dict[str, object], *, interrupted: bool
 ) -> None:
-    """Writes the JSON file; makes its folder."""
+    """Write the JSON file, and make its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"runs": runs, "interrupted": interrupted, **about}
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
 
 
 def load_report(path: Path) -> list[RunReport]:
-    """The runs of such a file.
+    """Read the runs of a file that `save` has written.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: the file cannot be read.
     """
 
     class File(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""All runs of a comparison: every trace at every load under every policy."""
+"""Runs of a comparison: every trace at every load under every policy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from pla_serve.traces.load import Trace
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Raises:
-    ValueError: there is nothing to run, a policy is not known, or a load is not positive.
+    """Traces, loads and policies to combine.
+
+    Raises:
+        ValueError: there is nothing to run, a policy is not known, or a load is not positive.
     """
 
     traces: tuple[Trace, ...]
     policies: tuple[str, ...]
     loads: tuple[float, ...]
-    """Empty in a closed loop, which takes its load from its clients."""
+    """Loads; empty in a closed loop, whose load comes from its clients."""
     setting: Setting
 
     def __post_init__(self) -> None:
@@ -39,7 +41,10 @@ class Sweep:
         return len(self.traces) * len(self.policies) * max(1, len(self.loads))
 
     def specs(self) -> Iterator[RunSpec]:
-        """By trace, then load, then policy; a workload is made when its first run is due."""
+        """Yield all runs by trace, then load, then policy.
+
+        A workload is made when its first run is due.
+        """
         for trace in self.traces:
             for load in self.loads or (None,):
                 workload = self._lean(self._workload(trace, load))
@@ -68,7 +73,7 @@ class Sweep:
         return replace(made, clock=f"{trace.clock}, all gaps times {made.stretch:.6g}")
 
     def _lean(self, workload: TraceWorkload) -> TraceWorkload:
-        """Without blocks where no cache asks for them: workers get it faster."""
+        """Drop blocks where no cache needs them, so that less is sent to workers."""
         if self.setting.kv_tokens is not None:
             return workload
         return replace(workload, rows=tuple(replace(row, blocks=None) for row in workload.rows))

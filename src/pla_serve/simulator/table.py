@@ -1,4 +1,4 @@
-"""Simulated runs as tables on a terminal."""
+"""Simulated runs as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ REST = ("most\nwait", "short\nlate", "long\nlate", "\nbusy")
 
 
 def tables(runs: Sequence[RunReport]) -> RenderableType:
-    """One table for each trace and load, with a line for each policy.
+    """Make a table for each trace and load, with a line for each policy.
 
-    *Wait* is TTFT less the time alone; *late* is the share that missed the SLO.
+    *Wait* is the TTFT less the time alone; *late* is the share of requests that missed the SLO.
     """
     parts: list[RenderableType] = []
     for _, group in groupby(runs, key=lambda run: (run.trace, run.load)):
@@ -34,7 +34,7 @@ def tables(runs: Sequence[RunReport]) -> RenderableType:
 
 
 def title(run: RunReport) -> str:
-    """What the runs of a table have in common."""
+    """Return the title of a table: trace, load and machine of its runs."""
     load = f"load {run.load:g}" if run.load is not None else f"{run.clients} clients"
     instances = f"{run.instances} x " if run.instances > 1 else ""
     return f"{run.trace}, {load}, {instances}{run.machine}"

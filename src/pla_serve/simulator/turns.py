@@ -1,4 +1,4 @@
-"""Requests of a workload with what links them: shared prefixes, sessions, clients."""
+"""Requests of a workload with their links: shared prefixes, sessions and clients."""
 
 from __future__ import annotations
 
@@ -10,39 +10,37 @@ from typing import Protocol
 from pla_serve.traces.rows import Row, root
 
 _APART = 1 << 48
-"""More than the token ids of one kind of prompt; keeps the kinds apart."""
+"""Distance between the token ids of different kinds of prompts; no kind has so many ids."""
 
 
 @dataclass(slots=True, eq=False)
 class SimulatedTurn:
-    """One request. Times are seconds of virtual time."""
+    """A request with its links. Times are seconds of virtual time."""
 
     index: int
-    """Its place in the workload."""
+    """Place in the workload."""
     time: float
-    """Arrival in an open loop, if nothing holds it up."""
+    """Arrival in an open loop, unless the turn has to wait for an answer."""
     prompt_tokens: int
     output_tokens: int
     prompt: tuple[range, ...]
-    """The prompt's tokens as ranges of ids, for caches; empty if it shares nothing."""
+    """Tokens of the prompt as ranges of ids, for caches; empty if no prefix is shared."""
     after: int = -1
-    """The turn whose answer it waits for; -1 for none."""
+    """Index of the turn whose answer comes first; -1 for none."""
     think: float = 0.0
     """Seconds between that answer and this turn."""
     history: int | None = None
-    """Prompt tokens that are cached wherever it goes; None: those that an instance's cache holds.
-    """
+    """Prompt tokens that are cached on every instance; None: each instance's cache says."""
     answer: tuple[range, ...] = ()
-    """The tokens of its answer, where a later turn may begin with them; empty if unknown."""
+    """Tokens of the answer, where a later turn may begin with them; empty if unknown."""
 
 
 def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[SimulatedTurn]:
-    """Rows in order of arrival as turns; ``stretch`` multiplies arrivals.
+    """Make turns of rows that are in order of arrival; ``stretch`` multiplies their arrivals.
 
-    A turn waits for the one before it in its session. Prompts are told apart by their blocks. Where
-    there are none, a turn begins like the turn before it in its session and that one's answer, for
-    as many tokens as its row says that were cached; the first turns' cached tokens are one prefix
-    that all share.
+    A turn waits for the previous one of its session. Rows with blocks have these as prompts. A row
+    without blocks shares as many tokens as it says were cached with the previous prompt and answer
+    of its session. The cached tokens of first turns are one prefix that all of them share.
     """
     last: dict[str, SimulatedTurn] = {}
     blocks = _BlockIds(rows)
@@ -78,16 +76,16 @@ def turns_of(rows: Sequence[Row], stretch: float = 1.0) -> list[SimulatedTurn]:
 class _BlockIds:
     """Token ids of blocks.
 
-    Some traces number blocks within each session. That shows where a session begins with a block
-    that another had before it, although its row says that nothing was cached. (Blocks of different
-    sizes come from different traces.)
+    Some traces number their blocks within each session. Such a trace is recognised by a session
+    that begins with a block of an earlier session although its row says that nothing was cached.
+    Blocks of different sizes come from different traces.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         begun: set[str] = set()
         seen: set[tuple[int, int]] = set()
         self._local: set[int] = set()
-        """Sizes of blocks whose ids mean something within one session only."""
+        """Sizes of blocks whose ids are numbered within each session."""
         self._sessions: dict[str, int] = {}
         for row in rows:
             if not (row.blocks and row.block_tokens):
@@ -103,7 +101,7 @@ class _BlockIds:
             seen.add(first)
 
     def tokens(self, row: Row) -> tuple[range, ...]:
-        """The prompt of a row that has blocks; what does not fill a block is left out."""
+        """Return the prompt of a row with blocks, without tokens that do not fill a block."""
         size = row.block_tokens or 1
         offset = _APART * size
         if size in self._local and row.session is not None:
@@ -119,7 +117,10 @@ class _BlockIds:
 
 
 def _grown(row: Row, before: SimulatedTurn | None, fresh: int) -> tuple[range, ...]:
-    """The beginning of the turn before, or the common prefix, and new tokens from ``fresh`` on."""
+    """Return a prompt that begins as the previous one, or with the common prefix of first turns.
+
+    New tokens get the ids from ``fresh`` on.
+    """
     cached = min(row.cached_tokens or 0, row.input_tokens - 1)
     if row.session is None and not cached:
         return ()
@@ -135,20 +136,20 @@ def _grown(row: Row, before: SimulatedTurn | None, fresh: int) -> tuple[range, .
 
 
 class TurnSource(Protocol):
-    """When turns arrive: each method returns turns with the times at which they do."""
+    """Decides when turns arrive. Both methods return turns with their arrival times."""
 
     def start(self) -> Iterable[tuple[float, SimulatedTurn]]:
-        """Those that wait for nothing, in order of time."""
+        """Return the turns that wait for no answer, in order of time."""
         ...
 
     def answered(self, turn: SimulatedTurn, now: float) -> Iterable[tuple[float, SimulatedTurn]]:
-        """Those that the end of this turn's answer lets come."""
+        """Return the turns that arrive because this turn's answer is complete."""
         ...
 
 
 class OpenLoop:
-    """Arrivals by the clock; a later turn of a session also waits for the answer before it and a
-    thought (``wait`` False: it does not)."""
+    """Arrivals by the clock. With ``wait``, a later turn of a session also waits for the previous
+    answer and then for its think time."""
 
     def __init__(self, turns: Sequence[SimulatedTurn], *, wait: bool = True) -> None:
         self._first = sorted(
@@ -166,8 +167,10 @@ class OpenLoop:
 
 
 class ClosedLoop:
-    """So many clients, each with one request at a time: a client plays a session to its end, then
-    takes the next one. Times and thoughts of the turns are not used.
+    """A number of clients, each with one request at a time.
+
+    A client plays a session to its end, then takes the next one. Arrival and think times of the
+    turns are not used.
 
     Raises:
         ValueError: there is no client.

@@ -1,4 +1,4 @@
-"""Recorded or drawn requests, laid out in time until they offer a given load."""
+"""Recorded or generated requests, stretched in time until they offer a given load."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class TraceWorkload:
 
     name: str
     rows: tuple[Row, ...]
-    """Sorted by arrival; all arrivals known."""
+    """Rows sorted by arrival, which all rows have."""
     stretch: float
-    """Factor on the rows' own times."""
+    """Factor on the arrivals of the rows."""
     offered_seconds: float
-    """Time of all requests alone, one after another: the work at load 1."""
+    """Sum of the times of all requests alone, which is the work at load 1."""
     clock: str = ""
-    """How the arrivals were made, in words."""
+    """Description of how the arrivals were made."""
 
     @property
     def span(self) -> float:
@@ -32,7 +32,7 @@ class TraceWorkload:
         return ((self.rows[-1].arrival or 0.0) - (self.rows[0].arrival or 0.0)) * self.stretch
 
     def jobs(self) -> list[SimulatedRequest]:
-        """Fresh jobs; the history of each is what the trace says was cached."""
+        """Make fresh requests, each with the history that the trace says was cached."""
         jobs = []
         for number, row in enumerate(self.rows):
             new, history = uncached(row)
@@ -50,17 +50,17 @@ class TraceWorkload:
 
 
 def uncached(row: Row) -> tuple[int, int]:
-    """New tokens and history of a request by its trace; the last prompt token is always new."""
+    """Return new tokens and history of a row; the last prompt token is always new."""
     history = min(row.cached_tokens or 0, row.input_tokens - 1)
     return row.input_tokens - history, history
 
 
 def work_seconds(rows: Sequence[Row], cost: CostModel, *, decode_batch: int = 0) -> float:
-    """What ideal execution needs for all of them: each prompt alone, in one pass.
+    """Return the seconds of ideal execution of all rows: each prompt alone, in one pass.
 
     Args:
-        decode_batch: answers decode here, always so many together, so that each token after the
-            first takes its share of such a step; 0: they decode elsewhere.
+        decode_batch: number of answers that always decode together on the same machine, so that
+            each token after the first takes its share of such a step; 0: they decode elsewhere.
     """
     seconds = sum(cost.prefill_seconds(*uncached(row)) for row in rows)
     if decode_batch:
@@ -69,7 +69,7 @@ def work_seconds(rows: Sequence[Row], cost: CostModel, *, decode_batch: int = 0)
 
 
 def _decode_seconds(row: Row, cost: CostModel, share: float) -> float:
-    """Of all tokens after the first; ``share`` of a launch each."""
+    """Return the seconds of all tokens after the first, each with a share of a launch."""
     steps = row.output_tokens - 1
     context = row.input_tokens + (steps + 1) / 2
     return steps * cost.work_seconds(1, context, context, 1, share)
@@ -84,8 +84,10 @@ def at_load(
     instances: int = 1,
     decode_batch: int = 0,
 ) -> TraceWorkload:
-    """The trace at ``load``: offered work (`work_seconds`) over what ``instances`` could do in the
-    same time. The gaps between arrivals are stretched alike.
+    """Stretch all gaps between arrivals alike until the trace offers ``load``.
+
+    Load is the work of the trace (`work_seconds`) over what ``instances`` could do in the same
+    time.
 
     Raises:
         ValueError: ``load`` is not positive, or the trace has no length in time.
@@ -110,11 +112,11 @@ def sessions_at_load(
     decode_batch: int = 0,
     max_pause: float = inf,
 ) -> TraceWorkload:
-    """A trace whose sessions have clocks of their own: not its pauses are stretched, but the time
-    over which sessions start, until it is `work_seconds` over load and instances.
+    """Spread the starts of sessions until a trace whose sessions have own clocks offers ``load``.
 
-    So pauses stay those of the people and tools that made them, cut to ``max_pause`` seconds. What
-    follows the last start comes on top, and makes the load a little less.
+    The starts are spread over `work_seconds` divided by load and instances. Pauses within a session
+    are not stretched, only cut to ``max_pause`` seconds: they are those of people and tools.
+    Requests after the last start take further time, which makes the load a little lower.
 
     Raises:
         ValueError: ``load`` is not positive, or the trace is on one clock.

@@ -43,7 +43,7 @@ class GeneratorOptions:
     """Mean seconds between an answer and the next message."""
     longest_message: int = 2048
     document: int = 4096
-    """Median tokens of a document; with ``document_sigma`` 0.8 one in ten has over 2.8 times that."""
+    """Median tokens of a document; with ``document_sigma`` 0.8 one in ten has 2.8 times as many."""
     document_sigma: float = 0.8
     longest_document: int = 131_072
     answer: int = 128
