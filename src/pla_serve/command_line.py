@@ -80,7 +80,7 @@ class CliCommand:
     panels: tuple[str, ...] = ()
     """Panels in the order of the help; others follow in the order of their flags."""
     help: str = ""
-    """What the command does, for the help."""
+    """Description of the command, for the help."""
 
     @property
     def flags(self) -> tuple[CommandFlag, ...]:
@@ -113,7 +113,7 @@ class LazyCommand:
 
     name: str
     help: str
-    """What the command does, for the help."""
+    """Description of the command, for the help."""
     place: str
     """Module and name of a `CliCommand` or `CommandGroup`: ``package.module:NAME``."""
 
@@ -153,7 +153,7 @@ def _never_called() -> None:
 
 
 def parse(command: CliCommand, words: Sequence[str]) -> Given:
-    """What the words behind a command give, without running it.
+    """Parse the words behind a command without running it.
 
     Raises:
         ValueError: they cannot be read; the message says why.

@@ -1,5 +1,4 @@
-"""What a recorded result must say about where it came from, and nothing that names a person or a
-machine."""
+"""Describes where a recorded result comes from, without naming a person or a machine."""
 
 from __future__ import annotations
 
@@ -18,11 +17,11 @@ _PACKAGES = ("torch", "transformers", "numpy")
 
 
 def describe(command: Sequence[str] | None = None) -> dict[str, object]:
-    """The machine, the date, the versions and the command line; JSON-ready.
+    """Return the machine, the date, the versions and the command line, JSON-ready.
 
     Args:
-        command: the command to record; None takes this process's own. Folders in it are cut off,
-            so that a result can be published.
+        command: words of the command to record; None takes those of this process. Folders and API
+            keys in it are cut off, so that a result can be published.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -45,7 +44,7 @@ def describe(command: Sequence[str] | None = None) -> dict[str, object]:
 
 
 def _command(argv: Sequence[str]) -> str:
-    """The words without folders and keys."""
+    """Return the words without folders and API keys, as one line."""
     words: list[str] = []
     for word in argv:
         flag, equals, _ = word.partition("=")
@@ -58,7 +57,7 @@ def _command(argv: Sequence[str]) -> str:
 
 
 def _without_folder(word: str) -> str:
-    """``--option=/a/b/c`` becomes ``--option=c``; URLs and relative paths stay as they are."""
+    """Return ``--option=c`` for ``--option=/a/b/c``; URLs and relative paths stay as they are."""
     head, equals, tail = word.rpartition("=")
     return f"{head}{equals}{Path(tail).name}" if tail.startswith(("/", "~")) else word
 
@@ -91,7 +90,7 @@ def _memory_gib() -> float | None:
 
 
 def _accelerator() -> str | None:
-    """Name of the first CUDA device, asked only of a torch that is already loaded."""
+    """Return the name of the first CUDA device, if torch is loaded already and has one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
@@ -106,7 +105,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that this file lies in, with ``+`` if the tree has changes."""
+    """Return the commit of the checkout that this file is in, with ``+`` if it has changes."""
     folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "--short=12", "HEAD")
     if not commit or _git(folder, "ls-files", "--error-unmatch", __file__) is None:

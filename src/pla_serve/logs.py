@@ -1,4 +1,4 @@
-"""Logs as text for people or as JSON for machines, with the id of the request that they are of."""
+"""Logs as text for people or as JSON for machines, with the id of the request in question."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import msgspec
 LogFormat = Literal["text", "json"]
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Of the request that the running task serves."""
+"""Id of the request that the running task serves."""
 
 ROOT = "pla_serve."
 REQUESTS = "pla_serve.requests"
-"""The logger with an entry for each request; in text only at level debug."""
+"""Logger with an entry for each request; text logs show them only at level debug."""
 MOST_CHARACTERS = 4000
 """A longer message or field is cut: a client's text may be as long as a request's body."""
 MOST_LINES = 200
-"""Of a traceback."""
+"""Most characters of a traceback."""
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
@@ -34,7 +34,9 @@ def configure(level: str, form: LogFormat, process: str, stream: IO[str] | None 
     """Send all logs to ``stream``, standard error by default.
 
     Args:
-        process: what writes them: ``server``, ``router``, ``fleet``, or a name of an instance.
+        level: least serious level that is logged.
+        form: text or json.
+        process: name of this process in the logs: ``server``, ``router`` or ``fleet``.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(process) if form == "json" else TextFormatter(process))
@@ -48,7 +50,7 @@ def configure(level: str, form: LogFormat, process: str, stream: IO[str] | None 
 
 
 def in_use() -> tuple[str, LogFormat]:
-    """Level and form of this process's logs, for a process that it starts."""
+    """Return level and form of this process's logs, to start another process with the same."""
     root = logging.getLogger()
     machines = any(isinstance(handler.formatter, JsonFormatter) for handler in root.handlers)
     return logging.getLevelName(root.level), "json" if machines else "text"

@@ -7,10 +7,11 @@ from types import TracebackType
 
 
 class ReservedPort:
-    """A port that stays the same over all lives of a process.
+    """A port that stays the same whenever a process is started again.
 
-    The socket is bound and never listens: Linux then lets a process that sets SO_REUSEADDR, as
-    every server of Python does, listen on the port, and gives it to nobody who asks for a free one.
+    A socket is bound to the port and never listens. Linux then lets a process that sets
+    SO_REUSEADDR, as every server of Python does, listen on the port, and gives the port to no
+    process that asks for a free one.
 
     Raises:
         OSError: no port is free.
@@ -23,6 +24,7 @@ class ReservedPort:
         self.number: int = self._socket.getsockname()[1]
 
     def close(self) -> None:
+        """Free the port."""
         self._socket.close()
 
     def __enter__(self) -> ReservedPort:

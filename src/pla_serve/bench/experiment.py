@@ -32,7 +32,7 @@ IDLE_REQUESTS = 30
 
 @dataclass(frozen=True, slots=True)
 class ExperimentPlan:
-    """What an experiment runs.
+    """Settings of an experiment.
 
     With ``load``, ``rate`` is not used: the first entry's server is measured before its first run,
     and the rate of all entries is ``load`` times its capacity.

@@ -1,4 +1,4 @@
-"""``pla-serve route``: the whole API in front of instances that run elsewhere."""
+"""``pla-serve route``: from flags to a running router."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ ROUTE = CliCommand(
 
 
 def read(given: Given) -> tuple[EngineConfig, ServerSettings, RouteSettings, str | None]:
-    """Where the tokenizer comes from, the settings, and the text of a chat template.
+    """Return the source of the tokenizer, all settings, and the text of a chat template.
 
     Raises:
         ValueError: a flag is out of range.
@@ -205,7 +205,14 @@ def start(
     log_level: str,
     log_format: LogFormat,
 ) -> int:
-    """Load the tokenizer, connect, route, drain; returns the exit status."""
+    """Load the tokenizer, connect to the instances, route, and drain.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: the router cannot start; one line on standard error says why.
+    """
     from pla_serve.server.command import load_for_api
     from pla_serve.server.engine.backend import EngineStartError
     from pla_serve.server.run import listen, run
@@ -234,7 +241,7 @@ def build(
     model: ServedModel,
     address: str,
 ) -> Any:
-    """The API server whose backend is the fleet. Belongs to a running event loop."""
+    """Make the API server whose backend is the fleet. To be called on the event loop."""
     from pla_serve.fleet.router.client import FleetClient
     from pla_serve.fleet.router.metrics import FleetMetrics
     from pla_serve.fleet.router.observers import WithControl
@@ -287,7 +294,7 @@ def make_links(router: RouteSettings) -> list[MakeLink]:
 def _control(
     router: RouteSettings, links: Any, on_decision: Callable[[FleetControl], None]
 ) -> FleetControl:
-    """Without a controller it moves nothing and keeps the signal for autoscalers."""
+    """Make the control of pools. Without a controller it only makes the signal for autoscalers."""
     from pla_serve.fleet.control.control import ControlOptions, FleetControl
     from pla_serve.policy.pools.registry import parse_controller
 

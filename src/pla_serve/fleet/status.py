@@ -1,4 +1,4 @@
-"""``/fleet``: what the router knows of its instances, as JSON."""
+"""``/fleet``: state of the instances as the router knows it, as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pla_serve.server.api.routes import Operation
 
 
 class FleetStatus:
-    """The state of a fleet for people and autoscalers.
+    """Describes a fleet for people and autoscalers.
 
     Args:
         clock: monotonic seconds, the same as the fleet's.
@@ -43,7 +43,7 @@ class FleetStatus:
         return [Operation("GET", "/fleet", fleet, summary, keys=self._keys)]
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready. Times are seconds; ``seconds_ago`` counts back from now."""
+        """Return the state, JSON-ready. Times are seconds; ``seconds_ago`` counts back from now."""
         fleet, now = self._client.fleet, self._clock()
         instances = self._client.instances
         pools: dict[str, int] = {}
@@ -105,12 +105,12 @@ def _facts(instance: FleetInstance) -> dict[str, Any] | None:
     if instance.facts is None:
         return None
     facts: dict[str, Any] = msgspec.to_builtins(instance.facts)
-    facts["transfer"] = facts.get("transfer") is not None  # an address that says nothing to people
+    facts["transfer"] = facts.get("transfer") is not None  # an address is of no use here
     return facts
 
 
 class ControlMetrics:
-    """The autoscaling signal and the moves, in a registry of metrics."""
+    """Metrics of the autoscaling signal and of the controller's moves."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self._desired = Gauge(
@@ -136,7 +136,7 @@ class ControlMetrics:
         self._seen = 0
 
     def look(self, control: FleetControl) -> None:
-        """Bring them up to date; called after each decision."""
+        """Update the metrics; called after each decision of the controller."""
         self._moves.inc(control.moves_total - self._seen)
         self._seen = control.moves_total
         desired = control.desired

@@ -1,4 +1,4 @@
-"""``pla-serve fleet status``: the router's ``/fleet`` as a table."""
+"""``pla-serve fleet status``: shows the router's ``/fleet`` as a table."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from rich.table import Table
 
 
 class StatusError(Exception):
-    """There is no such page; the message says what to do."""
+    """Raised if the state cannot be read; the message says what to do."""
 
 
 def fetch(url: str, api_key: str | None) -> dict[str, Any]:
-    """Raises:
-    StatusError: nobody answers there, or not a router.
+    """Read ``/fleet`` of the router at ``url``.
+
+    Raises:
+        StatusError: nobody answers, or no router does.
     """
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     root = url.rstrip("/").removesuffix("/v1")
@@ -33,7 +35,7 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
 
 
 def show(content: dict[str, Any], *, as_json: bool, console: Console | None = None) -> None:
-    """To standard output."""
+    """Print the state to standard output, as a table or as JSON."""
     console = console or Console()
     if as_json:
         console.print_json(json.dumps(content))
@@ -57,7 +59,7 @@ def _table(instances: list[dict[str, Any]]) -> Table:
     table = Table()
     names = ("instance", "role", "state", "short", "long", "decode", "queued s", "KV")
     for name in names:
-        # An address without its end, its port, says nothing.
+        # An address is folded and not cut, because its end is the port.
         table.add_column(name, justify="left" if name in names[:3] else "right", overflow="fold")
     for instance in instances:
         report = instance["report"]

@@ -72,7 +72,7 @@ SERVE = CliCommand(
 
 
 def read(given: Given) -> tuple[EngineConfig, ServerSettings, str | None]:
-    """Settings of the engine and of its server, and the text of a chat template.
+    """Return the settings of the engine and of its server, and the text of a chat template.
 
     Raises:
         ValueError: a flag is out of range, is not for this policy, or excludes another one.
@@ -122,9 +122,16 @@ def start(
     log_format: LogFormat,
     engine: str | None = None,
 ) -> int:
-    """Load, serve, drain; returns the exit status. What the user can mend exits with one line.
+    """Load the model, serve, and drain.
 
-    ``engine`` is a factory as of `EngineSpec`, in the place of the engine's own.
+    Args:
+        engine: factory of an engine (`EngineSpec`) that takes the place of the project's own.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: the server cannot start; one line on standard error says why.
     """
     from pla_serve.engine.host.process import CORE
     from pla_serve.server.engine.backend import EngineStartError
@@ -161,14 +168,14 @@ def start(
 
 
 def _located(config: EngineConfig, source: ModelSource) -> EngineConfig:
-    """The same settings with the model where it was found, so that nobody looks for it again."""
+    """Return the settings with the model's place on disk, so that nobody looks for it again."""
     return replace(config, model=source.path, load_format=source.load_format)
 
 
 def load_for_api(
     config: EngineConfig, chat_template: str | None
 ) -> tuple[ModelSource, ServedModel]:
-    """Where the model is, and what the API needs of it; fetches it if it is not here yet.
+    """Find the model, fetch it if it is not here yet, and load what the API needs of it.
 
     Raises:
         SystemExit: it cannot be had; the message on standard error says why.
@@ -194,7 +201,7 @@ def load_for_api(
 
 
 def _grammar_check(tokenizer: Any, source: ModelSource) -> GrammarCheck:
-    """Its import takes seconds, so it begins in a thread while the engine loads its weights."""
+    """Return the check of grammars. Its import, which takes seconds, runs in a thread meanwhile."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     def build() -> Any:

@@ -1,4 +1,4 @@
-"""Runs one server from start to drain."""
+"""Runs an API server from its start to its drain."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from pla_serve.server.settings import ServerSettings
 log = logging.getLogger(__name__)
 
 ABORT_SECONDS = 2.0
-"""How long requests that the drain ended may take to say so."""
+"""Time for the last events of requests that the drain has ended."""
 COLLECT_AFTER = (20_000, 20, 20)
 """Thresholds of Python's garbage collector: requests make no cycles worth looking for sooner."""
 MOST_FRAME_BYTES = 64 * 2**20
-"""Of a link's frames; a prompt of a million tokens takes some 5 MB."""
+"""Largest frame of a link; a prompt of a million tokens takes some 5 MB."""
 
 
 def listen(host: str, port: int, descriptor: int | None = None) -> socket.socket:
@@ -91,7 +91,7 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = False
         self.quit_by: int | None = None
-        """The signal that ended the server without waiting."""
+        """Signal that ended the server at once, or None."""
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -172,10 +172,13 @@ class ApiServer:
         self._drain_task: asyncio.Task[None] | None = None
 
     async def run(self, listener: socket.socket) -> int:
-        """Serve until told to stop. Returns the exit status.
+        """Serve until `stop`.
+
+        Returns:
+            The exit status.
 
         Raises:
-            EngineStartError: the backend cannot be had; the message names the cure.
+            EngineStartError: the backend cannot be started; the message names the cure.
         """
         self._warn_if_open(listener)
         self.lag = LoopLag(self.metrics.loop_lag)
@@ -197,7 +200,7 @@ class ApiServer:
         return 0 if self.http.quit_by is None else 128 + self.http.quit_by
 
     def stop(self) -> None:
-        """Drain, then leave `run`. Belongs to the event loop."""
+        """Drain, then end `run`. To be called on the event loop."""
         if self._drain_task is None:
             self._drain_task = asyncio.get_running_loop().create_task(self._drain())
 
@@ -217,9 +220,9 @@ class ApiServer:
             for server in self.http.servers:
                 server.close()
         if count:
-            log.info("draining: up to %.0f s for %d requests in flight", seconds, count)
+            log.info("draining: up to %.0f s for %d running requests", seconds, count)
         if not await self.traffic.drain(seconds):
-            log.warning("ending %d requests that are still in flight", self.traffic.in_flight)
+            log.warning("ending %d requests that are still running", self.traffic.in_flight)
             await self._backend.stop()
             await self.traffic.drain(ABORT_SECONDS)
         self.http.config.timeout_graceful_shutdown = int(ABORT_SECONDS)
@@ -253,7 +256,7 @@ class InstanceServer(ApiServer):
         on_ready: Callable[[EngineClient], None] = lambda engine: None,
         child: subprocess.Popen[bytes] | None = None,
     ) -> None:
-        """``child``: of `spawn`, for the engine's first life."""
+        """``child`` is a process of `spawn` in which the engine starts for the first time."""
         metrics = Metrics(settings.model_names[0])
         self.engine = EngineClient(
             spec,
@@ -271,7 +274,7 @@ class InstanceServer(ApiServer):
         )
 
     def _link_routes(self, block_tokens: int) -> list[ApiRoute]:
-        """Let routers in."""
+        """Return the routes over which routers connect."""
         settings = self._settings
         hub = LinkHub(
             self.engine,
@@ -310,9 +313,10 @@ def _starter(child: subprocess.Popen[bytes] | None) -> Callable[..., EngineProce
 
 
 def run(server: Callable[[], ApiServer], listener: socket.socket) -> int:
-    """`ApiServer.run` on a new event loop, uvloop's where it is installed.
+    """Run a server on a new event loop, uvloop's where it is installed.
 
-    ``server`` makes it there: its parts belong to the running loop.
+    Args:
+        server: makes the server on that loop, to which its parts belong.
     """
 
     async def main() -> int:

@@ -193,7 +193,7 @@ class ModelFlags:
 
     @property
     def source(self) -> str:
-        """Where the model comes from."""
+        """Folder, file or Hugging Face id of the model."""
         return self.model or self.model_flag or EngineConfig().model
 
     @property

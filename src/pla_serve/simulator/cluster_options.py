@@ -13,43 +13,44 @@ from pla_serve.simulator.totals import Totals
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """Raises:
-    ValueError: a field is out of range, or two do not go together.
+    """Settings of a simulated fleet.
+
+    Raises:
+        ValueError: a field is out of range, or two do not go together.
     """
 
     instances: int = 1
-    """That prefill."""
+    """Number of instances that prefill."""
     short_instances: int = 0
-    """So many of them begin in the short pool and the rest in the long one; 0: no such pools."""
+    """Number of them that begin in the short pool, the others in the long one; 0: no pools."""
     decode: Literal["none", "same", "apart"] = "none"
-    """Answers are not simulated beyond their first token; or where the prompt was prefilled; or on
-    decode instances, to which the KV is sent (PD spatial)."""
+    """Where answers decode. none: they end with their first token; same: where the prompt was
+    prefilled; apart: on decode instances, to which the KV is sent (PD spatial)."""
     decode_instances: int = 0
     routing: str = "predicted"
-    """As `routing.registry.parse_routing` reads it."""
+    """Routing policy, as `routing.registry.parse_routing` reads it."""
     express: bool = True
-    """The router counts on instances to serve short requests before long ones."""
+    """Whether the router assumes that instances serve short requests before long ones."""
     boundary_tokens: int = 256
-    """L_m of the router."""
+    """Most new tokens of a short request (L_m) for the router."""
     interruptible: bool = True
-    """Instances can leave a prefill at a layer boundary."""
+    """Whether instances can leave a prefill at a layer boundary."""
     fetch_kv: bool = False
-    """A prefill instance may fetch a cached prefix from another one."""
+    """Whether a prefill instance may fetch a cached prefix from another one."""
     cache_tokens: int = 0
-    """KV of earlier prompts that each prefill instance keeps; 0 keeps none."""
+    """Tokens of earlier prompts whose KV each prefill instance keeps."""
     control_seconds: float = 1.0
-    """Between two decisions of a pool controller."""
+    """Seconds between two decisions of a pool controller."""
     recalls: bool = True
-    """Requests that wait for a prefill are sent again when an instance joins their pool; otherwise
-    they stay where they were sent first."""
+    """Whether waiting requests are routed again when an instance joins their pool; otherwise they
+    remain on the instance to which they were sent first."""
     report_seconds: float = 0.2
-    """How old the account that an instance itself gives of its queue may be where a request is
-    routed; 0: routers go by what they sent alone."""
+    """Age that the report of an instance may have when a request is routed; 0: the router knows
+    only what it sent itself."""
     start_seconds: float = 0.0
-    """From the end of a failure until the instance takes requests."""
+    """Seconds from the end of a failure until the instance takes requests."""
     token_seconds: float = 0.0
-    """For ``decode="none"``: how long after the first token another token of the answer comes, as
-    far as a session's next turn waits for it."""
+    """Seconds between two tokens of an answer with ``decode="none"``, for turns that wait."""
 
     def __post_init__(self) -> None:
         if self.instances < 1:
@@ -72,17 +73,17 @@ class ClusterOptions:
 
 @dataclass(slots=True)
 class ClusterResult:
-    """What became of it all."""
+    """Result of a run."""
 
     jobs: list[SimulatedRequest]
-    """By place in the workload."""
+    """Requests with their times, by their place in the workload."""
     end: float
-    """When the last answer was complete."""
+    """Time at which the last answer was complete."""
     nodes: dict[str, Totals]
     moves: list[tuple[float, Move]] = field(default_factory=list)
     restarts: int = 0
-    """Requests that a failure sent elsewhere, each time it did."""
+    """Number of times that a request was sent to another instance after a failure."""
     cached_tokens: int = 0
-    """Prompt tokens that were cached where they were needed."""
+    """Prompt tokens that were cached on the instance that needed them."""
     fetched_tokens: int = 0
-    """Those that another instance sent."""
+    """Prompt tokens that were fetched from another instance."""

@@ -244,7 +244,7 @@ def _kv_tokens(text: str | None, machine: Machine) -> int | None:
 
 
 def _about(given: Given, setting: Setting) -> dict[str, object]:
-    """Where the numbers come from, for the record."""
+    """Return the origin of the numbers, for the record."""
     flags: dict[str, Any] = given.record(SIMULATE)
     for name in ("json", "plot", "jobs"):
         del flags[name]

@@ -24,7 +24,7 @@ class WorkerError(RuntimeError):
 
 
 def in_order(
-    work: WorkFunction[Item, Result], items: Iterable[Item], jobs: int, heard: ItemProgress
+    work: WorkFunction[Item, Result], items: Iterable[Item], jobs: int, on_progress: ItemProgress
 ) -> Generator[Result, None, None]:
     """Yield the results of all items in the order of the items.
 
@@ -34,7 +34,7 @@ def in_order(
     Args:
         work: function that can be imported by name; items and results must be picklable.
         jobs: number of worker processes.
-        heard: called with the number of an item and its progress.
+        on_progress: called with the number of an item and its progress.
 
     Raises:
         ValueError: ``work`` raised it.
@@ -42,26 +42,26 @@ def in_order(
     """
     if jobs == 1:
         for number, item in enumerate(items):
-            yield work(item, _bound(heard, number))
+            yield work(item, _bound(on_progress, number))
         return
-    crew = _Crew(work, heard)
+    crew = _Crew(work, on_progress)
     try:
         yield from crew.run(items, jobs)
     finally:
         crew.dismiss()
 
 
-def _bound(heard: ItemProgress, number: int) -> Callable[[int], None]:
-    return lambda progress: heard(number, progress)
+def _bound(on_progress: ItemProgress, number: int) -> Callable[[int], None]:
+    return lambda progress: on_progress(number, progress)
 
 
 class _Crew(Generic[Item, Result]):
     """Worker processes, which start when they are needed and take one item after another."""
 
-    def __init__(self, work: WorkFunction[Item, Result], heard: ItemProgress) -> None:
+    def __init__(self, work: WorkFunction[Item, Result], on_progress: ItemProgress) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._work = work
-        self._heard = heard
+        self._on_progress = on_progress
         self._processes: dict[Connection, BaseProcess] = {}
         self._idle: list[Connection] = []
         self._busy: dict[Connection, int] = {}
@@ -82,7 +82,7 @@ class _Crew(Generic[Item, Result]):
                 return
             for ready in wait(list(self._busy)):
                 assert isinstance(ready, Connection)
-                self._hear(ready)
+                self._receive(ready)
             while expected in self._done:
                 yield self._done.pop(expected)
                 expected += 1
@@ -98,7 +98,7 @@ class _Crew(Generic[Item, Result]):
     def _give(self, number: int, item: Item) -> None:
         connection = self._idle.pop() if self._idle else self._hire()
         self._busy[connection] = number
-        with suppress(BrokenPipeError):  # the worker is dead, which `_hear` will find
+        with suppress(BrokenPipeError):  # the worker is dead, which `_receive` will find
             connection.send(item)
 
     def _hire(self) -> Connection:
@@ -109,7 +109,7 @@ class _Crew(Generic[Item, Result]):
         self._processes[ours] = process
         return ours
 
-    def _hear(self, connection: Connection) -> None:
+    def _receive(self, connection: Connection) -> None:
         number = self._busy[connection]
         try:
             kind, value = connection.recv()
@@ -121,7 +121,7 @@ class _Crew(Generic[Item, Result]):
                 "machine ran out of memory, use fewer --jobs"
             ) from None
         if kind == "progress":
-            self._heard(number, value)
+            self._on_progress(number, value)
             return
         del self._busy[connection]
         self._idle.append(connection)

@@ -32,12 +32,12 @@ def run_sweep(sweep: Sweep, jobs: int, status: Console, runs: list[RunReport]) -
     task = bar.add_task("", total=len(sweep))
     shares: dict[int, float] = {}
 
-    def heard(number: int, done: int) -> None:
+    def on_progress(number: int, done: int) -> None:
         shares[number] = min(1.0, done / sizes[number // each])
         bar.update(task, completed=sum(shares.values()))
 
     with bar:
-        results = in_order(run_and_report, sweep.specs(), min(jobs, len(sweep)), heard)
+        results = in_order(run_and_report, sweep.specs(), min(jobs, len(sweep)), on_progress)
         try:
             for number, run in enumerate(results):
                 runs.append(run)

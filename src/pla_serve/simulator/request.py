@@ -20,7 +20,7 @@ class SimulatedRequest:
     deadline: float | None = None
     priority: int = 0
     row: int = -1
-    """Its place in the workload."""
+    """Place in the workload."""
 
     computed: int = 0
     """Tokens whose KV is cached on its instance."""

@@ -66,7 +66,7 @@ def block_size(rows: Sequence[Row], name: str) -> int | None:
         if all(n in (tokens // size, -(-tokens // size)) for tokens, n in sizes):
             return size
     raise TraceError(
-        f"{name}: the block size cannot be told from the counts; "
+        f"{name}: the block size cannot be inferred from the counts; "
         "give --block-tokens, or :block-tokens=N after the name"
     )
 

@@ -1,4 +1,4 @@
-"""The command lines of a fleet's processes."""
+"""Command lines of a fleet's processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ API_KEY_VARIABLE = "PLA_SERVE_API_KEY"
 SECRET_FLAGS = {"--api-key": API_KEY_VARIABLE, "--metrics-key": "PLA_SERVE_METRICS_KEY"}
 """Flags that hold keys, and the variables that hold them as well."""
 LOOPBACK = "127.0.0.1"
-"""Instances are for the router on this machine only."""
+"""Address of the instances, which only the router on this machine may reach."""
 
 
 def instance_command(
     spec: FleetSpec, number: int, role: Role, listener: socket.socket, threads: int
 ) -> list[str]:
-    """``pla-serve serve`` for one instance on ``listener``; ``number`` counts them from 0."""
+    """Return the words of ``serve`` for one instance on ``listener``; ``number`` counts from 0."""
     words = [sys.executable, "-m", "pla_serve", "serve"]
     if spec.model is not None:
         words.append(spec.model)
@@ -34,7 +34,7 @@ def instance_command(
 
 
 def router_command(spec: FleetSpec, listener: socket.socket, urls: Sequence[str]) -> list[str]:
-    """``pla-serve route`` on ``listener``, in front of instances at ``urls``."""
+    """Return the words of ``route`` on ``listener``, in front of instances at ``urls``."""
     words = [sys.executable, "-m", "pla_serve", "route"]
     if spec.model is not None:
         words.append(spec.model)
@@ -47,7 +47,11 @@ def router_command(spec: FleetSpec, listener: socket.socket, urls: Sequence[str]
 
 
 def as_words(options: Mapping[str, Option]) -> list[str]:
-    """Flags as they are typed."""
+    """Return flags as they are typed.
+
+    >>> as_words({"seed": 3, "prefix_cache": False})
+    ['--seed', '3', '--no-prefix-cache']
+    """
     words: list[str] = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
@@ -89,5 +93,5 @@ def take_secrets(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def threads_each(cores: int, instances: int) -> int:
-    """Threads of one instance when cores are shared out; the router gets by with what is idle."""
+    """Return the threads of one instance, an equal share of the cores; the router gets none."""
     return max(1, cores // max(1, instances))

@@ -1,4 +1,4 @@
-"""From a spec to running processes."""
+"""Starts the processes of a fleet from its description."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE
 log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "PLA_SERVE_INSTANCE_KEY"
-"""The router's key for its instances, which nobody else on this machine knows."""
+"""Environment variable of the router's key for its instances. Nobody else knows the key."""
 MEMORY_SHARE = 0.4
-"""Of free memory, for the KV of all instances together, as one instance on a CPU takes it."""
+"""Share of free memory for the KV of all instances together, as one instance on a CPU takes it."""
 MOST_GIB = 4.0
-"""KV of one instance, unless a flag says otherwise; the same as without a fleet."""
+"""Most memory for KV of one instance, unless a flag says otherwise; the same as without a fleet."""
 
 
 class LaunchPlan:
-    """All command lines of a fleet, and `run`.
+    """Command lines of all processes of a fleet, which `run` starts.
 
     Args:
-        serve_words, route_words: further flags from the command line.
+        serve_words, route_words: further flags of the instances and of the router.
 
     Raises:
-        OSError: the fleet's port is taken, or none are free for instances.
+        OSError: the fleet's port is taken, or no ports are free for instances.
     """
 
     def __init__(
@@ -90,17 +90,21 @@ class LaunchPlan:
         self._router, self._router_secrets = take_secrets([*words, *control, *route_words])
 
     def commands(self) -> Iterator[tuple[str, list[str]]]:
-        """``serve`` or ``route``, and the words behind it, of each process."""
+        """Yield the command of each process, ``serve`` or ``route``, and its words."""
         for words in self._instances:
             yield "serve", words[words.index("serve") + 1 :]
         yield "route", self._router[self._router.index("route") + 1 :]
 
     def close(self) -> None:
-        """Give the ports back, of a plan that is not run."""
+        """Free the ports of a plan that is not run."""
         self._stack.close()
 
     def run(self) -> int:
-        """Until SIGTERM or Ctrl-C; returns the exit status."""
+        """Run the fleet until SIGTERM or Ctrl-C.
+
+        Returns:
+            The exit status.
+        """
         configure(self._log_level, self._log_format, "fleet")
         with self._stack:
             try:
@@ -141,7 +145,7 @@ class LaunchPlan:
 
 
 def _memory_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
-    """Each instance takes its share of the free memory of a CPU, not all of them the whole."""
+    """Return the flag for KV memory on a CPU: each instance gets an equal part of the share."""
     said = _said("kv-cache-gib", spec.serve, serve_words)
     if said or spec.devices or os.path.exists("/dev/nvidia0"):
         return []
@@ -151,7 +155,7 @@ def _memory_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
 
 
 def _transfer_words(spec: FleetSpec, serve_words: Sequence[str]) -> list[str]:
-    """With decode instances KV is exchanged, where the library for it is installed."""
+    """Return the flag for KV transfer, if there are decode instances and NIXL is installed."""
     if not spec.instances.decode or _said("kv-transfer", spec.serve, serve_words):
         return []
     if installed_module() is None:
@@ -178,12 +182,12 @@ def instance_environment(key: str, given: Mapping[str, str] = {}) -> dict[str, s
 
 
 def _ucx_env() -> dict[str, str]:
-    """UCX has no passwords: the instances of one machine meet where no other one can reach."""
+    """Return variables that bind UCX, which has no passwords, to the loopback interface."""
     return {} if "UCX_NET_DEVICES" in os.environ else {"UCX_NET_DEVICES": "lo"}
 
 
 def _control_words(spec: FleetSpec, route_words: Sequence[str]) -> list[str]:
-    """Pools are kept in balance unless a flag says otherwise."""
+    """Return the flag of the pool controller, if there are pools and no flag names another."""
     pools = spec.instances
     if not (pools.short and pools.long) or _said("controller", spec.route, route_words):
         return []
@@ -198,7 +202,7 @@ def _said(flag: str, options: Mapping[str, Option], words: Sequence[str]) -> boo
 
 
 def _reachable(host: str) -> str:
-    """An address of this machine under which a server on ``host`` answers."""
+    """Return an address at which a server that listens on ``host`` answers on this machine."""
     if host in ("", "0.0.0.0", "::"):
         return LOOPBACK if host != "::" else "[::1]"
     return f"[{host}]" if ":" in host else host

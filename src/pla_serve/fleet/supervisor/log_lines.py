@@ -1,4 +1,4 @@
-"""The logs of all processes as one: each line says whose it is."""
+"""Merges the logs of all processes; each line names its process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ LINE_CHARACTERS = 20_000
 def write_line(
     form: LogFormat, write: Callable[[str], object] | None = None
 ) -> Callable[..., None]:
-    """What `Member` calls with a name and a line."""
+    """Make the function that writes a line of a process.
+
+    Args:
+        form: form of the logs.
+        write: writes text; None: to standard error.
+
+    Returns:
+        A function of the process's name and a line of its log.
+    """
     put = write or sys.stderr.write
     mark = _as_json if form == "json" else _as_text
 
@@ -33,7 +41,7 @@ def _as_text(name: str, line: str) -> str:
 
 
 def _as_json(name: str, line: str) -> str:
-    """The line's own object with the process added; other output becomes a message."""
+    """Add the process to the JSON object of a line; a line of other output becomes a message."""
     entry: dict[str, Any]
     try:
         entry = msgspec.json.decode(line, type=dict[str, Any])

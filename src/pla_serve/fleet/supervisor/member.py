@@ -1,4 +1,4 @@
-"""Keeps one process of the fleet alive."""
+"""Keeps one process of a fleet running."""
 
 from __future__ import annotations
 
@@ -18,43 +18,46 @@ from pla_serve.fleet.supervisor.spec import Health
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
-"""How long one answer may take."""
+"""Longest time of one answer of a process."""
 LAST_SECONDS = 5.0
-"""How much longer than its drain a process may take to leave."""
+"""Time that a process may take to end after its drain."""
 
 
 class FleetStartError(Exception):
-    """A process ended before anything worked; the message says which, and its log why."""
+    """Raised if a process ended before it was ready for the first time; the message names it."""
 
 
 class MemberState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     WAITING = "waiting"
-    """It ended and will be started again."""
+    """The process ended and will be started again."""
     STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to start, as often as needed."""
+    """Description of a process, by which it is started as often as needed."""
 
     name: str
     command: Sequence[str]
     url: str
-    """Where it answers ``/ready``."""
+    """Base URL at which the process answers ``/ready``."""
     has_engine: bool = False
-    """It says under ``/fleet/instance`` for how long its engine has been silent."""
+    """Whether ``/fleet/instance`` says for how long the engine of the process has been silent."""
     env: dict[str, str] = field(default_factory=dict)
     fds: tuple[int, ...] = ()
-    """File descriptors that each life gets."""
+    """File descriptors that the process inherits."""
 
 
 class FleetMember:
-    """One process over all its lives. All methods belong to one event loop.
+    """A process that is started again whenever it ends. All methods belong to one event loop.
 
     Args:
-        clock, sleep: monotonic seconds, and waiting for some of them.
+        recipe: describes the process.
+        health: says when it hangs, and when it is started again.
+        on_line: called with the name of the process and a line of its log.
+        clock, sleep: monotonic seconds, and a function that waits for some seconds.
     """
 
     def __init__(
@@ -66,7 +69,6 @@ class FleetMember:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``on_line`` gets the name of the process and a line of its log."""
         self.recipe = recipe
         self.state = MemberState.STARTING
         self.ready = asyncio.Event()
@@ -84,17 +86,19 @@ class FleetMember:
 
     @property
     def pid(self) -> int | None:
+        """Id of the process, or None while it does not run."""
         return self._child.pid if self._child else None
 
     @property
     def restarts(self) -> int:
+        """Number of times that the process was started again."""
         return self._restarts.count
 
     async def run(self) -> None:
-        """Start it, and again whenever it ends, until `stop`.
+        """Start the process, and start it again whenever it ends, until `stop`.
 
         Raises:
-            FleetStartError: its first life ended with an error before it was ready.
+            FleetStartError: the process ended with an error before it was ready for the first time.
             OSError: the program cannot be started.
         """
         name = self.recipe.name
@@ -116,12 +120,12 @@ class FleetMember:
             await self._pause(max(0.0, due - self._clock()))
 
     async def stop(self, drain_seconds: float) -> None:
-        """Let it drain and leave; it is killed if it takes longer."""
+        """Let the process drain and end; kill it if it takes longer."""
         self._stop()
         await self._end(drain_seconds)
 
     async def renew(self, drain_seconds: float) -> None:
-        """Drain it, start it again, and return when it is ready."""
+        """Let the process drain, start it again, and return when it is ready."""
         if self._child is None:
             await self.ready.wait()
             return
@@ -131,7 +135,7 @@ class FleetMember:
         await self.ready.wait()
 
     def kill(self) -> None:
-        """End it at once, for good."""
+        """End the process at once and do not start it again."""
         self._stop()
         if self._child is not None:
             self._child.kill()
@@ -144,7 +148,7 @@ class FleetMember:
         return self.state is MemberState.STOPPED
 
     async def _pause(self, seconds: float) -> None:
-        """Wait for the next life, or for the end."""
+        """Wait some seconds, or until the member is stopped."""
         tasks = {
             asyncio.ensure_future(self._sleep(seconds)),
             asyncio.ensure_future(self._end_asked.wait()),
@@ -170,7 +174,7 @@ class FleetMember:
             await child.wait()
 
     async def _live(self) -> int:
-        """One life; returns its status."""
+        """Start the process, wait for its end, and return its exit status."""
         name = self.recipe.name
         recipe = self.recipe
         child = await Child.start(
@@ -179,7 +183,7 @@ class FleetMember:
         self._child = child
         self._leaving = False
         self._restarts.started(self._clock())
-        if self._stopped():  # it was stopped while it was being started
+        if self._stopped():  # meanwhile
             child.kill()
         else:
             self.state = MemberState.STARTING
@@ -192,12 +196,12 @@ class FleetMember:
             raise
         finally:
             watch.cancel()
-            child.kill()  # what it left behind: an engine that has not yet seen its parent die
+            child.kill()  # its own children, for example an engine that outlived its server
             self._child = None
             self.ready.clear()
 
     async def _watch(self, child: Child) -> None:
-        """Ask it how it is, and kill it when it hangs."""
+        """Ask the process whether it is ready, again and again, and kill it when it hangs."""
         silence = HangDetector(self._health, self._clock())
         patience = min(ANSWER_SECONDS, self._health.hang_seconds)
         async with httpx.AsyncClient(trust_env=False, timeout=patience) as client:
@@ -218,7 +222,7 @@ class FleetMember:
                     self.ready.clear()
 
     async def _engine_silence(self, client: httpx.AsyncClient) -> float:
-        """Seconds since its engine should have answered, while a router asks.
+        """Return for how many seconds the engine has been silent although it has work.
 
         Raises:
             httpx.HTTPError: the process does not answer, or not as an instance does.

@@ -1,4 +1,4 @@
-"""One child process: its start, its log, its end."""
+"""Child process of a supervisor, with its log."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from contextlib import suppress
 from functools import partial
 
 LINE_BYTES = 2**20
-"""A longer line of a log is cut into pieces."""
+"""Longest line of a log; longer ones are cut into pieces."""
 PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """A process in a session of its own, so that Ctrl-C reaches its parent alone.
+    """A child process in a session of its own, so that Ctrl-C reaches its parent alone.
 
-    It gets SIGTERM when this process dies, however it dies (Linux). Use `start`.
+    On Linux the child gets SIGTERM when its parent dies in any way. Use `start` to make one.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, logs: Sequence[asyncio.Task[None]]):
@@ -35,7 +35,13 @@ class Child:
         on_line: Callable[[str], None],
         fds: Sequence[int] = (),
     ) -> Child:
-        """``on_line`` gets what the process writes, line by line; ``fds`` stay open in it.
+        """Start a program.
+
+        Args:
+            command: its words.
+            env: variables added to the environment.
+            on_line: called with each line that the process writes.
+            fds: file descriptors that stay open in the process.
 
         Raises:
             OSError: the program cannot be started.
@@ -61,24 +67,29 @@ class Child:
 
     @property
     def pid(self) -> int:
+        """Id of the process."""
         return self._process.pid
 
     async def wait(self) -> int:
-        """Its status once it has ended, minus the signal if one ended it; its log is complete."""
+        """Wait for the end of the process and of its log.
+
+        Returns:
+            The exit status, or minus the signal that ended the process.
+        """
         status = await self._process.wait()
-        # A grandchild may hold the pipes open a moment longer, and is not waited for.
+        # A grandchild may hold the pipes open for longer; nobody waits for that.
         await asyncio.wait(self._logs, timeout=1.0)
         for log in self._logs:
             log.cancel()
         return status
 
     def ask(self) -> None:
-        """SIGTERM: drain and leave. A stopped process is woken for it."""
+        """Send SIGTERM, so that the process drains and ends; a stopped process is woken for it."""
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL, for it and for all that it started."""
+        """Send SIGKILL to the process and to all processes that it started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -88,8 +99,11 @@ class Child:
 
 
 def die_with_parent() -> Callable[[], object] | None:
-    """What the child does before it becomes the program; the library is looked up here, because
-    a forked child had better not."""
+    """Return a function that a forked child calls so that it gets SIGTERM when its parent dies.
+
+    The C library is looked up here, because that is not safe in a forked child. None where the
+    system has no such call.
+    """
     if sys.platform != "linux":
         return None
     return partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""When a process that ended is started again."""
+"""Decides when a process that ended is started again, and whether a process hangs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from pla_serve.fleet.supervisor.spec import Health
 
 
 class Restarts:
-    """The lives of one process. Times are seconds on the caller's clock."""
+    """Starts and ends of one process. Times are seconds on the caller's clock."""
 
     def __init__(self, health: Health) -> None:
         self._health = health
         self._began = 0.0
         self._row = 0
         self.count = 0
-        """Lives after the first."""
+        """Number of restarts."""
 
     def started(self, now: float) -> None:
+        """Note that the process was started."""
         self._began = now
 
     def ended(self, now: float) -> float:
-        """The earliest time for the next life."""
+        """Note that the process ended, and return the earliest time to start it again."""
         health = self._health
         self._row = 1 if now - self._began >= health.steady_seconds else self._row + 1
         self.count += 1
@@ -31,7 +32,7 @@ class Restarts:
 
 
 class HangDetector:
-    """Whether a process that should answer hangs."""
+    """Decides whether a process that should answer hangs."""
 
     def __init__(self, health: Health, now: float) -> None:
         self._health = health
@@ -39,11 +40,12 @@ class HangDetector:
         self._answered = False
 
     def answered(self, now: float) -> None:
+        """Note an answer."""
         self._heard = now
         self._answered = True
 
     def hangs(self, now: float) -> bool:
-        """True once it has said nothing for too long."""
+        """Whether the last answer is too long ago."""
         health = self._health
         patience = health.hang_seconds if self._answered else health.start_seconds
         return now - self._heard >= patience

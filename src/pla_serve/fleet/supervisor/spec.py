@@ -110,11 +110,11 @@ OWN_FLAGS = {
 
 
 def read_spec(path: Path) -> FleetSpec:
-    """A fleet from a YAML file.
+    """Read a fleet from a YAML file.
 
     Raises:
-        ValueError: it is not YAML, or says something unknown; the message names the place.
-        OSError: it cannot be read.
+        ValueError: the file is not YAML, or has an unknown field; the message names the place.
+        OSError: the file cannot be read.
     """
     import yaml
 
@@ -128,7 +128,7 @@ def read_spec(path: Path) -> FleetSpec:
 
 
 def _loader() -> Any:
-    """Safe, and ``off`` is a word, as in YAML 1.2: ``controller: off`` names what it says."""
+    """Return a safe loader that reads ``off`` as a word, as YAML 1.2 does: ``controller: off``."""
     import yaml
 
     others = {
@@ -141,10 +141,10 @@ def _loader() -> Any:
 
 
 def check(spec: FleetSpec) -> FleetSpec:
-    """The same spec.
+    """Return the fleet if it can serve.
 
     Raises:
-        ValueError: it cannot serve, or a field is out of range; says what to change.
+        ValueError: it cannot, or a field is out of range; the message says what to change.
     """
     pools = spec.instances
     for role in ROLES:

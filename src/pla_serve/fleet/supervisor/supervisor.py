@@ -1,4 +1,4 @@
-"""A fleet on this machine: instances, a router before them, and their end."""
+"""Supervises the processes of a fleet on this machine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Runs instances and a router. Instances outlive the router, and every process its failures.
+    """Runs instances and a router before them, and keeps all of them running.
 
     Args:
-        drain_seconds: how long requests may go on once it is told to stop.
+        drain_seconds: how long running requests may go on after `stop`.
     """
 
     def __init__(
@@ -30,10 +30,13 @@ class Supervisor:
         self._renewal: asyncio.Task[None] | None = None
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Until `stop`, and all processes have left.
+        """Run the fleet until `stop` was called and all processes have ended.
+
+        Args:
+            on_ready: called once, when all processes are ready.
 
         Raises:
-            FleetStartError: a first start failed; everything else was ended.
+            FleetStartError: a process could not be started; all others were ended.
         """
         members = [*self._instances, self._router]
         running = [asyncio.create_task(member.run()) for member in members]
@@ -53,7 +56,7 @@ class Supervisor:
                 raise result
 
     def stop(self) -> None:
-        """Drain everything and leave `run`; the second call does not wait for the drain."""
+        """Drain all processes and end `run`; a second call ends them at once."""
         if self._stopping.is_set():
             self._hurry.set()
         self._stopping.set()
@@ -77,7 +80,7 @@ class Supervisor:
         on_ready()
 
     async def _end(self) -> None:
-        """The router first: requests in flight need their instances."""
+        """End the router first, because running requests need their instances."""
         drain = asyncio.create_task(self._drain())
         hurry = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
