@@ -1,7 +1,7 @@
-"""What the device can do and what the model asks of it: where predictions of time start.
+"""Measures the device, and derives the first predictions of time from that: a roofline.
 
-The warm-up fits them to the engine itself; but it runs what the start says that there is time for,
-and what it does not run keeps its start.
+The warm-up then fits the predictions to batches that really ran. The roofline still matters: it
+says which batches there is time for in the warm-up, and it stays in use for all others.
 """
 
 from __future__ import annotations
@@ -14,44 +14,46 @@ import torch
 from pla_serve.policy.cost import CostProfile
 
 OPERATIONS_PER_LAYER = 30
-"""Calls from Python into torch, roughly: what a pass costs however few its tokens are."""
+"""Calls from Python into torch for one layer, roughly. A pass of one token makes them as well."""
 REPEATS = 3
-"""Of each measurement; the first one pays for what happens once, the best one counts."""
+"""Repetitions of each measurement. The best one counts, since the first pays for one-time work."""
 MATRIX = {"cpu": (128, 1024), "cuda": (4096, 4096)}
-"""Rows and width of the product that is timed: some milliseconds, or enough to fill the device."""
+"""Rows and width of the timed matrix product, by kind of device: large enough to fill it."""
 COPY_BYTES = {"cpu": 2**25, "cuda": 2**28}
-"""More than caches hold."""
+"""Bytes of the copy that is timed, by kind of device: more than caches hold."""
 OPERATIONS = 100
-"""Small operations in a row, so that a coarse clock will do."""
+"""Small operations that are timed in a row, so that a coarse clock will do."""
 LEAST_SECONDS = 1e-9
+"""Shortest time of a measurement, for clocks that do not move during it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Measured on the device, in the type that the model computes with."""
+    """Speed of the device in the dtype of the model."""
 
     flops: float
-    """Operations a second in a matrix product; an addition and a multiplication are two."""
+    """Floating-point operations per second of a matrix product. A multiply-add counts as two."""
     bytes_per_second: float
-    """Read or written."""
+    """Bytes per second that a copy reads and writes, both counted."""
     operation_seconds: float
-    """From Python, of an operation that has next to nothing to do."""
+    """Seconds that a call of the smallest torch operation takes in Python."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What one pass asks for, apart from its tokens."""
+    """Sizes of a model that the time of a forward pass depends on."""
 
     layers: int
     attention_width: int
-    """Query heads times head size."""
+    """Number of query heads times head dimension."""
     kv_bytes_per_token: int
-    """Over all layers."""
+    """Bytes of one token's keys and values over all layers."""
     layer_parameters: int
-    """Of all decoder layers: each token passes through them."""
+    """Parameters of all decoder layers. Every token passes through them."""
     head_parameters: int
-    """Of the output matrix: only tokens whose logits are wanted do."""
+    """Parameters of the output matrix. Only tokens whose logits are wanted pass through it."""
     bytes_each: int
+    """Bytes of one parameter."""
 
     @classmethod
     def of(
@@ -62,7 +64,7 @@ class ModelSize:
         attention_width: int,
         kv_bytes_per_token: int,
     ) -> ModelSize:
-        """Counts parameters; before modules are replaced by others that keep them elsewhere."""
+        """Count the parameters of a model whose modules have not been fused yet."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         return cls(
             layers=len(layers),
@@ -75,7 +77,11 @@ class ModelSize:
 
 
 def measure(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> Ceilings:
-    """One matrix product, one copy and a row of small operations: tens of milliseconds."""
+    """Time a matrix product, a copy and small operations. Takes tens of milliseconds.
+
+    Args:
+        clock: monotonic seconds.
+    """
     kind = "cuda" if device.type == "cuda" else "cpu"
     rows, width = MATRIX[kind]
     left = torch.ones(rows, width, dtype=dtype, device=device)
@@ -107,7 +113,7 @@ def measure(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
 
 
 def starting_profile(size: ModelSize, ceilings: Ceilings) -> CostProfile:
-    """The roofline of this model on this device."""
+    """Return the roofline of a model on a device, as coefficients of the cost model."""
     profile = CostProfile.roofline(
         parameters=size.layer_parameters,
         weight_bytes=(size.layer_parameters + size.head_parameters) * size.bytes_each,

@@ -1,4 +1,4 @@
-"""Runs a few batches at start, so that the first predictions of time rest on measurements."""
+"""Runs a few batches at start, so that predictions of time rest on measurements."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 
 WarmUpBatch = tuple[tuple[int, int], ...]
-"""(new tokens, history) of each sequence."""
+"""New tokens and history of each sequence of a batch."""
 
 WarmUpRun = Callable[[Sequence[SpanRequest]], object]
-"""Computes a batch as it will be computed when requests come."""
+"""Runs a batch as it will run when requests come."""
 
 BUDGET_SECONDS = 10.0
+"""Time that a warm-up may take, roughly."""
 LONG_SECONDS = 0.5
-"""What takes this long is not dominated by what happens only once: its first time counts."""
+"""A batch that takes this long runs once. One-time work is a small part of its time."""
 
 
 def shapes(chunk: int) -> Iterator[WarmUpBatch]:
-    """Single prompts, batches of short ones, decode steps and chunks, small ones first."""
+    """Yield decode steps, single prefills, a batch of short ones and long chunks, small ones first.
+
+    Args:
+        chunk: tokens of a chunk of a long prefill.
+    """
     for count in (1, 4, 8):
         yield ((1, 128),) * count
     for tokens in (16, 64, 128, 256):
@@ -44,11 +49,18 @@ def warm_up(
     device: torch.device,
     clock: Callable[[], float],
 ) -> None:
-    """Run each shape twice in a row, the second is timed; all within about BUDGET_SECONDS.
+    """Run each batch of `shapes` twice in a row, and fit ``cost`` to the time of the second run.
 
-    Leaves out what exceeds the KV or has a sequence of more than ``longest`` tokens: a model may
-    have no more positions. Leaves out, too, what would take longer than the time that is left, as
-    the shapes before it tell. Uses the KV blocks from the first on, before anyone has a claim.
+    Goes through the batches twice, within about BUDGET_SECONDS. Leaves out batches that do not fit
+    into the KV cache, that are longer than the model, or that would take longer than the time that
+    is left. Writes to the first KV blocks, so no request may be running.
+
+    Args:
+        cost: learns the measured times, and predicts whether there is time for a batch.
+        chunk: tokens of a chunk of a long prefill.
+        longest: most tokens of a sequence.
+        blocks: KV blocks of the cache.
+        clock: monotonic seconds.
     """
     deadline = clock() + BUDGET_SECONDS
     for _ in range(2):
@@ -61,6 +73,7 @@ def warm_up(
 
 
 def _as_batch(shape: WarmUpBatch) -> Batch:
+    """Return the batch as the cost model knows batches."""
     chunks = tuple(Chunk(str(i), new, history) for i, (new, history) in enumerate(shape))
     return Batch(BatchClass.MIXED, prefills=chunks)
 
@@ -73,6 +86,7 @@ def _time(
     device: torch.device,
     clock: Callable[[], float],
 ) -> None:
+    """Run a batch once or twice, and fit ``cost`` to the last run."""
     spans: list[SpanRequest] = []
     first = 0
     for new, history in shape:

@@ -1,1 +1,1 @@
-"""The process that hosts one engine."""
+"""Process that hosts one engine, and what a parent process shares with its children."""

@@ -1,4 +1,4 @@
-"""What a parent process and the child that it starts share: a folder, a first line, one life."""
+"""Helpers of a parent process and its child: a private folder, a first line, a common end."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def remove_leftovers(parent: Path) -> None:
 def tell(child: subprocess.Popen[bytes], launch: msgspec.Struct) -> None:
     """Write ``launch`` to the child's standard input, as one line of JSON.
 
-    A child that has died already is seen by who watches it.
+    If the child has died already, nothing happens here. Its parent watches it elsewhere.
     """
     assert child.stdin is not None
     with suppress(BrokenPipeError):
@@ -74,7 +74,7 @@ def tell(child: subprocess.Popen[bytes], launch: msgspec.Struct) -> None:
 
 
 def await_end_of_parent() -> None:
-    """Blocks until the parent is gone: its end of this process's standard input closes with it."""
+    """Block until the parent is gone, which closes this process's standard input."""
     with suppress(OSError):
         while os.read(sys.stdin.fileno(), 4096):
             pass

@@ -1,9 +1,9 @@
-"""The process that hosts one engine core: ``python -m pla_serve.engine.host.process FACTORY``.
+"""Hosts one engine in a process: ``python -m pla_serve.engine.host.process FACTORY``.
 
-It imports the factory, which takes seconds, and then reads one line of JSON, a `Launch`, from its
-standard input. It ends when that input does: the pipe closes with the parent, however the parent
-died. SIGINT and SIGTERM are ignored, because a terminal or a service manager sends them to the
-whole group while the parent still drains.
+The process imports the factory, which takes seconds, and then reads one line of JSON, a `Launch`,
+from its standard input. It ends when that input ends, because the pipe closes with the parent,
+however the parent died. It ignores SIGINT and SIGTERM, which a terminal or a service manager sends
+to the whole group while the parent still drains.
 """
 
 from __future__ import annotations
@@ -40,22 +40,29 @@ from pla_serve.wire.engine import (
 log = logging.getLogger(__name__)
 
 CORE = "pla_serve.engine.build.engine:EngineCore"
+"""Factory of the real engine, as ``module:attribute``."""
 MOST_AT_ONCE = 128
-"""Messages taken in one go: a flood of them must not hold up the batch that is under way."""
+"""Most messages taken at once, so that a flood of them does not hold up the running batch."""
 LONGEST_PAUSE = 3600.0
+"""Longest wait in seconds. After a longer pause the engine is simply asked again."""
 LINGER_SECONDS = 2.0
-"""How long a process that ends waits for its last messages to leave."""
+"""Seconds that a process which ends waits for its last messages to leave."""
 
 
 class Core(Protocol):
-    """What the process drives; see `pla_serve.engine.build.engine.EngineCore`."""
+    """Engine that the process drives. See `pla_serve.engine.build.engine.EngineCore`."""
 
     def step(self) -> float | None:
-        """Run at most one batch; returns how long it may be left alone, None: until a message."""
+        """Run at most one batch.
+
+        Returns the seconds that the engine may be left alone, or None until a message comes.
+        """
         ...
 
 
 class CoreFactory(Protocol):
+    """Makes an engine. It emits `EngineReady` once the engine can take requests."""
+
     def __call__(
         self,
         config: EngineConfig,
@@ -67,7 +74,7 @@ class CoreFactory(Protocol):
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What the parent writes to the child's standard input, as one line of JSON."""
+    """Settings that the parent writes to the child's standard input, as one line of JSON."""
 
     config: EngineConfig
     inbound: str
@@ -79,7 +86,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Channel:
-    """The child's two sockets. Sending never blocks: the parent reads all the time."""
+    """Two sockets of the child, one for each direction. Sending never blocks."""
 
     def __init__(self, launch: Launch) -> None:
         self._context = zmq.Context()
@@ -91,10 +98,10 @@ class Channel:
         self._out.connect(launch.outbound)
         self._decode = engine_inbox()
         self.closing = False
-        """True once a `Shutdown` came in."""
+        """Whether a `Shutdown` has arrived."""
 
     def inbox(self) -> Iterable[Inbound]:
-        """Messages that have arrived, up to MOST_AT_ONCE; never blocks."""
+        """Return the messages that have arrived, up to MOST_AT_ONCE. Never blocks."""
         arrived: list[Inbound] = []
         for _ in range(MOST_AT_ONCE):
             try:
@@ -115,35 +122,40 @@ class Channel:
         return arrived
 
     def _refuse(self, content: bytes, error: WireError) -> None:
-        """A message with a field out of range costs its own request, never the engine."""
+        """Reject the request of a message with a field out of range. The engine goes on."""
         id = named_request(content)
         log.error("a message to the engine is not valid: %s", error)
         if id is not None:
             self.emit(Rejected(id=id, reason=f"invalid request: {error}", retry_after=None))
 
     def emit(self, message: FromEngine) -> None:
+        """Send a message to the parent. Never blocks."""
         self._out.send(encode(message), zmq.NOBLOCK)
 
     def wait(self, seconds: float | None) -> None:
-        """Block until a message is there, or for ``seconds``; None: however long it takes."""
-        # Rounded up: a pause cut short by the poller's milliseconds would spin. A longer one than
-        # it can count is cut: who waits is asked again.
+        """Block until a message arrives, for at most ``seconds``. None waits without a limit."""
+        # Rounded up to the poller's milliseconds: rounded down, the last one would be a busy wait.
         self._in.poll(None if seconds is None else int(min(seconds, LONGEST_PAUSE) * 1000) + 1)
 
     def close(self) -> None:
+        """Close both sockets, once the last messages have left or LINGER_SECONDS are over."""
         self._in.close(linger=0)
         self._out.close(linger=int(LINGER_SECONDS * 1000))
         self._context.term()
 
 
 def load_factory(name: str) -> CoreFactory:
+    """Import a factory by its name, ``module:attribute``."""
     module, _, attribute = name.partition(":")
     factory: CoreFactory = getattr(importlib.import_module(module), attribute)
     return factory
 
 
 def serve(factory: str, launch: Launch, channel: Channel) -> int:
-    """Run the core until `Shutdown` or a crash, which it reports. Returns the exit status."""
+    """Run the engine until `Shutdown`, or until it crashes, which is reported to the parent.
+
+    Returns the exit status of the process.
+    """
     starting = True
     try:
         core = load_factory(factory)(
@@ -155,7 +167,7 @@ def serve(factory: str, launch: Launch, channel: Channel) -> int:
             if not channel.closing and (pause is None or pause > 0):
                 channel.wait(pause)
     except Exception as error:
-        # A model that cannot be served is the user's to mend: its message says how.
+        # Settings that do not work are for the user to change: the message alone says how.
         expected = starting and _is_expected(error)
         log.log(logging.DEBUG if expected else logging.ERROR, "engine core failed", exc_info=True)
         text = str(error) if expected else f"{type(error).__name__}: {error}"
@@ -165,19 +177,20 @@ def serve(factory: str, launch: Launch, channel: Channel) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the message alone says what to do."""
+    """Return whether the message of an error alone says what to do."""
     loading = sys.modules.get("pla_serve.engine.loading.errors")  # heavy, and maybe not needed
     kinds = (ValueError, OSError, *([loading.LoadingError] if loading else []))
     return isinstance(error, kinds)
 
 
 def exit_with_parent() -> None:
-    """Blocks until the parent is gone, then ends this process wherever it is."""
+    """Block until the parent is gone, then end this process in the middle of whatever it does."""
     await_end_of_parent()
     os._exit(1)
 
 
 def main() -> int:
+    """Read the `Launch` from standard input, and serve. Returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     factory = sys.argv[1]

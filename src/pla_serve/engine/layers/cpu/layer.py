@@ -6,7 +6,6 @@ the passes over memory between the matrix products cost as much as a quarter of 
 
 from __future__ import annotations
 
-from collections.abc import Set
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.layers.amx import Tiles
 from pla_serve.engine.layers.cpu.linear import GatedLinear, PackedLinear
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
+from pla_serve.engine.layers.stock import require_children
 from pla_serve.engine.parallel.modules import unwrap
 
 
@@ -59,9 +59,9 @@ class FusedLayer(nn.Module):
         super().__init__()
         attention = stock.self_attn
         mlp = stock.mlp
-        _require_only(stock, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
-        _require_only(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
-        _require_only(mlp, {"gate_proj", "up_proj", "down_proj"}, {"act_fn"})
+        require_children(stock, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+        require_children(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
+        require_children(mlp, {"gate_proj", "up_proj", "down_proj"}, {"act_fn"})
         self.layer_idx: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
@@ -147,12 +147,6 @@ class FusedLayer(nn.Module):
         sizes = [self.query_heads, self.kv_heads, self.kv_heads]
         queries, keys, values = torch.split(heads, sizes, 1)
         return torch.cat((self.query_norm(queries), self.key_norm(keys), values), dim=1)
-
-
-def _require_only(module: nn.Module, needed: Set[str], allowed: Set[str] = frozenset()) -> None:
-    found = {name for name, _ in module.named_children()}
-    if not needed <= found <= needed | allowed:
-        raise TypeError(f"{type(module).__name__} has the parts {sorted(found)}")
 
 
 def _norm(stock: Any, order: torch.Tensor | None = None) -> FusedRMSNorm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.functional import linear
 
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.layers.gpu.operations import Heads, Operations
+from pla_serve.engine.layers.stock import require_children
 from pla_serve.engine.parallel.modules import unwrap
 
 
@@ -27,9 +27,9 @@ class GpuLayer(nn.Module):
     def __init__(self, stock: Any, operations: Operations) -> None:
         super().__init__()
         attention, mlp = stock.self_attn, stock.mlp
-        _require_only(stock, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
-        _require_only(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
-        _require_only(mlp, {"gate_proj", "up_proj", "down_proj"}, {"act_fn"})
+        require_children(stock, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+        require_children(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
+        require_children(mlp, {"gate_proj", "up_proj", "down_proj"}, {"act_fn"})
         self._operations = operations
         self.layer_idx: int = attention.layer_idx
         self.scaling: float = attention.scaling
@@ -108,12 +108,6 @@ class GpuLayer(nn.Module):
             torch.mm(inputs, weight.t(), out=hidden)
         if self._ranks is not None:
             self._ranks.sum_in_place(hidden)
-
-
-def _require_only(module: nn.Module, needed: Set[str], allowed: Set[str] = frozenset()) -> None:
-    found = {name for name, _ in module.named_children()}
-    if not needed <= found <= needed | allowed:
-        raise TypeError(f"{type(module).__name__} has the parts {sorted(found)}")
 
 
 def _joined(*linears: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
