@@ -85,9 +85,11 @@ def main() -> int:
     )
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        words = [str(make_tiny(Path(folder))), "--load-format", "dummy"] if options.tiny else []
-        if options.model is not None:
-            words = [options.model]
+        words = [] if options.model is None else [options.model]
+        words += ["--kv-cache-gib", "1"]
+        if options.tiny:
+            tiny = str(make_tiny(Path(folder)))
+            words = [tiny, "--load-format", "dummy", "--kv-cache-gib", "0.1"]
         for target in targets:
             with server(target, words) as (address, pid):
                 results[target] = asyncio.run(run(campaign, address, pid))

@@ -93,6 +93,16 @@ def test_lag_is_in_the_metrics(roomy: Live) -> None:
     assert "pla_serve:event_loop_lag_seconds_bucket" in text
 
 
+@pytest.mark.parametrize("field", ["guided_regex", "guided_grammar", "guided_json"])
+def test_a_constraint_is_bounded(live: Live, field: str) -> None:
+    """Each of many sequences would carry it to the engine."""
+    text = '{"enum": ["' + "x" * 200_000 + '"]}'
+    body = {"prompt": ["a"] * 256, field: text}
+    answer = httpx.post(f"{live.url}/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "131072 characters" in answer.json()["error"]["message"]
+
+
 def test_arguments_of_a_tool_call_nested_deeply_are_the_clients_fault(live: Live) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}
     messages = [HELLO, {"role": "assistant", "tool_calls": [call]}, HELLO]

@@ -14,6 +14,9 @@ from pla_serve.wire.engine import Grammar, SamplingParams
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would overflow."""
 
+MOST_CONSTRAINT = 2**17
+"""Characters of a schema, a regular expression or a grammar; each sequence carries its own."""
+
 
 def sampling_params(
     request: ChatRequest | CompletionRequest, max_tokens: int, vocab_size: int
@@ -56,6 +59,11 @@ def grammar(request: GenerationRequest) -> Grammar | None:
     found = [*_from_format(request), *_from_structured(request), *_from_guided(request)]
     if len(found) > 1:
         raise invalid("give only one of response_format, structured_outputs and guided_*")
+    if found and len(found[0].spec) > MOST_CONSTRAINT:
+        raise invalid(
+            f"a constraint may have {MOST_CONSTRAINT} characters, not {len(found[0].spec)}",
+            "response_format",
+        )
     return found[0] if found else None
 
 
