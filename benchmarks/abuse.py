@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 from abuse_parts.innocents import Innocents, Seen
 from abuse_parts.processes import ProcessWatch
-from abuse_parts.rounds import RoundResult, attack
+from abuse_parts.rounds import RoundResult, Target, attack
 from abuse_parts.sockets import Address
 from abuse_parts.tiny import make_tiny
 
@@ -135,14 +135,29 @@ async def run(campaign: Campaign, address: Address, pid: int) -> dict[str, Any]:
             watch = ProcessWatch(pid)
             looking = asyncio.create_task(watch.run())
             innocents.seen = attacked = Seen()
-            rounds = await attacks(campaign, address, pool)
+            target = Target(address, await link_addresses(innocent))
+            rounds = await attacks(campaign, target, pool)
             await asyncio.sleep(1.0)
             looking.cancel()
     lag = await loop_lag(innocent)
     return report(calm, attacked, rounds, watch, lag)
 
 
-async def attacks(campaign: Campaign, address: Address, pool: Executor) -> list[RoundResult]:
+async def link_addresses(address: Address) -> tuple[Address, ...]:
+    """Where links are taken: by the instances of a fleet, which its router names, and by itself."""
+    found = [Address(address.host, address.port, LINK)]
+    async with httpx.AsyncClient(trust_env=False, timeout=30.0) as client:
+        for key in (address.key, LINK):
+            headers = {"Authorization": f"Bearer {key}"}
+            url = f"http://{address.host}:{address.port}/fleet"
+            answer = await client.get(url, headers=headers)
+            if answer.status_code == 200:
+                urls = [httpx.URL(each["url"]) for each in answer.json()["instances"]]
+                return (*found, *(Address(url.host, url.port or 80, LINK) for url in urls))
+    return tuple(found)
+
+
+async def attacks(campaign: Campaign, target: Target, pool: Executor) -> list[RoundResult]:
     loop = asyncio.get_running_loop()
     end, number, results = loop.time() + campaign.seconds, 0, []
     while campaign.only is None or not results:
@@ -152,7 +167,7 @@ async def attacks(campaign: Campaign, address: Address, pool: Executor) -> list[
             break
         seconds = min(campaign.round_seconds, max(left, 1.0))
         results.append(
-            await loop.run_in_executor(pool, attack, campaign.seed, number, address, LINK, seconds)
+            await loop.run_in_executor(pool, attack, campaign.seed, number, target, seconds)
         )
         print(f"round {number}: {results[-1].kind} {results[-1].counts}", flush=True)
         number += 1

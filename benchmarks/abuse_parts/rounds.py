@@ -34,15 +34,22 @@ def kind_of(seed: int, number: int) -> str:
     return Random(f"{seed}/{number}").choice(KINDS)
 
 
-def attack(seed: int, number: int, address: Address, link_key: str, seconds: float) -> RoundResult:
+@dataclass(frozen=True)
+class Target:
+    """What is attacked: the address of clients, and those that take links, with their key."""
+
+    address: Address
+    links: tuple[Address, ...]
+
+
+def attack(seed: int, number: int, target: Target, seconds: float) -> RoundResult:
     """Run one round to its end; for a process of its own."""
     os.nice(max(0, NICE - os.nice(0)))
-    return asyncio.run(_attack(seed, number, address, link_key, seconds))
+    return asyncio.run(_attack(seed, number, target, seconds))
 
 
-async def _attack(
-    seed: int, number: int, address: Address, link_key: str, seconds: float
-) -> RoundResult:
+async def _attack(seed: int, number: int, target: Target, seconds: float) -> RoundResult:
+    address = target.address
     rng = Random(f"{seed}/{number}")
     result = RoundResult(number, rng.choice(KINDS))
     if rng.random() < 0.15:
@@ -53,9 +60,10 @@ async def _attack(
     if result.kind in ("sockets", "mixed"):
         work += [_sockets(Random(rng.random()), address, result) for _ in range(SOCKETS_AT_ONCE)]
     if result.kind in ("links", "mixed"):
-        key = rng.choice((link_key, address.key, ""))
-        link = Address(address.host, address.port, key)
         for _ in range(LINKS_AT_ONCE):
+            link = rng.choice(target.links)
+            key = rng.choice((link.key, link.key, address.key, ""))
+            link = Address(link.host, link.port, key)
             work.append(_links(Random(rng.random()), link, result, seconds))
     tasks = [asyncio.create_task(each) for each in work]
     _, left = await asyncio.wait(tasks, timeout=seconds)
