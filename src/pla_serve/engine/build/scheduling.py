@@ -16,7 +16,7 @@ QUEUED_CAPACITIES = 4
 
 @dataclass(frozen=True, slots=True)
 class Scheduling:
-    """What decides which requests are taken, and in which order they run."""
+    """Decides which requests are taken, and in which order they run."""
 
     policy: PrefillPolicy
     cost: CostModel

@@ -17,7 +17,7 @@ class Telemetry:
     prefix_queries: int = 0
     """Tokens of prefills that began."""
     prefix_hits: int = 0
-    """Those of them that were in the prefix cache."""
+    """Tokens of these prefills that were in the prefix cache."""
     prompt_tokens: int = 0
     """New tokens that were prefilled."""
     generation_tokens: int = 0
