@@ -33,6 +33,7 @@ class Job:
     outputs: int = 1
     deadline: float | None = None
     priority: int = 0
+    tenant: str = ""
     abort_at: float | None = None
 
     stage: Stage = "ahead"
@@ -154,6 +155,7 @@ class Executor:
             job.computed,
             job.deadline,
             job.priority,
+            job.tenant,
         )
         job.short = self.policy.waits_as_short(request.new_tokens, request.history)
         job.owed_in_all += request.new_tokens
@@ -264,7 +266,7 @@ class Executor:
             return
         job.stage = "decoding"
         if not was_decoding:
-            self.policy.start_decode(job.id, job.computed, job.arrival, self.now)
+            self.policy.start_decode(job.id, job.computed, job.arrival, self.now, job.tenant)
 
     # The rules.
 

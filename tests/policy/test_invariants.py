@@ -32,6 +32,7 @@ def job_lists(draw: st.DrawFn, most: int = 25) -> list[Job]:
                 outputs=draw(st.integers(1, 12)),
                 deadline=draw(st.sampled_from([None, None, now, now + 0.2, now + 9])),
                 priority=draw(st.sampled_from([0, 0, 0, -1, 2])),
+                tenant=draw(st.sampled_from(["", "", "a", "b"])),
                 abort_at=draw(st.sampled_from([None, None, None, now + 0.05, now + 1])),
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,8 +10,15 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.decodes import DecodePool
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.protocol import Batch, Chunk, PrefillRequest, QueueState
+from pla_serve.policy.protocol import Batch, Chunk, PrefillRequest, QueueState, TenantLoad
 from pla_serve.policy.queues import PrefillQueue, PrefillSource
+from pla_serve.policy.tenants import TenantShares
+
+SHARE_LAUNCHES = 8
+"""Launch times of work that each tenant may have in the queues: with two tenants launches are then
+at most a sixteenth of full batches."""
+SHARE_TOKENS = 64
+"""New tokens that each tenant may have there on a machine whose launches cost nothing."""
 
 
 @dataclass(slots=True)
@@ -54,12 +62,23 @@ class Taken(NamedTuple):
 class RequestBook:
     """Keeps requests through waiting, flight and decode; the queues it is given order them.
 
+    While several tenants have unfinished prefills, `TenantShares` decides which of them are in the
+    queues. The classes have accounts of their own if their queues take turns by themselves.
+
     Args:
         shorts, longs: where prefills of either class wait; one queue may be both.
+        one_account: tenants share the time of both classes together. For a policy that puts one
+            class before the other without bound, or has a single queue.
     """
 
     def __init__(
-        self, config: PolicyConfig, cost: CostModel, shorts: PrefillQueue, longs: PrefillQueue
+        self,
+        config: PolicyConfig,
+        cost: CostModel,
+        shorts: PrefillQueue,
+        longs: PrefillQueue,
+        *,
+        one_account: bool = False,
     ) -> None:
         self.config = config
         self.cost = cost
@@ -73,6 +92,15 @@ class RequestBook:
         self._flying: set[str] = set()
         self._adds = 0
         self._epoch = cost.epoch
+        self._loads: dict[str, Backlog] = {}
+        if one_account or shorts is longs:
+            shares = self._make_shares(shorts is not longs, lambda: self._pending.values())
+            self._shares = (shares, shares)
+        else:
+            self._shares = (
+                self._make_shares(False, lambda: (r for r in self._all() if not r.short)),
+                self._make_shares(False, lambda: (r for r in self._all() if r.short)),
+            )
 
     def is_short(self, new_tokens: int, history: int) -> bool:
         """The class of a prefill."""
@@ -110,13 +138,13 @@ class RequestBook:
         pending = self._make(request, known.order if known else self._adds)
         self._pending[request.id] = pending
         self._count(pending, 1)
-        self._queues[pending.short].push(pending)
+        self._shares[pending.short].add(pending)
         return pending
 
-    def start_decode(self, request_id: str, context: int) -> None:
+    def start_decode(self, request_id: str, context: int, tenant: str = "") -> None:
         """Let a request whose prefill is complete take its turn at decode steps."""
         self.remove(request_id)
-        self.decodes.start(request_id, context)
+        self.decodes.start(request_id, context, tenant)
 
     def remove(self, request_id: str) -> None:
         """Forget a request in whatever state it is."""
@@ -125,8 +153,10 @@ class RequestBook:
             self.decodes.discard(request_id)
             return
         self._count(pending, -1)
-        self._queues[pending.short].discard(pending)
         self._flying.discard(request_id)
+        shares = self._shares[pending.short]
+        shares.remove(pending)
+        shares.release()
 
     def take(self, queue: PrefillSource, places: int, tokens: int, now: float) -> Taken:
         """Hand out prefills in the queue's order until ``places`` or ``tokens`` are used up.
@@ -166,26 +196,34 @@ class RequestBook:
             ValueError: a chunk differs from the one that was handed out for its request.
         """
         self.decodes.settle(batch.decodes)
-        cap = self.cap
         for chunk in batch.prefills:
             pending = self._pending.get(chunk.request_id)
             if pending is None or pending.flight is None:
                 continue  # removed meanwhile, perhaps added anew
             if pending.flight != chunk:
                 raise ValueError(f"{chunk} was observed, but {pending.flight} was handed out")
-            self._flying.discard(pending.id)
-            backlog = self.short_backlog if pending.short else self.long_backlog
-            backlog.change(-1, pending.new_tokens, pending.history, cap)
-            pending.new_tokens -= chunk.tokens
-            pending.history += chunk.tokens
-            if pending.new_tokens == 0:
-                del self._pending[pending.id]
-                continue
-            pending.flight = None
-            pending.started = True
-            self._price(pending)
-            backlog.change(1, pending.new_tokens, pending.history, cap)
-            self._queues[pending.short].push(pending)
+            self._settle(pending, chunk)
+        for shares in self._shares:
+            shares.release()
+
+    def _settle(self, pending: Pending, chunk: Chunk) -> None:
+        """``chunk`` of ``pending`` was computed."""
+        self._flying.discard(pending.id)
+        self._count(pending, -1)
+        before = pending.seconds
+        pending.new_tokens -= chunk.tokens
+        pending.history += chunk.tokens
+        pending.flight = None
+        shares = self._shares[pending.short]
+        if pending.new_tokens == 0:
+            del self._pending[pending.id]
+            shares.served(pending, before)
+            return
+        pending.started = True
+        self._price(pending)
+        self._count(pending, 1)
+        shares.served(pending, before - pending.seconds)
+        self._queues[pending.short].push(pending)
 
     def renew_prices(self) -> None:
         """Sort the queues again if the cost model has moved far; rare, O(n log n) when it has."""
@@ -243,6 +281,41 @@ class RequestBook:
             short_seconds=self.short_seconds(),
         )
 
+    def load_of(self, tenant: str) -> TenantLoad:
+        """Unfinished prefills of one tenant."""
+        load = self._loads.get(tenant)
+        if load is None:
+            return TenantLoad(len(self._loads) + 1, 0, 0.0)
+        return TenantLoad(len(self._loads), load.tokens, load.seconds(self.cost, load.launches))
+
+    def _all(self) -> Iterable[Pending]:
+        return self._pending.values()
+
+    def _make_shares(self, apart: bool, waiting: Callable[[], Iterable[Pending]]) -> TenantShares:
+        return TenantShares(
+            enter=lambda request: self._queues[request.short].push(request),
+            leave=lambda request: self._queues[request.short].discard(request),
+            window=self._share_window,
+            price=self._marginal_seconds,
+            waiting=waiting,
+            apart=apart,
+        )
+
+    def _share_window(self) -> float:
+        """How far tenants may be apart: so much that launches are a small part of a batch that is
+        filled with it, and at least a short prompt."""
+        return max(
+            SHARE_LAUNCHES * self.cost.profile.per_launch,
+            self.cost.prefill_seconds(SHARE_TOKENS, 0),
+        )
+
+    def _marginal_seconds(self, request: Pending) -> float:
+        """Predicted seconds of a prefill in a launch that it shares."""
+        tokens, history = request.new_tokens, request.history
+        return self.cost.work_seconds(
+            tokens, tokens * (history + tokens / 2), history + tokens, 1, 0
+        )
+
     def _make(self, request: PrefillRequest, order: int) -> Pending:
         pending = Pending(
             request.id,
@@ -255,6 +328,7 @@ class RequestBook:
             self.is_short(request.new_tokens, request.history),
             0.0,
             None,
+            tenant=request.tenant,
         )
         self._price(pending)
         return pending
@@ -267,3 +341,9 @@ class RequestBook:
     def _count(self, pending: Pending, sign: int) -> None:
         backlog = self.short_backlog if pending.short else self.long_backlog
         backlog.change(sign, pending.new_tokens, pending.history, self.cap)
+        load = self._loads.get(pending.tenant)
+        if load is None:
+            load = self._loads[pending.tenant] = Backlog()
+        load.change(sign, pending.new_tokens, pending.history, self.cap)
+        if not load.requests:
+            del self._loads[pending.tenant]

@@ -34,6 +34,7 @@ from pla_serve.policy.protocol import (
     PrefillRequest,
     QueueState,
     Run,
+    TenantLoad,
 )
 from pla_serve.policy.queues import DueQueue
 from pla_serve.policy.waiting import ArrivalRate
@@ -115,8 +116,10 @@ class LengthAware:
             self._contested_since = now
             self._account.clear()
 
-    def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
-        self._book.start_decode(request_id, context)
+    def start_decode(
+        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+    ) -> None:
+        self._book.start_decode(request_id, context, tenant)
 
     def remove(self, request_id: str) -> None:
         self._book.remove(request_id)
@@ -187,6 +190,9 @@ class LengthAware:
 
     def state(self, now: float) -> QueueState:
         return self._book.state()
+
+    def load_of(self, tenant: str) -> TenantLoad:
+        return self._book.load_of(tenant)
 
     def waits_as_short(self, new_tokens: int, history: int) -> bool:
         return self._book.is_short(new_tokens, history)

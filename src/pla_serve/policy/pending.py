@@ -32,3 +32,8 @@ class Pending:
     """The chunk that was handed out and has not come back."""
     entry: tuple[Any, ...] | None = None
     """Its place in a `SortedQueue`."""
+    tenant: str = ""
+    held: bool = False
+    """It waits outside the policy's queues for its tenant's share; see `TenantShares`."""
+    charge: float = 0.0
+    """Of what its tenant was charged for it, the seconds that have not run."""

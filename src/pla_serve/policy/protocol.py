@@ -49,6 +49,8 @@ class PrefillRequest:
     """Absolute time by which the first token is due, or None."""
     priority: int = 0
     """Smaller is sooner; ties are for the policy."""
+    tenant: str = ""
+    """Owner of the request, for shares: requests with the same text belong to one."""
 
 
 class Chunk(NamedTuple):
@@ -129,6 +131,17 @@ class Capabilities:
     If False, `PrefillPolicy.at_layer_boundary` always returns None and need not be called."""
 
 
+class TenantLoad(NamedTuple):
+    """Unfinished prefills of one tenant, and how many tenants share the device with it."""
+
+    tenants: int
+    """Tenants with unfinished prefills, this one included."""
+    tokens: int
+    """New tokens left of this tenant."""
+    seconds: float
+    """Predicted time to prefill them."""
+
+
 class PrefillPolicy(Protocol):
     """Decides what runs next. Deterministic in its calls; never reads a clock.
 
@@ -146,7 +159,9 @@ class PrefillPolicy(Protocol):
         """Queue a request, or replace the numbers of one that is queued and not in flight."""
         ...
 
-    def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
+    def start_decode(
+        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+    ) -> None:
         """A completed prefill wants one token after another; ``context`` tokens are cached."""
         ...
 
@@ -193,6 +208,10 @@ class PrefillPolicy(Protocol):
 
     def state(self, now: float) -> QueueState:
         """What waits, for metrics."""
+        ...
+
+    def load_of(self, tenant: str) -> TenantLoad:
+        """Part of what waits that belongs to one tenant, for admission."""
         ...
 
     def waits_as_short(self, new_tokens: int, history: int) -> bool:

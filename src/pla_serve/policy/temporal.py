@@ -15,6 +15,7 @@ from pla_serve.policy.protocol import (
     PrefillRequest,
     QueueState,
     Run,
+    TenantLoad,
 )
 
 
@@ -41,9 +42,11 @@ class PrefillFirst:
         self._decodes.discard(request.id)
         self._inner.add(request, now)
 
-    def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
+    def start_decode(
+        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+    ) -> None:
         self._inner.remove(request_id)
-        self._decodes.start(request_id, context)
+        self._decodes.start(request_id, context, tenant)
 
     def remove(self, request_id: str) -> None:
         self._inner.remove(request_id)
@@ -91,6 +94,9 @@ class PrefillFirst:
 
     def state(self, now: float) -> QueueState:
         return replace(self._inner.state(now), decoding_requests=self._decodes.total)
+
+    def load_of(self, tenant: str) -> TenantLoad:
+        return self._inner.load_of(tenant)
 
     def waits_as_short(self, new_tokens: int, history: int) -> bool:
         return self._inner.waits_as_short(new_tokens, history)

@@ -15,6 +15,7 @@ from pla_serve.policy.protocol import (
     PrefillRequest,
     QueueState,
     Run,
+    TenantLoad,
 )
 from pla_serve.policy.queues import PrefillQueue
 
@@ -45,8 +46,10 @@ class ContinuousBatching:
     def add(self, request: PrefillRequest, now: float) -> None:
         self._book.add(request)
 
-    def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
-        self._book.start_decode(request_id, context)
+    def start_decode(
+        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+    ) -> None:
+        self._book.start_decode(request_id, context, tenant)
 
     def remove(self, request_id: str) -> None:
         self._book.remove(request_id)
@@ -80,6 +83,9 @@ class ContinuousBatching:
 
     def state(self, now: float) -> QueueState:
         return self._book.state()
+
+    def load_of(self, tenant: str) -> TenantLoad:
+        return self._book.load_of(tenant)
 
     def waits_as_short(self, new_tokens: int, history: int) -> bool:
         return self._book.is_short(new_tokens, history)

@@ -83,7 +83,7 @@ class Laps(TwoQueues):
         self._window = options.window_seconds
         self._depth = min(options.depth, config.max_batch_requests)
         self._gathered, longs = ArrivalQueue(), OneAtATime()
-        book = make_book(config, cost, self._gathered, longs)
+        book = make_book(config, cost, self._gathered, longs, one_account=True)
         super().__init__(config, cost, self._gathered, book, longs)
 
     def _round(self, now: float) -> PrefillSource | Wait | None:

@@ -62,7 +62,7 @@ class PublishedBook(RequestBook):
         queues: tuple[LengthLevels, OneAtATime],
         fitted: FittedBoundary,
     ) -> None:
-        super().__init__(config, cost, *queues)
+        super().__init__(config, cost, *queues, one_account=True)
         self._fitted = fitted
 
     def boundary(self, history: int) -> int:

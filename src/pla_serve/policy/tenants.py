@@ -1,0 +1,292 @@
+"""Shares of prefill time between tenants, the owners of API keys; for every policy alike.
+
+A policy orders the prefills that are in its queues. While several tenants have unfinished prefills,
+a tenant's prefills enter the queues only as its share allows, and wait outside until then: they are
+*held*. So a flood of one tenant, however urgent its priorities are, stays before the door, and a
+newcomer of another tenant competes with a bounded amount of it. With a single tenant nothing is
+ever held, and every decision is what it would be without this module.
+
+The rule is start-time fair queueing (Goyal, Vin and Cheng, 1996) in predicted seconds, with one
+account for each tenant:
+
+- A prefill is charged to its tenant's account, as a whole, when it enters a queue.
+- The next one enters only while less than the *window* of the tenant's charges is unserved, and
+  while its account is at most a window ahead of the lowest account of a tenant with work.
+- A tenant that comes (back) starts level with the lowest account, or from its own if that is
+  higher. Nobody saves up a claim by being idle, and nobody loses a debt by leaving for a moment.
+
+Bounds, with w the window and r the largest prefill, both in predicted seconds:
+
+- While two tenants both have prefills waiting, the seconds served to them differ by at most
+  ``4 * (w + r)``, over any stretch of time.
+- The first prefill of a tenant enters at once, finds at most ``w + r`` seconds of each other tenant
+  in the queues, and is passed by at most ``w + r`` and its own seconds of each.
+
+Example: tenant "a" queues 1,000 prompts of 0.1 s, then "b" sends one. With a window of 0.4 s at
+most 5 prompts of "a" stay in the queues; under first come, first served, "b" waits for 0.5 s
+instead of 100 s.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from pla_serve.policy.pending import Pending
+from pla_serve.policy.queues import SortedQueue, arrival_rank
+
+RELEASED_AT_ONCE = 64
+"""Held prefills that enter the queues at one event once their tenant is alone: enough to be done
+with 10,000 in seconds, few enough not to be noticed in a decision."""
+MOST_DEBTS = 64
+"""Debts of tenants without work that are kept before those that are paid are looked for."""
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """One tenant with unfinished prefills."""
+
+    tenant: str
+    charged: float
+    """Predicted seconds that were charged to it, from a level that all accounts share."""
+    unfinished: int = 0
+    unserved: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+    """Of its charges, the seconds that have not run; by lane."""
+    held: dict[bool, SortedQueue] = field(
+        default_factory=lambda: {
+            False: SortedQueue(arrival_rank),
+            True: SortedQueue(arrival_rank),
+        }
+    )
+    """Prefills that wait outside the queues; by lane."""
+    key: tuple[float, str] | None = None
+    """Its place among the accounts that may let something in."""
+
+    def lane(self, window: float) -> bool | None:
+        """Lane from which a prefill may enter; short ones first. None if nothing may."""
+        for lane in (True, False):
+            unserved = self.unserved[lane]
+            if self.held[lane] and (unserved <= 0 or unserved < window):
+                return lane
+        return None
+
+
+class TenantShares:
+    """Decides when prefills enter the queues of a policy.
+
+    Args:
+        enter: pushes a prefill into its queue.
+        leave: takes a prefill out of its queue.
+        window: how far tenants may be apart, seconds; may change with what is known of the machine.
+        price: predicted seconds that a prefill adds to a batch.
+        waiting: unfinished prefills, in any order.
+        apart: whether short and long prefills have queues of their own, which are let in
+            separately: each is a *lane*.
+    """
+
+    def __init__(
+        self,
+        enter: Callable[[Pending], None],
+        leave: Callable[[Pending], None],
+        window: Callable[[], float],
+        price: Callable[[Pending], float],
+        waiting: Callable[[], Iterable[Pending]],
+        apart: bool,
+    ) -> None:
+        self._enter = enter
+        self._leave = leave
+        self._window = window
+        self._price = price
+        self._waiting = waiting
+        self._apart = apart
+        self._accounts: dict[str, Account] = {}
+        self._order: list[tuple[float, str]] = []
+        """All accounts, lowest first; kept only while there are several."""
+        self._ready: list[tuple[float, str]] = []
+        """Those that may let something in, lowest first."""
+        self._debts: dict[str, float] = {}
+        """Accounts of tenants that left while they were ahead."""
+        self._holding = False
+        """Something may be held."""
+
+    @property
+    def tenants(self) -> int:
+        """Tenants with unfinished prefills."""
+        return len(self._accounts)
+
+    def charged(self, tenant: str) -> float:
+        """Account of a tenant with unfinished prefills, seconds."""
+        return self._accounts[tenant].charged
+
+    def add(self, request: Pending) -> None:
+        """Let a new prefill in, or hold it."""
+        account = self._accounts.get(request.tenant)
+        if account is None:
+            account = self._join(request.tenant)
+        account.unfinished += 1
+        if not self._holding:
+            self._enter(request)
+            return
+        request.held = True
+        account.held[self._lane(request)].push(request)
+        self._renew(account)
+        self.release()
+
+    def served(self, request: Pending, seconds: float) -> None:
+        """A chunk of a prefill was computed, predicted at ``seconds``.
+
+        What is left of the prefill waits in its queue again; without any it is forgotten.
+        """
+        account = self._accounts[request.tenant]
+        if request.charge:
+            left = min(request.charge, self._price(request)) if request.new_tokens else 0.0
+            account.unserved[self._lane(request)] -= request.charge - left
+            request.charge = left
+        elif self._debts and len(self._accounts) == 1:
+            account.charged += seconds  # so that it catches up with those who left ahead of it
+        if request.new_tokens:
+            self._renew(account)
+        else:
+            self._part(account)
+
+    def remove(self, request: Pending) -> None:
+        """Forget a prefill that was not computed to its end; what did not run is given back.
+
+        A chunk of it that runs now counts as run.
+        """
+        account = self._accounts[request.tenant]
+        lane = self._lane(request)
+        if request.held:
+            account.held[lane].discard(request)
+            request.held = False
+        else:
+            self._leave(request)
+            account.unserved[lane] -= request.charge
+            running = 0 if request.flight is None else request.flight.tokens
+            self._charge(account, -request.charge * (1 - running / request.new_tokens))
+            request.charge = 0.0
+        self._part(account)
+
+    def release(self) -> None:
+        """Let in what may enter now."""
+        if not self._holding:
+            return
+        if len(self._accounts) <= 1:
+            self._release_alone()
+            return
+        window = self._window()
+        while self._ready and self._ready[0][0] <= self._order[0][0] + window:
+            account = self._accounts[self._ready[0][1]]
+            lane = account.lane(window)
+            if lane is None:  # the window is smaller now
+                self._renew(account)
+                continue
+            request = account.held[lane].first()
+            assert request is not None
+            account.held[lane].discard(request)
+            request.held = False
+            self._admit(account, request)
+            self._enter(request)
+
+    def _lane(self, request: Pending) -> bool:
+        return self._apart and request.short
+
+    def _join(self, tenant: str) -> Account:
+        """Open an account; with the second one, begin to hold."""
+        level = self._order[0][0] if self._order else 0.0
+        if len(self._accounts) == 1:
+            (alone,) = self._accounts.values()
+            level = alone.charged
+        account = Account(tenant, max(level, self._debts.pop(tenant, level)))
+        self._accounts[tenant] = account
+        if len(self._accounts) == 2:
+            self._hold(alone)
+            self._holding = True
+            self._order = sorted((a.charged, a.tenant) for a in self._accounts.values())
+        elif len(self._accounts) > 2:
+            insort(self._order, (account.charged, tenant))
+        return account
+
+    def _part(self, account: Account) -> None:
+        """One prefill less; the last one closes the account."""
+        account.unfinished -= 1
+        if account.unfinished:
+            self._renew(account)
+            return
+        self._renew(account, open_=False)
+        del self._accounts[account.tenant]
+        if not self._accounts:
+            self._debts.clear()
+            self._holding = False
+        if not self._order:
+            return
+        del self._order[bisect_left(self._order, (account.charged, account.tenant))]
+        level = self._order[0][0]
+        if account.charged > level:
+            self._debts[account.tenant] = account.charged
+        if len(self._debts) > 2 * len(self._accounts) + MOST_DEBTS:
+            self._debts = {name: debt for name, debt in self._debts.items() if debt > level}
+        if len(self._accounts) == 1:
+            self._order.clear()
+
+    def _hold(self, account: Account) -> None:
+        """Take out of the queues what a tenant that is no longer alone has beyond the window.
+
+        O(n log n) in its prefills, once for each of them: what is held now enters later.
+        """
+        window = self._window()
+        mine = [r for r in self._waiting() if r.tenant == account.tenant and not r.held]
+        mine.sort(key=lambda r: (r.flight is None, not r.started, r.priority, r.arrival, r.order))
+        for request in mine:
+            lane = self._lane(request)
+            begun = request.flight is not None or request.started
+            if request.charge:
+                continue
+            if begun or account.unserved[lane] < window:
+                self._admit(account, request)
+            else:
+                self._leave(request)
+                request.held = True
+                account.held[lane].push(request)
+        self._renew(account)
+
+    def _release_alone(self) -> None:
+        """Let in a part of what the last tenant holds; when all of it is in, hold nothing more."""
+        for account in self._accounts.values():
+            for lane in (True, False):
+                held = account.held[lane]
+                for _ in range(min(len(held), RELEASED_AT_ONCE)):
+                    request = held.first()
+                    assert request is not None
+                    held.discard(request)
+                    request.held = False
+                    self._enter(request)
+            self._renew(account)
+            if any(account.held.values()):
+                return
+        self._holding = False
+
+    def _admit(self, account: Account, request: Pending) -> None:
+        """Charge a prefill that is, or will be, in its queue."""
+        request.charge = self._price(request)
+        account.unserved[self._lane(request)] += request.charge
+        self._charge(account, request.charge)
+
+    def _charge(self, account: Account, seconds: float) -> None:
+        if self._order:
+            del self._order[bisect_left(self._order, (account.charged, account.tenant))]
+            insort(self._order, (account.charged + seconds, account.tenant))
+        account.charged += seconds
+        self._renew(account)
+
+    def _renew(self, account: Account, open_: bool = True) -> None:
+        """Put an account where it belongs among those that may let something in."""
+        if not self._holding and account.key is None:
+            return
+        if account.key is not None:
+            del self._ready[bisect_left(self._ready, account.key)]
+            account.key = None
+        if open_ and account.lane(self._window()) is not None:
+            account.key = (account.charged, account.tenant)
+            insort(self._ready, account.key)
