@@ -169,7 +169,7 @@ class TenantShares:
         self._part(account)
 
     def release(self) -> None:
-        """Let in what may enter now."""
+        """Let in what may enter now. Call it after `served` and `remove`."""
         if not self._holding:
             return
         if len(self._accounts) <= 1:
@@ -212,7 +212,8 @@ class TenantShares:
         """One prefill less; the last one closes the account."""
         account.unfinished -= 1
         if account.unfinished:
-            self._renew(account)
+            if self._holding:
+                self._renew(account)
             return
         self._renew(account, open_=False)
         del self._accounts[account.tenant]
@@ -238,17 +239,19 @@ class TenantShares:
         window = self._window()
         mine = [r for r in self._waiting() if r.tenant == account.tenant and not r.held]
         mine.sort(key=lambda r: (r.flight is None, not r.started, r.priority, r.arrival, r.order))
+        held = []
         for request in mine:
-            lane = self._lane(request)
             begun = request.flight is not None or request.started
             if request.charge:
                 continue
-            if begun or account.unserved[lane] < window:
+            if begun or account.unserved[self._lane(request)] < window:
                 self._admit(account, request)
             else:
                 self._leave(request)
-                request.held = True
-                account.held[lane].push(request)
+                held.append(request)
+        for request in reversed(held):  # the first of a queue is the last in its list
+            request.held = True
+            account.held[self._lane(request)].push(request)
         self._renew(account)
 
     def _release_alone(self) -> None:
