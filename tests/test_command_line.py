@@ -25,11 +25,13 @@ NEW = {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
         *("--engine-silence-seconds", "--share-prefix-cache", "--listen-fd", "--metrics-key"),
+        "--enable-priority",
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
         *("--share-prefix-cache", "--metrics-key"),
+        "--enable-priority",
     },
     "fleet start": {"--serve-word", "--route-word"},
 }

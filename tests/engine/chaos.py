@@ -13,6 +13,7 @@ from pla_serve.policy.protocol import (
     PrefillRequest,
     QueueState,
     Run,
+    TenantLoad,
     Wait,
 )
 
@@ -33,7 +34,9 @@ class ChaosPolicy:
         assert request.new_tokens >= 1
         self._left[request.id] = (request.new_tokens, request.history)
 
-    def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
+    def start_decode(
+        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+    ) -> None:
         assert request_id not in self._left
         assert request_id not in self._decodes
         self._decodes[request_id] = context
@@ -91,6 +94,9 @@ class ChaosPolicy:
 
     def state(self, now: float) -> QueueState:
         return QueueState(len(self._left), 0, len(self._decodes), 0, 0, 0.0, 0.0)
+
+    def load_of(self, tenant: str) -> TenantLoad:
+        return TenantLoad(1, 0, 0.0)
 
     def waits_as_short(self, new_tokens: int, history: int) -> bool:
         return new_tokens <= 16

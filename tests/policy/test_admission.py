@@ -128,3 +128,30 @@ def test_late_means_a_chance_below_one_half() -> None:
 def test_bounds_must_be_positive(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         Admission(**{field: value})  # type: ignore[arg-type]
+
+
+def test_one_tenants_backlog_refuses_nobody_else() -> None:
+    """Neither by tokens nor by time; a second flood is refused beyond its part."""
+    cost = CostModel()
+    for admission in (Admission(max_queued_tokens=1000), Admission(max_predicted_wait=2.0)):
+        policy = create_policy("fcfs", PolicyConfig(), cost)
+
+        def ask(
+            name: str, tenant: str, tokens: int = 100, parked: int = 0,
+            *, policy: PrefillPolicy = policy, admission: Admission = admission,
+        ) -> bool:  # fmt: skip
+            request = PrefillRequest(name, 0.0, tokens, tenant=tenant)
+            verdict = admission.decide(
+                request, policy, cost.prefill_seconds(tokens, 0), 0.0, own_parked_tokens=parked
+            )
+            if isinstance(verdict, Admit):
+                policy.add(request, 0.0)
+            return isinstance(verdict, Admit)
+
+        taken = sum(ask(f"a{number}", "a") for number in range(50))
+        assert 5 <= taken <= 30
+        assert ask("b", "b"), "it has nothing here yet"
+        more = sum(ask(f"b{number}", "b") for number in range(50))
+        assert 1 <= more < taken
+        assert not ask("again", "a")
+    assert not ask("parked", "c", parked=10**6) or admission.max_queued_tokens is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pla_serve.policy.calibration import Calibration, Forecast
-from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
+from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest, TenantLoad
 
 LEAST_RETRY = 1.0
 """Seconds; a client that is told less would only ask again and again."""
@@ -38,6 +38,10 @@ class Admission:
     not at all, and a late short gives way to those that can be saved (`queues.DueQueue`). `Admit`
     tells that it will be late.
 
+    Where several tenants have work, one that keeps to an equal part of a bound is not refused for
+    what the others have queued, since the policy shares its time between them. So what waits is at
+    most the bound, and one part of it more for each tenant.
+
     Predicted seconds are the policy's, corrected by what came of earlier ones (`Calibration`):
     the median, so that a policy that predicts too much does not refuse too much.
 
@@ -65,6 +69,7 @@ class Admission:
         *,
         parked_tokens: int = 0,
         parked_seconds: float = 0.0,
+        own_parked_tokens: int = 0,
     ) -> Admit | Refuse:
         """Weigh a request against what ``policy`` has queued.
 
@@ -72,11 +77,19 @@ class Admission:
             own_seconds: predicted time of its prefill alone (`CostModel.prefill_seconds`).
             parked_tokens: what the executor keeps from the policy, for want of memory.
             parked_seconds: predicted time of the part of that which goes before the request.
+            own_parked_tokens: the part of it that is the same tenant's.
         """
         state = policy.state(now)
         queued = state.short_tokens + state.long_tokens + parked_tokens
         limit = self.max_queued_tokens
-        if limit is not None and queued > 0 and queued + request.new_tokens > limit:
+        if (
+            limit is not None
+            and queued > 0
+            and queued + request.new_tokens > limit
+            and not _keeps_to_its_tokens(
+                policy.load_of(request.tenant), request.new_tokens + own_parked_tokens, limit
+            )
+        ):
             excess = min(1.0, (queued + request.new_tokens - limit) / queued)
             return Refuse(
                 f"{queued} prompt tokens wait already; with {request.new_tokens} more they would "
@@ -90,13 +103,27 @@ class Admission:
         wait = predicted - own_seconds
         likely = forecast.factor * wait
         most = self.max_predicted_wait
-        if most is not None and likely > most:
+        if (
+            most is not None
+            and likely > most
+            and not _keeps_to_its_time(policy.load_of(request.tenant), own_seconds, most)
+        ):
             return Refuse(
                 f"the predicted wait of {likely:.1f} s exceeds the limit of {most:g} s",
                 max(LEAST_RETRY, _until_below(most, wait, forecast.factor)),
             )
         late = request.deadline is not None and now + forecast.median > request.deadline
         return Admit(forecast, late)
+
+
+def _keeps_to_its_tokens(load: TenantLoad, more: int, limit: int) -> bool:
+    """Whether a tenant, with so many tokens more, has at most an equal part of the limit."""
+    return load.tenants > 1 and load.tokens + more <= limit / load.tenants
+
+
+def _keeps_to_its_time(load: TenantLoad, more: float, limit: float) -> bool:
+    """Whether a tenant's own work, with so many seconds more, is done in time with its share."""
+    return load.tenants > 1 and (load.seconds + more) * load.tenants <= limit
 
 
 def _until_below(limit: float, wait: float, factor: float) -> float:

@@ -58,6 +58,13 @@ class ServerSettings:
             panel=HTTP,
         ),
     ] = False
+    enable_priority: Annotated[
+        bool,
+        Flag(
+            "Let clients set the priority of a request; without it a priority is refused.",
+            panel=HTTP,
+        ),
+    ] = False
     max_body_mib: Annotated[
         float, Flag("Largest body of a request.", unit="MiB", above=0, panel=HTTP)
     ] = 8.0

@@ -92,6 +92,9 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     cache_scope: Name = ""
     """Part of the prefix cache that the request may use: KV is shared between requests of equal
     scope only. Empty for the part that all requests without a scope share."""
+    tenant: Name = ""
+    """Owner of the API key that asked, as the same text for the same key and never the key itself;
+    an engine shares its time between tenants. Empty: nobody in particular."""
     request_id: Annotated[str, Meta(max_length=128)] = ""
     """Id of the HTTP request that this is part of, for logs; the client may have chosen it."""
 

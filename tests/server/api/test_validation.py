@@ -49,6 +49,8 @@ BAD_CHAT = [
     ({**CHAT, "logit_bias": {"99999": 1}}, "logit_bias"),
     ({**CHAT, "logit_bias": {"\u0661": 1}}, "logit_bias"),
     ({**CHAT, "logit_bias": {"1": 101}}, "logit_bias"),
+    ({**CHAT, "logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
+    ({**CHAT, "priority": -(2**31)}, "priority"),
     ({**CHAT, "top_logprobs": 2}, "top_logprobs"),
     ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
@@ -135,6 +137,15 @@ def test_unsupported_is_named(live: Live, path: str, body: Any, param: str | Non
     error = error_of(response)
     assert error["code"] == "unsupported_parameter"
     assert error["param"] == param
+
+
+def test_a_priority_is_taken_where_it_is_enabled(live: Live) -> None:
+    refused = post(live, "chat/completions", {**CHAT, "priority": 1})
+    assert "--enable-priority" in error_of(refused)["message"]
+    assert post(live, "chat/completions", {**CHAT, "priority": 0}).status_code == 200
+    with Live(enable_priority=True) as open_to_it:
+        body = {**CHAT, "priority": -3, "max_tokens": 2}
+        assert post(open_to_it, "chat/completions", body).status_code == 200
 
 
 def test_fields_without_effect_are_accepted(live: Live) -> None:

@@ -106,7 +106,7 @@ class RequestInbox:
             self._requests.look_up(sequence)
             self._requests.wait(sequence)
         elif sequence.generated and sequence.computed == len(sequence.tokens) - 1:
-            arrival = sequence.request.arrival
-            self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
+            request, context = sequence.request, sequence.computed
+            self._policy.start_decode(sequence.id, context, request.arrival, now, request.tenant)
         else:
             self._policy.add(sequence.prefill(sequence.computed), now)

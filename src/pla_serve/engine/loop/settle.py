@@ -145,8 +145,8 @@ class BatchSettlement:
         if ends_with_next(sequence, self._intake.limits.max_model_len):
             self._policy.remove(sequence.id)
         elif not member.decodes:
-            arrival = sequence.request.arrival
-            self._policy.start_decode(sequence.id, sequence.enqueued, arrival, now)
+            request, context = sequence.request, sequence.enqueued
+            self._policy.start_decode(sequence.id, context, request.arrival, now, request.tenant)
 
     def _read_tokens(self, batch: EnqueuedBatch) -> list[Sampled | None]:
         """Return the next token of each member, or None for members that yield none."""
@@ -188,8 +188,10 @@ class BatchSettlement:
         if sampled is not None:
             self._take(sequence, sampled, now)
             if not (sequence.over or member.decodes or dispatched):
-                arrival = sequence.request.arrival
-                self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
+                request, context = sequence.request, sequence.computed
+                self._policy.start_decode(
+                    sequence.id, context, request.arrival, now, request.tenant
+                )
 
     def _take(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         """Append and emit the next token of a sequence, and end it if that was the last."""

@@ -142,6 +142,7 @@ class Intake:
             own,
             now,
             parked_tokens=tokens + others,
+            own_parked_tokens=self._gate.parked_tokens(prefill.tenant),
             parked_seconds=parked,
         )
 

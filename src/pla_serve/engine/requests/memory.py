@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,6 +60,8 @@ class MemoryGate:
         """Places of long (False) and short (True) sequences, in order."""
         self._tokens = {False: 0, True: 0}
         """New tokens of the parked sequences of each class."""
+        self._tenant_tokens: Counter[str] = Counter()
+        """New tokens of the parked sequences of each tenant."""
         self._parks = 0
         self._refused_at: tuple[int, int] | None = None
         """State of the KV memory in which the first of each class found no blocks."""
@@ -70,6 +73,10 @@ class MemoryGate:
     def backlog(self, short: bool) -> tuple[int, int]:
         """Return the number of parked sequences of a class, and their new tokens."""
         return len(self._queues[short]), self._tokens[short]
+
+    def parked_tokens(self, tenant: str) -> int:
+        """New tokens that the parked sequences of a tenant brought."""
+        return self._tenant_tokens[tenant]
 
     def reserve(self, sequence: Sequence, short: bool, new_tokens: int, now: float) -> bool:
         """Give ``sequence`` blocks for all its tokens, or park it and return False.
@@ -87,6 +94,7 @@ class MemoryGate:
         self._places[sequence.id] = place
         insort(self._queues[short], place)
         self._tokens[short] += new_tokens
+        self._tenant_tokens[sequence.request.tenant] += new_tokens
         return False
 
     def try_reserve(self, sequence: Sequence, short: bool, now: float) -> bool:
@@ -147,6 +155,10 @@ class MemoryGate:
         queue = self._queues[parked.short]
         del queue[bisect_left(queue, place)]
         self._tokens[parked.short] -= parked.new_tokens
+        tenant = parked.sequence.request.tenant
+        self._tenant_tokens[tenant] -= parked.new_tokens
+        if not self._tenant_tokens[tenant]:
+            del self._tenant_tokens[tenant]
 
     def _blocked(self, sequence: Sequence, short: bool, now: float) -> bool:
         """Return whether a parked sequence goes before ``sequence``."""

@@ -102,4 +102,5 @@ def prefill_request(
         history=history,
         deadline=request.deadline if first else None,
         priority=request.priority,
+        tenant=request.tenant,
     )

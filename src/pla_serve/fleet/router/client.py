@@ -179,7 +179,7 @@ class FleetClient:
         return info
 
     def session(self, max_unread_tokens: int, tenant: str = "") -> EngineSession:
-        return EngineSession(_Door(self, tenant), max_unread_tokens)
+        return EngineSession(_Door(self, tenant), max_unread_tokens, tenant)
 
     async def _decide(self) -> None:
         """Ask the controller once in a period."""

@@ -166,6 +166,12 @@ class Endpoints:
         cache_scope: str,
     ) -> GenerationPlan:
         n = body.n or 1
+        if body.priority and not self._service.settings.enable_priority:
+            raise invalid(
+                "priorities are not enabled on this server: leave out priority, or start the "
+                "server with --enable-priority",
+                "priority",
+            )
         if len(prompts) * n > MAX_SEQUENCES:
             raise invalid(f"at most {MAX_SEQUENCES} choices in one request, over all prompts", "n")
         limits = [output_limit(len(each), max_tokens, info.max_model_len) for each in prompts]

@@ -262,7 +262,7 @@ class GenerationRequest(Ignored):
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     """The prefix cache is shared only between requests of one API key with the same salt."""
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1)
-    """Smaller is sooner."""
+    """Smaller is sooner, among the requests of one API key; refused unless --enable-priority."""
     ttft_slo_ms: float | None = Field(None, gt=0, le=1e9)
     """The first token is due this many milliseconds after arrival."""
 

@@ -177,8 +177,8 @@ class EngineClient:
         return self.info
 
     def session(self, max_unread_tokens: int, tenant: str = "") -> EngineSession:
-        """One engine serves all tenants alike."""
-        return EngineSession(self, max_unread_tokens)
+        """The engine shares its time between tenants."""
+        return EngineSession(self, max_unread_tokens, tenant)
 
     def watch(self, observer: EngineObserver) -> None:
         """Tell it what happens from now on, as the one given at construction."""

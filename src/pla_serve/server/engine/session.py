@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+import msgspec
+
 from pla_serve.wire.engine import (
     AbortRequest,
     Accepted,
@@ -94,8 +96,9 @@ class EngineSession:
     `SlowReaderError`. All methods belong to the event loop.
     """
 
-    def __init__(self, router: MessageRoutes, max_unread_tokens: int) -> None:
+    def __init__(self, router: MessageRoutes, max_unread_tokens: int, tenant: str = "") -> None:
         self._router = router
+        self._tenant = tenant
         self._max_unread = max_unread_tokens
         self._open: set[str] = set()
         self._news: dict[str, Update] = {}
@@ -111,6 +114,8 @@ class EngineSession:
         """
         self._router.open_route(request.id, self)
         self._open.add(request.id)
+        if self._tenant:
+            request = msgspec.structs.replace(request, tenant=self._tenant)
         self._router.send(request)
 
     def abort(self, id: str) -> None:
