@@ -6,6 +6,9 @@ from collections import OrderedDict
 
 from pla_serve.policy.protocol import Chunk
 
+MOST_TURNS = 1024
+"""Tenants whose turns are remembered; with more of them all turns begin anew."""
+
 
 class DecodePool:
     """Decoding requests; the one stepped least recently goes first, so nobody starves.
@@ -20,8 +23,11 @@ class DecodePool:
     """
 
     def __init__(self) -> None:
-        self._rings: OrderedDict[str, OrderedDict[str, Chunk]] = OrderedDict()
-        """Ready requests by tenant; the tenant whose turn it is for an odd place comes first."""
+        self._rings: dict[str, OrderedDict[str, Chunk]] = {}
+        """Ready requests by tenant."""
+        self._turns: dict[str, int] = {}
+        """When each tenant got an odd place last, counted in odd places."""
+        self._turn = 0
         self._tenants: dict[str, str] = {}
         """Tenants of requests, ready or in flight, where it is not the empty one."""
         self._flying: dict[str, Chunk] = {}
@@ -111,9 +117,12 @@ class DecodePool:
             left, others = left - size, others - 1
         parts = {tenant: min(size, share) for tenant, size in sizes.items()}
         odd = places - sum(parts.values())
-        for tenant, size in sizes.items():  # odd places go round
-            if odd and parts[tenant] < size:
-                parts[tenant] += 1
-                odd -= 1
-                self._rings.move_to_end(tenant)
+        wanting = [tenant for tenant in sizes if parts[tenant] < sizes[tenant]]
+        wanting.sort(key=lambda tenant: self._turns.get(tenant, 0))
+        if len(self._turns) > MOST_TURNS:
+            self._turns.clear()
+        for tenant in wanting[:odd]:
+            parts[tenant] += 1
+            self._turn += 1
+            self._turns[tenant] = self._turn
         return [(tenant, part) for tenant, part in parts.items() if part]

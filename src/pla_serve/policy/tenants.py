@@ -34,13 +34,41 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.queues import SortedQueue, arrival_rank
+from pla_serve.policy.queues import arrival_rank
 
 RELEASED_AT_ONCE = 64
 """Held prefills that enter the queues at one event once their tenant is alone: enough to be done
 with 10,000 in seconds, few enough not to be noticed in a decision."""
 MOST_DEBTS = 64
 """Debts of tenants without work that are kept before those that are paid are looked for."""
+
+
+class HeldPrefills:
+    """Prefills outside the queues: the most urgent first, then by arrival."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[tuple[float, ...], int, Pending]] = []
+        """The first one last, so that it is taken in O(1)."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def push(self, request: Pending) -> None:
+        """Hold a request."""
+        request.held = True
+        insort(self._entries, (arrival_rank(request), -request.order, request))
+
+    def discard(self, request: Pending) -> None:
+        """Hold a request no more."""
+        request.held = False
+        key = (arrival_rank(request), -request.order)
+        del self._entries[bisect_left(self._entries, key)]
+
+    def pop(self) -> Pending:
+        """Hold the first one no more, and return it."""
+        request = self._entries.pop()[-1]
+        request.held = False
+        return request
 
 
 @dataclass(slots=True, eq=False)
@@ -53,11 +81,8 @@ class Account:
     unfinished: int = 0
     unserved: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
     """Of its charges, the seconds that have not run; by lane."""
-    held: dict[bool, SortedQueue] = field(
-        default_factory=lambda: {
-            False: SortedQueue(arrival_rank),
-            True: SortedQueue(arrival_rank),
-        }
+    held: dict[bool, HeldPrefills] = field(
+        default_factory=lambda: {False: HeldPrefills(), True: HeldPrefills()}
     )
     """Prefills that wait outside the queues; by lane."""
     key: tuple[float, str] | None = None
@@ -128,7 +153,6 @@ class TenantShares:
         if not self._holding:
             self._enter(request)
             return
-        request.held = True
         account.held[self._lane(request)].push(request)
         self._renew(account)
         self.release()
@@ -159,7 +183,6 @@ class TenantShares:
         lane = self._lane(request)
         if request.held:
             account.held[lane].discard(request)
-            request.held = False
         else:
             self._leave(request)
             account.unserved[lane] -= request.charge
@@ -182,10 +205,7 @@ class TenantShares:
             if lane is None:  # the window is smaller now
                 self._renew(account)
                 continue
-            request = account.held[lane].first()
-            assert request is not None
-            account.held[lane].discard(request)
-            request.held = False
+            request = account.held[lane].pop()
             self._admit(account, request)
             self._enter(request)
 
@@ -250,7 +270,6 @@ class TenantShares:
                 self._leave(request)
                 held.append(request)
         for request in reversed(held):  # the first of a queue is the last in its list
-            request.held = True
             account.held[self._lane(request)].push(request)
         self._renew(account)
 
@@ -260,11 +279,7 @@ class TenantShares:
             for lane in (True, False):
                 held = account.held[lane]
                 for _ in range(min(len(held), RELEASED_AT_ONCE)):
-                    request = held.first()
-                    assert request is not None
-                    held.discard(request)
-                    request.held = False
-                    self._enter(request)
+                    self._enter(held.pop())
             self._renew(account)
             if any(account.held.values()):
                 return
