@@ -139,13 +139,12 @@ def test_unsupported_is_named(live: Live, path: str, body: Any, param: str | Non
     assert error["param"] == param
 
 
-def test_a_priority_is_taken_where_it_is_enabled(live: Live) -> None:
+def test_a_priority_is_taken_where_it_is_enabled(live: Live, serve: Callable[..., Live]) -> None:
     refused = post(live, "chat/completions", {**CHAT, "priority": 1})
     assert "--enable-priority" in error_of(refused)["message"]
     assert post(live, "chat/completions", {**CHAT, "priority": 0}).status_code == 200
-    with Live(enable_priority=True) as open_to_it:
-        body = {**CHAT, "priority": -3, "max_tokens": 2}
-        assert post(open_to_it, "chat/completions", body).status_code == 200
+    body = {**CHAT, "priority": -3, "max_tokens": 2}
+    assert post(serve(enable_priority=True), "chat/completions", body).status_code == 200
 
 
 def test_fields_without_effect_are_accepted(live: Live) -> None:
