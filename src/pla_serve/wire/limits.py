@@ -23,6 +23,8 @@ MOST_TEXT = 1 << 20
 """Characters of a grammar, or of the reason for an error."""
 MOST_OFFER_BYTES = 1 << 22
 """Bytes of the description of offered KV, which grows with the prompt (1 byte for 4 tokens)."""
+GREEDY_BELOW = 1e-5
+"""A lower temperature is greedy, as in vLLM: logits divided by it could overflow."""
 MOST_LEASE_SECONDS = 3600.0
 """Longest time for which KV is kept for another instance that makes no progress."""
 

@@ -14,7 +14,7 @@ from pla_serve.engine.attention.choose import choose_backend, probe
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.paged import PagedAttention, Tile
 from pla_serve.engine.attention.sdpa import SdpaCpu
-from pla_serve.engine.attention.tuning import forms
+from pla_serve.engine.attention.tuning import variants
 from pla_serve.engine.attention.varlen import rectangle
 from pla_serve.engine.batch.flat import FlatBatch, Paged
 from pla_serve.engine.run.graphs.capture import FixedPass, NoCapture
@@ -132,7 +132,7 @@ def test_every_form_of_the_kernel_is_compiled_at_start(
         tiles = tokens // (tile.rows // group) + len(lengths)
         return tile, backend._splits(tiles * kv_heads, paged.most_context)
 
-    compiled = {form([one]) for one in forms(group)}
+    compiled = {form([one]) for one in variants(group)}
     rng = Random(0)
     for _ in range(3000):
         count = rng.choice((1, 1, 1, 2, 3, 8, 40))

@@ -1,4 +1,4 @@
-"""KV memory of all layers."""
+"""The KV cache: keys and values of all layers in one memory each."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one token's KV takes."""
+    """Shape and type of one token's KV."""
 
     layers: int
     heads: int
-    """KV heads."""
+    """Number of KV heads."""
     head_dim: int
     dtype: torch.dtype
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values over all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize
 
 
 class KVCache:
-    """Keys and values by layer, each (slots, kv heads, head dim); slots in blocks of neighbours."""
+    """Keys and values for each layer, each of shape (slots, KV heads, head dim).
+
+    A slot holds one token. Block ``b`` of ``n`` tokens is the slots from ``b * n`` to
+    ``(b + 1) * n - 1``.
+    """
 
     def __init__(self, shape: KVShape, slots: int, device: torch.device) -> None:
         self.shape = shape
         self.slots = slots
         size = (shape.layers, slots, shape.heads, shape.head_dim)
-        # Written now, not when a prompt first comes to a page: with large pages, a prompt of 16
-        # tokens would wait until the system has cleared one for each layer. (`torch.zeros` leaves
-        # that to the system, which does it at the first write.)
+        # The memory is written now, so that no prompt waits for it: the system clears a page at its
+        # first write, and with large pages even a short prompt would wait for one in each layer.
+        # `torch.zeros` would leave the pages to be cleared then.
         keys = torch.empty(size, dtype=shape.dtype, device=device).zero_()
         values = torch.empty(size, dtype=shape.dtype, device=device).zero_()
         self.keys = list(keys.unbind(0))
@@ -41,6 +45,6 @@ class KVCache:
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Store (tokens, kv heads, head dim) keys and values at ``slots`` (tokens,)."""
+        """Store keys and values, each (tokens, KV heads, head dim), at ``slots`` (tokens,)."""
         self.keys[layer].index_copy_(0, slots, keys)
         self.values[layer].index_copy_(0, slots, values)

@@ -1,4 +1,4 @@
-"""Which attention runs: told by trial on the device, against the reference, before anyone waits."""
+"""Chooses the attention backend at start: each candidate is compared with the reference first."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
 ON_CUDA: tuple[BackendName, ...] = ("varlen", "triton", "flashinfer", "sdpa")
-"""In order of preference: what can be captured first."""
+"""Backends for CUDA in order of preference; those that can be captured come first."""
 CAPTURABLE = frozenset({"varlen", "triton"})
-"""Those that read all lengths on the device. The others lay out their work on the host."""
+"""Backends that read all lengths on the device; the others plan their work on the host."""
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
-"""Of the norm of the reference's result. Float32 products may go through tf32."""
+"""Largest difference, as a share of the norm of the reference. Float32 products may use tf32."""
 PROBE = ((1, 0), (1, 700), (70, 0), (37, 300), (130, 5))
-"""(new tokens, history): decode steps, short prefills and re-prefills, more than one tile."""
+"""Sequences of the trial as (new tokens, history): decode steps, prefills and re-prefills."""
 
 
 def choose_backend(
@@ -48,13 +48,16 @@ def choose_backend(
     tiles: Tiles | None = None,
     capturer: Capturer | None = None,
 ) -> tuple[str, AttentionBackend]:
-    """The backend by name, or for ``auto`` the first that works, and what it is called.
+    """Return the name and the backend: the one asked for, or for ``auto`` the first that works.
 
     Args:
-        capturer: what shapes will be captured with; None if none will be.
+        name: as given to ``--attention-backend``.
+        query_heads: query heads of this rank.
+        tiles: matrix unit kernels, for backends on the CPU.
+        capturer: captures batches as graphs; None if no shapes will be captured.
 
     Raises:
-        ValueError: the backend that was asked for does not work here; says why.
+        ValueError: the backend that was asked for does not work here; the message says why.
     """
     if device.type == "cpu":
         if name not in ("auto", "sdpa"):
@@ -83,7 +86,7 @@ def choose_backend(
 
 
 def _make(name: BackendName, device: torch.device) -> AttentionBackend | str:
-    """The backend, or why there is none."""
+    """Return the backend, or a text that says why it cannot be had."""
     if name == "varlen":
         return varlen_missing() or VarlenAttention()
     if name == "triton":
@@ -115,10 +118,13 @@ def probe(
     device: torch.device,
     capturer: Capturer | None = None,
 ) -> str | None:
-    """Why the backend's results on random inputs are not to be trusted; None if they are.
+    """Compare a backend with the reference on random inputs.
 
-    All KV that belongs to no sequence is NaN, so a read beyond a context shows. With a
-    ``capturer``, it must also give the results for other KV when what was captured is replayed.
+    All KV that belongs to no sequence is NaN, so that a read beyond a context shows. With a
+    ``capturer`` the backend is also captured, and replayed with other KV.
+
+    Returns:
+        Text that says what is wrong with the backend; None if nothing is.
     """
     generator = torch.Generator().manual_seed(0)
     cache, batch = _problem(shape, block_tokens, device)
@@ -128,7 +134,7 @@ def probe(
     scaling = shape.head_dim**-0.5
 
     def attend() -> torch.Tensor:
-        # A batch of its own, as each captured pass has.
+        # A new batch object, because each captured batch is one, and backends cache by it.
         return backend.attend(0, query, cache, replace(batch), scaling)
 
     def differs(run: Callable[[], torch.Tensor]) -> str | None:
@@ -146,24 +152,24 @@ def probe(
         reason = differs(attend)
         if reason is not None:
             return f"its {reason}"
-    except Exception as error:  # whatever a library says about a device it does not know
-        return _told(error)
+    except Exception as error:  # libraries raise anything on a device that they do not support
+        return _first_line(error)
     if capturer is None:
         return None
     try:
         reason = differs(capturer.capture(attend))
     except Exception as error:
-        return f"it cannot be captured ({_told(error)}); --no-graphs does without"
+        return f"it cannot be captured ({_first_line(error)}); --no-graphs does without"
     return reason and f"captured and replayed, its {reason}; --no-graphs does without"
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"
 
 
 def _fill(cache: KVCache, batch: FlatBatch, generator: torch.Generator) -> None:
-    """Random KV for all sequences."""
+    """Write random KV for all sequences."""
     for span in batch.spans:
         for start, end in span.runs:
             size = (end - start, *cache.keys[0].shape[1:])
@@ -172,7 +178,7 @@ def _fill(cache: KVCache, batch: FlatBatch, generator: torch.Generator) -> None:
 
 
 def _problem(shape: KVShape, block_tokens: int, device: torch.device) -> tuple[KVCache, FlatBatch]:
-    """A padded batch of `PROBE` in poisoned memory, every second block left out."""
+    """Return a padded batch of `PROBE` in every second block of a cache full of NaN."""
     requests: list[SpanRequest] = []
     block = 1
     for new, history in PROBE:

@@ -1,19 +1,19 @@
-"""FlashInfer's paged attention, where that package is installed (CUDA, float16 or bfloat16).
+"""The attention backend ``flashinfer``: FlashInfer's paged attention (CUDA, float16 or bfloat16).
 
-FlashInfer lays out the work of a batch on the host (``plan``), and every layer then runs it. A
-plan lives in its wrapper's buffers. Batches nest here: an express batch is planned while a long
-prefill is between two of its layers. So there are a few wrappers, and a batch that has lost its
-plan to others is planned again.
+FlashInfer plans the work of a batch on the host (``plan``), and every layer then runs that plan,
+which lives in the buffers of a wrapper. Batches are nested here: express work is planned while a
+long prefill is between two of its layers. So there are several wrappers, and a batch whose plan was
+overwritten is planned again.
 
-``plan`` writes what it found into pinned memory and asks for an asynchronous copy of it. The next
-plan of that wrapper must not write there before the device has come to the copy: it waits for a
-mark behind it, as the ring of `PinnedUploader` does.
+``plan`` writes into pinned memory and enqueues a copy to the device. The next plan of the same
+wrapper must not write there before that copy is done, so it waits for a mark behind the copy, as
+the ring of `PinnedUploader` does.
 
-One wrapper serves prefills and decode steps: the one that FlashInfer has for decode steps alone
-runs the same kernels where query heads share KV heads, and mixed batches would need both.
+One kind of wrapper serves prefills and decode steps. FlashInfer's wrapper for decode steps runs the
+same kernels if query heads share KV heads, and mixed batches would need both kinds.
 
-Its CUDA-graph mode is not used: it wants a wrapper for each captured shape, and a plan before each
-replay. The project's own kernels need neither.
+FlashInfer's mode for CUDA graphs is not used: it needs a wrapper for each captured shape, and a
+plan before each replay. Our own kernels need neither.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from pla_serve.engine.batch.flat import FlatBatch
 from pla_serve.engine.run.device import Device, DeviceMark
 
 WRAPPERS = 4
-"""Batches that keep their plan at the same time; 8 MiB each on the device and in pinned memory."""
+"""Number of batches that have a plan at one time; each takes 8 MiB of device and pinned memory."""
 WORKSPACE_BYTES = 384 * 2**20
-"""For partial results of split contexts; used within one call, so all wrappers share it."""
+"""Memory for partial results of split contexts. All wrappers share it: calls do not overlap."""
 LAYOUT = "NHD"
-"""Pages are (tokens, heads, dim), as in `KVCache`."""
+"""FlashInfer's name for pages of shape (tokens, heads, dim), as in `KVCache`."""
 
 
 class Wrapper(Protocol):
-    """What is used of ``flashinfer.BatchPrefillWithPagedKVCacheWrapper``."""
+    """The methods of ``flashinfer.BatchPrefillWithPagedKVCacheWrapper`` that are called here."""
 
     def plan(
         self,
@@ -65,12 +65,12 @@ class Wrapper(Protocol):
 
 
 def flashinfer_missing() -> str | None:
-    """Why there is no FlashInfer to use, or None."""
+    """Return why FlashInfer cannot be used; None if it can."""
     if find_spec("flashinfer") is None:
         return "FlashInfer is not installed (pip install flashinfer-python)"
     try:
         import flashinfer
-    except Exception as error:  # it loads libraries of its own, which fail in ways of their own
+    except Exception as error:  # the libraries that it loads raise anything
         return f"FlashInfer cannot be imported ({type(error).__name__}: {error})"
     if not hasattr(flashinfer, "BatchPrefillWithPagedKVCacheWrapper"):
         return "this FlashInfer has no BatchPrefillWithPagedKVCacheWrapper"
@@ -78,7 +78,7 @@ def flashinfer_missing() -> str | None:
 
 
 def make_wrappers(device: torch.device) -> list[Wrapper]:
-    """WRAPPERS of them around one workspace."""
+    """Return WRAPPERS wrappers that share one workspace."""
     import flashinfer
 
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -88,32 +88,32 @@ def make_wrappers(device: torch.device) -> list[Wrapper]:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A wrapper, and the batch that it is planned for."""
+    """A wrapper and the batch whose plan it holds."""
 
     wrapper: Wrapper
     batch: FlatBatch | None = None
     scaling: float = 0.0
     copied: DeviceMark | None = None
-    """Behind the copy of the plan to the device."""
+    """Mark behind the copy of the plan to the device."""
 
 
 class FlashInferAttention:
-    """Attention by FlashInfer over batches without padding (`PaddedAttention` takes care of it).
+    """Attention by FlashInfer, for batches without padding; `PaddedAttention` adds support for it.
 
     Args:
-        make: makes the wrappers; called once, when attention is first asked for.
+        make: makes the wrappers; called once, at the first batch.
     """
 
     def __init__(self, device: Device, make: Callable[[], Sequence[Wrapper]]) -> None:
         self._device = device
         self._make = make
         self._slots: deque[_Slot] = deque()
-        """The one used last comes last."""
+        """Slots in the order of their last use, the latest last."""
 
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> torch.Tensor:
-        """See AttentionBackend."""
+        """See `AttentionBackend`."""
         if batch.paged is None:
             raise RuntimeError("this backend needs a batch that was staged for the device")
         slot = self._slot(batch, scaling)
@@ -124,7 +124,7 @@ class FlashInferAttention:
         return slot.wrapper.run(query.transpose(0, 1), (keys.view(pages), values.view(pages)))
 
     def _slot(self, batch: FlatBatch, scaling: float) -> _Slot:
-        """The slot that is planned for this batch, else the one that was not used for longest."""
+        """Return the slot with the plan of this batch, or else the least recently used one."""
         if not self._slots:
             self._slots.extend(_Slot(wrapper) for wrapper in self._make())
         planned = (s for s in self._slots if s.batch is batch and s.scaling == scaling)
@@ -137,11 +137,11 @@ class FlashInferAttention:
     def _plan(
         self, slot: _Slot, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> None:
-        """From the host's numbers: nothing is read back from the device."""
+        """Plan a batch from numbers that the host has; nothing is read back from the device."""
         assert batch.paged is not None
         if slot.copied is not None:
             slot.copied.wait()
-        slot.batch = None  # should the plan fail
+        slot.batch = None  # in case planning raises
         block = batch.paged.block_tokens
         contexts = [span.history + span.length for span in batch.spans]
         pages = [-(-context // block) for context in contexts]
@@ -163,6 +163,6 @@ class FlashInferAttention:
         slot.batch, slot.scaling = batch, scaling
 
     def _host(self, numbers: list[int]) -> torch.Tensor:
-        """int32 on the host; pinned where there is a device to copy to."""
+        """Return an int32 tensor on the host, pinned if there is a CUDA device to copy to."""
         made = torch.tensor(numbers, dtype=torch.int32)
         return made.pin_memory() if self._device.torch_device.type == "cuda" else made

@@ -1,4 +1,4 @@
-"""How stock model code reaches our attention: one function registered with transformers."""
+"""Attention backends, and the function through which stock models of transformers call them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ No mask function is registered under this name, so transformers builds no masks.
 """
 
 APART = "pla_serve_paged_apart"
-"""The same for models whose layers are compiled: attention is not part of what is compiled."""
+"""Value of ``attn_implementation`` for models whose layers are compiled by torch.
+
+Attention stays outside of the compiled code; see `set_apart`.
+"""
 
 
 class AttentionBackend(Protocol):
-    """Attends the new tokens of a flat batch to their own contexts, causally."""
+    """An implementation of causal attention over paged KV, for the new tokens of a flat batch."""
 
     def attend(
         self,
@@ -32,16 +35,23 @@ class AttentionBackend(Protocol):
         batch: FlatBatch,
         scaling: float,
     ) -> torch.Tensor:
-        """``query`` is (query heads, tokens, head dim); the result (tokens, query heads, head dim).
+        """Return the attention of each new token over its own sequence.
 
-        The KV of the new tokens is in the cache already.
+        Args:
+            layer: number of the decoder layer.
+            query: (query heads, tokens, head dim), in the order of the batch.
+            cache: KV of all sequences; that of the new tokens has been written already.
+            scaling: factor on the scores, usually head dim ** -0.5.
+
+        Returns:
+            (tokens, query heads, head dim).
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """Travels with a forward call through the model's keyword arguments."""
+    """Batch, cache and backend of one forward pass; stock models pass it on as a keyword."""
 
     batch: FlatBatch
     cache: KVCache
@@ -59,7 +69,16 @@ def paged_attention(
     forward_context: ForwardContext | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function that attention modules call; shapes (1, heads, tokens, head dim)."""
+    """Write keys and values to the cache and attend; transformers calls this in each layer.
+
+    Args:
+        module: the attention module, which knows its ``layer_idx``.
+        query: (1, query heads, tokens, head dim).
+        key: (1, KV heads, tokens, head dim), as is ``value``.
+
+    Raises:
+        RuntimeError: the model was called without a `ForwardContext`.
+    """
     if forward_context is None:
         raise RuntimeError("this model was loaded for the engine; call it through ModelRunner")
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -73,8 +92,10 @@ def paged_attention(
 
 
 def _dense_attention(*arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
-    """``paged_attention`` with strides that shapes alone determine: compiled code depends on them,
-    and those of a dimension of one element may be anything."""
+    """Return the result of `paged_attention` with strides that follow from its shape alone.
+
+    Compiled code depends on strides, and torch allows any stride for a dimension of one element.
+    """
     output, _ = paged_attention(*arguments, **named)
     return output.contiguous().view(-1).view(output.shape), None
 
@@ -84,9 +105,9 @@ AttentionInterface.register(APART, paged_attention)
 
 
 def set_apart() -> None:
-    """Have ``torch.compile`` leave attention alone in models loaded with `APART`.
+    """Let ``torch.compile`` leave attention out of the code of models loaded with `APART`.
 
-    Not done on import: it loads the compiler, which takes a second and memory.
+    This is no part of the import, because it loads the compiler, which takes a second and memory.
     """
     apart = torch.compiler.disable(_dense_attention)  # type: ignore[no-untyped-call]
     AttentionInterface.register(APART, apart)

@@ -3,11 +3,13 @@
 The grid depends on capacities only, and every length is read from device memory, so a captured
 graph replays them for any batch that fits. With TRITON_INTERPRET=1 they run on a CPU.
 
-Rows of a tile are (token, query head of the group) pairs: the query heads that share a KV head read
-its keys once, and a tile wastes no rows whatever their number is. Which sequence a tile belongs to
-is found by bisection; sequence i owns the tiles from ``start[i] // tokens per tile + i`` on, one
-more than it may need. The softmax is computed online in base 2 (Milakov and Gimelshein 2018; Dao et
-al. 2022); splits of one context are merged by their log-sum-exps (flash-decoding).
+A row of a tile is a pair of a token and a query head. The query heads of a KV head form a group and
+share a tile, so keys are read once for all of them, and no row is wasted whatever the size of the
+group. A program finds the sequence of its tile by bisection: sequence i owns the tiles from
+``start[i] // tokens per tile + i`` on, up to one more than it needs.
+
+The softmax is computed online in base 2 (Milakov and Gimelshein 2018; Dao et al. 2022), and the
+splits of one context are merged by their log-sum-exps (flash-decoding).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def _sequence_of(starts, sequences, tile, TILE_TOKENS: tl.constexpr):
-    """The last sequence whose first tile is at or before ``tile``."""
+    """Return the last sequence whose first tile is at or before ``tile``."""
     low: tl.int32 = 0
     high = sequences
     while low < high:
@@ -52,7 +54,7 @@ def _step(
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys: the running maximum, the sum of exponentials and the weighted values."""
+    """Add one block of keys to the running maximum, sum of exponentials and weighted values."""
     if MASKED:
         block = tl.load(table + key_at // BLOCK_TOKENS, mask=key_at < end, other=0)
     else:
@@ -95,7 +97,7 @@ def _step(
 
 
 @triton.jit(
-    # One compiled kernel serves all capacities and all places of the lengths in their buffer.
+    # Without this, each capacity and each alignment of the lengths would be compiled separately.
     do_not_specialize=["sequences", "capacity"],
     do_not_specialize_on_alignment=["starts", "contexts", "table_starts", "table"],
 )
@@ -126,7 +128,9 @@ def attend_kernel(
     SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Grid: (capacity // (TILE_ROWS // GROUP) + sequences, kv heads, SPLITS).
+    """Attend one tile of queries of one KV head to one split of their context.
+
+    Grid: (capacity // (TILE_ROWS // GROUP) + sequences, KV heads, SPLITS).
 
     ``outputs`` is (capacity, query heads, HEAD); with SPLITS > 1 ``parts`` (SPLITS, capacity, query
     heads, HEAD) and ``part_lse`` (SPLITS, capacity, query heads), both float32, are written
@@ -134,7 +138,7 @@ def attend_kernel(
     WIDE multiplies in float32: the interpreter cannot multiply bfloat16.
     """
     TILE_TOKENS: tl.constexpr = TILE_ROWS // GROUP
-    # Long contexts first: what is left at the end is small and fills the gaps.
+    # Last tiles first: they have the longest contexts, and short ones fill the gaps at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -194,7 +198,7 @@ def attend_kernel(
         tl.store(place, result.to(outputs.dtype.element_ty), mask=inside)
     else:
         row_at += split.to(tl.int64) * capacity * heads
-        # Splits behind the end of a context leave nothing but their log-sum-exp.
+        # Splits behind the end of a context write only their log-sum-exp, minus infinity.
         used = inside & (total > 0)[:, None]
         tl.store(parts + row_at[:, None] * HEAD + dims[None, :], result, mask=used)
         lse = tl.where(total > 0, peak + tl.log2(safe), float("-inf"))
@@ -213,7 +217,7 @@ def merge_kernel(
     HEAD_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Grid: (capacity, query heads). Merges the splits that ``attend_kernel`` wrote."""
+    """Merge the splits that ``attend_kernel`` wrote. Grid: (capacity, query heads)."""
     token = tl.program_id(0)
     if token >= tl.load(starts + sequences):
         return

@@ -1,4 +1,4 @@
-"""Lets a backend that knows only real tokens take part in a padded batch."""
+"""Adapter for backends that cannot attend in batches with padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pla_serve.engine.batch.flat import FlatBatch
 
 
 class PaddedAttention:
-    """Attends the real tokens, which come first, and gives zeros for the padding behind them."""
+    """Runs a backend on the real tokens, which come first, and returns zeros for the padding."""
 
     def __init__(self, backend: AttentionBackend) -> None:
         self._backend = backend
@@ -18,7 +18,7 @@ class PaddedAttention:
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> torch.Tensor:
-        """See AttentionBackend."""
+        """See `AttentionBackend`."""
         heads, tokens, dim = query.shape
         real = sum(span.length for span in batch.spans)
         if real == tokens:

@@ -1,4 +1,4 @@
-"""The project's own kernels as an attention backend: any head count, usable in captured graphs."""
+"""The attention backend ``triton``: our own kernels, which can be part of captured graphs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from pla_serve.engine.attention.kernels import attend_kernel, merge_kernel
 from pla_serve.engine.batch.flat import FlatBatch, Paged
 
 SPLITS = (16, 4)
-"""How often a context may be split; few numbers, because each is a kernel to compile."""
+"""Numbers of parts that a context may be split into; each is a kernel to compile, so few."""
 LEAST_SPLIT = 128
-"""Keys. Shorter splits cost more to merge than they save."""
+"""Least keys in a part; smaller parts cost more to merge than they save."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a kernel is cut; ``rows`` are tokens times the query heads of one KV head."""
+    """Work of one program of the kernel, and the resources that it gets.
+
+    ``rows`` counts pairs of a token and a query head of one KV head, ``keys`` the keys of one step.
+    """
 
     rows: int
     keys: int
@@ -36,15 +39,15 @@ MANY_ROWS_CHOICES = (
     Tile(rows=128, keys=64, warps=8, stages=4),
     Tile(rows=64, keys=64, warps=4, stages=3),
 )
-"""Worth a trial on a new device."""
+"""Tiles that `tuning` tries on a new device."""
 
 
 class PagedAttention:
-    """Attention by the Triton kernels.
+    """Attention by the Triton kernels of `kernels`.
 
     Args:
-        processors: multiprocessors of the device: contexts are split until they have work.
-        many_rows: the cut for long prefills.
+        processors: multiprocessors of the device; contexts are split until all of them have work.
+        many_rows: tile for long prefills.
     """
 
     def __init__(self, processors: int, many_rows: Tile = MANY_ROWS) -> None:
@@ -54,7 +57,7 @@ class PagedAttention:
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> torch.Tensor:
-        """See AttentionBackend. Rows of padding are left as they are."""
+        """See `AttentionBackend`. Rows of padding are not written."""
         paged = batch.paged
         if paged is None:
             raise RuntimeError("this backend needs a batch that was staged for the device")
@@ -92,7 +95,11 @@ class PagedAttention:
         return output
 
     def _tile(self, paged: Paged, tokens: int, group: int) -> Tile:
-        """By the most new tokens of one sequence, or the mean where a shape allows for more."""
+        """Return the tile for this batch.
+
+        It goes by the longest query, or by the mean length if that is less: a captured shape gives
+        a longest query that few of its batches have.
+        """
         few, some, many = FEW_ROWS, SOME_ROWS, self._many_rows
         rows = min(paged.most_query, -(-tokens // len(paged.contexts))) * group
         chosen = few if rows <= few.rows else some if rows <= 8 * some.rows else many
@@ -101,6 +108,6 @@ class PagedAttention:
         return Tile(1 << (group - 1).bit_length(), chosen.keys, chosen.warps, chosen.stages)
 
     def _splits(self, programs: int, most_context: int) -> int:
-        """So that one or two programs run on each multiprocessor, if the contexts allow it."""
+        """Return the number of parts that puts one or two programs on each multiprocessor."""
         wanted = min(2 * self._processors // programs, most_context // LEAST_SPLIT)
         return next((splits for splits in SPLITS if splits <= wanted), 1)

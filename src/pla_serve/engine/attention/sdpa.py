@@ -1,4 +1,4 @@
-"""Attention with torch's scaled dot product: a reference for any device, and a fast CPU path."""
+"""Attention by torch's scaled dot product: a reference for any device, and the backend for CPUs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pla_serve.engine.kv.blocks import BlockRun
 from pla_serve.engine.layers.amx import Tiles
 
 TILED_TOKENS = 64
-"""New tokens of a sequence from which rearranging its context for the matrix unit pays."""
+"""Least new tokens for which the matrix unit pays: it needs a rearranged context."""
 
 
 class SdpaReference:
-    """One masked call for each sequence; slow, short, right."""
+    """The reference: one masked call for each sequence. Slow, and simple enough to be trusted."""
 
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> torch.Tensor:
-        """See AttentionBackend."""
+        """See `AttentionBackend`."""
         output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         for span in batch.spans:
             end = span.start + span.length
@@ -44,15 +44,16 @@ class SdpaReference:
 
 
 class SdpaCpu:
-    """Torch's CPU flash kernel: no mask, no copy of a context that is one run.
+    """Attention by torch's flash kernel for CPUs, without masks in memory.
 
-    A chunk on top of history is two calls, one over the history without a mask and one over the
-    chunk itself with the causal one, merged by their log-sum-exp. Without a mask, the queries that
-    share a KV head are rows of one product, which reads that head once; with one, they read it
-    through a stride of zero rather than a copy for each.
+    A context that is one run of blocks is not copied. New tokens with history take two calls, one
+    over the history without a mask and one over the new tokens with the causal mask, which are
+    merged by their log-sum-exps. Without a mask, all queries that share a KV head are rows of one
+    product, so the head is read once; with the causal mask they share it through a stride of zero.
 
     Args:
-        tiles: attends many float32 tokens in less time, where it takes heads of this shape.
+        tiles: kernels for the matrix unit, used for many float32 tokens if heads have a shape that
+            they support.
     """
 
     def __init__(self, tiles: Tiles | None = None) -> None:
@@ -61,7 +62,7 @@ class SdpaCpu:
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> torch.Tensor:
-        """See AttentionBackend."""
+        """See `AttentionBackend`."""
         keys, values = cache.keys[layer], cache.values[layer]
         heads, tokens, head_dim = query.shape
         kv_heads = cache.shape.heads
@@ -89,7 +90,7 @@ class SdpaCpu:
 
 
 def context(memory: torch.Tensor, runs: Sequence[BlockRun]) -> torch.Tensor:
-    """Rows of ``memory`` (slots, ...) in these runs; a view where it is one run."""
+    """Return the rows of ``memory`` (slots, ...) in these runs; a view if there is one run."""
     if len(runs) == 1:
         start, end = runs[0]
         return memory[start:end]
@@ -97,9 +98,9 @@ def context(memory: torch.Tensor, runs: Sequence[BlockRun]) -> torch.Tensor:
 
 
 def _for_groups(memory: torch.Tensor, runs: Sequence[BlockRun], groups: int) -> torch.Tensor:
-    """The context in ``runs`` as (kv heads, groups, slots, dim), groups by a stride of zero.
+    """Return the context in ``runs`` as (KV heads, groups, slots, dim), with stride 0 for groups.
 
-    One call makes the view: a decode step makes many, and each costs a microsecond.
+    The view is made by one call: a decode step makes many views, and each call takes 1 µs.
     """
     rows = memory if len(runs) == 1 else context(memory, runs)
     start, end = runs[0] if len(runs) == 1 else (0, rows.shape[0])
@@ -114,7 +115,15 @@ def _for_groups(memory: torch.Tensor, runs: Sequence[BlockRun], groups: int) -> 
 def _attend_one(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, scaling: float
 ) -> torch.Tensor:
-    """(kv heads, groups, dim) to (1, heads, dim); keys and values are the layer's memory."""
+    """Attend one new token.
+
+    Args:
+        query: (KV heads, groups, dim).
+        keys: memory of the layer, as is ``values``: (slots, KV heads, dim).
+
+    Returns:
+        (1, query heads, dim).
+    """
     output, _ = _flash(
         query.unsqueeze(1),
         _for_groups(keys, span.runs, 1),
@@ -128,7 +137,7 @@ def _attend_one(
 def _attend_many(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, scaling: float
 ) -> torch.Tensor:
-    """(kv heads, groups, tokens, dim) to (tokens, heads, dim)."""
+    """Attend several new tokens: query (KV heads, groups, tokens, dim) to (tokens, heads, dim)."""
     keys = _for_groups(keys, span.runs, query.shape[1])
     values = _for_groups(values, span.runs, query.shape[1])
     if (split := span.history) == 0:
@@ -145,7 +154,11 @@ def _attend_many(
 def _unmasked(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``_flash`` without a mask: no query minds which group and token its neighbours are of."""
+    """Return `_flash` without a mask, computed as one product for each KV head.
+
+    Without a mask the result of a query does not depend on its token or group, so all queries of a
+    KV head can be rows of one matrix.
+    """
     heads, groups, tokens, dim = query.shape
     rows = query.reshape(heads, 1, groups * tokens, dim)
     output, lse = _flash(rows, keys[:, :1], values[:, :1], False, scaling)
@@ -155,7 +168,7 @@ def _unmasked(
 def _flash(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp (kv heads, groups, tokens)."""
+    """Return the output and the log-sum-exp (KV heads, groups, tokens) of torch's flash kernel."""
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, keys, values, 0.0, causal, attn_mask=None, scale=scaling
     )

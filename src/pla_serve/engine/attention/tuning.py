@@ -1,5 +1,8 @@
-"""Picks the cut of the long-prefill kernel that is fastest on this device, by trial, and has every
-form of the kernel compiled before anyone waits."""
+"""Tunes the Triton attention kernel at start.
+
+The fastest tile for long prefills is found by trial, and every variant of the kernel that requests
+can need is compiled, because a request should not wait for the compiler.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,16 @@ from pla_serve.engine.run.device import CudaDevice
 log = logging.getLogger(__name__)
 
 TOKENS = 4096
+"""Tokens of the prefill that tiles are compared on."""
 REPEATS = 5
 HISTORIES = (0, 600, 8192)
-"""Contexts that are not split, split little, and split much."""
+"""Histories in tokens: contexts that are not split, split into few parts, and into many."""
 
 
 def tuned(
     shape: KVShape, query_heads: int, block_tokens: int, device: torch.device
 ) -> PagedAttention:
-    """The backend with the fastest of `MANY_ROWS_CHOICES`; those that do not fit are left out."""
+    """Return a backend with the fastest tile of `MANY_ROWS_CHOICES` that runs on the device."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     found: dict[Tile, float] = {}
     for tile in MANY_ROWS_CHOICES:
@@ -40,29 +44,32 @@ def tuned(
             found[tile] = prefill_seconds(
                 PagedAttention(processors, tile), shape, query_heads, block_tokens, device
             )
-        except Exception as error:  # more shared memory or registers than there are
-            log.info("attention cut %s does not run: %s", tile, type(error).__name__)
+        except Exception as error:  # the tile needs more shared memory or registers than there are
+            log.info("attention tile %s does not run: %s", tile, type(error).__name__)
     best = min(found, key=lambda tile: found[tile], default=MANY_ROWS)
     log.info(
-        "attention cut %s; %d tokens in %s ms",
+        "attention tile %s; %d tokens in %s ms",
         best,
         TOKENS,
         ", ".join(f"{seconds * 1e3:.2f}" for seconds in found.values()),
     )
     chosen = PagedAttention(processors, best)
-    for tokens, history in forms(query_heads // shape.heads):
+    for tokens, history in variants(query_heads // shape.heads):
         prefill_seconds(
             chosen, shape, query_heads, block_tokens, device, tokens=tokens, history=history
         )
     return chosen
 
 
-def forms(group: int) -> list[tuple[int, int]]:
-    """(new tokens, history) of single sequences that between them need every form of the kernel.
+def variants(group: int) -> list[tuple[int, int]]:
+    """Return sequences, as (new tokens, history), that together need every variant of the kernel.
 
-    A form is compiled when it is first needed, which takes a second or so: too long for a request.
+    A variant is compiled when it is first needed, which takes about a second.
+
+    Args:
+        group: query heads of one KV head.
     """
-    # As few tokens as get each cut: the fewer there are, the more are contexts split.
+    # The fewest tokens that get each tile: the fewer there are, the more contexts are split.
     some, many = FEW_ROWS.rows // group + 1, 8 * SOME_ROWS.rows // group + 1
     return [(tokens, history) for tokens in (1, some, many) for history in HISTORIES]
 
@@ -78,7 +85,7 @@ def prefill_seconds(
     tokens: int = TOKENS,
     history: int = 0,
 ) -> float:
-    """Median device seconds of one layer's attention in a prefill."""
+    """Return the median seconds that the device takes for attention in one layer of a prefill."""
     tracker = CudaDevice(device)
     blocks = -(-(tokens + history) // block_tokens)
     cache = KVCache(

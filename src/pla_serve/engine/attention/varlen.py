@@ -1,4 +1,4 @@
-"""Torch's own variable-length attention over paged KV (torch 2.13 and later, CUDA)."""
+"""The attention backend ``varlen``: torch's own attention over paged KV (torch 2.13, CUDA)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pla_serve.engine.batch.flat import FlatBatch
 
 
 def varlen_missing() -> str | None:
-    """Why this torch has no such attention, or None if it has."""
+    """Return why this torch has no such attention; None if it has."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -25,10 +25,10 @@ def varlen_missing() -> str | None:
 
 
 class VarlenAttention:
-    """``varlen_attn`` with block tables; its causal mask is aligned to the end of the context.
+    """Attention by torch's ``varlen_attn``, whose causal mask is aligned to the end of contexts.
 
     Args:
-        attend: in place of ``varlen_attn``; for tests.
+        attend: called instead of ``varlen_attn``, for tests.
     """
 
     def __init__(self, attend: Callable[..., torch.Tensor] | None = None) -> None:
@@ -39,7 +39,7 @@ class VarlenAttention:
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> torch.Tensor:
-        """See AttentionBackend. Rows of padding are undefined."""
+        """See `AttentionBackend`. Rows of padding are undefined."""
         paged = batch.paged
         if paged is None:
             raise RuntimeError("this backend needs a batch that was staged for the device")
@@ -62,9 +62,9 @@ class VarlenAttention:
         return output
 
     def _rectangle(self, batch: FlatBatch) -> torch.Tensor:
-        """Once for all layers of a batch: it takes several kernels.
+        """Return the block tables of a batch, computed once for all its layers.
 
-        A captured pass is a batch of its own, so its graph makes the table at each replay.
+        A captured batch is an object of its own, so its graph contains this computation.
         """
         if self._table is None or self._batch is not batch:
             self._batch, self._table = batch, rectangle(batch)
@@ -78,9 +78,9 @@ def _varlen_attn() -> Callable[..., Any]:
 
 
 def rectangle(batch: FlatBatch) -> torch.Tensor:
-    """The block tables as (sequences, most blocks) int32; made on the device, also in a graph.
+    """Return the block tables as one int32 tensor (sequences, most blocks), on the device.
 
-    Entries behind a sequence's own are those of others, or the last one: they are not read.
+    Entries behind the blocks of a sequence belong to other sequences and are never read.
     """
     paged = batch.paged
     assert paged is not None

@@ -1,4 +1,9 @@
-"""Builds and calls `kernels/`: float32 products on processors whose matrix unit takes bfloat16."""
+"""Float32 linears and attention on the matrix unit of a CPU (AMX), which multiplies bfloat16.
+
+A float32 number is the sum of three bfloat16 numbers, so a float32 product is a sum of bfloat16
+products. The kernels are the C++ files in `kernels/`; they are compiled at the first start and kept
+in the user's cache.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ log = logging.getLogger(__name__)
 After = Literal["none", "swish", "add", "mul"]
 
 NEEDED = frozenset({"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
-"""As Linux names what the processor can do."""
+"""Features of the processor that the kernels use, as Linux names them."""
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mavx512f", "-mavx512bw"),
     *("-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
@@ -32,18 +37,18 @@ FLAGS = (
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 120.0
 MULTIPLE = 32
-"""Inputs and outputs of a linear come in multiples of it."""
+"""Numbers of inputs and outputs of a linear must be multiples of this."""
 PARTS = 3
-"""Bfloat16 numbers whose sum is a float32 number; weights from smaller types need fewer."""
+"""Number of bfloat16 numbers that add up to any float32; weights of smaller types need fewer."""
 KEYS = 256
-"""Keys in a block of attention's scratch memory; as in ``attention.cpp``."""
+"""Keys in one block of the scratch memory of attention; the same as in ``attention.cpp``."""
 MOST_GROUPS = 32
-"""Query heads to a KV head."""
+"""Most query heads that may share a KV head."""
 _AFTER: dict[After, int] = {"none": 0, "swish": 1, "add": 2, "mul": 3}
 
 
 class TileWeight:
-    """A weight (out, in) in parts, in the order in which the matrix unit takes them."""
+    """Weight (out, in) of a linear as bfloat16 parts, in the memory layout of the matrix unit."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.outputs, self.inputs = weight.shape
@@ -59,27 +64,27 @@ class TileWeight:
 
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
-        """Whether the kernel takes linears of this type and size."""
+        """Whether the kernel supports a linear with this weight."""
         sizes = all(size % MULTIPLE == 0 for size in weight.shape)
         return weight.dtype == torch.float32 and sizes
 
 
 class Norm(Protocol):
-    """A root-mean-square norm."""
+    """Parameters of a root-mean-square norm."""
 
     @property
     def weight(self) -> torch.Tensor:
-        """(in,) in float32."""
+        """Factors (in,), float32."""
         ...
 
     @property
     def epsilon(self) -> float:
-        """Added to the mean square."""
+        """Number that is added to the mean square."""
         ...
 
 
 class Tiles:
-    """The compiled kernels. `open` gives them where the machine has what they need."""
+    """The compiled kernels; `open` makes this object if the machine supports them."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, count = ctypes.c_void_p, ctypes.c_long
@@ -97,7 +102,7 @@ class Tiles:
 
     @classmethod
     def open(cls) -> Tiles | None:
-        """None, with the reason in the log, where linears have to do without it."""
+        """Compile and check the kernels; log the reason and return None if they cannot be used."""
         if not _processor_flags() >= NEEDED:
             return None
         try:
@@ -126,10 +131,13 @@ class Tiles:
         gate: TileWeight | None = None,
         norm: Norm | None = None,
     ) -> torch.Tensor:
-        """(tokens, in) to (tokens, out), then ``after``, of which add and mul take ``other``.
+        """Return the linear of ``inputs`` (tokens, in): (tokens, out).
 
-        ``norm`` is applied to the inputs first. The result is multiplied with swish of the inputs
-        times ``gate``, which has as many parts as ``weight``; there is no bias then.
+        Args:
+            after: operation on the result; "add" and "mul" take ``other`` (tokens, out).
+            gate: if given, the result is multiplied by swish of the linear with this weight, which
+                has as many parts as ``weight``. There is no bias then.
+            norm: norm that is applied to the inputs first.
         """
         inputs = inputs.contiguous()
         outputs = inputs.new_empty(inputs.shape[0], weight.outputs)
@@ -159,11 +167,16 @@ class Tiles:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """Turn queries and keys by their positions; write keys and values to their slots.
+        """Apply the rotary embedding, and write keys and values to their slots.
 
-        ``heads`` (tokens, queries + 2 kv heads, head dim) holds queries, keys and values; queries
-        are turned in place. ``turn`` (tokens, 1, head dim / 2) is complex, and multiplies pairs of
-        neighbours. ``keys`` and ``values`` are (slots, kv heads, head dim). All are contiguous.
+        Args:
+            heads: (tokens, query heads + 2 * KV heads, head dim): queries, keys and values. Queries
+                are rotated in place.
+            turn: (tokens, 1, head dim / 2), complex: factor of each pair of neighbouring elements.
+            slots: (tokens,) int64.
+            keys: memory of the layer (slots, KV heads, head dim), as is ``values``.
+
+        All tensors are contiguous.
         """
         tokens, count, dim = heads.shape
         kv_heads = keys.shape[1]
@@ -184,7 +197,7 @@ class Tiles:
 
     @staticmethod
     def turns(head_dim: int, dtype: torch.dtype) -> bool:
-        """Whether `rotary` takes heads of this size."""
+        """Whether `rotary` supports heads of this size."""
         return dtype == torch.float32 and head_dim % 16 == 0
 
     def attention(
@@ -195,10 +208,15 @@ class Tiles:
         history: int,
         scaling: float,
     ) -> torch.Tensor:
-        """Causal, of new tokens on top of ``history``; the result is (tokens, heads, head dim).
+        """Return the causal attention of new tokens after ``history`` tokens.
 
-        ``query`` is (heads, tokens, head dim), keys and values (history + tokens, kv heads, head
-        dim) of equal strides; the last dimension is dense.
+        Args:
+            query: (heads, tokens, head dim).
+            keys: (history + tokens, KV heads, head dim), with the same strides as ``values``. The
+                last dimension is dense.
+
+        Returns:
+            (tokens, heads, head dim).
         """
         heads, tokens, dim = query.shape
         context, kv_heads, _ = keys.shape
@@ -226,7 +244,7 @@ class Tiles:
 
     @staticmethod
     def attends(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
-        """Whether the kernel takes attention of this shape."""
+        """Whether `attention` supports heads of this number, size and type."""
         fits = head_dim % MULTIPLE == 0 and heads // kv_heads <= MOST_GROUPS
         return dtype == torch.float32 and fits
 
@@ -243,7 +261,7 @@ def _processor_flags() -> frozenset[str]:
 
 
 def _build(folder: Path) -> Path:
-    """The library, compiled once for each source, compiler and torch.
+    """Return the path of the library; compile it if this source, compiler or torch is new.
 
     Raises:
         OSError: there is no compiler, or the folder cannot be written.
@@ -253,7 +271,7 @@ def _build(folder: Path) -> Path:
     if compiler is None:
         raise OSError(f"no C++ compiler; install one of {', '.join(COMPILERS)}, or set CXX")
     sources = {entry.name: entry.read_bytes() for entry in _sources()}
-    # With torch's own OpenMP, so that both use the same threads.
+    # Linked with torch's own OpenMP, so that both use the same threads.
     libraries = sorted(Path(torch.__file__).parent.rglob("libgomp*.so*"))[:1]
     command = [compiler, *FLAGS]
     identity = repr((sorted(sources.items()), command, libraries, torch.__version__)).encode()
@@ -277,7 +295,7 @@ def _sources() -> list[Traversable]:
 
 
 def _is_right(tiles: Tiles) -> bool:
-    """On small products and a small attention, against float64."""
+    """Whether small linears and a small attention agree with float64."""
     generator = torch.Generator().manual_seed(0)
     inputs, weight, gate = (torch.randn(n, 96, generator=generator) for n in (40, 64, 64))
     product = inputs.double() @ weight.double().t()

@@ -1,10 +1,16 @@
-"""Checks of the layers of ``transformers`` that fused ones take the place of."""
+"""Questions about stock modules of ``transformers``, before fused ones take their place."""
 
 from __future__ import annotations
 
 from collections.abc import Set
 
 from torch import nn
+
+
+def rotary_owner(model: nn.Module) -> nn.Module | None:
+    """Return the module that holds ``rotary_emb``; None unless exactly one does."""
+    owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module)]
+    return owners[0] if len(owners) == 1 else None
 
 
 def require_children(module: nn.Module, needed: Set[str], allowed: Set[str] = frozenset()) -> None:

@@ -1,7 +1,10 @@
-"""Finds a model, checks that the engine honours it, and loads it.
+"""Finds a model, checks that the engine computes it right, and loads it.
 
-The API server calls ``resolve``, ``load_config``, ``load_tokenizer`` and ``eos_token_ids``; the
-engine process gets the resulting ``ModelSource`` and calls ``load_model``.
+The API server calls `resolve`, `load_config`, `load_tokenizer` and `eos_token_ids`. The engine
+process gets the resulting `ModelSource` and calls `load_model`.
+
+    source = resolve("Qwen/Qwen2.5-0.5B-Instruct")
+    model = load_model(source, torch.float32, torch.device("cpu"), seed=0)
 """
 
 from pla_serve.engine.loading.config import (

@@ -1,4 +1,4 @@
-"""The user's cache of converted models: built once, by one process, visible only when complete."""
+"""The user's cache of converted models: each is built once and visible only when complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pla_serve.engine.loading.progress import LoadingProgress
 
 
 def cache_root() -> Path:
-    """``PLA_SERVE_CACHE``, else ``pla-serve`` in the cache folder that the platform prescribes."""
+    """Return ``PLA_SERVE_CACHE`` if it is set, or ``pla-serve`` in the platform's cache folder."""
     if own := os.environ.get("PLA_SERVE_CACHE"):
         return Path(own).expanduser()
     if base := os.environ.get("XDG_CACHE_HOME"):
@@ -35,11 +35,15 @@ def build_once(
     root: Path | None = None,
     lock_timeout: float = 1800.0,
 ) -> Path:
-    """The folder ``models/<key>``; if it is not there, ``build`` fills an empty folder for it.
+    """Return the folder ``models/<key>``, after ``build`` has filled it if it did not exist.
 
-    The folder gets its name by one atomic rename after ``build`` returned, under a file lock: a
-    build that fails or is killed leaves nothing that a later call would take for a model, and
-    processes that ask at once build once.
+    ``build`` gets an empty folder. Once it has returned, the folder is renamed atomically under a
+    file lock. So a build that fails or is killed leaves nothing that looks like a model, and
+    several processes that need the same model build it once.
+
+    Args:
+        root: folder of the cache; None for `cache_root`.
+        lock_timeout: seconds to wait for another process that builds the same model.
 
     Raises:
         ModelUnavailable: the cache cannot be written, or another process holds the lock for longer
@@ -59,7 +63,7 @@ def build_once(
 
 
 def _build(target: Path, build: Callable[[Path], None]) -> None:
-    """Called under the lock: anything unfinished there is left over from a process that died."""
+    """Build under the lock; unfinished folders there were left by processes that died."""
     unfinished = f".{target.name}."
     for leftover in target.parent.glob(f"{unfinished}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -96,10 +100,10 @@ def _locked(path: Path, progress: LoadingProgress, timeout: float) -> Iterator[N
 
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
-    """Errors inside mean that the cache cannot be used."""
+    """Turn file errors inside into ModelUnavailable, with what to do."""
     try:
         yield
-    except Timeout:  # an OSError too, but of the lock
+    except Timeout:  # filelock's error is an OSError as well
         raise
     except OSError as error:
         raise ModelUnavailable(

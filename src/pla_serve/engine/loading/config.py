@@ -1,4 +1,4 @@
-"""Config, tokenizer and end tokens of a model: what the API server needs, without its weights."""
+"""Reads config, tokenizer and end tokens of a model, which the API server needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The transformers config.
+    """Return the config of a model.
 
     Raises:
         ModelUnavailable: there is no config file.
@@ -37,9 +37,9 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
-    """The fast tokenizer, with the chat template if the model has one.
+    """Return the fast tokenizer, with the chat template if the model has one.
 
-    None only for random weights without tokenizer files: then prompts must be token ids.
+    None is for random weights without tokenizer files: prompts must be token ids then.
 
     Raises:
         UnsupportedModel: there are no tokenizer files, they are broken, or have no fast tokenizer.
@@ -69,10 +69,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
 
 
 def eos_token_ids(source: ModelSource) -> tuple[int, ...]:
-    """The ids that end a text, ascending: those of the generation config and of the tokenizer.
+    """Return the ids that end a text, ascending.
 
-    Chat models list their end of turn in either file, some in one of them only. The model's config
-    counts where the generation config names no id.
+    They come from the generation config and from the tokenizer, because some chat models name their
+    end of turn in one of the two only. The model's config is read if the generation config names
+    none.
     """
     found: set[int] = set()
     for name in ("generation_config.json", source.config_file):
@@ -83,7 +84,7 @@ def eos_token_ids(source: ModelSource) -> tuple[int, ...]:
 
 
 def most_positions(config: PreTrainedConfig) -> int:
-    """Most tokens of a sequence, with what a scaled rotary embedding adds.
+    """Return the most tokens of a sequence, with a scaled rotary embedding taken into account.
 
     A config that scales by a factor may name the positions before scaling, as Qwen2.5's do
     (YaRN, factor 4: 32,768 positions become 131,072), or after it, as Llama 3.1's.
@@ -107,7 +108,7 @@ def _ids(value: Any) -> set[int]:
 
 
 def _tokenizer_eos(source: ModelSource) -> set[int]:
-    """The id of the tokenizer's own end token, read from its files; empty if they name none."""
+    """Return the id of the tokenizer's end token as its files name it; empty if they name none."""
     settings = source.folder / "tokenizer_config.json"
     name = read_json(settings).get("eos_token") if settings.is_file() else None
     if isinstance(name, dict):

@@ -1,7 +1,8 @@
-"""Turns one GGUF file into a folder of safetensors, config, tokenizer: ``convert FILE FOLDER``.
+"""Converts a GGUF file to a folder of safetensors, config and tokenizer.
 
-Runs as a process of its own (see ``gguf.py``). transformers reads the file; what it is known to
-lose is put back here, and whatever cannot be vouched for is refused rather than served wrong.
+This runs as a process of its own, ``convert FILE FOLDER`` (see `gguf`). transformers reads the
+file. Settings that transformers is known to lose are restored here, and files with settings that
+might be lost are refused, because they would be served wrong.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from pla_serve.engine.loading.errors import UnsupportedModel
 from pla_serve.engine.loading.rope import ROPE_FACTORS, rope_scaling
 
 REFUSED = 3
-"""Exit status; the reason is the last line of stdout, as JSON."""
+"""Exit status of a refusal; the reason is the last line of standard output, as JSON."""
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Those whose conversion is tested against the original weights."""
+"""Architectures whose conversion is tested against the original weights."""
 
 REQUIRED = {
     "block_count",
@@ -46,18 +47,22 @@ UNDERSTOOD = REQUIRED | {
     "tensor_data_layout",
     "vocab_size",
 }
-"""Keys of an architecture that are read. Any other says something about the model that would be
-lost (rope scaling, sliding windows, experts, ...), so a file that has one is refused."""
+"""Metadata keys that are read. A file with any other key is refused, because the key describes
+something that would be lost (sliding windows, experts, ...)."""
 
 DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r")
-"""Byte-level vocabularies in which every digit is a piece by itself."""
+"""Byte-level tokenizers that split numbers into single digits."""
 PLAIN_BYTE_LEVEL = ("default", "gpt-2")
 
 SAMPLE = "It's 1984, and 0x7F+23 = 150?\n\n\tdef f(x):  # naïve 漢字 🙂\n        return x\r\n"
 
 
 def convert(path: Path, folder: Path) -> None:
-    """Write ``folder``. The text of an UnsupportedModel goes on from the file's name."""
+    """Fill ``folder`` from the GGUF file at ``path``.
+
+    Raises:
+        UnsupportedModel: the file is refused; the message continues a sentence about the file.
+    """
     metadata, tensors = _read(path)
     config = _config(path, metadata)
     scaling = rope_scaling(config, metadata, tensors)
@@ -73,7 +78,7 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata, less the arrays, and the tensors by name."""
+    """Return the metadata without arrays, and the tensors by name."""
     try:
         reader = GGUFReader(path)
         metadata = {
@@ -103,7 +108,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _harmless(metadata: dict[str, Any], prefix: str) -> set[str]:
-    """Keys whose value says that nothing special is in use."""
+    """Return keys that are set to a value that switches the feature off."""
     nothing = {
         "attention.sliding_window": (0,),
         "expert_count": (0,),
@@ -112,25 +117,26 @@ def _harmless(metadata: dict[str, Any], prefix: str) -> set[str]:
 
 
 def _config(path: Path, metadata: dict[str, Any]) -> Any:
-    """The config as transformers reads it, with what it loses put back."""
+    """Return the config as transformers reads it, with lost settings restored."""
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     prefix = f"{metadata['general.architecture']}."
-    # Qwen configs fix a head size of their own, but the file states it, or llama.cpp's rule does.
+    # transformers' default head size for Qwen may differ from that of the file, which llama.cpp
+    # takes from a key or from the number of heads.
     per_head = metadata[prefix + "embedding_length"] // metadata[prefix + "attention.head_count"]
     config.head_dim = metadata.get(prefix + "attention.key_length", per_head)
     for key in ("attention.value_length", "rope.dimension_count"):
         if metadata.get(prefix + key, config.head_dim) != config.head_dim:
             raise UnsupportedModel(f"its {key} is not the size of a head ({config.head_dim}).")
-    # A float32 in the file: 9.999999747378752e-06 was 1e-05.
+    # The file has a float32: 9.999999747378752e-06 stands for 1e-05.
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
     return config
 
 
 def _dtype(tensors: dict[str, Any]) -> torch.dtype:
-    """What the weights are stored as.
+    """Return the dtype in which the weights are saved.
 
-    Files of floats keep their type. Unpacked blocks become float16: its rounding (2**-11) is far
-    below that of the blocks, at half the size of float32.
+    Files of floats keep their type. Quantised weights become float16, whose rounding (2**-11) is
+    far below theirs, and which takes half the space of float32.
     """
     types = {tensor.tensor_type for tensor in tensors.values() if len(tensor.shape) > 1}
     if types == {GGMLQuantizationType.F32}:
@@ -141,9 +147,9 @@ def _dtype(tensors: dict[str, Any]) -> torch.dtype:
 
 
 def _require_all_read(model: Any, info: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Every tensor of the file must be in the model, and the other way round.
+    """Check that the file and the model have the same weights.
 
-    transformers passes over names that it does not know, such as rope factors and biases.
+    transformers ignores tensors whose names it does not know, such as biases.
     """
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
@@ -162,11 +168,11 @@ def _require_all_read(model: Any, info: dict[str, Any], tensors: dict[str, Any])
 def _save_model(model: Any, metadata: dict[str, Any], folder: Path) -> None:
     config = model.config
     config.architectures = [type(model).__name__]
-    # A chat model may end its turn with another token than its text; the config holds one only.
+    # Chat models may have one token that ends a text and another that ends a turn.
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     known = list(dict.fromkeys(end for end in ends if end is not None))
     model.generation_config.eos_token_id = known[0] if len(known) == 1 else known or None
-    # The weights are plain floats by now; saved as quantized they could not be loaded again.
+    # The weights are floats now; with a quantization config they could not be loaded again.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model.hf_quantizer = None
@@ -178,8 +184,8 @@ def _save_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
     kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "gpt2":
         if split in DIGITS_ALONE:
-            # transformers knows no split for these and falls back to GPT-2's, which keeps runs of
-            # digits together: the model would see numbers it was never trained on.
+            # transformers does not know how these split text and uses GPT-2's rule, which keeps
+            # digits together: the model would get numbers that it was not trained on.
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
                 [
                     pre_tokenizers.Digits(individual_digits=True),
@@ -199,7 +205,7 @@ def _save_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
 
 
 def main(file: str, folder: str) -> int:
-    """Exit status 0, or REFUSED."""
+    """Convert, print the reason of a refusal, and return 0 or REFUSED."""
     try:
         convert(Path(file), Path(folder))
     except UnsupportedModel as error:

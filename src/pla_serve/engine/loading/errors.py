@@ -1,15 +1,15 @@
-"""What can go wrong before a model serves; every message names the cause and the cure."""
+"""Errors before a model can be served; each message names the cause and the cure."""
 
 from __future__ import annotations
 
 
 class LoadingError(Exception):
-    """Base of all errors of this package; its text is meant for the user."""
+    """Base class of all errors of this package; users see the message."""
 
 
 class ModelUnavailable(LoadingError):
-    """No source could provide the files of the model, or the files are incomplete."""
+    """The files of the model cannot be had, or are incomplete."""
 
 
 class UnsupportedModel(LoadingError):
-    """The model is there, but this engine would not compute it right."""
+    """The files are there, but this engine would not compute the model right."""

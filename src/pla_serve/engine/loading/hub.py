@@ -1,7 +1,7 @@
-"""Models from the Hugging Face hub, or from what its client has cached.
+"""Gets models from the Hugging Face hub, or from the cache of its client.
 
-One short look-up decides whether the hub can be reached; after a failure the process does not ask
-again. Only then are files fetched, so that an unreachable hub costs seconds and not minutes.
+A short look-up comes first and shows whether the hub can be reached, so that an unreachable hub
+costs seconds and not minutes. After a failure the process does not ask again.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from pla_serve.engine.loading.source import require_weights
 T = TypeVar("T")
 
 SETTINGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-"""Config, tokenizer, chat template: small files in the root of a repository."""
+"""Patterns of small files: config, tokenizer, chat template."""
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
 NOT_NEEDED = ("*/*",)
+"""Files in folders, which the engine does not read."""
 
 
 class HubUnreachable(Exception):
-    """The hub did not answer, and its client's cache does not hold what was asked for."""
+    """The hub did not answer, and the cache does not have the model."""
 
 
 class HubClient(Protocol):
-    """The two calls of huggingface_hub that are used; tests put their own in place."""
+    """The two calls of huggingface_hub that are used; tests have their own."""
 
     def look_up(self, repo: str, timeout: float) -> tuple[str, tuple[str, ...]]:
-        """The commit and the names of the files of a repository."""
+        """Return the commit of a repository and the names of its files."""
         ...
 
     def fetch(
         self, repo: str, commit: str | None, patterns: Sequence[str], *, local: bool, bars: bool
     ) -> Path:
-        """A folder with the files that match; ``local`` takes them from the cache only."""
+        """Return a folder with the files that match; ``local`` looks in the cache only."""
         ...
 
 
 class Hub:
-    """Finds repositories, with a memory of whether the hub can be reached."""
+    """Gets repositories, and remembers if the hub cannot be reached."""
 
     def __init__(self, client: HubClient, *, offline: bool, timeout: float = 4.0) -> None:
         self._client = client
@@ -56,14 +57,14 @@ class Hub:
         self._down = "HF_HUB_OFFLINE is set" if offline else None
 
     def settings(self, repo: str, progress: LoadingProgress) -> Path:
-        """A folder with at least the config and the tokenizer files. Raises as ``weights`` does."""
+        """Return a folder with at least config and tokenizer. Raises the errors of `weights`."""
         return self._get(repo, SETTINGS, progress)
 
     def weights(self, repo: str, progress: LoadingProgress) -> Path:
-        """A folder with config, tokenizer and safetensors.
+        """Return a folder with config, tokenizer and safetensors.
 
         Raises:
-            HubUnreachable: no answer, and not cached; the text says why there was no answer.
+            HubUnreachable: the hub does not answer and the model is not cached; the text says why.
             ModelUnavailable: the hub answered that there is no such model, that it needs a login,
                 or that it has no safetensors; or a download broke off.
         """
@@ -80,14 +81,14 @@ class Hub:
             progress.say(f"Fetching {repo} from the Hugging Face hub.")
         try:
             return self._client.fetch(repo, commit, patterns, local=False, bars=progress.bars)
-        except Exception as error:  # the client raises its HTTP library's errors as they come
+        except Exception as error:  # the client raises the errors of its HTTP library
             raise ModelUnavailable(
                 f"Fetching {repo} from the Hugging Face hub broke off: {_first_line(error)} "
                 "What has arrived is kept; start again to go on."
             ) from error
 
     def _look_up(self, repo: str) -> tuple[str, tuple[str, ...]] | None:
-        """None if the hub does not answer."""
+        """Return commit and file names; None if the hub does not answer."""
         if self._down is not None:
             return None
         try:
@@ -154,12 +155,12 @@ class _NoBar(tqdm):
 
 @functools.cache
 def default_hub() -> Hub:
-    """The hub of this process, so that it is found unreachable once only."""
+    """Return the hub of this process, so that an unreachable one is looked for once only."""
     return Hub(_LibraryClient(), offline=huggingface_hub.constants.HF_HUB_OFFLINE)
 
 
 def _bounded(call: Callable[[], T], seconds: float) -> T:
-    """The result of ``call``; TimeoutError if it takes longer (name look-ups have no time-out)."""
+    """Return the result of ``call``, or raise TimeoutError: DNS queries have no time-out."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Tells the user what takes time. Downloads and conversions draw their own bars on stderr."""
+"""Announces steps of loading that take time; downloads draw bars of their own on stderr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 
 
 class LoadingProgress(Protocol):
-    """Where steps that take time are announced."""
+    """Announces steps that take time."""
 
     @property
     def bars(self) -> bool:
@@ -16,12 +16,12 @@ class LoadingProgress(Protocol):
         ...
 
     def say(self, text: str) -> None:
-        """A step begins."""
+        """Announce a step that begins."""
         ...
 
 
 class ConsoleProgress:
-    """One line per step on stderr; bars where stderr is a terminal."""
+    """Prints a line for each step to stderr, and allows bars if stderr is a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
@@ -35,7 +35,7 @@ class ConsoleProgress:
 
 
 class NoLoadingProgress:
-    """For tests, and for callers that show their own."""
+    """Announces nothing."""
 
     bars = False
 

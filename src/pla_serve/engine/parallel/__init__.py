@@ -1,1 +1,1 @@
-"""One model over several devices: each rank computes a share of every layer's products."""
+"""Tensor parallelism: each rank computes a share of every layer of one model."""

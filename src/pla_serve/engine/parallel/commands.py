@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks: which passes to run, and when to enter each layer."""
+"""Commands of rank 0 to the other ranks: which batches to run, and when to enter each layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pla_serve.engine.batch.flat import SpanRequest
 
 
 class BeginPass(msgspec.Struct, frozen=True, tag=0, array_like=True):
-    """Run this batch, inside ``depth`` others that stand at a layer boundary."""
+    """Run this batch, inside ``depth`` other batches that are at a layer boundary."""
 
     depth: int
     requests: list[SpanRequest]
@@ -26,7 +26,7 @@ class Go(msgspec.Struct, frozen=True, tag=1, array_like=True):
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=2, array_like=True):
-    """Leave the batch at this depth, which stands at a layer boundary."""
+    """Leave the batch at this depth, which is at a layer boundary, for good."""
 
     depth: int
 
@@ -36,7 +36,7 @@ class UseIdleTime(msgspec.Struct, frozen=True, tag=3, array_like=True):
 
 
 class End(msgspec.Struct, frozen=True, tag=4, array_like=True):
-    """There is nothing more to come."""
+    """End the rank; no command follows."""
 
 
 Command = BeginPass | Go | Abandon | UseIdleTime | End
@@ -44,18 +44,18 @@ Command = BeginPass | Go | Abandon | UseIdleTime | End
 
 class SendCommand(Protocol):
     def __call__(self, command: Command) -> None:
-        """To all other ranks, in this order; never blocks."""
+        """Send a command to all other ranks, which get commands in this order; never blocks."""
         ...
 
 
 class ReceiveCommand(Protocol):
     def __call__(self) -> Command:
-        """The next one; waits for it."""
+        """Wait for the next command and return it."""
         ...
 
 
 class CommandSender:
-    """Rank 0's end: one socket for each other rank."""
+    """Sends commands on rank 0, over one socket for each other rank."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self._context = zmq.Context()
@@ -72,12 +72,12 @@ class CommandSender:
             socket.send(frame, zmq.NOBLOCK)
 
     def close(self, linger_seconds: float) -> None:
-        """What was sent may take this long to leave."""
+        """Close the sockets; commands that were sent may take this long to leave."""
         self._context.destroy(linger=int(linger_seconds * 1000))
 
 
 class CommandReceiver:
-    """Another rank's end; made before rank 0 is told that this rank is there."""
+    """Receives commands on another rank; made before rank 0 learns that this rank has started."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._context = zmq.Context()

@@ -1,8 +1,8 @@
-"""The process of one rank but the first: ``python -m pla_serve.engine.parallel.follower``.
+"""The process of a rank other than 0: ``python -m pla_serve.engine.parallel.follower``.
 
-It imports what it needs, which takes seconds, and then reads one line of JSON, a `FollowerLaunch`,
-from its standard input. It ends when that input does: the pipe closes with rank 0, however that
-died. SIGINT and SIGTERM are ignored, as they are by rank 0.
+It imports its libraries, which takes seconds, and then reads one line of JSON, a `FollowerLaunch`,
+from its standard input. It ends when that input ends, because the pipe is closed when rank 0 ends,
+in whatever way. SIGINT and SIGTERM are ignored, as rank 0 ignores them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(launch: FollowerLaunch) -> None:
-    """Load this rank's share and follow rank 0 until it says that there is nothing more."""
+    """Load this rank's share of the model and obey rank 0 until it sends `End`."""
     config, folder = launch.config, Path(launch.folder)
     use_threads(config)
     receive = CommandReceiver(folder, launch.rank)
@@ -47,17 +47,21 @@ def serve(launch: FollowerLaunch) -> None:
 
 
 def watch_leader(folder: str) -> None:
-    """Blocks until rank 0 is gone, then ends this process wherever it is."""
+    """Wait until rank 0 has ended, then end this process, whatever it is doing."""
     await_end_of_parent()
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 def run(words: IO[bytes]) -> int:
-    """Read what to do, do it, and write to ``words`` if it fails; returns the exit status."""
+    """Read the launch, run the rank, and write the error to ``words`` if it fails.
+
+    Returns:
+        The exit status.
+    """
     line = sys.stdin.buffer.readline()
     if not line:
-        return 1  # rank 0 is gone
+        return 1  # rank 0 has ended
     launch = msgspec.json.decode(line, type=FollowerLaunch)
     configure(launch.log_level, launch.log_format, f"engine rank {launch.rank}")
     threading.Thread(
@@ -79,7 +83,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with os.fdopen(os.dup(1), "wb") as words:
-        os.dup2(2, 1)  # whatever libraries print is no last word
+        os.dup2(2, 1)  # libraries print to standard output, which is for `LastWords` only
         return run(words)
 
 

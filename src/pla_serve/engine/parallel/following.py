@@ -1,4 +1,4 @@
-"""The other ranks' loop: runs what rank 0 runs, and decides nothing."""
+"""Loop of the ranks other than 0: they run what rank 0 runs, and decide nothing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pla_serve.engine.run.runner import PassAbandoned
 
 
 class OutOfStep(Exception):
-    """Rank 0 asked for something that this rank is not ready for: their passes differ."""
+    """A command of rank 0 does not fit the batches that this rank runs."""
 
 
 def follow(executor: Executor, receive: ReceiveCommand) -> None:
-    """Do what rank 0 says until it says `End`.
+    """Obey the commands of rank 0 until `End`.
 
     Raises:
-        OutOfStep: what it says does not fit what was done so far.
+        OutOfStep: a command does not fit the ones before.
     """
     while True:
         command = receive()
@@ -40,7 +40,7 @@ def follow(executor: Executor, receive: ReceiveCommand) -> None:
 
 
 def _run(executor: Executor, receive: ReceiveCommand, begin: BeginPass, depth: int) -> None:
-    """One batch, and those that rank 0 runs inside it."""
+    """Run one batch, and the batches that rank 0 runs inside it."""
     if begin.depth != depth:
         raise _unexpected(begin, f"at depth {depth}")
     layer = 0

@@ -1,4 +1,4 @@
-"""Rank 0's executor: whatever it runs, it has the other ranks run as well, layer by layer."""
+"""The executor of rank 0, which makes the other ranks run the same batches layer by layer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from pla_serve.engine.run.runner import AtBoundary
 
 
 class LeadingExecutor:
-    """Wraps the executor of rank 0.
+    """Wraps the executor of rank 0 and sends commands to the other ranks.
 
-    A layer's products are summed over the ranks, so all have to enter the same layers of the same
-    batches in the same order. Which ones, the loop decides at layer boundaries of rank 0, once;
-    the others are told when it has decided. They are told before rank 0 computes, so all compute at
-    the same time.
+    The products of a layer are summed over the ranks, so all ranks have to enter the same layers of
+    the same batches in the same order. The loop decides at layer boundaries of rank 0. The other
+    ranks get each decision before rank 0 computes the layer, so that all compute at the same time.
     """
 
     carries = False
-    """Tokens that only the device knows so far are on rank 0's alone."""
+    """Whether tokens may stay on the device: not here, because other ranks do not have them."""
 
     def __init__(self, executor: Executor, send: SendCommand) -> None:
         self.device: Device = executor.device

@@ -1,4 +1,4 @@
-"""What makes a model of one rank's weights compute the whole: sums behind two products a layer."""
+"""Modules that join the shares of all ranks: sums in each layer, and the output matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pla_serve.engine.parallel.ranks import Ranks
 
 
 class SummedLinear(nn.Module):
-    """A linear over this rank's share of the inputs; the outputs are the sum over all ranks."""
+    """Linear over this rank's share of the inputs; its outputs are summed over all ranks."""
 
     def __init__(self, linear: nn.Linear, ranks: Ranks) -> None:
         super().__init__()
@@ -20,19 +20,19 @@ class SummedLinear(nn.Module):
         self.ranks = ranks
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., in / ranks) to (..., out)."""
+        """Map (..., in / ranks) to (..., out)."""
         return self.ranks.sum_in_place(self.linear(inputs))
 
 
 def unwrap(linear: Any) -> tuple[Any, Ranks | None]:
-    """A linear, and the ranks over which its outputs still have to be summed, if it has any."""
+    """Return the linear inside, and the ranks to sum over; None for an ordinary linear."""
     return (linear.linear, linear.ranks) if isinstance(linear, SummedLinear) else (linear, None)
 
 
 class GatheredHead(nn.Module):
-    """The output matrix by rows: each rank computes the logits of a part of the vocabulary.
+    """Output matrix of which each rank has some rows, so it computes logits of some tokens.
 
-    Rank 0 gets them all. On others the result has the same shape, and means nothing.
+    Rank 0 gets all logits. On other ranks the result has the same shape and undefined values.
     """
 
     def __init__(self, linear: nn.Linear, ranks: Ranks, vocab_size: int) -> None:
@@ -49,12 +49,12 @@ class GatheredHead(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """This rank's rows."""
+        """Rows of this rank."""
         weight: torch.Tensor = self.linear.weight
         return weight
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., rows, hidden) to (..., rows, vocabulary)."""
+        """Map (..., rows, hidden) to (..., rows, vocabulary)."""
         own: torch.Tensor = self.linear(inputs)
         if own.numel() == 0:
             return own.new_empty(*own.shape[:-1], self._vocab_size)
@@ -70,12 +70,12 @@ class GatheredHead(nn.Module):
 
 
 def vocabulary(size: int, rank: int, ranks: int) -> tuple[int, int]:
-    """First token id of a rank, and the one behind its last; no two ranks differ by more than 1."""
+    """Return the first token id of a rank and the one after its last; sizes differ by 1 at most."""
     return size * rank // ranks, size * (rank + 1) // ranks
 
 
 def join(model: Any, layers: nn.ModuleList, ranks: Ranks) -> None:
-    """Put the sums into a model that holds this rank's share of each layer's weights."""
+    """Add the sums over ranks to a model that has this rank's share of each layer."""
     for layer in layers:
         parts: Any = layer
         parts.self_attn.o_proj = SummedLinear(parts.self_attn.o_proj, ranks)

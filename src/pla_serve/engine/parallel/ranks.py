@@ -1,4 +1,4 @@
-"""What the ranks exchange: sums of tensors in every layer, and a few facts at start."""
+"""Communication between ranks: sums of tensors in every layer, and short texts at start."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 TIMEOUT_SECONDS = 300.0
-"""Of each exchange. A rank that dies is noticed sooner (`team`); this is for one that hangs.
-Loading is not part of an exchange, but waiting for a rank that still loads is."""
+"""Longest time that an exchange waits for a rank that hangs or still loads. The end of a process
+is noticed sooner, by `team`."""
 POLL_SECONDS = 0.002
+"""Pause between two looks at the texts of other ranks."""
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 class Ranks(Protocol):
-    """This rank among all; every method but the attributes is called by all ranks alike."""
+    """This rank and its way to talk to the others. All ranks call the same methods in order."""
 
     rank: int
     size: int
 
     @property
     def leads(self) -> bool:
-        """Whether it is rank 0, which decides, and adds what is to be added once."""
+        """Whether this is rank 0, which decides, and which adds residuals."""
         ...
 
     def sum_in_place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor``, which now is the sum of all ranks' tensors; the same bits on each rank."""
+        """Replace ``tensor`` by the sum over all ranks, equal bit by bit on each, and return it."""
         ...
 
     def gather(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        """On rank 0 the tensors of all ranks, of one shape, in order; empty on others."""
+        """Return the tensors of all ranks, in order, on rank 0; nothing on others."""
         ...
 
     def exchange(self, text: str) -> list[str]:
-        """Each rank's text, in order. Slow: for facts at start."""
+        """Return the texts of all ranks, in order. Slow, so for use at start only."""
         ...
 
 
 class Alone:
-    """The only rank."""
+    """The only rank of a model that is not divided."""
 
     rank = 0
     size = 1
@@ -69,13 +70,13 @@ ALONE = Alone()
 
 
 class TorchRanks:
-    """By torch.distributed: NCCL between GPUs, gloo over the loopback interface between CPUs.
+    """Ranks by torch.distributed: NCCL between GPUs, gloo over the loopback device between CPUs.
 
-    Opens torch's default process group, so there is one at a time in a process.
+    This opens torch's default process group, so a process can have one of these at a time.
 
     Args:
-        folder: where the ranks find each other, the same for all; they meet there once.
-        watch: called while it waits for others at start; raises if there is no use in waiting.
+        folder: folder that all ranks share to find each other; it serves for one start.
+        watch: called while this rank waits for others at start; it raises if one has ended.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class TorchRanks:
             torch.cuda.set_device(device)
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", LOOPBACK)
-        self.exchange("here")  # torch itself would not notice that one has died
+        self.exchange("here")  # while torch waits below, it does not notice the end of a rank
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=self._store,
@@ -123,10 +124,10 @@ class TorchRanks:
         return parts or []
 
     def exchange(self, text: str) -> list[str]:
-        """See `Ranks`. Goes through the folder.
+        """See `Ranks`. The texts are files in the folder.
 
         Raises:
-            TimeoutError: a rank does not come forward.
+            TimeoutError: a rank has given no text within TIMEOUT_SECONDS.
         """
         number = self._exchanges = self._exchanges + 1
         self._store.set(f"{number}/{self.rank}", text)
@@ -143,21 +144,21 @@ class TorchRanks:
         return found
 
     def close(self, alone: bool = False) -> None:
-        """Leave the process group, as the others do; ``alone``: they are not there to do it."""
-        if not (alone and self._cuda):  # NCCL would wait for them; the process ends soon anyway
+        """Leave the process group; ``alone`` says that the other ranks have ended already."""
+        if not (alone and self._cuda):  # NCCL would wait for them
             dist.destroy_process_group()
 
 
 def least(ranks: Ranks, number: int) -> int:
-    """The smallest of all ranks' numbers."""
+    """Return the smallest of the numbers of all ranks."""
     return min(int(text) for text in ranks.exchange(str(number)))
 
 
 def agree(ranks: Ranks, what: str) -> None:
-    """Check that all ranks say the same.
+    """Check that ``what`` is the same text on all ranks.
 
     Raises:
-        RuntimeError: they do not; says what each one said.
+        RuntimeError: it is not; the message has the text of each rank.
     """
     said = ranks.exchange(what)
     if len(set(said)) > 1:

@@ -1,4 +1,4 @@
-"""Which models can be divided over ranks, and what one rank's share of a model is."""
+"""Divides models over ranks: which can be divided, and the sizes of one rank's share."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from transformers import PreTrainedConfig
 from pla_serve.engine.loading import AttentionShape, UnsupportedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose weights we know how to divide."""
 DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def check_divides(config: PreTrainedConfig, size: int) -> None:
-    """Refuse what cannot be divided over ``size`` ranks.
+    """Check that a model can be divided over ``size`` ranks.
 
     Raises:
-        UnsupportedModel: names the model or the number, and what would do.
+        UnsupportedModel: it cannot; the message says why, and which sizes are possible.
     """
     if config.model_type not in FAMILIES:
         raise UnsupportedModel(
@@ -39,16 +40,16 @@ def _divides(config: PreTrainedConfig, size: int) -> bool:
 
 
 def share_of_config(config: PreTrainedConfig, attention: AttentionShape, size: int) -> object:
-    """The config of a model whose layers have the size of one rank's share."""
+    """Return the config of a model whose layers have the size of one rank's share."""
     share = copy.deepcopy(config)
-    share.head_dim = attention.head_dim  # which would be taken from the number of heads
+    share.head_dim = attention.head_dim  # otherwise it would follow from the number of heads
     for name in DIVIDED:
         setattr(share, name, int(getattr(config, name)) // size)
     return share
 
 
 def share_of_heads(attention: AttentionShape, size: int) -> AttentionShape:
-    """One rank's heads. A KV head stays with the query heads that read it."""
+    """Return the heads of one rank; a KV head stays with the query heads that read it."""
     return replace(
         attention,
         query_heads=attention.query_heads // size,

@@ -1,4 +1,4 @@
-"""The processes of the other ranks: rank 0 starts them, watches them, and ends with them."""
+"""Processes of the other ranks: rank 0 starts and watches them, and they end with it."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from pla_serve.logs import LogFormat, in_use
 log = logging.getLogger(__name__)
 
 PATROL_SECONDS = 0.5
-"""How often an idle engine looks whether the other ranks live."""
+"""Pause between two checks of an idle engine that the other ranks still run."""
 STUCK_SECONDS = 5.0
-"""How long rank 0 may take to notice that a rank has ended: it may be waiting for that rank."""
+"""Longest time in which rank 0 notices the end of a rank; it may be waiting for that rank."""
 STARTING_SECONDS = 120.0
-"""The same while it loads: it looks for the others when it has."""
+"""As STUCK_SECONDS while rank 0 loads, which takes long."""
 LAST_WORDS_SECONDS = 2.0
-"""How long after a failed exchange the end of a rank may come to light."""
+"""Time for which rank 0 waits, after a failed exchange, for the end of the rank to blame."""
 LEAVE_SECONDS = 5.0
-"""How long ranks may take to leave when they are asked to."""
+"""Time in which ranks have to end after `End`."""
 
 
 class RankLost(Exception):
-    """Another rank has ended, so nothing can be computed any more; says which, and why."""
+    """Another rank has ended, so nothing can be computed; the message says which, and why."""
 
 
 class FollowerLaunch(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 writes to another rank's standard input, as one line of JSON."""
+    """Launch of a rank: one line of JSON that rank 0 writes to its standard input."""
 
     config: EngineConfig
-    """With the model where rank 0 found it."""
+    """Config of the engine, with the path at which rank 0 found the model."""
     rank: int
     folder: str
     log_level: str
@@ -51,21 +51,21 @@ class FollowerLaunch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LastWords(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank that fails writes to its standard output, as one line of JSON."""
+    """Error of a rank that fails: one line of JSON on its standard output."""
 
     error: str
 
 
 class Team:
-    """All ranks of one engine, seen from rank 0. Starts the others at once.
+    """The other ranks of an engine, as rank 0 sees them; the constructor starts them.
 
-    They run as long as their standard input is open, so they end with this process, however it
-    ends. If one of them ends before that, `check` and `blamed` raise; and if this process does not
-    come to call them, because it waits for that rank, ``stuck`` is called.
+    They run as long as their standard input is open, so they end with this process, in whatever way
+    it ends. If one of them ends earlier, `check` and `blamed` raise. If this process calls neither,
+    because it waits for that very rank, ``stuck`` is called.
 
     Args:
-        program: what the others run, after the Python interpreter.
-        stuck: by default ends this process.
+        program: arguments of the Python interpreter for the other ranks.
+        stuck: called with the reason; by default it ends this process.
         stuck_seconds: how long this process may take to notice the end of a rank, until `serve`.
     """
 
@@ -91,11 +91,11 @@ class Team:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes of ranks 1 and up."""
+        """Process ids of ranks 1 and up."""
         return [child.pid for child in self._children]
 
     def meet(self, device: torch.device) -> TorchRanks:
-        """Wait for the others and join their process group.
+        """Wait for the other ranks and join their process group.
 
         Raises:
             RankLost: one of them has ended.
@@ -104,31 +104,31 @@ class Team:
         return self._ranks
 
     def serve(self) -> None:
-        """From now on, the end of a rank is noticed soon or never."""
+        """Loading is over: from now on rank 0 has STUCK_SECONDS to notice the end of a rank."""
         self._stuck_seconds = STUCK_SECONDS
 
     def send(self, command: Command) -> None:
-        """See `Sender`. Raises RankLost."""
+        """See `SendCommand`. Raises RankLost."""
         self.check()
         self._commands(command)
 
     def check(self) -> None:
-        """Raises RankLost if another rank has ended."""
+        """Raise RankLost if another rank has ended."""
         if self._lost is not None:
             self._noticed.set()
             raise RankLost(self._lost)
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """A failure inside that comes from a lost rank says so: RankLost in its place.
+        """Turn errors inside that come from the end of another rank into RankLost.
 
-        After any failure the others are ended: they do not know how to go on.
+        After any error the other ranks are ended, because they cannot go on alone.
         """
         try:
             self.check()
             yield
         except BaseException as error:
-            # A collective fails when its peer is gone, some time before that process has ended.
+            # An exchange fails some time before the process of the lost rank has ended.
             deadline = time.monotonic() + LAST_WORDS_SECONDS
             while (
                 isinstance(error, RuntimeError)
@@ -143,11 +143,11 @@ class Team:
             raise
 
     def at_most(self, pause: float | None) -> float:
-        """How long the engine may be left alone: an idle one has to look after its ranks."""
+        """Return ``pause``, shortened so that an idle engine checks its ranks often enough."""
         return PATROL_SECONDS if pause is None else min(pause, PATROL_SECONDS)
 
     def close(self, kill: bool = False) -> None:
-        """Have the others leave, or end them, and wait until they have."""
+        """Let the other ranks end, or kill them, and wait until they have ended."""
         if self._closing:
             return
         self._closing = True
@@ -182,7 +182,7 @@ class Team:
             config=config,
             rank=rank,
             folder=str(self.folder),
-            log_level=level if level == "DEBUG" else "WARNING",  # the rest is what rank 0 says
+            log_level=level if level == "DEBUG" else "WARNING",  # rank 0 logs the rest for all
             log_format=form,
         )
         tell(child, launch)
@@ -215,6 +215,6 @@ def _reason(words: bytes, status: int) -> str:
 
 
 def _end_process(reason: str) -> None:
-    """Whatever the main thread waits for will not come."""
+    """End this process, whose main thread waits for a rank that has ended."""
     log.critical("%s, and rank 0 waits for it; the engine ends", reason)
     os._exit(1)

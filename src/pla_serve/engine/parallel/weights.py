@@ -1,8 +1,8 @@
-"""Loads one rank's share of a model, and reads no more of the weights than that.
+"""Loads one rank's share of a model, and reads no other weights.
 
-``transformers`` can divide a model too (``tp_plan="auto"``). That hooks the sums into modules which
-the engine replaces by fused ones, and it leaves open in which form the weights are kept; here a
-share is a stock model of fewer heads, which everything that takes a whole model takes as well.
+``transformers`` can divide a model too (``tp_plan="auto"``), but it adds the sums to modules that
+the engine replaces by fused ones. Here a share is a stock model with fewer heads, so that all code
+for whole models works on it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from pla_serve.engine.layers.stock import rotary_owner
 from pla_serve.engine.loading import (
     AttentionShape,
     ModelSource,
@@ -30,9 +31,9 @@ from pla_serve.engine.parallel.ranks import Ranks
 from pla_serve.engine.parallel.share import share_of_config
 
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""Linears whose outputs are divided."""
+"""Linears whose outputs are divided over the ranks."""
 COLUMNS = ("o_proj", "down_proj")
-"""Linears whose inputs are divided; a bias is added on rank 0 only."""
+"""Linears whose inputs are divided over the ranks; rank 0 alone adds a bias."""
 HEAD = "lm_head.weight"
 SINGLE = "model.safetensors"
 
@@ -47,13 +48,13 @@ def load_share(
     *,
     attn_implementation: str,
 ) -> nn.Module:
-    """A model with this rank's share of each layer, joined to those of the other ranks.
+    """Load this rank's share of each layer, joined to the shares of the other ranks.
 
-    Embeddings and norms are whole on each rank; the output matrix is divided by rows. Dummy weights
-    are the same for the same seed and number of ranks.
+    Each rank has all embeddings and norms; the output matrix is divided by rows. Dummy weights are
+    equal for equal seed and number of ranks.
 
     Args:
-        attention: of the whole model.
+        attention: heads of the whole model.
 
     Raises:
         UnsupportedModel: weights are missing, or not of the shape that the config says.
@@ -94,7 +95,7 @@ def _random(
     ranks: Ranks,
     attention: str,
 ) -> Any:
-    """What is whole is the same on each rank; what is divided differs."""
+    """Make a model with random weights: undivided ones are equal on all ranks, others differ."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = _build(config, dtype, device, attention)
@@ -118,7 +119,7 @@ def _fill(
     device: torch.device,
     ranks: Ranks,
 ) -> None:
-    """Put the share's weights, from files, in place of those that take no memory."""
+    """Read the weights of the share into a model on the meta device."""
     reader = _Reader(folder, dtype, device)
     tied = bool(config.tie_word_embeddings)
     wanted = {name: value for name, value in model.state_dict().items() if name != HEAD}
@@ -142,10 +143,9 @@ def _fill(
     if head is None:
         head = model.get_input_embeddings().weight.data[start:end]
     _set_head(model, head, ranks)
-    # The one thing that is computed and not read: it came to be without memory, too.
-    owner = next(
-        m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module)
-    )
+    # The rotary embedding is computed, not read, so it has to be made again with memory.
+    owner: Any = rotary_owner(model)
+    assert owner is not None, f"{type(model).__name__} has one rotary embedding"
     owner.rotary_emb = type(owner.rotary_emb)(model.config).to(device)
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if empty:
@@ -155,7 +155,7 @@ def _fill(
 
 
 def _set_head(model: Any, rows: torch.Tensor, ranks: Ranks) -> None:
-    """Divide the output matrix; ``rows`` are this rank's."""
+    """Put a head with the rows of this rank into the model."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = rows.shape
     linear.weight = nn.Parameter(rows, requires_grad=False)
@@ -163,7 +163,7 @@ def _set_head(model: Any, rows: torch.Tensor, ranks: Ranks) -> None:
 
 
 def _share(reader: _Reader, name: str, ranks: Ranks) -> torch.Tensor:
-    """This rank's part of a weight in the files."""
+    """Read this rank's part of a weight."""
     rank, size = ranks.rank, ranks.size
     owner, _, kind = name.rpartition(".")
     linear = owner.rpartition(".")[2]
@@ -181,7 +181,7 @@ def _share(reader: _Reader, name: str, ranks: Ranks) -> torch.Tensor:
 
 
 class _Reader:
-    """The safetensors files of a folder, each opened once."""
+    """Reads parts of weights from the safetensors files of a folder; opens each file once."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._folder = folder
@@ -200,7 +200,7 @@ class _Reader:
         return tuple(self._file(self._places[name]).get_slice(name).get_shape())
 
     def read(self, name: str, part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        """``part`` of a weight, in memory of its own; nothing else of it is read."""
+        """Return ``part`` of a weight, such as ``lambda whole: whole[:8]``; only that is read."""
         mapped = part(self._file(self._places[name]).get_slice(name))
         return mapped.to(self._device, self._dtype, copy=True)
 

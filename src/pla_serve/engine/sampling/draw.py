@@ -1,11 +1,12 @@
-"""Temperature, min-p, top-k, top-p, and the draw by inverse CDF; all rows at once.
+"""Random choice of tokens: temperature, min-p, top-k, top-p, and a draw by inverse CDF.
 
-A scaled logit is (logit - peak) / (temperature * ln 2), so 2 to its power is a probability in units
-of the likeliest token's. (Powers of 2 take torch a third of the time of powers of e.)
+A scaled logit is (logit - peak) / (temperature * ln 2), so 2 to that power is the probability of a
+token divided by that of the likeliest one. (Torch computes powers of 2 in a third of the time of
+powers of e.)
 
-Weights are whole numbers: these powers in units of 2**-34, rounded down. Sums of them stay below
-2**53 for any vocabulary up to 2**19, so float64 adds them exactly and no order of summation, batch
-shape or device can change which token is drawn.
+Weights are these quotients in units of 2**-34, rounded down to whole numbers. Their sums stay below
+2**53 for vocabularies of up to 2**19 tokens, so float64 adds them exactly. Therefore no order of
+summation, batch shape or device can change which token is drawn.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pla_serve.engine.sampling.transfer import to_device
 from pla_serve.wire.engine import SamplingParams
 
 RESOLUTION = 2.0**34
+"""Weight of the likeliest token."""
 BLOCK = 128
+"""Tokens whose weights are summed before the search looks at single tokens."""
 NUCLEUS_WIDTH = 256
-"""Tokens that are sorted first to find a nucleus; most are far smaller."""
+"""Tokens that are sorted first to find the top-p set; most sets are far smaller."""
 
 
 def draw(
@@ -30,19 +33,20 @@ def draw(
     params: Sequence[SamplingParams],
     uniforms: Sequence[float],
 ) -> torch.Tensor:
-    """Draw one token a row.
+    """Draw one token for each row.
 
-    The order is vLLM's: temperature, min-p, top-k, top-p, each on what the one before left.
-    Tokens equally likely are kept or dropped together, so the order of a sort never shows.
+    Filters are applied in vLLM's order: temperature, min-p, top-k, top-p, each to the tokens that
+    the one before kept. Equally likely tokens are kept or dropped together, so that results do not
+    depend on the order of a sort.
 
     Args:
         logits: (n, vocab) float32; overwritten.
-        peak: (n,) the row maxima.
+        peak: (n,), the maximum of each row.
         params: temperature (above 0), top_k, top_p and min_p of each row.
-        uniforms: a number in [0, 1) for each row.
+        uniforms: one random number in [0, 1) for each row.
 
     Returns:
-        (n,) int64. Rows without a finite peak get any token.
+        (n,) int64. A row without a finite peak gets any token.
     """
     scaled = scale(logits, peak, [p.temperature for p in params])
     keep_min_p(scaled, [p.min_p for p in params])
@@ -54,25 +58,25 @@ def draw(
 
 
 def scale(logits: torch.Tensor, peak: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
-    """Logarithms, to base 2, of how likely tokens are beside the likeliest; in place."""
+    """Turn logits in place into scaled logits, see the module; the likeliest token has 0."""
     factors = to_device([1 / (t * math.log(2)) for t in temperatures], logits.device, torch.float32)
     return logits.sub_(peak.unsqueeze(1)).mul_(factors.unsqueeze(1))
 
 
 def to_weights(scaled: torch.Tensor) -> torch.Tensor:
-    """(n, vocab) float32 whole numbers, RESOLUTION for the likeliest token."""
+    """Turn scaled logits in place into weights (n, vocab): whole numbers in float32."""
     return scaled.exp2().mul_(RESOLUTION).floor_()
 
 
 def keep_min_p(scaled: torch.Tensor, min_p: Sequence[float]) -> None:
-    """Drop, in place, tokens less likely than ``min_p`` times the likeliest (its logit is 0)."""
+    """Drop tokens, in place, that are less likely than ``min_p`` times the likeliest one."""
     if any(min_p):
         floor = to_device(min_p, scaled.device, torch.float32).log2_()
         _drop_below(scaled, floor)
 
 
 def keep_top_k(scaled: torch.Tensor, top_k: Sequence[int]) -> None:
-    """Drop, in place, tokens less likely than the k-th; k of 0 or at least the vocabulary: none."""
+    """Drop tokens, in place, that are less likely than the k-th; k = 0 drops none."""
     vocab = scaled.shape[1]
     rows = [row for row, k in enumerate(top_k) if 0 < k < vocab]
     if not rows:
@@ -86,9 +90,9 @@ def keep_top_k(scaled: torch.Tensor, top_k: Sequence[int]) -> None:
 
 
 def keep_top_p(scaled: torch.Tensor, weights: torch.Tensor, top_p: Sequence[float]) -> None:
-    """Zero the weights, in place, outside the smallest set of likeliest tokens with mass top_p.
+    """Set weights to 0, in place, outside the smallest set of likeliest tokens with mass top_p.
 
-    A token stays if those likelier than it have less than that mass (Holtzman et al. 2020).
+    A token stays if the likelier tokens have less than that mass (Holtzman et al. 2020).
     """
     rows = [row for row, p in enumerate(top_p) if p < 1.0]
     if not rows:
@@ -98,7 +102,7 @@ def keep_top_p(scaled: torch.Tensor, weights: torch.Tensor, top_p: Sequence[floa
     wanted, mass = scaled.index_select(0, index), weights.index_select(0, index)
     need = share * mass.sum(-1, dtype=torch.float64)
     floor = torch.full(scaled.shape[:1], -torch.inf, device=scaled.device)
-    # Whether a narrow sort was enough is known on the device only; asking makes the host wait.
+    # On CUDA the host would have to wait to learn whether a narrow sort was enough.
     width = wanted.shape[1] if wanted.is_cuda else NUCLEUS_WIDTH
     floor[index] = _nucleus_floor(wanted, mass, need, width)
     weights.masked_fill_(scaled < floor.unsqueeze(1), 0.0)
@@ -107,7 +111,10 @@ def keep_top_p(scaled: torch.Tensor, weights: torch.Tensor, top_p: Sequence[floa
 def _nucleus_floor(
     scaled: torch.Tensor, weights: torch.Tensor, need: torch.Tensor, width: int
 ) -> torch.Tensor:
-    """(n,) the smallest logit in each nucleus; sorts ``width`` tokens, more where mass lacks."""
+    """Return the smallest scaled logit (n,) in each top-p set.
+
+    Sorts the ``width`` likeliest tokens, and more in rows in which these lack mass.
+    """
     width = min(width, scaled.shape[1])
     values, ids = scaled.topk(width)
     each = weights.gather(1, ids).double()
@@ -123,10 +130,16 @@ def _nucleus_floor(
 
 
 def pick(weights: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
-    """The token at which the running sum of weights first exceeds fraction * total.
+    """Return the token at which the running sum of weights first exceeds fraction * total.
 
-    Sums blocks first and then searches one of them. ``weights`` is (n, vocab) as ``to_weights``
-    makes it, ``fractions`` (n,) float64 in [0, 1). Returns (n,) int64.
+    Sums of blocks are searched first, and then one block.
+
+    Args:
+        weights: (n, vocab), as `to_weights` makes them.
+        fractions: (n,) float64 in [0, 1).
+
+    Returns:
+        (n,) int64.
     """
     rows, vocab = weights.shape
     blocks = torch.nn.functional.pad(weights, (0, -vocab % BLOCK)).view(rows, -1, BLOCK)

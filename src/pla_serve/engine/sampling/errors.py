@@ -1,4 +1,4 @@
-"""Faults of a request; the messages are meant for the client."""
+"""Errors in the sampling parameters of a request; clients see the messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens and of the likeliest ones, from the model's own logits."""
+"""Log probabilities of chosen and of likeliest tokens, from the unchanged logits of the model."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pla_serve.wire.engine import TokenLogprob
 def token_logprobs(
     logits: torch.Tensor, tokens: torch.Tensor, tops: Sequence[int]
 ) -> list[TokenLogprob]:
-    """Log-softmax over the whole vocabulary, before any penalty or filter.
+    """Return log probabilities over the whole vocabulary, before penalties and filters.
 
     Args:
-        logits: (n, vocab) float32, untouched.
-        tokens: (n,) int64, the chosen ones.
-        tops: how many of the likeliest tokens each row wants beside the chosen one.
+        logits: (n, vocab) float32; not changed.
+        tokens: (n,) int64: the chosen tokens.
+        tops: number of likeliest tokens that each row wants besides the chosen one.
 
     Returns:
-        One a row. The rank is 1 for the likeliest; equally likely tokens share the better rank.
+        One result for each row. The likeliest token has rank 1; equally likely ones share a rank.
     """
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, tokens.unsqueeze(1))
     rank = (logprobs > chosen).sum(-1, keepdim=True) + 1
     width = min(max(tops), logits.shape[1])
     values, ids = logprobs.topk(width)
-    # float64 holds token ids and float32 values exactly, so one transfer brings everything.
+    # float64 represents ids and float32 values exactly, so one copy from the device is enough.
     packed = torch.cat([part.double() for part in (chosen, rank, values, ids)], dim=1).tolist()
     return [
         TokenLogprob(

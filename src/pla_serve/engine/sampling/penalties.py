@@ -1,6 +1,6 @@
-"""Changes to single logits before a token is chosen: bias, minimum length, penalties.
+"""Changes of single logits before a token is chosen: bias, minimum length, penalties.
 
-Kept sparse: a sequence touches the few tokens it has seen, not the vocabulary.
+Only the logits of tokens that a sequence has seen are touched, not the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pla_serve.engine.sampling.transfer import to_device
 
 
 class TokenCounts:
-    """The tokens a sequence has seen: how often each was put out; 0 for those of the prompt only.
+    """Tokens that a sequence has seen, each with its number of occurrences in the output.
 
     Args:
-        prompt: token ids that are penalised for being in the prompt.
+        prompt: token ids of the prompt, which start with a count of 0.
     """
 
     def __init__(self, prompt: Iterable[int] = ()) -> None:
@@ -32,12 +32,12 @@ class TokenCounts:
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """Token ids seen, each once."""
+        """Distinct token ids (n,) in the order in which they were seen."""
         return self._ids[: self._size]
 
     @property
     def counts(self) -> NDArray[np.float32]:
-        """Beside ``ids``: occurrences in the output."""
+        """Occurrences in the output (n,), in the order of ``ids``."""
         return self._counts[: self._size]
 
     def add(self, token: int) -> None:
@@ -54,7 +54,7 @@ class TokenCounts:
 
 
 class Penalties:
-    """One sequence's presence, frequency and repetition penalties and the counts behind them."""
+    """Presence, frequency and repetition penalty of one sequence, and its token counts."""
 
     def __init__(
         self, prompt: Sequence[int], *, presence: float, frequency: float, repetition: float
@@ -73,7 +73,7 @@ def add_to_logits(
 
     Args:
         logits: (n, vocab) float32, contiguous.
-        additions: (row, token ids, values beside them); a token may be named more than once.
+        additions: (row, token ids, a value for each id); ids may repeat.
     """
     vocab = logits.shape[1]
     places = [row * vocab + token for row, tokens, _ in additions for token in tokens]
@@ -89,13 +89,13 @@ def add_to_logits(
 def penalise(logits: torch.Tensor, penalties: Sequence[tuple[int, Penalties]]) -> None:
     """Apply the penalties of some rows, in place.
 
-    For each token seen: divide a positive logit by the repetition penalty, multiply a negative one
-    (Keskar et al. 2019, arXiv 1909.05858, with the sign fix that all engines use); then subtract
-    frequency * count, and presence if the output holds the token (OpenAI's definition).
+    The repetition penalty divides positive logits of seen tokens and multiplies negative ones
+    (Keskar et al. 2019, arXiv 1909.05858, with the correction for negative logits that all engines
+    use). Then frequency * count is subtracted, and presence if the output has the token (OpenAI).
 
     Args:
         logits: (n, vocab) float32, contiguous.
-        penalties: (row, its penalties).
+        penalties: (row, penalties of that row).
     """
     vocab = logits.shape[1]
     places = np.concatenate([p.seen.ids + row * vocab for row, p in penalties])

@@ -1,4 +1,4 @@
-"""The largest logit of each row and the first place where it stands."""
+"""Maximum of each row of logits, and the index of its first occurrence."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ BLOCK = 128
 
 
 def row_max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (n,) and indices (n,) int64 of the row maxima; the first index wins a tie.
+    """Return values (n,) and indices (n,) int64 of the row maxima; the first index wins a tie.
 
-    ``logits`` is (n, vocab). A row that holds a NaN has the value NaN and some index.
+    On a CPU, torch finds a maximum several times faster than its index. So the maxima of blocks are
+    computed first, and the index is searched in one block only.
 
-    On a CPU torch finds a maximum several times faster than its index. So the maxima of blocks are
-    taken first, and the index is searched for in one block only.
+    Args:
+        logits: (n, vocab). A row with a NaN has the value NaN and any index.
     """
     vocab = logits.shape[1]
     if logits.device.type != "cpu" or vocab < 2 * BLOCK:
@@ -24,8 +25,8 @@ def row_max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if whole < vocab:
         maxima = torch.cat((maxima, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
     values, block = maxima.max(dim=-1)
-    # The window of a ragged last block reaches back into the block before it. That one's maximum is
-    # smaller, or it would have been the first.
+    # A last block that is not full is extended to the left. The tokens there are smaller than the
+    # maximum: otherwise their own block would have been found first.
     start = (block * BLOCK).clamp(max=vocab - BLOCK).unsqueeze(1)
     window = logits.gather(1, start + torch.arange(BLOCK, device=logits.device))
     return values, start.squeeze(1) + window.argmax(-1)

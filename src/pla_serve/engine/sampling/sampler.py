@@ -1,4 +1,4 @@
-"""One token for each row of a batch of logits."""
+"""The sampler: it chooses the next token of each sequence from a batch of logits."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ ERRORS = {
 
 @dataclass(frozen=True, slots=True)
 class TokenChoice:
-    """The tokens of a batch, chosen on the device and on their way to the host."""
+    """Tokens of a batch that the device chooses and copies to the host."""
 
     sequences: Sequence[SequenceSampling]
     chosen: torch.Tensor
-    """(n,) int64 on the device; negative where there is no token."""
+    """(n,) int64 on the device; NOT_FINITE or NOTHING_LEFT in rows without a token."""
     tokens: torch.Tensor
-    """The same in the host's memory, valid once the device has come so far."""
+    """Copy of ``chosen`` on the host, valid once the device has finished the copy."""
     logprobs: dict[int, TokenLogprob]
 
 
 class Sampler:
-    """Chooses tokens. Holds no state of any sequence.
+    """Chooses tokens; the state of each sequence is in its `SequenceSampling`.
 
     Args:
         vocab_size: width of the logits.
-        device: where the logits are.
-        grammars: None where grammars are not offered.
+        device: device of the logits.
+        grammars: compiles grammars; None if requests with grammars are refused.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Sampler:
         default_seed: int,
         output: Sequence[int] = (),
     ) -> SequenceSampling:
-        """The sampling state of a new sequence; compiles its grammar unless it is a known one.
+        """Return the sampling state of a new sequence.
 
         Args:
             prompt: the request's token ids.
-            default_seed: used with the request's id where the request gives no seed.
-            output: what another engine has made of it already; see `SequenceSampling.resume`.
+            default_seed: used together with the request's id if the request has no seed.
+            output: tokens that another engine has chosen already; see `SequenceSampling.resume`.
 
         Raises:
             SamplingError: a token id is outside the vocabulary, or ``output`` cannot go on.
@@ -95,12 +95,12 @@ class Sampler:
     def sample(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> list[Sampled]:
         """Choose the next token of each sequence and advance its state.
 
-        What a sequence gets depends on its own row and state only. A fault of one row is told in
-        its ``Sampled.error`` and leaves the others alone.
+        The token of a sequence depends on its own row and state only. An error of one row is in
+        its ``Sampled.error`` and does not affect the others.
 
         Args:
             logits: (n, vocab) float32 or bfloat16; not changed.
-            sequences: n of them, each at most once.
+            sequences: one for each row, each at most once.
 
         Raises:
             ValueError: the shape does not fit.
@@ -111,10 +111,10 @@ class Sampler:
         return self.accept(choice)
 
     def choose(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> TokenChoice:
-        """Enqueue the choice of a token for each sequence; changes no state of theirs.
+        """Enqueue the choice of a token for each sequence, and leave their state as it is.
 
-        Waits for the device only for sequences that want log-probabilities. Arguments and errors
-        as of `sample`.
+        The host waits for the device only if a sequence wants log probabilities. Arguments and
+        errors are those of `sample`.
         """
         if logits.shape != (len(sequences), self._vocab_size):
             raise ValueError(
@@ -139,7 +139,7 @@ class Sampler:
         return TokenChoice(sequences, tokens, to_host(tokens), logprobs)
 
     def accept(self, choice: TokenChoice) -> list[Sampled]:
-        """Advance each sequence by its token; the device must have finished the choice."""
+        """Advance each sequence by its token, after the device has finished the choice."""
         return [
             sequence.accept(token, choice.logprobs.get(row))
             if token >= 0
@@ -152,8 +152,11 @@ class Sampler:
     def _choose(
         self, logits: torch.Tensor, tokens: torch.Tensor, sequences: Sequence[SequenceSampling]
     ) -> torch.Tensor:
-        """(n,) tokens or error codes of rows that need more than an argmax; overwrites logits."""
-        # Whatever happens to a row that is not finite stays in that row.
+        """Return tokens or error codes (n,) for rows that need more than an argmax.
+
+        Overwrites ``logits``.
+        """
+        # Rows that are not finite are computed like the others and get their error code at the end.
         broken = tokens == NOT_FINITE
         self._apply_grammars(logits, sequences)
         self._apply_adjustments(logits, sequences)

@@ -1,4 +1,4 @@
-"""Everything about sampling that belongs to one sequence and outlives a batch."""
+"""Sampling state of one sequence, which lives from batch to batch."""
 
 from __future__ import annotations
 
@@ -10,34 +10,32 @@ from pla_serve.engine.sampling.grammar import GrammarMatcher
 from pla_serve.engine.sampling.noise import uniform
 from pla_serve.engine.sampling.penalties import Penalties
 from pla_serve.wire.engine import SamplingParams, TokenLogprob
-
-GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy, as in vLLM."""
+from pla_serve.wire.limits import GREEDY_BELOW
 
 
 class Sampled(NamedTuple):
-    """The outcome of one step for one sequence."""
+    """Result of one step for one sequence."""
 
     token: int
     """-1 if there is an error."""
     logprob: TokenLogprob | None = None
     stopped: bool = False
-    """The token is one that ends generation: EOS or a stop id. Its text is not for the client."""
+    """Whether the token ends generation: EOS or a stop id. Its text is not sent to the client."""
     grammar_finished: bool = False
-    """The grammar allows nothing after this token, which is part of the text: finish as "stop"."""
+    """Whether the grammar allows nothing after this token. The token is part of the text."""
     error: str | None = None
-    """Why there is no token; the sequence cannot go on and is to end with this."""
+    """Why there is no token. The sequence ends with this error."""
 
 
 class SequenceSampling:
-    """The sampling state of one sequence: survives preemption, knows nothing of batches.
+    """Sampling state of one sequence; it survives recompute preemption.
 
     Args:
-        prompt: the request's own prompt, not the tokens that a recomputation adds to it.
-        eos_token_ids: the model's.
-        vocab_size: the width of the logits.
-        key: of its random numbers, from ``noise.seed_key``.
-        grammar: its own matcher, if it has a grammar.
+        prompt: prompt of the request, without output that a recomputation prefills again.
+        eos_token_ids: ids that end a text of this model.
+        vocab_size: width of the logits.
+        key: key of the random numbers, from `noise.seed_key`.
+        grammar: matcher of this sequence; None without a grammar.
 
     Raises:
         SamplingError: a token id is outside the vocabulary.
@@ -55,7 +53,7 @@ class SequenceSampling:
     ) -> None:
         self.params = params
         self.drawn = 0
-        """Tokens accepted so far."""
+        """Number of tokens accepted so far."""
         self._promised = 0
         self.grammar = grammar
         self.greedy = params.temperature < GREEDY_BELOW
@@ -63,7 +61,7 @@ class SequenceSampling:
         stop_ids = frozenset(params.stop_token_ids)
         self.stop_ids = stop_ids if params.ignore_eos else stop_ids | eos_token_ids
         if grammar is not None:
-            # It ends its text with EOS, so that keeps its meaning whatever ignore_eos says.
+            # A grammar ends its text with EOS, so EOS stops the sequence even with ignore_eos.
             self.stop_ids |= grammar.eos_token_ids
         self._early_stops = tuple(sorted(stop_ids | eos_token_ids | self.stop_ids))
         self.bias = params.logit_bias or {}
@@ -84,17 +82,17 @@ class SequenceSampling:
 
     @property
     def position(self) -> int:
-        """Of the next token to be chosen in the output: behind those accepted or on their way."""
+        """Position in the output of the next token to be chosen."""
         return self.drawn + self._promised
 
     @property
     def plain(self) -> bool:
-        """The next token is the argmax of the model's own logits."""
+        """Whether the next token is the argmax of the unchanged logits."""
         return self._bare and self.position >= self.params.min_tokens
 
     @property
     def needs_last_token(self) -> str | None:
-        """What the choice of a token takes from the one before; None: it can be made without."""
+        """Why a token cannot be chosen before the one before it is known; None if it can."""
         if self.grammar is not None:
             return "grammar"
         if self.penalties is not None:
@@ -102,28 +100,28 @@ class SequenceSampling:
         return None if self.params.logprobs is None else "logprobs"
 
     def promise(self) -> None:
-        """A token is chosen and will be accepted later; the next may be chosen before that.
+        """Count a token that was chosen and will be accepted later, so that the next can be chosen.
 
-        Only where ``needs_last_token`` is None.
+        Call it only if ``needs_last_token`` is None.
         """
         self._promised += 1
 
     def forbidden(self) -> tuple[int, ...]:
-        """Token ids that would end the text before ``min_tokens``."""
+        """Return token ids that must not be chosen yet: they would end the text too early."""
         early = self.position < self.params.min_tokens
         if not early or (self.grammar is not None and self.grammar.must_stop):
             return ()
         return self._early_stops
 
     def uniform(self) -> float:
-        """The random number of the next token; asking again gives the same one."""
+        """Return the random number for the next token; it changes only with ``position``."""
         return uniform(self._key, self.position)
 
     def resume(self, output: Sequence[int]) -> None:
-        """Go past tokens that another engine chose from the same state.
+        """Accept tokens that another engine has chosen for this request.
 
         Raises:
-            SamplingError: that engine would have ended with them, or they break the grammar.
+            SamplingError: the request would have ended with them, or they violate the grammar.
         """
         for token in output:
             sampled = self.accept(token, None)
@@ -133,7 +131,7 @@ class SequenceSampling:
                 raise SamplingError(f"nothing is left to make: the output has ended with {token}")
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> Sampled:
-        """Take ``token`` as the next of the output and advance all state by it."""
+        """Append ``token`` to the output, and advance grammar, penalties and position."""
         self.drawn += 1
         self._promised = max(0, self._promised - 1)
         if self.penalties is not None:

@@ -1,4 +1,4 @@
-"""Small tensors between host and device, without making the host wait for the device."""
+"""Copies small tensors between host and device without waiting for the device."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ def to_device(
     device: torch.device,
     dtype: torch.dtype = torch.int64,
 ) -> torch.Tensor:
-    """(n,) on the device. On CUDA through pinned memory: a plain copy waits for all work so far."""
+    """Return ``values`` as a tensor (n,) on the device.
+
+    On CUDA the copy goes through pinned memory: an ordinary one waits for all enqueued work.
+    """
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def to_host(values: torch.Tensor) -> torch.Tensor:
-    """The values on the host, once the device has come to this point."""
+    """Return a copy on the host, valid once the device has finished it."""
     if values.device.type != "cuda":
         return values
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -45,7 +45,7 @@ class _Reservation:
     sequence: Sequence
     lease: float
     until: float
-    """When the request is given up, or goes on without the KV that was not read by then."""
+    """Moment at which the request is given up, or goes on without KV that was not read by then."""
     key: int | None = None
     """Key of the running pull; None if none runs."""
     offered: int = 0

@@ -10,9 +10,7 @@ from pla_serve.server.api.bounded_json import decode
 from pla_serve.server.api.errors import invalid
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from pla_serve.wire.engine import Grammar, SamplingParams
-
-GREEDY_BELOW = 1e-5
-"""A temperature below this is greedy: dividing by it would overflow."""
+from pla_serve.wire.limits import GREEDY_BELOW
 
 MOST_CONSTRAINT = 2**17
 """Characters of a schema, a regular expression or a grammar; each sequence carries its own."""

@@ -1,4 +1,4 @@
-"""Faster CPU modules in place of stock ones; same parameters, same results up to rounding."""
+"""Replaces stock modules by faster ones on a CPU: same parameters, same results up to rounding."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
 from pla_serve.engine.layers.cpu.linear import PackedLinear, packs
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.layers.cpu.probe import same_results
+from pla_serve.engine.layers.stock import rotary_owner
 
 __all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
 
 
 def optimise(model: nn.Module, tiles: Tiles | None = None, keep: nn.Module | None = None) -> int:
-    """Replace the modules of ``model``, on the CPU, that have a faster equal; returns how many of
-    them are whole decoder layers.
+    """Replace modules of ``model``, which is on the CPU, by faster ones.
 
     Args:
-        tiles: what linears of many float32 tokens are computed with, where they fit it.
-        keep: a part of the model that stays as it is.
+        tiles: kernels for the matrix unit; used for float32 linears of many tokens.
+        keep: a submodule that stays as it is.
+
+    Returns:
+        The number of decoder layers that were replaced as a whole.
     """
     with torch.inference_mode(False), torch.no_grad():
         fused = _fuse_layers(model, tiles) if keep is None else 0
@@ -32,14 +35,13 @@ def optimise(model: nn.Module, tiles: Tiles | None = None, keep: nn.Module | Non
 
 
 def _fuse_layers(model: nn.Module, tiles: Tiles | None) -> int:
-    """Whole decoder layers, each if it gives what the stock one gives; they need our attention."""
+    """Replace each decoder layer whose fused form gives the same results; return how many."""
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         return 0
-    owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module)]
-    if len(owners) != 1 or not packs(next(model.parameters()).dtype):
+    owner: Any = rotary_owner(model)
+    if owner is None or not packs(next(model.parameters()).dtype):
         return 0
-    owner: Any = owners[0]
     rotary = owner.rotary_emb = TurningRotary(owner.rotary_emb)
     replaced = 0
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:

@@ -1,7 +1,7 @@
-"""A decoder layer in few calls: what the stock one computes, in a third of its operations.
+"""A fused decoder layer for CPUs: the results of the stock layer in a third of its operations.
 
-On a CPU, a layer of a small model at one token is bound by the number of calls, and at many tokens
-the passes over memory between the matrix products cost as much as a quarter of them.
+With one token, the time of a layer of a small model is that of its number of calls. With many
+tokens, the passes over memory between matrix products take up to a quarter of their time.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from pla_serve.engine.parallel.modules import unwrap
 
 
 class Angles(tuple[torch.Tensor, torch.Tensor]):
-    """``(cos, sin)`` as stock layers take it, and the same as one complex tensor.
+    """Rotary embedding as ``(cos, sin)`` for stock layers, and as one complex tensor ``turn``.
 
-    Complex numbers turn a pair of elements by one multiplication, if the two are neighbours.
+    One complex multiplication rotates a pair of neighbouring elements.
     """
 
     turn: torch.Tensor
-    """(tokens, 1, head dim / 2)."""
+    """(tokens, 1, head dim / 2), complex: cos + i sin."""
 
 
 class TurningRotary(nn.Module):
-    """The stock rotary embedding of a model; gives `Angles`."""
+    """Wraps the rotary embedding of a model so that it returns `Angles`."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
         self.stock = stock
 
     def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Angles:
-        """Of (1, tokens) positions."""
+        """Return the angles of ``position_ids`` (1, tokens)."""
         cos, sin = self.stock(hidden, position_ids)
         angles = Angles((cos, sin))
         half = cos.shape[-1] // 2
@@ -46,13 +46,18 @@ class TurningRotary(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """Llama's decoder layer, also with biases (Qwen2) or with norms of queries and keys (Qwen3).
+    """Decoder layer of Llama, Qwen2 (with biases) and Qwen3 (with norms of queries and keys).
 
-    One product for queries, keys and values; the rows of queries and keys are reordered so that
-    the two elements that rotary embeddings turn together are neighbours, which changes no score.
+    Queries, keys and values come from one product. The rows of queries and keys are reordered such
+    that the two elements that the rotary embedding rotates together are neighbours. Both have the
+    same order, so no score changes.
+
+    Args:
+        stock: layer of transformers whose weights are taken over.
+        tiles: kernels for the matrix unit; used where they support these shapes.
 
     Raises:
-        AttributeError, TypeError, ValueError: the stock layer is built otherwise.
+        AttributeError, TypeError, ValueError: the stock layer is built in another way.
     """
 
     def __init__(self, stock: Any, tiles: Tiles | None = None) -> None:
@@ -94,7 +99,7 @@ class FusedLayer(nn.Module):
         forward_context: ForwardContext,
         **_: Any,
     ) -> torch.Tensor:
-        """(1, tokens, hidden) to the same; writes the KV of its tokens."""
+        """Return the layer's output (1, tokens, hidden), and write the KV of its tokens."""
         inputs = hidden_states[0]
         middle = self._attend(inputs, position_embeddings.turn, forward_context)
         gated = self.gated(middle, self.before_mlp)
@@ -103,7 +108,7 @@ class FusedLayer(nn.Module):
     def _attend(
         self, inputs: torch.Tensor, turn: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """(tokens, hidden): the attention block and its residual."""
+        """Return the attention block of ``inputs`` (tokens, hidden), with its residual."""
         tokens = inputs.shape[0]
         heads = self.qkv.of_normed(inputs, self.before_attention)
         queries = self._turned(heads.view(tokens, -1, self.head_dim), turn, context)
@@ -115,7 +120,7 @@ class FusedLayer(nn.Module):
     def _added(
         self, product: PackedLinear, inputs: torch.Tensor, residual: torch.Tensor
     ) -> torch.Tensor:
-        """The product of all ranks, and the residual, which only one of them adds."""
+        """Return the product, summed over all ranks, plus the residual, which one rank adds."""
         if self._ranks is None:
             return product.with_other(inputs, residual, "add")
         leads = self._ranks.leads
@@ -125,7 +130,7 @@ class FusedLayer(nn.Module):
     def _turned(
         self, heads: torch.Tensor, turn: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """(tokens, query heads, dim) turned by their positions; keys and values go to the cache."""
+        """Write keys and values to the cache; return rotated queries (tokens, query heads, dim)."""
         cache, slots = context.cache, context.batch.slots
         heads = self._normed(heads)
         if self._tiles is not None:
@@ -141,7 +146,7 @@ class FusedLayer(nn.Module):
         return queries
 
     def _normed(self, heads: torch.Tensor) -> torch.Tensor:
-        """(tokens, heads, dim) after the norms of queries and keys, where the model has them."""
+        """Apply the norms of queries and keys, if the model has them, to (tokens, heads, dim)."""
         if self.query_norm is None or self.key_norm is None:
             return heads
         sizes = [self.query_heads, self.kv_heads, self.kv_heads]
@@ -157,12 +162,12 @@ def _norm(stock: Any, order: torch.Tensor | None = None) -> FusedRMSNorm:
 
 
 def _neighbours(head_dim: int) -> torch.Tensor:
-    """Order of a head's elements in which element i and i + dim/2 are neighbours."""
+    """Return an order of a head's elements in which elements i and i + dim/2 are neighbours."""
     return torch.arange(head_dim).view(2, -1).t().flatten()
 
 
 def _reordered(linear: nn.Linear, order: torch.Tensor) -> nn.Linear:
-    """The linear with its outputs in this order, head by head."""
+    """Return the linear with the outputs of each head in this order."""
     rows = torch.arange(linear.out_features).view(-1, len(order))[:, order].flatten()
     made = nn.Linear(1, 1, bias=False, device="meta")
     made.in_features, made.out_features = linear.in_features, linear.out_features

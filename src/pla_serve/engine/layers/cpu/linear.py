@@ -1,4 +1,4 @@
-"""Linear layers for a CPU: weights laid out once, and read at half the width for few tokens."""
+"""Linear layers for CPUs: weights are packed once, and read as float16 for few tokens if exact."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pla_serve.engine.layers.amx import Tiles, TileWeight
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm
 
 PACKING_TOKENS = 256
-"""Batch size that oneDNN packs weights for; layouts for larger ones serve small ones as well."""
+"""Batch size that oneDNN packs weights for; the layout is good for smaller batches as well."""
 FEW_TOKENS = 12
-"""Up to here a linear is bound by reading its weights, and half-width ones win."""
+"""Most tokens for which reading weights takes longest, so that float16 weights are faster."""
 
 AfterOne = Literal["none", "swish"]
 AfterTwo = Literal["add", "mul"]
@@ -21,18 +21,18 @@ AfterTwo = Literal["add", "mul"]
 class PackedLinear(torch.nn.Module):
     """``nn.Linear`` with its weight in oneDNN's blocked layout.
 
-    Plain CPU linears go to BLAS, which repacks the weight in every call and so wastes most of the
-    time of a batch of a few tokens. What follows a linear, an activation or the sum or product with
-    another tensor, is done while its result is still in the cache.
+    Stock linears call BLAS, which packs the weight again in every call: most of the time of a small
+    batch. An activation, or a sum or product with another tensor, is computed while the result of
+    the linear is still in the processor's cache.
 
-    Weights that float16 holds exactly, as those of most GGUF files, are kept in that form too, if
-    this build of torch multiplies it with float32 inputs (fbgemm): a step of few tokens is bound by
-    reading weights. They are widened before they are multiplied, so nothing is lost.
+    Weights that float16 represents exactly, as most GGUF files have, are kept in float16 as well,
+    if this build of torch can multiply them with float32 inputs (fbgemm). They are converted before
+    they are multiplied, so results stay the same, and half as many bytes are read.
 
     Args:
         weight: (out, in).
         bias: (out,).
-        tiles: multiplies more tokens than a few, where the weight fits it.
+        tiles: kernels for the matrix unit; used for more than FEW_TOKENS if they fit the weight.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PackedLinear(torch.nn.Module):
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         self.narrow = _pack_half(weight, bias)
         self._tiles = tiles if TileWeight.fits(weight) else None
-        # Plain attributes: packed tensors have no storage, which state_dict and .to() would want.
+        # Not parameters: packed tensors have no storage, which state_dict and .to() need.
         self.tiled = None if self._tiles is None else TileWeight(weight)
         self.packed = None
         if self.tiled is None or self.narrow is None:
@@ -53,7 +53,11 @@ class PackedLinear(torch.nn.Module):
 
     @classmethod
     def of(cls, *linears: torch.nn.Linear, tiles: Tiles | None = None) -> PackedLinear:
-        """One linear whose outputs are those of all these, one behind the other."""
+        """Return one linear with the outputs of all these, one after another.
+
+        Raises:
+            ValueError: some have a bias and some have none.
+        """
         weight = torch.cat([linear.weight.data for linear in linears])
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if len(biases) not in (0, len(linears)):
@@ -61,11 +65,11 @@ class PackedLinear(torch.nn.Module):
         return cls(weight, torch.cat([bias.data for bias in biases]) if biases else None, tiles)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out)."""
+        """Map (..., in) to (..., out)."""
         return self.then(inputs, "none")
 
     def then(self, inputs: torch.Tensor, after: AfterOne) -> torch.Tensor:
-        """The linear, and ``after`` (swish is SiLU) on its result."""
+        """Return the linear with ``after`` applied to its result; swish is SiLU."""
         tokens = inputs.numel() // self.in_features
         if tokens == 0:
             return inputs.new_empty(*inputs.shape[:-1], self.out_features)
@@ -80,13 +84,13 @@ class PackedLinear(torch.nn.Module):
         return cast("torch.Tensor", outputs)
 
     def tiles_for(self, tokens: int) -> tuple[Tiles, TileWeight] | None:
-        """What multiplies so many tokens, with the weight as it takes it; None if others do."""
+        """Return the matrix unit kernels and the weight for them; None if others are faster."""
         if self._tiles is None or self.tiled is None or tokens <= FEW_TOKENS:
             return None
         return self._tiles, self.tiled
 
     def of_normed(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
-        """The linear of the norm of ``inputs`` (tokens, in)."""
+        """Return the linear of the norm of ``inputs`` (tokens, in)."""
         if (tiles := self.tiles_for(inputs.shape[0])) is not None:
             return tiles[0].linear(inputs, tiles[1], self.bias, norm=norm)
         return self.then(norm(inputs), "none")
@@ -94,7 +98,7 @@ class PackedLinear(torch.nn.Module):
     def with_other(
         self, inputs: torch.Tensor, other: torch.Tensor, after: AfterTwo
     ) -> torch.Tensor:
-        """The linear's result plus or times ``other``, of the same shape (tokens, out)."""
+        """Return the linear's result plus or times ``other`` (tokens, out)."""
         if self.narrow is not None and inputs.shape[0] <= FEW_TOKENS:
             outputs = _multiply_half(inputs, self.narrow)
             return outputs.add_(other) if after == "add" else outputs.mul_(other)
@@ -105,7 +109,7 @@ class PackedLinear(torch.nn.Module):
 
 
 class GatedLinear(torch.nn.Module):
-    """Two linears of the norm of the same inputs, the second times SiLU of the first."""
+    """Gated part of an MLP: ``up(norm(x)) * SiLU(gate(norm(x)))``."""
 
     def __init__(
         self, gate: torch.nn.Linear, up: torch.nn.Linear, tiles: Tiles | None = None
@@ -118,7 +122,7 @@ class GatedLinear(torch.nn.Module):
         self._together = same and self.gate.bias is None and self.up.bias is None
 
     def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
-        """(tokens, in) to (tokens, out)."""
+        """Map (tokens, in) to (tokens, out)."""
         tiles = self.up.tiles_for(inputs.shape[0])
         if self._together and tiles is not None:
             return tiles[0].linear(inputs, tiles[1], None, gate=self.gate.tiled, norm=norm)
@@ -127,14 +131,14 @@ class GatedLinear(torch.nn.Module):
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether this build of torch, on this processor, multiplies packed weights."""
+    """Whether this build of torch can multiply packed weights of this type on this processor."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _pack_half(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.ScriptObject | None:
-    """None if it would not be exact, or not be faster."""
+    """Return the weight in float16; None if that is not exact or not faster."""
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if weight.dtype != torch.float32 or not fast:
         return None

@@ -1,4 +1,4 @@
-"""Root-mean-square norms in few passes over memory."""
+"""Root-mean-square norms for CPUs, in few passes over memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import torch
 
 
 class FusedRMSNorm(torch.nn.Module):
-    """Root-mean-square norm with this weight, computed in float32.
+    """Root-mean-square norm, computed in float32.
 
-    Torch has no single CPU kernel for it: its own version makes eight calls, this one five, of
-    which three go over the whole input.
+    Torch has no single kernel for it on a CPU. Its own version makes eight calls; this one makes
+    five, of which three read the whole input.
+
+    Args:
+        weight: (dim,).
+        epsilon: number that is added to the mean square.
     """
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
@@ -20,7 +24,7 @@ class FusedRMSNorm(torch.nn.Module):
         self._per_element = 1 / weight.shape[-1]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., dim) to the same."""
+        """Return the norm of ``inputs`` (..., dim)."""
         wide = inputs.float()
         lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scales = torch.addcmul(self._added, lengths, lengths, value=self._per_element).rsqrt_()
@@ -28,9 +32,10 @@ class FusedRMSNorm(torch.nn.Module):
 
 
 def rms_epsilon(module: torch.nn.Module) -> float | None:
-    """Epsilon of a plain RMS norm, None for any other module.
+    """Return epsilon if ``module`` is a plain RMS norm; None for any other module.
 
-    Told by trial rather than by name: some architectures add one to the weight or scale otherwise.
+    The module is run and compared, because some architectures have a norm of that name that adds
+    one to the weight or scales in another way.
     """
     epsilon = getattr(module, "variance_epsilon", None)
     weight = getattr(module, "weight", None)

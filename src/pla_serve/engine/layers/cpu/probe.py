@@ -1,4 +1,4 @@
-"""Whether a fused decoder layer computes what the stock one does, told by running both."""
+"""Compares a fused decoder layer with the stock one by running both."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
 
 TOKENS = 20
-"""Of each sequence: enough that linears take the way of many tokens."""
+"""Tokens of each of two sequences: enough for the code path of many tokens."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Of the largest output: far above what reordered sums make, far below an error."""
+"""Largest difference, as a share of the largest output: far above rounding, far below errors."""
 
 
 def same_results(stock: nn.Module, fused: FusedLayer, rotary: TurningRotary) -> bool:
-    """Both layers on the same random hidden states, on two sequences of TOKENS tokens."""
+    """Whether both layers give the same results on random hidden states of two sequences."""
     cpu = torch.device("cpu")
     dtype = next(stock.parameters()).dtype
     width = len(fused.before_attention.weight)

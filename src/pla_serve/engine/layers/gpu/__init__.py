@@ -1,4 +1,4 @@
-"""Faster modules for a GPU in place of stock ones; same parameters, same results up to rounding."""
+"""Replaces stock decoder layers by fused ones on a GPU: same results up to rounding."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.layers.gpu.layer import GpuLayer
 from pla_serve.engine.layers.gpu.operations import Operations, TorchOperations
 from pla_serve.engine.layers.gpu.probe import same_results
+from pla_serve.engine.layers.stock import rotary_owner
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ __all__ = ["GpuLayer", "best_operations", "optimise"]
 
 
 def best_operations() -> Operations:
-    """The Triton kernels, where Triton is installed."""
+    """Return the Triton kernels if Triton is installed, and plain torch otherwise."""
     if find_spec("triton") is None:
         return TorchOperations()
     from pla_serve.engine.layers.gpu.triton_operations import TritonOperations
@@ -30,17 +31,17 @@ def best_operations() -> Operations:
 
 @torch.no_grad()
 def optimise(model: nn.Module, operations: Operations) -> int:
-    """Fuse the decoder layers of ``model`` that can be; returns how many.
+    """Replace decoder layers of ``model`` by fused ones; return how many were replaced.
 
-    Each is run beside the stock layer before it takes its place; one that computes something else
-    stays as it is.
+    Each fused layer is compared with the stock one first. A layer that is built in another way, or
+    whose results differ, stays as it is.
     """
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != IMPLEMENTATION:
         return 0
-    owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module)]
-    if len(owners) != 1:
+    owner: Any = rotary_owner(model)
+    if owner is None:
         return 0
-    rotary: Any = owners[0].rotary_emb
+    rotary = owner.rotary_emb
     replaced = 0
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for index, stock in enumerate(layers):

@@ -1,4 +1,4 @@
-"""Triton kernels for what a layer does between its matrix products; each reads its input once."""
+"""Triton kernels for the operations between matrix products; each reads its input once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(inputs, weight, outputs, width, epsilon, BLOCK: tl.constexpr):
-    """Grid: (rows,). One row each, in float32."""
+    """RMS norm of one row, computed in float32. Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
     inside = places < width
@@ -23,7 +23,7 @@ def rms_norm_kernel(inputs, weight, outputs, width, epsilon, BLOCK: tl.constexpr
 def _turn(
     half, other, weight, weight_other, cos, sin, epsilon, DIM: tl.constexpr, NORM: tl.constexpr
 ):
-    """One half of a head after its norm and the rotary embedding; ``other`` enters times -sin."""
+    """Return one half of a head after norm and rotary embedding: half * cos - other * sin."""
     if NORM:
         scale = tl.rsqrt((tl.sum(half * half, 0) + tl.sum(other * other, 0)) / DIM + epsilon)
         half = half * scale * weight
@@ -50,7 +50,10 @@ def rotate_and_store_kernel(
     HALF_PAD: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Grid: (tokens, query heads + 2 * kv heads). Queries are turned in place."""
+    """Rotate one head of one token; queries stay in place, keys and values go to the cache.
+
+    Grid: (tokens, query heads + 2 * KV heads).
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     HALF: tl.constexpr = DIM // 2
@@ -104,7 +107,7 @@ def rotate_and_store_kernel(
 
 @triton.jit
 def gate_kernel(joint, outputs, width, BLOCK: tl.constexpr):
-    """Grid: (tokens, blocks of the width)."""
+    """SiLU of the first half of a row times the second. Grid: (tokens, blocks of the width)."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = places < width

@@ -1,4 +1,4 @@
-"""A decoder layer in ten kernels: four matrix products, attention, and what lies between them."""
+"""A fused decoder layer for GPUs: four matrix products, attention, and five small kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from pla_serve.engine.parallel.modules import unwrap
 
 
 class GpuLayer(nn.Module):
-    """Llama's decoder layer, also with biases (Qwen2) or with norms of queries and keys (Qwen3).
+    """Decoder layer of Llama, Qwen2 (with biases) and Qwen3 (with norms of queries and keys).
 
-    One product for queries, keys and values, and one for gate and up. Residuals are added by the
-    products that precede them, in place: the layer overwrites its input.
+    Queries, keys and values come from one product, gate and up from another. The products before a
+    residual add to it in place, so the layer overwrites its input.
+
+    Args:
+        stock: layer of transformers whose weights are taken over.
+        operations: the small kernels between the products.
 
     Raises:
-        AttributeError, TypeError, ValueError: the stock layer is built otherwise.
+        AttributeError, TypeError, ValueError: the stock layer is built in another way.
     """
 
     def __init__(self, stock: Any, operations: Operations) -> None:
@@ -33,7 +37,8 @@ class GpuLayer(nn.Module):
         self._operations = operations
         self.layer_idx: int = attention.layer_idx
         self.scaling: float = attention.scaling
-        self.attention_type = getattr(stock, "attention_type", None)  # some models look it up
+        # Some models read this attribute of their layers.
+        self.attention_type = getattr(stock, "attention_type", None)
         self.before_attention, self.epsilon = _norm(stock.input_layernorm)
         self.before_mlp, other = _norm(stock.post_attention_layernorm)
         norms = [
@@ -69,7 +74,7 @@ class GpuLayer(nn.Module):
         forward_context: ForwardContext,
         **_: Any,
     ) -> torch.Tensor:
-        """(1, tokens, hidden) to the same, in place; writes the KV of its tokens."""
+        """Compute the layer on (1, tokens, hidden) in place, and write the KV of its tokens."""
         hidden, context = hidden_states[0], forward_context
         queries = self.queries(hidden, position_embeddings, context)
         attended = context.backend.attend(
@@ -84,7 +89,15 @@ class GpuLayer(nn.Module):
         angles: tuple[torch.Tensor, torch.Tensor],
         context: ForwardContext,
     ) -> torch.Tensor:
-        """Before attention: (tokens, hidden) to (heads, tokens, dim); writes the KV."""
+        """Compute the part before attention, and write the KV.
+
+        Args:
+            hidden: (tokens, hidden).
+            angles: cos and sin of the rotary embedding, each (1, tokens, dim).
+
+        Returns:
+            Queries (heads, tokens, dim).
+        """
         cos, sin = angles
         normed = self._operations.rms_norm(hidden, self.before_attention, self.epsilon)
         joint = linear(normed, self.qkv, self.qkv_bias)
@@ -94,14 +107,14 @@ class GpuLayer(nn.Module):
         )
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> None:
-        """After attention, (tokens, heads, dim): the rest of the layer, into ``hidden``."""
+        """Add the part after attention, whose result is (tokens, heads, dim), to ``hidden``."""
         self._add(hidden, attended.reshape(len(hidden), -1), self.out)
         normed = self._operations.rms_norm(hidden, self.before_mlp, self.epsilon)
         gated = self._operations.gate(linear(normed, self.gate_up))
         self._add(hidden, gated, self.down)
 
     def _add(self, hidden: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> None:
-        """The product of all ranks, into ``hidden``, which only one of them brings."""
+        """Add the product of all ranks to ``hidden``, which counts on the leading rank only."""
         if self._ranks is None or self._ranks.leads:
             hidden.addmm_(inputs, weight.t())
         else:
@@ -111,7 +124,7 @@ class GpuLayer(nn.Module):
 
 
 def _joined(*linears: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """One matrix whose outputs are those of all these, one behind the other."""
+    """Return weight and bias of one linear with the outputs of all these, one after another."""
     if any(type(one) is not nn.Linear for one in linears):
         raise TypeError("its projections are no plain linears")
     weights = [one.weight.data for one in linears]
@@ -124,7 +137,7 @@ def _joined(*linears: nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
 
 
 def _norm(stock: Any) -> tuple[nn.Parameter, float]:
-    """Weight and epsilon; that it is a plain RMS norm is told by running the whole layer."""
+    """Return weight and epsilon of a norm; the trial of the layer shows that it is an RMS norm."""
     weight, epsilon = stock.weight, stock.variance_epsilon
     if not isinstance(weight, nn.Parameter) or not isinstance(epsilon, float):
         raise TypeError(f"{type(stock).__name__} is no RMS norm")

@@ -1,4 +1,4 @@
-"""What a fused layer does between its matrix products: in plain torch, or in one kernel each."""
+"""The operations between the matrix products of a fused layer; this file has them in torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How one row of the joint product is divided: query heads, key heads, value heads."""
+    """Layout of one row of the joint product: query heads, then key heads, then value heads."""
 
     query: int
     kv: int
     dim: int
     query_norm: torch.Tensor | None
-    """(dim,), for models that normalise each head of queries and keys."""
+    """Weight (dim,) of the norm of each query head; None for models without such norms."""
     key_norm: torch.Tensor | None
     epsilon: float
 
 
 class Operations(Protocol):
-    """Works in place where it says so; all tensors are contiguous."""
+    """Operations of a fused layer on contiguous tensors."""
 
     def rms_norm(self, inputs: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """(tokens, hidden) to the same, in float32 inside."""
+        """Return the RMS norm of ``inputs`` (tokens, hidden), computed in float32."""
         ...
 
     def rotate_and_store(
@@ -37,20 +37,26 @@ class Operations(Protocol):
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> torch.Tensor:
-        """Queries (heads, tokens, dim) of ``joint`` (tokens, heads * dim), which is overwritten.
+        """Apply norms and the rotary embedding, and write keys and values to the cache.
 
-        Norms where there are some, and the rotary embedding by ``angles`` (cos, sin), each (tokens,
-        dim). Keys and values go to ``slots`` of the layer's memory (slots, kv heads, dim).
+        Args:
+            joint: (tokens, all heads * dim); overwritten.
+            angles: cos and sin, each (tokens, dim).
+            slots: (tokens,) int64: where the KV of each token goes.
+            keys: memory of the layer (slots, KV heads, dim), as is ``values``.
+
+        Returns:
+            Queries (query heads, tokens, dim); they may share memory with ``joint``.
         """
         ...
 
     def gate(self, joint: torch.Tensor) -> torch.Tensor:
-        """(tokens, 2 * width) to (tokens, width): SiLU of the first half times the second."""
+        """Return SiLU of the first half of (tokens, 2 * width) times the second half."""
         ...
 
 
 class TorchOperations:
-    """The reference, on any device."""
+    """The operations in plain torch, on any device: the reference for kernels."""
 
     def rms_norm(self, inputs: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """See `Operations`."""

@@ -1,4 +1,4 @@
-"""Whether a fused layer computes what the stock one does, told by running both on the device."""
+"""Compares a fused layer with the stock one by running both on the device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.layers.gpu.layer import GpuLayer
 
 TOKENS = 5
+"""Tokens of each of two sequences."""
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
-"""Of the norm of what the layer adds to its input; float32 products may go through tf32."""
+"""Largest difference, as a share of the norm of what the layer adds; float32 may use tf32."""
 
 
 def same_results(stock: nn.Module, fused: GpuLayer, rotary: Any) -> str | None:
-    """None if they are the same, on two sequences of TOKENS tokens; else how much they differ."""
+    """Return how the results of both layers differ, as text; None if they do not."""
     weight = fused.before_attention
     device, dtype = weight.device, weight.dtype
     generator = torch.Generator().manual_seed(0)
@@ -32,7 +33,7 @@ def same_results(stock: nn.Module, fused: GpuLayer, rotary: Any) -> str | None:
     results = []
     for layer in (stock, fused):
         cache = KVCache(shape, 2 * TOKENS, device)
-        # Only this layer's memory is made; both find it under their number.
+        # Memory for one layer is enough: all layer numbers get the same.
         cache.keys = [cache.keys[0]] * (fused.layer_idx + 1)
         cache.values = [cache.values[0]] * (fused.layer_idx + 1)
         result = layer(

@@ -1,4 +1,4 @@
-"""A layer's operations by the Triton kernels."""
+"""The operations of a fused layer by Triton kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GATE_BLOCK = 1024
 
 
 class TritonOperations:
-    """One kernel each."""
+    """`Operations` with one kernel for each."""
 
     def rms_norm(self, inputs: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """See `Operations`."""
