@@ -25,13 +25,13 @@ NEW = {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
         *("--engine-silence-seconds", "--share-prefix-cache", "--listen-fd", "--metrics-key"),
-        "--enable-priority",
+        *("--enable-priority", "--link-key-file"),
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
         *("--share-prefix-cache", "--metrics-key"),
-        "--enable-priority",
+        *("--enable-priority", "--link-key-file"),
     },
     "fleet start": {"--serve-word", "--route-word"},
 }

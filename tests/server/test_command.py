@@ -55,6 +55,7 @@ def test_defaults_are_those_of_the_configs(started: Started) -> None:
 def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
     """Sets each flag to something else than its default, and finds no field left at it."""
     (tmp_path / "template").write_text("hello")
+    (tmp_path / "key").write_text("of links")
     flags = {
         "--load-format": "dummy", "--dtype": "float32", "--device": "cpu", "--seed": 3,
         "--max-model-len": 99, "--block-size": 8, "--kv-cache-gib": 0.5,
@@ -73,6 +74,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--max-head-bytes": 999, "--head-seconds": 1, "--body-seconds": 1, "--idle-seconds": 1,
         "--max-connections": 1, "--max-connections-per-address": 0, "--max-upload-bytes": 1,
         "--engine-silence-seconds": 1, "--metrics-key": "m", "--listen-fd": 9,
+        "--link-key-file": tmp_path / "key",
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
     switches = (

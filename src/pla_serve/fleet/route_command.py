@@ -101,7 +101,8 @@ class RouteSettings:
     instance_key: Annotated[
         str | None,
         Flag(
-            "API key that the instances ask for.",
+            "Key that the instances ask for: the API key of vLLM or SGLang servers, and the "
+            "link key of instances of ours unless PLA_SERVE_LINK_KEY or --link-key-file gives it.",
             panel=INSTANCES,
             variable="PLA_SERVE_INSTANCE_KEY",
         ),
@@ -255,7 +256,7 @@ def build(
     signal = ControlMetrics(metrics.registry, settings.model_names[0])
     control = _control(router, lambda: [i.link for i in client.instances], signal.look)
     client = FleetClient(
-        make_links(router),
+        make_links(router, settings.link_key),
         WithControl(metrics, control),
         options=router.fleet,
         routing=None if router.routing == "auto" else parse_routing(router.routing),
@@ -282,12 +283,13 @@ def build(
     )
 
 
-def make_links(router: RouteSettings) -> list[MakeLink]:
+def make_links(router: RouteSettings, link_key: str | None = None) -> list[MakeLink]:
     """Functions that make the links, one for each instance."""
     from pla_serve.fleet.link.kinds import link_maker
 
     return [
-        link_maker(url, router.instance_key, router.liveness_seconds) for url in router.instances
+        link_maker(url, router.instance_key, router.liveness_seconds, link_key)
+        for url in router.instances
     ]
 
 

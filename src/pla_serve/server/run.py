@@ -19,7 +19,7 @@ import uvicorn
 
 from pla_serve.server.api.app import build_app
 from pla_serve.server.api.endpoints import Service
-from pla_serve.server.api.guard import Keys, Traffic
+from pla_serve.server.api.guard import Traffic
 from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.api.routes import ApiRoute
 from pla_serve.server.connections.acceptor import Acceptor
@@ -31,6 +31,7 @@ from pla_serve.server.engine.client import EngineClient
 from pla_serve.server.engine.process import EngineProcess, EngineSpec
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.prompts import PromptEncoder
+from pla_serve.server.link.access import LinkAccess, operator_keys
 from pla_serve.server.link.hub import LinkHub
 from pla_serve.server.loop_lag import LoopLag
 from pla_serve.server.model import ServedModel
@@ -281,13 +282,13 @@ class InstanceServer(ApiServer):
         settings = self._settings
         hub = LinkHub(
             self.engine,
-            Keys(settings.api_keys),
+            LinkAccess(settings.link_key, settings.api_keys),
             self.traffic,
             model=settings.model_names[0],
             block_tokens=block_tokens,
             role=settings.role,
         )
-        return hub.routes()
+        return hub.routes(operator_keys(settings.link_key, settings.api_keys))
 
 
 def _uvicorn_config(app: Any, settings: ServerSettings) -> uvicorn.Config:

@@ -5,7 +5,8 @@ The engine has its own: `engine.config.EngineConfig`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from pla_serve.flags import Flag
 from pla_serve.logs import LogFormat
 from pla_serve.policy.knobs import check_knobs
 from pla_serve.server.limits import Limits
+from pla_serve.server.link.key import find_link_key
 from pla_serve.wire.link import Role
 
 HTTP = "HTTP server"
@@ -65,6 +67,15 @@ class ServerSettings:
             panel=HTTP,
         ),
     ] = False
+    link_key_file: Annotated[
+        Path | None,
+        Flag(
+            "File with the key that routers and their instances share; PLA_SERVE_LINK_KEY holds "
+            "the key itself. Without one, only routers on this machine may open links, and none "
+            "may if there are API keys.",
+            panel=HTTP,
+        ),
+    ] = None
     max_body_mib: Annotated[
         float, Flag("Largest body of a request.", unit="MiB", above=0, panel=HTTP)
     ] = 8.0
@@ -147,6 +158,9 @@ class ServerSettings:
             panel=HTTP,
         ),
     ] = None
+
+    link_key: str | None = None
+    """Key of links, from the file or the environment (`find_link_key`)."""
 
     @property
     def max_body_bytes(self) -> int:
@@ -236,10 +250,12 @@ def server_settings(given: Given, model: ModelFlags) -> ServerSettings:
 
     Raises:
         ValueError: a flag is out of range.
+        OSError: the file with the link key cannot be read.
     """
-    return given.make(
+    settings = given.make(
         ServerSettings,
         model_names=model.names,
         model_root=model.source,
         limits=given.make(Limits),
     )
+    return replace(settings, link_key=find_link_key(settings.link_key_file, os.environ))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
-from pla_serve.wire.engine import FromEngine, ToEngine
+from pla_serve.wire.engine import AddRequest, FromEngine, ToEngine
 from pla_serve.wire.link import FromInstance, ToInstance
 
 MOST_MESSAGES = 1 << 17
@@ -100,6 +101,9 @@ class FrameDecoder(Generic[Message]):
                 yield message
 
 
+_read_request = MessageDecoder[AddRequest](AddRequest)
+
+
 def named_request(content: bytes | msgspec.Raw) -> str | None:
     """Id of the request that a broken message is about; None if it names none."""
     for read, inner in ((_read_id, False), (_read_inner_id, True)):
@@ -108,6 +112,19 @@ def named_request(content: bytes | msgspec.Raw) -> str | None:
         except (ValueError, RecursionError):
             continue
         return str(found.request.id if inner else found.id)
+    return None
+
+
+def range_fault(request: AddRequest) -> str | None:
+    """Field of a request that is out of range, in words, or None.
+
+    An engine asks this of every request, wherever it was made. The prompt is not looked at: the
+    engine compares it with the model's vocabulary.
+    """
+    try:
+        _read_request(encode(replace(request, prompt=[])))
+    except (WireError, OverflowError) as error:
+        return str(error)
     return None
 
 

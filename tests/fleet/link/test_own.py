@@ -266,12 +266,15 @@ def test_a_drain_lets_what_runs_finish_and_takes_nothing_new(
 
 
 def test_a_wrong_key_is_refused_for_good(serve: Callable[..., Live]) -> None:
-    server = serve(api_keys=("right",))
+    server = serve(link_key="right", api_keys=("of a client",))
 
     async def main() -> None:
         link = InstanceLink(server.url, Recorder(), api_key="wrong", backoff=FAST)
-        with pytest.raises(LinkRefused, match="401, wrong or missing API key"):
+        with pytest.raises(LinkRefused, match="401, wrong or missing link key"):
             await link.run()
+        client = InstanceLink(server.url, Recorder(), api_key="of a client", backoff=FAST)
+        with pytest.raises(LinkRefused, match="401, wrong or missing link key"):
+            await client.run()
         async with linked(server.url, api_key="right") as (good, events):
             good.send(add("a"))
             await events.until(lambda: events.finish("a"))

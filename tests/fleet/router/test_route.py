@@ -88,7 +88,7 @@ def fleet(tmp_path: Path) -> Iterator[Callable[..., tuple[Routed, list[Live], Pa
     def start(count: int = 2, **options: Any) -> tuple[Routed, list[Live], Path]:
         gate = tmp_path / "gate"
         env = {"FAKE_GATE": str(gate)}
-        lives = [Live(env=env, api_keys=(KEY,)) for _ in range(count)]
+        lives = [Live(env=env, link_key=KEY) for _ in range(count)]
         started.extend(lives)
         for live in lives:
             live.wait_ready()

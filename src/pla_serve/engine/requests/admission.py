@@ -12,6 +12,7 @@ from pla_serve.policy.admission import Admission, Admit, Refuse
 from pla_serve.policy.calibration import Calibration
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
+from pla_serve.wire.codec import range_fault
 from pla_serve.wire.engine import AddRequest, Rejected
 
 
@@ -149,6 +150,9 @@ class Intake:
     def _fault(self, request: AddRequest) -> str | None:
         """Return why the model cannot serve this request at any time, or None if it can."""
         limits = self.limits
+        out_of_range = range_fault(request)
+        if out_of_range is not None:
+            return f"invalid request: {out_of_range}"
         if not request.prompt:
             return "the prompt is empty; give at least one token"
         if len(request.prompt) >= limits.max_model_len:
@@ -158,8 +162,6 @@ class Intake:
             )
         if not (min(request.prompt) >= 0 and max(request.prompt) < limits.vocab_size):
             return f"the prompt has a token id outside 0 to {limits.vocab_size - 1}"
-        if request.sampling.max_tokens < 1:
-            return "max_tokens must be at least 1"
         if not 0 <= request.generated < len(request.prompt):
             return (
                 f"generated says that {request.generated} of {len(request.prompt)} tokens are "

@@ -85,15 +85,22 @@ def check_urls(urls: Sequence[str]) -> None:
 
 
 def link_maker(
-    url: str, api_key: str | None, liveness_seconds: float | None
+    url: str,
+    api_key: str | None,
+    liveness_seconds: float | None,
+    link_key: str | None = None,
 ) -> Callable[[LinkEvents], Link]:
     """A function that makes the link to the server at ``url``, as the router wants it.
 
     Args:
         url: one that `check_urls` accepts.
+        api_key: key that servers of other kinds ask for; instances of ours are sent it if there
+            is no link key.
+        link_key: key of links to instances of ours.
         liveness_seconds: silence after which the server counts as lost; None: by its kind.
     """
     name, address = split_url(url)
     kind = KINDS[name]
     liveness = kind.liveness_seconds if liveness_seconds is None else liveness_seconds
-    return lambda events: kind.make(address, events, api_key, liveness)
+    key = link_key if name == OWN and link_key is not None else api_key
+    return lambda events: kind.make(address, events, key, liveness)

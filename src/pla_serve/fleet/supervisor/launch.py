@@ -28,6 +28,7 @@ from pla_serve.fleet.supervisor.member import FleetMember, FleetStartError, Reci
 from pla_serve.fleet.supervisor.spec import FleetSpec, Option
 from pla_serve.fleet.supervisor.supervisor import Supervisor
 from pla_serve.logs import LogFormat, configure
+from pla_serve.server.link.key import LINK_KEY_VARIABLE
 from pla_serve.server.run import listen
 from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE
 
@@ -117,7 +118,9 @@ class LaunchPlan:
     async def _run(self) -> None:
         spec, on_line = self._spec, write_line(self._log_format)
         key = secrets.token_hex(16)
-        environment = instance_environment(key, self._instance_secrets)
+        link_key = os.environ.get(LINK_KEY_VARIABLE) or secrets.token_hex(32)
+        links = {LINK_KEY_VARIABLE: link_key}
+        environment = instance_environment(key, {**self._instance_secrets, **links})
         instances = [
             FleetMember(
                 Recipe(name, words, url, True, environment, (listener.fileno(),)),
@@ -132,9 +135,8 @@ class LaunchPlan:
         # It holds the instances' sockets as well, because it may outlive the supervisor: wherever
         # it connects, nobody else can be listening.
         fds = tuple(listener.fileno() for listener in (self._front, *self._listeners))
-        recipe = Recipe(
-            "router", self._router, front, env={KEY_VARIABLE: key, **self._router_secrets}, fds=fds
-        )
+        keys = {KEY_VARIABLE: key, **links, **self._router_secrets}
+        recipe = Recipe("router", self._router, front, env=keys, fds=fds)
         router = FleetMember(recipe, spec.health, on_line)
         supervisor = Supervisor(instances, router, drain_seconds=spec.drain_seconds)
         loop = asyncio.get_running_loop()

@@ -14,6 +14,7 @@ import httpx
 from pla_serve.fleet.supervisor.process import Child
 from pla_serve.fleet.supervisor.restarts import HangDetector, Restarts
 from pla_serve.fleet.supervisor.spec import Health
+from pla_serve.server.link.key import LINK_KEY_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class FleetMember:
         self._leaving = False
         """It drains: connections wait for the next life, so it answers nobody any more."""
         self._end_asked = asyncio.Event()
+        key = recipe.env.get(LINK_KEY_VARIABLE)
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
     @property
     def pid(self) -> int | None:
@@ -229,7 +232,7 @@ class FleetMember:
         """
         if not self.recipe.has_engine:
             return 0.0
-        answer = await client.get(self.recipe.url + "/fleet/instance")
+        answer = await client.get(self.recipe.url + "/fleet/instance", headers=self._headers)
         if answer.status_code != 200:
             return 0.0
         try:

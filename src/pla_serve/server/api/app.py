@@ -16,6 +16,7 @@ from pla_serve.server.api.guard import Guard, Keys, Traffic
 from pla_serve.server.api.openapi import openapi, page
 from pla_serve.server.api.routes import Api, ApiRoute, Operation
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
+from pla_serve.server.link.access import operator_keys
 
 ERRORS = {
     "4XX": "The request is at fault, or comes at a bad time (429).",
@@ -33,8 +34,9 @@ def build_app(
     described = [each for each in routes if isinstance(each, Operation)]
     api = Api([*routes, *_descriptions(described)])
     settings = service.settings
-    scrapers = Keys([*settings.api_keys, *filter(None, [settings.metrics_key])])
-    return Guard(api, Keys(settings.api_keys), traffic, scrapers)
+    scrapers = [*settings.api_keys, *filter(None, [settings.metrics_key])]
+    may_scrape = operator_keys(settings.link_key, scrapers) or Keys(())
+    return Guard(api, Keys(settings.api_keys), traffic, may_scrape)
 
 
 def _openai(endpoints: Endpoints) -> list[Operation]:

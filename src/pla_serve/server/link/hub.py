@@ -18,6 +18,7 @@ from pla_serve.server.api.errors import ApiError, invalid, json_response
 from pla_serve.server.api.guard import Keys, Traffic
 from pla_serve.server.api.routes import ApiRoute, Operation
 from pla_serve.server.engine.client import EngineClient
+from pla_serve.server.link.access import LinkAccess
 from pla_serve.server.link.router_link import RouterLink
 from pla_serve.wire.codec import BadMessage, WireError, instance_frames
 from pla_serve.wire.engine import EngineLoad, EngineReady, EngineStats
@@ -53,15 +54,16 @@ class LinkHub:
     are sent on, and what a new router has to wait for: of an engine that hangs nobody is told.
 
     Args:
-        model: what clients call the model.
-        block_tokens: of the engine.
-        role: at the start.
+        access: decides which connections may become links.
+        model: name by which clients call the model.
+        block_tokens: tokens in a KV block of the engine.
+        role: role that is reported until a router sets another one.
     """
 
     def __init__(
         self,
         engine: EngineClient,
-        keys: Keys,
+        access: LinkAccess,
         traffic: Traffic,
         *,
         model: str,
@@ -70,7 +72,8 @@ class LinkHub:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
-        self._keys = keys
+        self._access = access
+        log.info(access.describe())
         self._traffic = traffic
         self._model = model
         self._block_tokens = block_tokens
@@ -89,15 +92,15 @@ class LinkHub:
         self._pinged_at = 0.0
         engine.watch(self)
 
-    def routes(self) -> list[ApiRoute]:
-        """The link itself, and a page of what it says."""
+    def routes(self, keys: Keys | None = None) -> list[ApiRoute]:
+        """The link itself, and a page of what it says for those with one of ``keys``."""
 
         async def instance(request: Request) -> Response:
             return json_response(self.describe())
 
         summary = "Facts and report of this instance, as routers get them."
         return [
-            Operation("GET", "/fleet/instance", instance, summary),
+            Operation("GET", "/fleet/instance", instance, summary, keys=keys),
             WebSocketRoute(PATH, self.serve),
         ]
 
@@ -199,8 +202,9 @@ class LinkHub:
         await _close(socket, code, reason)
 
     def _refusal(self, socket: WebSocket) -> ApiError | None:
-        if self._keys.admit(dict(socket.scope["headers"]).get(b"authorization")) is None:
-            return ApiError(401, "wrong or missing API key", code="invalid_api_key")
+        refusal = self._access.refusal(socket.scope)
+        if refusal is not None:
+            return refusal
         offered = socket.scope["subprotocols"]
         if SUBPROTOCOL not in offered:
             return invalid(

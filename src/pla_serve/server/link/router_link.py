@@ -34,6 +34,10 @@ MOST_UNSENT_BYTES = 8 << 20
 """What may wait for one router; beyond it the connection is cut."""
 MOST_OFFERS = 4096
 """Offers remembered for `Release`; leases end those that are forgotten."""
+MOST_ID = 256
+"""Characters of a router's id; the engine's has a prefix before it."""
+MOST_SECONDS = 1e8
+"""Beyond this, the time from now to a deadline says nothing."""
 RETRY_SECONDS = 1.0
 
 
@@ -58,8 +62,6 @@ class RouterLink:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.outbox = Outbox(MOST_UNSENT_BYTES)
-        self.heard = clock()
-        """When the router was heard last."""
         self.introduced = False
         """The router has been told of the engine that runs now."""
         self._number = number
@@ -158,6 +160,9 @@ class RouterLink:
         if self._traffic.draining:
             self._refuse(id, "the instance is shutting down", 5.0)
             return
+        if len(id) > MOST_ID:
+            self._refuse(id, f"ids of requests have at most {MOST_ID} characters", None)
+            return
         if id in self._open:
             self._refuse(id, f"request {id} runs already; ids must be unique", None)
             return
@@ -180,8 +185,8 @@ class RouterLink:
         return replace(
             request,
             id=name,
-            arrival=now + request.arrival,
-            deadline=None if deadline is None else now + deadline,
+            arrival=now + min(max(request.arrival, -MOST_SECONDS), 0.0),
+            deadline=None if deadline is None else now + min(deadline, MOST_SECONDS),
         )
 
     def _remember_offer(self, id: str, offer: Offer) -> None:
@@ -206,7 +211,7 @@ class RouterLink:
     def _forget(self, id: str, outcome: str = "aborted") -> None:
         request_id = self._request_ids.pop(id, None)
         if request_id is not None and log.isEnabledFor(logging.INFO):
-            extra = {"request_id": request_id, "outcome": outcome, "leg": id}
+            extra = {"request_id": request_id, "outcome": outcome, "attempt": id}
             log.info("request of a router: %s", outcome, extra=extra)
         self._lends.discard(id)
         name = self._open.pop(id, None)
