@@ -79,7 +79,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
     words = [str(word) for flag in flags.items() for word in flag]
     switches = (
         *("--no-prefix-cache", "--kv-transfer", "--compile-layers", "--no-async-scheduling"),
-        "--share-prefix-cache",
+        *("--share-prefix-cache", "--enable-priority"),
     )
     result = serve("some/model", *switches, *words)
     assert result.exit_code == 0, result.output
