@@ -43,7 +43,7 @@ def test_a_server_holds_for_a_minute(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     result = json.loads(output.read_text())["targets"]["serve"]
-    assert result["rounds"] >= 3
+    assert result["rounds"] >= 1
     assert result["with_attacks"]["requests"] > 0
     assert sum(sum(counts.values()) for counts in result["attacks"].values()) > 0
 

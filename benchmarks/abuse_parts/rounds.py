@@ -15,7 +15,7 @@ KINDS = ("bodies", "bodies", "bodies", "sockets", "sockets", "links", "mixed")
 BODIES_AT_ONCE = 8
 SOCKETS_AT_ONCE = 16
 LINKS_AT_ONCE = 4
-NICE = 15
+NICE = 5
 """Attackers give way: what they take from the processor is not the server's fault."""
 
 

@@ -74,6 +74,8 @@ def nested(depth: int) -> bytes:
         (b'{"a": [[' + b"1," * 300_000 + b"1]]}", "not one list of numbers"),
         (b'{"a": [' + b"1," * 300_000 + b'"x"]}', "more than numbers"),
         (b"[" + b"1," * 300_000 + b"1]", "not valid JSON"),
+        (b"[" + b"1e308," * 5000 + b"1]", "500 numbers with exponents"),
+        (b"[" + b"1E-300," * 5000 + b"1]", "500 numbers with exponents"),
         (b'{"a": 1e400}', "not valid JSON"),
         (b'{"a": NaN}', "not valid JSON"),
         (b'{"a": "\\ud800"}', "not valid JSON"),
@@ -96,6 +98,10 @@ def test_the_deepest_value_is_taken() -> None:
 
 def test_a_million_tokens_are_a_prompt() -> None:
     assert decode(b'{"prompt": [' + b"5," * 1_000_000 + b"5]}") == {"prompt": [5] * 1_000_001}
+
+
+def test_words_are_no_exponents() -> None:
+    assert decode(b"[" + b"true,false," * 5000 + b"1e5]")[-1] == 1e5
 
 
 def test_a_text_full_of_brackets_is_a_text() -> None:

@@ -21,6 +21,8 @@ MOST_CONTAINERS = 25_000
 """Lists and objects in one body."""
 MOST_VALUES = 250_000
 """Values in one body, but for one list of numbers in a field of its own."""
+MOST_EXPONENTS = 500
+"""Numbers with an exponent, as 1e300, in one body: some take a thousand times as long as others."""
 FEW = 4096
 """Bytes below which nothing but the depth can be out of bounds."""
 PIECE_BYTES = 256 * 2**10
@@ -62,6 +64,9 @@ def _check(text: bytes) -> bool:
     opened = outside.count(b"[") + outside.count(b"{")
     if opened > MOST_CONTAINERS:
         raise ValueError(f"has more than {MOST_CONTAINERS} lists and objects")
+    words = outside.count(b"true") + outside.count(b"false")
+    if outside.count(b"e") + outside.count(b"E") - words > MOST_EXPONENTS:
+        raise ValueError(f"has more than {MOST_EXPONENTS} numbers with exponents")
     if opened > MOST_DEPTH:
         _check_depth(outside)
     return outside.count(b",") >= MOST_VALUES
