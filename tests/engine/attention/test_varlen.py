@@ -1,4 +1,4 @@
-"""What we give ``varlen_attn``, against a function that computes what torch documents of it."""
+"""Our calls of ``varlen_attn``, on a function that computes what torch documents."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_a_refusal_names_architecture_and_reason(
 
 
 def test_longrope_is_refused_from_the_config_alone() -> None:
-    """Its factors switch with the longest sequence of a batch."""
+    """The factors of this rotary embedding depend on the longest sequence of a batch."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 32, **factors}
     settings = tiny.config("Phi3", sliding_window=None, rope_parameters=rope)

@@ -64,7 +64,7 @@ def vocabulary() -> tuple[list[str], list[int], list[str]]:
 
 
 def write_gguf(path: Path, source: Any, *, pre: str = "smollm", **extra_keys: Any) -> None:
-    """What llama.cpp's converter writes for ``source``, in float32."""
+    """Write the file that llama.cpp's converter writes for ``source``, in float32."""
     arch = source.config.model_type
     settings = source.config
     writer = gguf.GGUFWriter(path, arch)

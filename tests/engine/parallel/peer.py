@@ -23,7 +23,7 @@ from pla_serve.engine.parallel.team import FollowerLaunch
 
 CPU = torch.device("cpu")
 SHAPES = {"captured": "1x1,4x4,16x4,32x8"}
-"""Of models that run short batches as a whole."""
+"""Shapes of models that run short batches as a whole."""
 
 
 def load_all(config: EngineConfig, ranks: Ranks) -> dict[str, Rank]:
@@ -37,7 +37,7 @@ def load_all(config: EngineConfig, ranks: Ranks) -> dict[str, Rank]:
 
 
 def command_folder(folder: str | Path, name: str) -> Path:
-    """Of the command stream for one model."""
+    """Results of the command stream for one model."""
     path = Path(folder) / name
     path.mkdir(exist_ok=True)
     return path

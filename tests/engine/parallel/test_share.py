@@ -81,7 +81,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> ModelSource:
 
 
 def logits_of(model: nn.Module, shape: KVShape) -> torch.Tensor:
-    """Of two prompts, the second one in two chunks; through the engine's runner."""
+    """Return logits of two prompts, the second in two chunks, from the engine's runner."""
     for layer in decoder_layers(model, shape.layers):
         layer._forward_pre_hooks.clear()
     cache = KVCache(shape, 16, CPU)

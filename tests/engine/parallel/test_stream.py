@@ -64,7 +64,7 @@ class Recorder:
 
 
 class Left(Exception):
-    """What a loop raises to leave a batch."""
+    """Error that a loop raises to leave a batch."""
 
 
 def request(number: int, tokens: int = 2) -> SpanRequest:
@@ -92,7 +92,7 @@ def over_the_wire(command: Command) -> Command:
 
 
 def replay(commands: list[Command], layers: int = LAYERS) -> list[tuple[object, ...]]:
-    """What a follower computes that is told this."""
+    """Return the results of a follower that gets these commands."""
     follower = Recorder(layers)
     told = iter(map(over_the_wire, commands))
     follow(follower, lambda: next(told))

@@ -15,7 +15,7 @@ PATIENCE = 20.0
 
 
 class Meeting:
-    """Where threads wait for each other."""
+    """Meeting point of threads that wait for each other."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=PATIENCE)

@@ -48,7 +48,7 @@ PATIENCE = 120.0
 
 
 class TinyCore:
-    """What `pla_serve.engine.host.process` runs in a peer."""
+    """Engine that `pla_serve.engine.host.process` runs in a peer."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Peer:
         return message
 
     def end(self, request_id: str) -> Output | Rejected:
-        """How a request ended."""
+        """Return the last output of a request, or its refusal."""
         message = self.hear(
             lambda m: (
                 (isinstance(m, Output) and m.id == request_id and bool(m.finish_reason))

@@ -384,7 +384,7 @@ def test_an_engine_survives_any_messages(seed: int) -> None:
 
 
 class Broken(Exception):
-    """Of a kind that no transport should raise."""
+    """An error that no transport should raise."""
 
 
 def breaks(monkeypatch: pytest.MonkeyPatch, node: Node, when: str) -> Callable[[], None]:

@@ -41,7 +41,7 @@ class Job:
     finished: bool = False
     aborted: bool = False
     life: tuple[int, int] = (0, 0)
-    """Of the two engines, when it was sent."""
+    """Lives of the two engines when the request was sent."""
 
 
 class Router:
@@ -78,7 +78,7 @@ class Router:
             node.engine.inbox.append(AbortRequest(name))
 
     def kill(self, number: int) -> None:
-        """Its process is gone, in the middle of whatever it did; a new one takes its place."""
+        """End the process of an engine, in the middle of whatever it does, and start another."""
         if self.nodes[number].busy:
             return
         self.world.wire.kill(self.nodes[number].name)

@@ -212,7 +212,7 @@ def test_a_reservation_ends_with_its_lease(world: World) -> None:
 
 
 def test_the_writer_dies_before_the_first_token(world: World) -> None:
-    """What was confirmed is kept, the rest is computed, by the engine that reserved."""
+    """The engine that reserved keeps the KV that was confirmed and computes the rest."""
     p, d = world.node(0, chunked(16)), world.node(1, ChaosPolicy(2))
     polls: list[int] = []
 

@@ -58,7 +58,7 @@ class Wire:
                     self._copy(read, 1000, Random(0))
 
     def kill(self, name: str) -> None:
-        """It and what it was reading are gone."""
+        """End an engine, and the reads that it began."""
         self.alive.discard(name)
         self.stuck.discard(name)
         self.reads = [read for read in self.reads if read.reader != name]

@@ -130,7 +130,7 @@ class World:
         return Node(engine, *made[0], name=f"pla-{life}")
 
     def alone(self, request_id: str, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
-        """What an engine of its own answers, EOS or not."""
+        """Return the output of an engine that serves this request alone, not stopped by EOS."""
         engine = tiny.make_engine(self.model, ChaosPolicy(0))
         engine.add(request_id, prompt, max_tokens=tokens, ignore_eos=True)
         engine.run()
@@ -196,7 +196,7 @@ def lend(
 
 
 def ended(node: Node, request_id: str) -> Output | Rejected | None:
-    """How it ended there, if it has."""
+    """Return how a request ended on this node; None while it runs."""
     for message in reversed(node.engine.emitted):
         if isinstance(message, Rejected) and message.id == request_id:
             return message

@@ -21,8 +21,8 @@ struct Attention {
   long block_size() const { return KEYS * dim * PARTS; }
 };
 
-// Keys of one block to [16 keys][step][part][pair of inputs][key][2], and values to
-// [16 inputs][32 keys][part][pair of keys][input][2]; keys that are missing become zeros.
+// Writes the keys of one block as [16 keys][step][part][pair of inputs][key][2], and the values as
+// [16 inputs][32 keys][part][pair of keys][input][2]. Missing keys become zeros.
 void split_context(const Attention& job, long head, long number) {
   const long steps = job.dim / STEP, first = number * KEYS;
   Half* keys = job.keys + (head * job.blocks() + number) * job.block_size();
@@ -30,7 +30,7 @@ void split_context(const Attention& job, long head, long number) {
   const __m512i column = _mm512_mullo_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
       _mm512_set1_epi32(16));
-  // One of the first half, one of the second half, and so on.
+  // Alternates between numbers of the first half and of the second half.
   const __m512i lanes = _mm512_srli_epi32(column, 4);
   const __m512i pairs = _mm512_or_si512(
       lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
@@ -61,7 +61,7 @@ void split_context(const Attention& job, long head, long number) {
   }
 }
 
-// 32 queries, their sums so far, and their part in the block of keys at hand.
+// 32 queries, their sums so far, and the keys of the current block that they see.
 struct Panel {
   Half *queries, *weights;
   float* sums;  // PANEL x dim
@@ -80,19 +80,19 @@ inline void score(const Attention& job, Panel& p, const Half* keys, long first, 
           KEYS, [](long) {});
 }
 
-// Of a key with this score; scores of keys that are not seen are far below all others. What is no
-// number stays none, so that it is noticed.
+// Weight of a key with this score. Scores of keys that are not seen are far below all others. NaN
+// stays NaN, so that it is noticed.
 inline __m512 weight_of(__m512 score, __m512 base) {
   const __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-1e30f), _CMP_GT_OQ);
   const __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, base)));
   return _mm512_mask_mov_ps(weight, _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q), score);
 }
 
-// One row of scores to weights; what was summed up so far is made smaller if a larger score came.
+// Turns one row of scores into weights, and scales the sums so far down if the maximum has grown.
 inline void soften(const Attention& job, Panel& p, float* scores, long row) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 never = _mm512_set1_ps(-1e30f), scale = _mm512_set1_ps(job.scale);
-  const long seen = p.position + std::min(row, p.rows - 1) - p.first + 1;  // may be none
+  const long seen = p.position + std::min(row, p.rows - 1) - p.first + 1;  // may be 0
   scores += row * KEYS;
   __m512 top = never;
   for (long key = 0; key < p.wide; key += 16) {
@@ -124,7 +124,7 @@ inline void soften(const Attention& job, Panel& p, float* scores, long row) {
   }
 }
 
-// Weights times values; `meanwhile` is called with each step.
+// Adds weights times values; calls `meanwhile` once in each step.
 template <typename Meanwhile>
 inline void gather(const Attention& job, const Panel& p, const Half* values, float* added,
                    const Meanwhile& meanwhile) {
@@ -137,7 +137,7 @@ inline void gather(const Attention& job, const Panel& p, const Half* values, flo
                     _mm512_add_ps(_mm512_load_ps(p.sums + at), _mm512_load_ps(added + at)));
 }
 
-// Queries [first, first + QUERIES) of all heads that share this one of keys and values.
+// Attends queries [first, first + QUERIES) of all heads that share this KV head.
 void attend_group(const Attention& job, long head, long first) {
   const long panels = job.groups * (QUERIES / PANEL), steps = job.dim / STEP;
   const long floats = PANEL * (KEYS + job.dim) + panels * PANEL * job.dim;
@@ -161,7 +161,7 @@ void attend_group(const Attention& job, long head, long first) {
   for (long number = 0; number * KEYS < job.history + end; ++number) {
     const long offset = (head * job.blocks() + number) * job.block_size();
     const Half *keys = job.keys + offset, *values = job.values + offset;
-    Panel* before = nullptr;  // its weights are there, and not yet multiplied
+    Panel* before = nullptr;  // its weights are computed and not yet multiplied with values
     for (Panel* p = state; p != state + panels; ++p) {
       if (p->rows <= 0 || number * KEYS >= p->position + p->rows) continue;
       score(job, *p, keys, number * KEYS, scores);
@@ -195,7 +195,7 @@ void attend_group(const Attention& job, long head, long first) {
 
 }  // namespace
 
-// Keys in a block of scratch memory, for who allocates it.
+// Number of keys in a block of scratch memory; the caller allocates that memory.
 extern "C" long tiles_keys() { return KEYS; }
 
 // out (tokens, heads * groups, dim): query t sees the first history + t + 1 keys. q, k and v have
@@ -216,7 +216,7 @@ extern "C" void tiles_attention(const float* q, long q_token, long q_head, const
 #pragma omp for schedule(static)
     for (long item = 0; item < heads * job.blocks(); ++item)
       split_context(job, item / job.blocks(), item % job.blocks());
-    // The last queries see most, so they go first.
+    // The last queries have the most keys, so they go first.
 #pragma omp for schedule(dynamic, 1)
     for (long item = 0; item < heads * rounds; ++item)
       attend_group(job, item % heads, (rounds - 1 - item / heads) * QUERIES);

@@ -1,4 +1,4 @@
-// Linear layers, with what comes before and after them done while numbers are in the cache anyway.
+// Linear layers, fused with the operations before and after them while numbers are in the cache.
 
 #include <omp.h>
 #include <sys/syscall.h>
@@ -28,9 +28,9 @@ struct Linear {
   long column() const { return 2 * steps() * weight_parts * TILE; }  // halves of 32 outputs
 };
 
-// A block of results that has been computed, and is not yet in its place.
+// A block of results that is computed and still has to be written to the output.
 struct Block {
-  float* results = nullptr;  // and those of the gate behind them
+  float* results = nullptr;  // followed by those of the gate
   long row = 0, column = 0, rows = 0;
 };
 
@@ -46,7 +46,7 @@ inline __m512 finish(__m512 v, int after, const float* other) {
   return v;
 }
 
-// Rows [from, to) of a block to their place.
+// Writes rows [from, to) of a block to the output.
 void write(const Linear& job, const Block& block, long from, long to) {
   for (long row = from; row < std::min(to, block.rows); ++row)
     for (long at = 0; at < PANEL; at += 16) {
@@ -60,7 +60,7 @@ void write(const Linear& job, const Block& block, long from, long to) {
     }
 }
 
-// What each row is multiplied by so that its root mean square is 1.
+// Computes the factor of each row that makes its root mean square 1.
 void norm_scales(const float* x, long rows, long inputs, float epsilon, float* scales) {
   for (long row = 0; row < rows; ++row) {
     __m512 sum = _mm512_setzero_ps();
@@ -72,7 +72,7 @@ void norm_scales(const float* x, long rows, long inputs, float epsilon, float* s
   }
 }
 
-// Panels [first, end) of rows with columns [from, to) of weights.
+// Multiplies panels [first, end) of rows with columns [from, to) of weights.
 void multiply_group(const Linear& job, long first, long end, long from, long to) {
   const long steps = job.steps(), panel_size = 2 * steps * PARTS * TILE;
   const long row = first * PANEL, rows = std::min(job.rows - row, (end - first) * PANEL);

@@ -1,12 +1,12 @@
-// Rotary position embedding, and keys and values to their places, in one pass over them.
+// Rotary embedding, and the write of keys and values to the KV cache, in one pass.
 
 #include "tiles.h"
 
 namespace {
 
-constexpr long FEW = 8;  // tokens for which waking other threads takes longer than turning them
+constexpr long FEW = 8;  // most tokens that one thread rotates sooner than others would wake up
 
-// Pairs of neighbours (a, b), as complex numbers, times those of `turn`.
+// Multiplies pairs of neighbours (a, b), as complex numbers, by those of `turn`.
 inline void rotate(const float* from, const float* turn, long dim, float* to) {
   for (long at = 0; at < dim; at += 16) {
     const __m512 v = _mm512_loadu_ps(from + at), t = _mm512_loadu_ps(turn + at);

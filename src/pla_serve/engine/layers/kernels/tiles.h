@@ -34,7 +34,8 @@ inline __m512 widen(__m256i part) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
 }
 
-// 32 numbers to their parts; `out` is a row of the first part's tile, the others follow by TILE.
+// Splits 32 numbers into parts; `out` is a row in the tile of the first part, and the tiles of the
+// other parts follow at distances of TILE.
 inline void split(__m512 low, __m512 high, Half* out) {
   for (long part = 0; part < PARTS; ++part) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
@@ -44,8 +45,8 @@ inline void split(__m512 low, __m512 high, Half* out) {
   }
 }
 
-// Rows of x to tiles: [16 rows][step][part][row][input]; rows that are missing become zeros. With
-// `scales`, of each row, and `weight`, of each input, x is multiplied by both.
+// Writes rows of x as tiles [16 rows][step][part][row][input]. Missing rows become zeros. If
+// `scales` (one for each row) and `weight` (one for each input) are given, x is multiplied by both.
 inline void split_rows(const float* x, long x_row, long rows, long inputs, long panels, Half* out,
                        const float* scales = nullptr, const float* weight = nullptr) {
   const long steps = inputs / STEP;
@@ -68,7 +69,7 @@ inline void split_rows(const float* x, long x_row, long rows, long inputs, long 
       }
 }
 
-template <int WITH>  // that many parts of the activations, the largest ones
+template <int WITH>  // number of parts of the activations, the largest first
 inline void multiply(const Half* a0, const Half* a1, const Half* b0, const Half* b1) {
   _tile_loadd(6, b0, 64);
   _tile_loadd(7, b1, 64);
@@ -82,8 +83,8 @@ inline void multiply(const Half* a0, const Half* a1, const Half* b0, const Half*
   }
 }
 
-// 32 x 32 results; the strides lead to the second rows and columns of tiles. `meanwhile` is called
-// with each step: other units of the processor have time while this one multiplies.
+// Computes 32 x 32 results; the strides lead to the second rows and columns of tiles. `meanwhile`
+// is called in each step: other units of the processor are idle while this one multiplies.
 template <typename Meanwhile>
 inline void block(const Half* a, long a_stride, const Half* b, long b_stride, long steps,
                   int weight_parts, float* c, long c_row, const Meanwhile& meanwhile) {
@@ -123,7 +124,7 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// Memory of this thread, kept from call to call.
+// Memory of this thread that is kept between calls.
 inline Half* buffer(long halves) {
   static thread_local Half* memory = nullptr;
   static thread_local long held = 0;
