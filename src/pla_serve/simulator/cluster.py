@@ -73,6 +73,8 @@ class Cluster:
         self._timeline = Timeline()
         self._jobs: list[SimulatedRequest | None] = [None] * len(turns)
         self._left = len(turns)
+        self._arrivals: Iterator[tuple[float, SimulatedTurn]] = iter(())
+        self._progress: Callable[[int], None] | None = None
         self._starting = 0
         """Instances that failed and will start again."""
         self._result = ClusterResult([], 0.0, {})
@@ -107,18 +109,11 @@ class Cluster:
         Raises:
             RuntimeError: requests are left that no instance will ever take.
         """
-        arrivals = list(self._source.start())
-        timeline, place, shown = self._timeline, 0, self._left
-        while self._left:
-            if place < len(arrivals) and arrivals[place][0] <= timeline.next_time:
-                timeline.now, turn = arrivals[place]
-                place += 1
-                self._arrive(turn)
-            else:
-                timeline.advance()
-            if progress is not None and shown - self._left >= 1000:
-                shown = self._left
-                progress(len(self._turns) - shown)
+        self._arrivals = iter(list(self._source.start()))
+        self._progress = progress
+        self._next_arrival()
+        if self._left:
+            self._timeline.run()
         return self._finish()
 
     # Building
@@ -165,6 +160,17 @@ class Cluster:
         self._fleet.attach(server.link)
 
     # Requests
+
+    def _next_arrival(self) -> None:
+        """Schedule the next request that waits for no answer, ahead of other events of its time."""
+        arrival = next(self._arrivals, None)
+        if arrival is not None:
+            time, turn = arrival
+            self._timeline.first(time, self._arrive_in_turn, turn)
+
+    def _arrive_in_turn(self, turn: SimulatedTurn) -> None:
+        self._next_arrival()
+        self._arrive(turn)
 
     def _arrive(self, turn: SimulatedTurn) -> None:
         now = self._timeline.now
@@ -218,6 +224,10 @@ class Cluster:
         now = self._timeline.now
         job.finished = now
         self._left -= 1
+        if not self._left:
+            self._timeline.stop()
+        if self._progress is not None and not self._left % 1000:
+            self._progress(len(self._turns) - self._left)
         options = self._options
         if options.decode == "none":
             now += options.token_seconds * (job.output_tokens - 1)

@@ -172,8 +172,9 @@ class SimulatedInstance:
             self._ask(now)
             return
         top = self._passes[-1]
-        if top.boundary(now) < self._layers:
-            self._at_boundary(top, now)
+        layer = top.boundary(now)
+        if layer < self._layers:
+            self._at_boundary(top, layer, now)
             return
         self._passes.pop()
         self._complete(top, now)
@@ -181,7 +182,8 @@ class SimulatedInstance:
             self._passes[-1].resumed = now
             self._leave_aborted(now)
         if self._passes:
-            self._at_boundary(self._passes[-1], now)
+            outer = self._passes[-1]
+            self._at_boundary(outer, outer.boundary(now), now)
         else:
             self._ask(now)
 
@@ -205,8 +207,7 @@ class SimulatedInstance:
             assert decision.until > now, "a wait that is over already would never end"
             self.wake_at = decision.until
 
-    def _at_boundary(self, top: SimulatedPass, now: float) -> None:
-        layer = top.boundary(now)
+    def _at_boundary(self, top: SimulatedPass, layer: int, now: float) -> None:
         batch = None
         if self._ready and self._interruptible and layer < self._layers:
             batch = self.policy.at_layer_boundary(now, top.batch)

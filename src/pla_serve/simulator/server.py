@@ -455,10 +455,11 @@ class SimulatedServer:
     def _wake(self, due: float) -> None:
         if due != self._scheduled:
             return  # an earlier event took its place
-        self._scheduled = inf
-        if self.engine.wake_at <= due:
-            self.engine.advance(due)
-        self._schedule()
+        engine = self.engine
+        if engine.wake_at <= due:
+            engine.advance(due)
+        wake = self._scheduled = engine.wake_at
+        self._timeline.at(wake, self._wake, wake)
         if self._outbox:
             self._flush()
 

@@ -19,15 +19,11 @@ class Timeline:
         """Seconds of virtual time."""
         self._heap: list[tuple[float, int, Call, Any]] = []
         self._serial = count()
+        self._running = False
 
     def clock(self) -> float:
         """The current time, for whoever wants a function."""
         return self.now
-
-    @property
-    def next_time(self) -> float:
-        """Time of the next event; infinite if there is none."""
-        return self._heap[0][0] if self._heap else inf
 
     def at(self, time: float, call: Call, argument: Any = None) -> None:
         """Call a function with ``argument`` at ``time``; never, if that is infinite."""
@@ -40,14 +36,23 @@ class Timeline:
         self.at(self.now + seconds, _ring, timer)
         return timer
 
-    def advance(self) -> None:
-        """Handle the next event.
+    def first(self, time: float, call: Call, argument: Any) -> None:
+        """Call a function at ``time``, before everything else at that time.
 
-        Raises:
-            IndexError: there is none.
+        At most one such call may be pending.
         """
-        self.now, _, call, argument = heappop(self._heap)
-        call(argument)
+        heappush(self._heap, (time, -1, call, argument))
+
+    def run(self) -> None:
+        """Handle events until `stop` is called or there are none."""
+        self._running, heap = True, self._heap
+        while self._running and heap:
+            self.now, _, call, argument = heappop(heap)
+            call(argument)
+
+    def stop(self) -> None:
+        """End `run` after the event that is being handled."""
+        self._running = False
 
 
 class VirtualTimer:

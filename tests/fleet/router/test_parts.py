@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pla_serve.fleet.router.circuit import Circuit, CircuitOptions, CircuitState
 from pla_serve.fleet.router.costs import FleetCost
 from pla_serve.fleet.router.keys import IDLE_SECONDS, KeyShares
-from pla_serve.fleet.router.prefixes import BLOCK, Chain, PrefixRecord
+from pla_serve.fleet.router.prefixes import BLOCK, USED_SLACK, Chain, PrefixMark, PrefixRecord
 from pla_serve.policy.cost import CostProfile
 
 # Circuit
@@ -163,6 +164,49 @@ def test_two_of_one_prefix_at_once_are_no_proof_of_eviction() -> None:
     assert record.match(Chain(tokens_of(9, 19))) == {"a": 2 * BLOCK}
 
 
+class SlowKept:
+    """One instance's record block by block: the least recently used goes first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.blocks: OrderedDict[int, int] = OrderedDict()
+        self.pending: set[int] = set()
+        self.stamp = 0
+
+    def use(self, hashes: list[int]) -> tuple[int, list[int], list[int]]:
+        self.stamp += 1
+        before, new = [], []
+        for block in hashes[: self.capacity]:
+            stamp = self.blocks.get(block)
+            if stamp is None or stamp in self.pending:
+                break
+            before.append(stamp)
+        for block in reversed(hashes[: self.capacity]):
+            if self.blocks.pop(block, None) is None:
+                new.append(block)
+            self.blocks[block] = self.stamp
+        while len(self.blocks) > self.capacity:
+            self.blocks.popitem(last=False)
+        return self.stamp, new, before
+
+    def confirm(self, mark: tuple[int, list[int], list[int]], missed: bool) -> None:
+        stamp, _, before = mark
+        if stamp not in self.pending:
+            return
+        self.pending.discard(stamp)
+        if missed and len(before) > 1:
+            for block in [b for b, used in self.blocks.items() if used <= before[1]]:
+                del self.blocks[block]
+
+    def undo(self, mark: tuple[int, list[int], list[int]]) -> None:
+        stamp, new, _ = mark
+        if stamp in self.pending:
+            self.pending.discard(stamp)
+            for block in new:
+                if self.blocks.get(block) == stamp:
+                    del self.blocks[block]
+
+
 Step = tuple[str, int, Sequence[int]]
 
 
@@ -179,34 +223,54 @@ Step = tuple[str, int, Sequence[int]]
 def test_the_record_is_bounded_and_its_index_is_its_content(steps: list[Step]) -> None:
     record = PrefixRecord()
     names = ["a", "b", "c"]
+    slow = {name: SlowKept(5) for name in names}
     for name in names:
         record.join(name, 5 * BLOCK)
-    marks: dict[str, list] = {name: [] for name in names}
+    marks: dict[str, list[tuple[PrefixMark, tuple[int, list[int], list[int]]]]]
+    marks = {name: [] for name in names}
     for kind, which, blocks in steps:
         name, chain = names[which], Chain(tokens_of(*blocks))
         if kind == "insert":
-            marks[name].append(record.insert(name, chain))
+            made = slow[name].use(chain.hashes)
+            slow[name].pending.add(made[0])
+            marks[name].append((record.insert(name, chain), made))
         elif kind == "extend":
+            slow[name].use(chain.hashes)
             record.extend(name, chain)
         elif kind == "clear":
+            slow[name].blocks.clear()
+            slow[name].pending.clear()
             record.clear(name)
         elif marks[name]:
-            mark = marks[name].pop(len(blocks) % len(marks[name]))
+            mark, made = marks[name].pop(len(blocks) % len(marks[name]))
             if kind == "undo":
+                slow[name].undo(made)
                 record.undo(name, mark)
             else:
+                slow[name].confirm(made, kind == "miss")
                 record.confirm(name, mark, 0 if kind == "miss" else None)
-    expected: dict[int, int] = {}
-    for kept in record._instances.values():
-        assert len(kept.blocks) <= 5
-        assert list(kept.blocks.values()) == sorted(kept.blocks.values())
-        for block in kept.blocks:
-            expected[block] = expected.get(block, 0) | kept.bit
-    assert expected == record._holders
+        expected: dict[int, int] = {}
+        for other, kept in record._instances.items():
+            assert len(kept.blocks) <= 5
+            assert kept.blocks.keys() == slow[other].blocks.keys()
+            assert kept.used == sum(count for _, _, count in kept.uses)
+            for block in kept.blocks:
+                expected[block] = expected.get(block, 0) | kept.bit
+        assert expected == record._holders
     for name in names:
         record.clear(name)
     assert len(record) == 0
     assert record._holders == {}
+
+
+def test_what_is_used_again_and_again_takes_no_more_memory() -> None:
+    record = PrefixRecord()
+    record.join("a", 0)
+    for _ in range(1000):
+        record.extend("a", Chain(tokens_of(1, 2, 3)))
+    (kept,) = record._instances.values()
+    assert kept.used <= 2 * 3 + USED_SLACK + 3
+    assert record.match(Chain(tokens_of(1, 2, 3))) == {"a": 3 * BLOCK}
 
 
 # Costs

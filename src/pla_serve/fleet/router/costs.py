@@ -31,6 +31,7 @@ class FleetCost:
         self._learnt = CostModel()
         self._model: CostModel | None = None
         self._made = -FRESH_SECONDS
+        self._changed = False
         self.boundary_tokens = self._learnt.boundary()
         self.kv_bytes_per_token = 0
         self._bytes_per_second = FIRST_BYTES_PER_SECOND
@@ -54,14 +55,16 @@ class FleetCost:
             self._bytes_per_second += LEARNING * (rate - self._bytes_per_second)
 
     def said(self, name: str, cost: CostProfile | None, boundary_tokens: int, now: float) -> bool:
-        """An instance's own model; returns whether predictions have changed."""
-        if boundary_tokens:
+        """Note an instance's own model; returns whether predictions have changed."""
+        if boundary_tokens and self._boundaries.get(name) != boundary_tokens:
             self._boundaries[name] = boundary_tokens
-        if cost is not None:
+            self._changed = True
+        if cost is not None and self._said.get(name) != cost:
             self._said[name] = cost
-        if now - self._made < FRESH_SECONDS or not (self._said or self._boundaries):
+            self._changed = True
+        if not self._changed or now - self._made < FRESH_SECONDS:
             return False
-        self._made = now
+        self._made, self._changed = now, False
         if self._said:
             columns = zip(*map(astuple, self._said.values()), strict=True)
             self._model = CostModel(CostProfile(*map(median, columns)))
@@ -70,9 +73,10 @@ class FleetCost:
         return True
 
     def gone(self, name: str) -> None:
-        """It says nothing any more."""
+        """Forget the model of an instance that was lost."""
         self._said.pop(name, None)
         self._boundaries.pop(name, None)
+        self._changed = bool(self._said or self._boundaries)
 
     def saw(self, id: str, new_tokens: int, history: int, seconds: float) -> None:
         """A first token came so long after its request was sent to an idle instance."""

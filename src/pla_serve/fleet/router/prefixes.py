@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BLOCK = 16
 """Tokens in one block of the record; matches are rounded to the instance's own blocks."""
+USED_SLACK = 64
+"""Blocks of old uses that an instance's record may keep beside twice those that it holds."""
 DEFAULT_CAPACITY = 2**17
 """Tokens that an instance is believed to keep that does not say how many."""
 
@@ -62,13 +64,18 @@ class PrefixMark:
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """One instance."""
+    """Blocks that one instance is believed to cache."""
 
     bit: int
     capacity: int
-    """Blocks."""
-    blocks: OrderedDict[int, int] = field(default_factory=OrderedDict)
-    """Hash to the stamp of its last use, least recently used first."""
+    """Most blocks."""
+    blocks: dict[int, int] = field(default_factory=dict)
+    """Hash to the stamp of its last use."""
+    uses: deque[tuple[int, list[int], int]] = field(default_factory=deque)
+    """Uses, oldest first: stamp, hashes, and how many of these, from the beginning, may still have
+    this stamp. Blocks that were used again later are skipped when their turn comes."""
+    used: int = 0
+    """Blocks in ``uses``, those included that were used again later."""
     pending: set[int] = field(default_factory=set)
     """Stamps of prompts that are not prefilled yet."""
 
@@ -106,8 +113,11 @@ class PrefixRecord:
         """Its cache is empty; unknown names are ignored."""
         kept = self._instances.get(name)
         if kept is not None:
-            while kept.blocks:
-                self._drop(kept, kept.blocks.popitem()[0])
+            for block in kept.blocks:
+                self._drop(kept, block)
+            kept.blocks.clear()
+            kept.uses.clear()
+            kept.used = 0
             kept.pending.clear()
 
     def match(self, chain: Chain) -> dict[str, int]:
@@ -159,8 +169,8 @@ class PrefixRecord:
         first = -(-cached_tokens // BLOCK) + 1  # a block of doubt: the last token is computed anew
         if first < len(mark.before):
             floor = mark.before[first]
-            while kept.blocks and next(iter(kept.blocks.values())) <= floor:
-                self._drop(kept, kept.blocks.popitem(last=False)[0])
+            while kept.uses and kept.uses[0][0] <= floor:
+                self._evict(kept, kept.uses[0][2])
 
     def undo(self, name: str, mark: PrefixMark) -> None:
         """It will not be prefilled there: what nobody else has used since is not held."""
@@ -175,24 +185,57 @@ class PrefixRecord:
 
     def _use(self, kept: _Kept, chain: Chain) -> PrefixMark:
         self._stamp += 1
-        hashes = chain.hashes[: kept.capacity]
-        blocks, before, new = kept.blocks, [], []
+        stamp, hashes, blocks = self._stamp, chain.hashes, kept.blocks
+        if len(hashes) > kept.capacity:
+            hashes = hashes[: kept.capacity]
+        before: list[int] = []
         for block in hashes:
-            stamp = blocks.get(block)
-            if stamp is None or stamp in kept.pending:
+            used = blocks.get(block)
+            if used is None or used in kept.pending:
                 break
-            before.append(stamp)
-        for block in reversed(hashes):
-            if blocks.pop(block, None) is None:
-                new.append(block)
-                self._holders[block] = self._holders.get(block, 0) | kept.bit
-            blocks[block] = self._stamp
+            before.append(used)
+        new = [block for block in hashes if block not in blocks]
+        holders, bit = self._holders, kept.bit
+        for block in new:
+            holders[block] = holders.get(block, 0) | bit
+        blocks.update(dict.fromkeys(hashes, stamp))
+        if hashes:
+            kept.uses.append((stamp, hashes, len(hashes)))
+            kept.used += len(hashes)
         self._trim(kept)
-        return PrefixMark(self._stamp, new, before)
+        return PrefixMark(stamp, new, before)
 
     def _trim(self, kept: _Kept) -> None:
         while len(kept.blocks) > kept.capacity:
-            self._drop(kept, kept.blocks.popitem(last=False)[0])
+            self._evict(kept, len(kept.blocks) - kept.capacity)
+        if kept.used > 2 * len(kept.blocks) + USED_SLACK:
+            self._compact(kept)
+
+    def _evict(self, kept: _Kept, most: int) -> None:
+        """Drop up to ``most`` blocks of the oldest use, from the end of its prompt."""
+        stamp, hashes, count = kept.uses.popleft()
+        kept.used -= count
+        blocks = kept.blocks
+        while count and most:
+            count -= 1
+            block = hashes[count]
+            if blocks.get(block) == stamp:
+                del blocks[block]
+                self._drop(kept, block)
+                most -= 1
+        if count:
+            kept.uses.appendleft((stamp, hashes, count))
+            kept.used += count
+
+    def _compact(self, kept: _Kept) -> None:
+        """Forget the blocks of each use that were used again later."""
+        blocks, uses = kept.blocks, kept.uses
+        kept.uses = deque()
+        for stamp, hashes, count in uses:
+            still = [block for block in hashes[:count] if blocks.get(block) == stamp]
+            if still:
+                kept.uses.append((stamp, still, len(still)))
+        kept.used = len(blocks)
 
     def _drop(self, kept: _Kept, block: int) -> None:
         left = self._holders[block] & ~kept.bit
