@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 BLOCK = 16
 """Tokens in one block of the record; matches are rounded to the instance's own blocks."""
-USED_SLACK = 64
-"""Blocks of old uses that an instance's record may keep beside twice those that it holds."""
+USED_SLACK = 1024
+"""Blocks of old uses that an instance's record may keep beside four times those that it holds."""
 DEFAULT_CAPACITY = 2**17
 """Tokens that an instance is believed to keep that does not say how many."""
 
@@ -208,7 +208,7 @@ class PrefixRecord:
     def _trim(self, kept: _Kept) -> None:
         while len(kept.blocks) > kept.capacity:
             self._evict(kept, len(kept.blocks) - kept.capacity)
-        if kept.used > 2 * len(kept.blocks) + USED_SLACK:
+        if kept.used > 4 * len(kept.blocks) + USED_SLACK:
             self._compact(kept)
 
     def _evict(self, kept: _Kept, most: int) -> None:
