@@ -24,7 +24,8 @@ from pla_serve.simulator.faults import Fault
 from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import Machine
 from pla_serve.simulator.request import SimulatedRequest
-from pla_serve.simulator.server import ServedEvents, ServerOptions, SimulatedServer
+from pla_serve.simulator.server import SimulatedServer
+from pla_serve.simulator.server_options import ServedEvents, ServerOptions
 from pla_serve.simulator.timeline import Timeline
 from pla_serve.simulator.turns import SimulatedTurn, TurnSource
 from pla_serve.wire.engine import AddRequest, Output, RequestAnswer, SamplingParams
