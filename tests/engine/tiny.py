@@ -40,8 +40,10 @@ from pla_serve.engine.requests.admission import Limits
 from pla_serve.engine.run.device import HostDevice
 from pla_serve.engine.run.executor import BatchExecutor, Executor
 from pla_serve.engine.run.runner import ModelRunner
-from pla_serve.engine.sampling import GrammarCompiler, Sampler
+from pla_serve.engine.sampling import Grammars, Sampler
 from pla_serve.engine.transfer.protocol import KVExchange
+from pla_serve.grammar.compiler import GrammarCompiler
+from pla_serve.grammar.tokenizer import vocabulary_of
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy
@@ -54,6 +56,7 @@ from pla_serve.wire.engine import (
     Rejected,
     SamplingParams,
 )
+from tests.engine.local_grammars import LocalGrammars
 
 VOCABULARY = 96
 EOS = 0
@@ -186,7 +189,7 @@ def make_engine(
     prefix_cache: bool = True,
     admission: Admission | None = None,
     max_model_len: int = 512,
-    grammars: GrammarCompiler | None = None,
+    grammars: Grammars | None = None,
     runner_of: ModelRunner | None = None,
     exchange: Callable[[EngineParts], KVExchange] | None = None,
     clock: Callable[[], float] | None = None,
@@ -240,7 +243,7 @@ def make_engine(
 
 
 @cache
-def grammar_compiler() -> GrammarCompiler:
+def grammar_compiler() -> LocalGrammars:
     """For a vocabulary in which each token but EOS is one ASCII character."""
     characters = [chr(code) for code in range(0x21, 0x7F)]
     vocabulary = {"<eos>": EOS, **{c: i for i, c in enumerate(characters, 1)}, "Ġ": 95}
@@ -248,7 +251,7 @@ def grammar_compiler() -> GrammarCompiler:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
-    return GrammarCompiler(tokenizer, VOCABULARY)
+    return LocalGrammars(GrammarCompiler(vocabulary_of(tokenizer, VOCABULARY)))
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -52,7 +52,7 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return tokenizer
 
 
-def check_grammar(grammar: Grammar) -> None:
+async def check_grammar(grammar: Grammar, tenant: str) -> None:
     """As strict as the tests need: a schema's type must be one of JSON's."""
     if '"type": "nonsense"' in grammar.spec:
         raise ValueError("nonsense is not a type")

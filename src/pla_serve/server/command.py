@@ -7,7 +7,6 @@ so that ``--help`` is quick.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +23,7 @@ from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, s
 if TYPE_CHECKING:
     from pla_serve.engine.loading import ModelSource
     from pla_serve.server.api.endpoints import GrammarCheck
-    from pla_serve.wire.engine import EngineReady, Grammar
+    from pla_serve.wire.engine import EngineReady
 
 log = logging.getLogger(__name__)
 
@@ -201,22 +200,15 @@ def load_for_api(
 
 
 def _grammar_check(tokenizer: Any, source: ModelSource) -> GrammarCheck:
-    """Return the check of grammars. Its import, which takes seconds, runs in a thread meanwhile."""
-    thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+    """Return the check of grammars. Its process starts now, while the engine loads its weights."""
+    from pla_serve.engine.loading import eos_token_ids
+    from pla_serve.grammar.tokenizer import vocabulary_of
+    from pla_serve.server.generation.grammar_checks import GrammarChecks, refuse_grammars
 
-    def build() -> Any:
-        from pla_serve.engine.loading import eos_token_ids
-        from pla_serve.engine.sampling.grammar import GrammarCompiler
-
-        return GrammarCompiler(tokenizer, len(tokenizer), eos_token_ids=eos_token_ids(source))
-
-    compiler = thread.submit(build)
-    thread.shutdown(wait=False)
-
-    def check(grammar: Grammar) -> None:
-        compiler.result().check_grammar(grammar)
-
-    return check
+    try:
+        return GrammarChecks(vocabulary_of(tokenizer, len(tokenizer), eos_token_ids(source)))
+    except ValueError as error:
+        return refuse_grammars(str(error))
 
 
 def _announce(settings: ServerSettings, host: str, port: int, info: EngineReady | None) -> None:

@@ -60,3 +60,6 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defau
     queued: Seconds | None = None
     """On the first output: seconds from arrival until the prefill began."""
     error: Text | None = None
+    fault: Literal["engine", "request"] = "engine"
+    """Whose fault the error is. A request's own fault, such as a grammar that cannot be followed,
+    says nothing about the engine, and no other engine would do better."""

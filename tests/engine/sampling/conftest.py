@@ -10,8 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pla_serve.engine.sampling import GrammarCompiler, Sampler, SequenceSampling
+from pla_serve.engine.sampling import Sampler, SequenceSampling
+from pla_serve.grammar.compiler import GrammarCompiler
+from pla_serve.grammar.tokenizer import GrammarVocabulary, vocabulary_of
 from pla_serve.wire.engine import SamplingParams
+from tests.engine.local_grammars import LocalGrammars
 
 EOS = 1
 TEXTS = ['{"name": "bob", "age": 12, "tags": ["a", "b"]}', "true false null", "hello world 3.5e-7"]
@@ -40,13 +43,18 @@ def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 @pytest.fixture(scope="session")
-def compiler(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, vocab_size)
+def vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GrammarVocabulary:
+    return vocabulary_of(tokenizer, vocab_size)
+
+
+@pytest.fixture(scope="session")
+def compiler(vocabulary: GrammarVocabulary) -> GrammarCompiler:
+    return GrammarCompiler(vocabulary)
 
 
 @pytest.fixture(scope="session")
 def sampler(vocab_size: int, compiler: GrammarCompiler) -> Sampler:
-    return Sampler(vocab_size, torch.device("cpu"), compiler)
+    return Sampler(vocab_size, torch.device("cpu"), LocalGrammars(compiler))
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from pla_serve.engine.sampling import GrammarCompiler, GrammarError, Sampler, SequenceSampling
-from pla_serve.engine.sampling import grammar as module
+from pla_serve.engine.sampling import GrammarError, Sampler, SequenceSampling
+from pla_serve.grammar import compiler as module
+from pla_serve.grammar.compiler import GrammarCompiler
+from pla_serve.grammar.limits import GrammarLimits
+from pla_serve.grammar.tokenizer import GrammarVocabulary, vocabulary_of
 from pla_serve.wire.engine import Grammar, SamplingParams
+from tests.engine.local_grammars import LocalGrammars
 
 EOS = 1
 Start = Callable[..., SequenceSampling]
@@ -232,7 +236,7 @@ def fails_alone(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast, vocab_size: int
 ) -> str:
     """Run an ambiguous grammar beside a free sequence; return the error that ends it."""
-    sampler = Sampler(vocab_size, torch.device("cpu"), compiler)
+    sampler = Sampler(vocab_size, torch.device("cpu"), LocalGrammars(compiler))
     logits = torch.zeros(2, vocab_size)
     logits[0, tokenizer.convert_tokens_to_ids("x")] = 50.0
     nasty, other = (
@@ -256,30 +260,36 @@ def fails_alone(
 
 
 def test_a_grammar_that_passes_the_limits_midway_fails_alone(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerFast,
+    vocabulary: GrammarVocabulary,
+    vocab_size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limits = llguidance.LLParserLimits(max_items_in_row=40, verbose_errors=False)
     monkeypatch.setattr(module, "LIMITS", limits)
-    error = fails_alone(GrammarCompiler(tokenizer, vocab_size), tokenizer, vocab_size)
+    error = fails_alone(GrammarCompiler(vocabulary), tokenizer, vocab_size)
     assert "max is 40" in error
 
 
 def test_a_grammar_that_is_slow_to_follow_fails_alone(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int
+    tokenizer: PreTrainedTokenizerFast, vocabulary: GrammarVocabulary, vocab_size: int
 ) -> None:
     readings = itertools.count(step=0.05)
-    compiler = GrammarCompiler(tokenizer, vocab_size, clock=lambda: next(readings))
+    compiler = GrammarCompiler(vocabulary, clock=lambda: next(readings))
     assert "too ambiguous" in fails_alone(compiler, tokenizer, vocab_size)
 
 
 def test_a_used_up_grammar_is_compiled_anew_and_nobody_notices(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerFast,
+    vocabulary: GrammarVocabulary,
+    vocab_size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each text visits states of its own; together they pass a limit that none passes alone."""
     limits = llguidance.LLParserLimits(max_lexer_states=150, verbose_errors=False)
     monkeypatch.setattr(module, "LIMITS", limits)
-    compiler = GrammarCompiler(tokenizer, vocab_size)
-    sampler = Sampler(vocab_size, torch.device("cpu"), compiler)
+    compiler = GrammarCompiler(vocabulary)
+    sampler = Sampler(vocab_size, torch.device("cpu"), LocalGrammars(compiler))
     params = SamplingParams(max_tokens=99, grammar=Grammar("regex", "([ab]*a[ab]{9}c)?"))
     compiled = []
     for text in range(12):
@@ -342,20 +352,23 @@ def test_a_schema_that_explodes_is_refused(compiler: GrammarCompiler) -> None:
 
 
 def test_slow_compilation_is_refused(
-    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+    vocabulary: GrammarVocabulary,
 ) -> None:
-    monkeypatch.setattr(module, "MAX_COMPILE_SECONDS", -1.0)
+    compiler = GrammarCompiler(vocabulary, limits=GrammarLimits(compile_seconds=-1.0))
     with pytest.raises(GrammarError, match="to compile"):
         compiler.check_grammar(Grammar("regex", "abc"))
 
 
 def test_known_grammars_are_not_compiled_again(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerFast,
+    vocabulary: GrammarVocabulary,
+    vocab_size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiled: list[Grammar] = []
     original = module._to_llguidance
     monkeypatch.setattr(module, "_to_llguidance", lambda one: compiled.append(one) or original(one))
-    compiler = GrammarCompiler(tokenizer, vocab_size, cache_size=2)
+    compiler = GrammarCompiler(vocabulary, cache_size=2)
     for spec in ("a", "b", "a", "b", "c", "c", "a"):
         compiler.start(Grammar("regex", spec))
     assert [one.spec for one in compiled] == ["a", "b", "c", "a"]
@@ -377,4 +390,4 @@ def test_a_tokenizer_without_eos_is_refused_by_name(vocab_size: int) -> None:
         eos_token_id = None
 
     with pytest.raises(ValueError, match="need an EOS token"):
-        GrammarCompiler(NoEnd(), vocab_size)
+        vocabulary_of(NoEnd(), vocab_size)

@@ -278,6 +278,7 @@ class Client:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.ends: list[str] = []
+        self.errors: list[str] = []
         self.accepted = 0
         self.rejected: Rejected | None = None
 
@@ -295,6 +296,8 @@ class Client:
             self.ends.append("rejected")
         elif isinstance(message, Output):
             self.tokens += message.tokens
+            if message.error is not None:
+                self.errors.append(message.error)
             if message.finish_reason is not None:
                 self.ends.append(message.finish_reason)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.policy.cost import CostProfile
-from pla_serve.wire.engine import AbortRequest, AddRequest, Lend, Reserve
+from pla_serve.wire.engine import AbortRequest, AddRequest, Lend, Output, Reserve
 from tests.fleet.router.fake_fleet import Bench, FakeLink, oracle
 
 PROMPT = list(range(40))
@@ -103,7 +105,7 @@ def test_it_goes_on_when_an_instance_is_back_in_time() -> None:
 
 
 def test_a_request_that_breaks_every_instance_is_given_up() -> None:
-    bench = Bench(6, most_failures=3)
+    bench = Bench(6, most_failures=3, most_lives=9)
     client = bench.submit(PROMPT)
     for _ in range(3):
         bench.where(client).cut()
@@ -451,3 +453,92 @@ def test_a_cut_at_any_moment_of_a_fetch(moment: str, victim: str) -> None:
     bench.run()
     assert client.tokens == oracle([*prefix, 1, 2, 3], client.request.sampling)
     bench.assert_nothing_left()
+
+
+def at_fault(id: str, error: str = "the grammar takes too long") -> Output:
+    return Output(id=id, tokens=[], finish_reason="error", error=error, fault="request")
+
+
+def test_a_fault_of_the_request_ends_it_and_says_nothing_of_the_instance() -> None:
+    bench = Bench(2)
+    other = bench.submit(PROMPT, 6)
+    for _ in range(9):
+        client = bench.submit(PROMPT)
+        link = bench.where(client)
+        [id] = [id for id, job in link.jobs.items() if job.left == 4]
+        del link.jobs[id]
+        link.outbox.append(at_fault(id))
+        link.flush()
+        assert client.ends == ["error"]
+        assert client.errors == ["the grammar takes too long"]
+    assert all(instance.circuit.closed for instance in bench.fleet.instances)
+    assert bench.seen.moves == []
+    bench.run()
+    assert other.tokens == oracle(PROMPT, other.request.sampling)
+    bench.assert_nothing_left()
+
+
+def step_others(bench: Bench, poison: Any) -> None:
+    """Every job but those of ``poison`` makes a token."""
+    for link in bench.links:
+        for id, job in list(link.jobs.items()):
+            if job.begun and id.partition("~")[0] != poison.id:
+                link._make(id, job, 1)
+        link.flush()
+
+
+def dies(bench: Bench, poison: Any) -> bool:
+    """Whether the instance that has ``poison`` died of it, and is back; it may be nowhere."""
+    for link in bench.links:
+        if any(id.partition("~")[0] == poison.id for id in link.jobs):
+            link.cut(restart=True)
+            link.connect()
+            return True
+    return False
+
+
+def test_a_request_that_ended_two_instances_is_not_given_to_a_third() -> None:
+    bench = Bench(4)
+    streams = [bench.submit([*PROMPT, i], 20) for i in range(6)]
+    poison = bench.submit(PROMPT)
+    for _ in range(2):
+        step_others(bench, poison)
+        assert dies(bench, poison)
+    assert poison.ends == ["error"]
+    assert "2 instances ended with it" in poison.errors[0]
+    bench.run()
+    for stream in streams:
+        assert stream.tokens == oracle(list(stream.request.prompt), stream.request.sampling)
+    bench.assert_nothing_left()
+
+
+def test_of_several_suspects_only_the_guilty_one_is_given_up() -> None:
+    """None of them has a token when the instances end; then they are tried one at a time."""
+    bench = Bench(3)
+    poison = bench.submit(PROMPT)
+    innocents = [bench.submit([*PROMPT, i]) for i in range(20)]
+    deaths = 0
+    while not poison.ends:
+        if dies(bench, poison):
+            deaths += 1
+        else:
+            step_others(bench, poison)
+        bench.clock.advance(0.3)
+        assert deaths < 5
+    bench.run()
+    assert poison.ends == ["error"]
+    for one in innocents:
+        assert one.tokens == oracle(list(one.request.prompt), one.request.sampling)
+    bench.assert_nothing_left()
+
+
+def test_a_cut_connection_is_no_end_of_an_instance() -> None:
+    bench = Bench(3)
+    client = bench.submit(PROMPT)
+    for _ in range(3):
+        link = bench.where(client)
+        link.cut()
+        link.connect()
+        bench.clock.advance(1.1)
+    bench.run()
+    assert client.tokens == oracle(PROMPT, client.request.sampling)

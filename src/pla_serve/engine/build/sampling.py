@@ -9,7 +9,9 @@ import torch
 
 from pla_serve.engine.loading import ModelSource, load_tokenizer
 from pla_serve.engine.requests.admission import Limits
-from pla_serve.engine.sampling import GrammarCompiler, Sampler
+from pla_serve.engine.sampling import Sampler
+from pla_serve.engine.sampling.grammar_workers import GrammarWorkers
+from pla_serve.grammar.tokenizer import vocabulary_of
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +33,13 @@ def build_sampling(source: ModelSource, limits: Limits, device: torch.device) ->
     return Sampling(limits, Sampler(limits.vocab_size, device, _grammars(source, limits)))
 
 
-def _grammars(source: ModelSource, limits: Limits) -> GrammarCompiler | None:
+def _grammars(source: ModelSource, limits: Limits) -> GrammarWorkers | None:
     """Return None, and log the reason, if grammars cannot be built on the tokenizer."""
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         return None
     try:
-        return GrammarCompiler(tokenizer, limits.vocab_size, eos_token_ids=limits.eos_token_ids)
+        return GrammarWorkers(vocabulary_of(tokenizer, limits.vocab_size, limits.eos_token_ids))
     except ValueError as error:
         log.warning("structured output is off, this tokenizer does not allow it: %s", error)
         return None

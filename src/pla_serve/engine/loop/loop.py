@@ -32,6 +32,9 @@ from pla_serve.engine.sampling import TokenChoice
 from pla_serve.policy.protocol import Batch, Idle, Run, Wait
 from pla_serve.wire.engine import Inbound, Outbound
 
+GRAMMAR_POLL_SECONDS = 0.001
+"""Time between two looks at late grammars, while there is nothing to compute."""
+
 
 class EngineLoop:
     """Serves requests in one thread, by calls of `step`.
@@ -73,6 +76,7 @@ class EngineLoop:
         """
         self._inbox.take()
         self._requests.resume_parked()
+        self._settlement.resume_late()
         self._requests.refresh()
         self._settle_before_long()
         decision = self._policy.next(self._clock())
@@ -94,12 +98,19 @@ class EngineLoop:
         self._reports.send_idle()
         if self._executor.use_idle_time():
             return 0.0
-        return self._parts.exchange.pause(self._clock())
+        return self._pause(self._clock())
+
+    def _pause(self, now: float) -> float | None:
+        """Return the seconds until KV transfer or late grammars want to be asked again."""
+        pause = self._parts.exchange.pause(now)
+        if not self._requests.any_late:
+            return pause
+        return GRAMMAR_POLL_SECONDS if pause is None else min(pause, GRAMMAR_POLL_SECONDS)
 
     def _pause_until(self, until: float) -> float:
-        """Return the seconds until the policy, or KV transfer, wants to be asked again."""
+        """Return the seconds until the policy, or someone else, wants to be asked again."""
         now = self._clock()
-        pause = self._parts.exchange.pause(now)
+        pause = self._pause(now)
         left = max(0.0, until - now)
         return left if pause is None else min(left, pause)
 
@@ -178,6 +189,7 @@ class EngineLoop:
             if all(member.sequence.over for member in members):
                 raise PassAbandoned
             self._requests.resume_parked()
+            self._settlement.resume_late()
             self._reports.send_if_due()
             if self._settlement.dispatched is not None:
                 return  # the batch before this one still runs: nothing could go first

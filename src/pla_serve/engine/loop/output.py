@@ -17,7 +17,7 @@ def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Outp
         max_model_len: most tokens of prompt and output together.
     """
     if sampled.error is not None:
-        return Output(id=sequence.id, tokens=[], finish_reason="error", error=sampled.error)
+        return failure(sequence, sampled.error, of_request=sampled.of_request)
     first = sequence.made == 0
     sequence.tokens.append(sampled.token)
     return Output(
@@ -28,6 +28,17 @@ def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Outp
         stop_token=sampled.token if sampled.stopped else None,
         cached_tokens=sequence.cached_tokens if first else None,
         queued=sequence.queued_seconds if first else None,
+    )
+
+
+def failure(sequence: Sequence, error: str, *, of_request: bool) -> Output:
+    """The last message of a request that failed; ``of_request`` if that is its own fault."""
+    return Output(
+        id=sequence.id,
+        tokens=[],
+        finish_reason="error",
+        error=error,
+        fault="request" if of_request else "engine",
     )
 
 

@@ -19,6 +19,8 @@ class RequestTable:
                           cache changes (`wait`; `preempt`, which takes its KV)
     parked                it waits for KV blocks in the memory gate, unknown to the policy
     started               it has its KV blocks (`start`; `resume_parked` after parking)
+    late                  it has all its KV but that of its last token, and the policy does not
+                          know it until its grammar has answered (`sit_out`, `take_answered`)
     over                  it has ended, and batches or transfers still write to its blocks (`end`)
     ====================  =========================================================================
 
@@ -36,6 +38,8 @@ class RequestTable:
         self._sequences: dict[str, Sequence] = {}
         self._waiting: dict[str, Sequence] = {}
         """Sequences in state waiting. The first one's prefix is looked up again first."""
+        self._late: dict[str, Sequence] = {}
+        """Sequences in state late."""
 
     def __len__(self) -> int:
         """Return the number of sequences in any state."""
@@ -69,6 +73,26 @@ class RequestTable:
         for sequence in self._gate.unpark(now):
             self._policy.add(sequence.prefill(sequence.computed), now)
 
+    @property
+    def any_late(self) -> bool:
+        """Whether some sequence waits for its grammar."""
+        return bool(self._late)
+
+    def sit_out(self, sequence: Sequence) -> None:
+        """Take a sequence from the policy, without its next token, until its grammar answers.
+
+        It may lose its KV blocks meanwhile: then it is prefilled again as any other one.
+        """
+        self._policy.remove(sequence.id)
+        self._late[sequence.id] = sequence
+
+    def take_answered(self) -> list[Sequence]:
+        """Return late sequences whose grammar has answered, or failed. They are late no more."""
+        answered = [one for one in self._late.values() if one.sampling.can_go_on]
+        for sequence in answered:
+            del self._late[sequence.id]
+        return answered
+
     def refresh(self) -> None:
         """Look up the prefixes of a few waiting sequences, and tell the policy what has changed.
 
@@ -94,6 +118,7 @@ class RequestTable:
     def preempt(self, sequence: Sequence) -> None:
         """Take a sequence's KV blocks. It waits to be prefilled again, with its output so far."""
         assert not sequence.in_flight
+        self._late.pop(sequence.id, None)
         self._telemetry.recompute_preemptions += 1
         self._policy.remove(sequence.id)
         self._exchange.withdraw(sequence)
@@ -108,6 +133,7 @@ class RequestTable:
         Its id and its KV blocks stay taken as long as something writes to the blocks.
         """
         sequence.over = True
+        self._late.pop(sequence.id, None)
         self._policy.remove(sequence.id)
         if not sequence.in_flight:
             self.remove(sequence)
@@ -115,6 +141,7 @@ class RequestTable:
     def remove(self, sequence: Sequence) -> None:
         """Free the id and the KV blocks of a sequence. The prefix cache keeps what it knows."""
         del self._sequences[sequence.id]
+        sequence.sampling.close()
         self._waiting.pop(sequence.id, None)
         self._exchange.withdraw(sequence)
         self._gate.release(sequence)

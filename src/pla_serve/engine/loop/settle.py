@@ -19,7 +19,7 @@ from collections import deque
 import torch
 
 from pla_serve.engine.loop.batches import BatchMember, EnqueuedBatch
-from pla_serve.engine.loop.output import ends_with_next, take_token
+from pla_serve.engine.loop.output import ends_with_next, failure, take_token
 from pla_serve.engine.loop.parts import LoopContext
 from pla_serve.engine.loop.requests import RequestTable
 from pla_serve.engine.requests.sequence import Sequence
@@ -122,6 +122,20 @@ class BatchSettlement:
         while self._enqueued:
             self.settle(self._enqueued.popleft())
 
+    def resume_late(self) -> None:
+        """Have sequences whose grammar was late decode again, or end if their grammar failed."""
+        if not self._requests.any_late:
+            return
+        self._sampler.poll()
+        for sequence in self._requests.take_answered():
+            error = sequence.sampling.grammar_error
+            if error is None:
+                now, arrival = self._context.clock(), sequence.request.arrival
+                self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
+            else:
+                self._context.emit(failure(sequence, error, of_request=True))
+                self._requests.end(sequence)
+
     def settle(self, batch: EnqueuedBatch) -> None:
         """Wait until the device has finished ``batch``, and settle it."""
         batch.ended.wait()
@@ -180,12 +194,16 @@ class BatchSettlement:
                 self._kv.remember(sequence.tokens, sequence.computed, sequence.table)
                 self._requests.remove(sequence)
             return
-        sequence.computed += member.tokens
+        late = sampled is not None and sampled.late
+        # The last token of a late one is computed again, in its own place, to have its logits.
+        sequence.computed += member.tokens - late
         in_use = sequence.in_flight > 0
         self._kv.remember(sequence.tokens, sequence.computed, sequence.table, in_use=in_use)
-        if sequence.request.hand_over is not None:
+        if sequence.request.hand_over is not None and not late:
             self._exchange.computed(sequence)
-        if sampled is not None:
+        if late:
+            self._requests.sit_out(sequence)
+        elif sampled is not None:
             self._take(sequence, sampled, now)
             if not (sequence.over or member.decodes or dispatched):
                 request, context = sequence.request, sequence.computed

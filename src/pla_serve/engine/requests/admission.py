@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.requests.memory import MemoryGate
 from pla_serve.engine.requests.sequence import Sequence, prefill_request
-from pla_serve.engine.sampling import Sampler, SamplingError
+from pla_serve.engine.sampling import GrammarError, Sampler, SamplingError
 from pla_serve.policy.admission import Admission, Admit, Refuse
 from pla_serve.policy.calibration import Calibration
 from pla_serve.policy.cost import CostModel
@@ -59,7 +59,7 @@ class Intake:
         """Admit a request that waits for its prefill here.
 
         A refusal costs no more than a lookup in the prefix cache. Only a request that the queues
-        can bear has its grammar compiled.
+        can bear has its grammar compiled, by a worker, while it waits.
         """
         fault = self._fault(request)
         if fault is not None:
@@ -108,7 +108,7 @@ class Intake:
             self.calibration.gave_up(forecast, now)
 
     def _sequence(self, request: AddRequest, short: bool, cached: int) -> Sequence | Rejected:
-        """Check the sampling parameters, compile the grammar, and make the sequence."""
+        """Check the sampling parameters, have the grammar compiled, and make the sequence."""
         try:
             own = len(request.prompt) - request.generated
             sampling = self._sampler.start(
@@ -119,7 +119,7 @@ class Intake:
                 default_seed=self.limits.default_seed,
                 output=request.prompt[own:],
             )
-        except SamplingError as error:
+        except (GrammarError, SamplingError) as error:
             return Rejected(id=request.id, reason=str(error), retry_after=None)
         return Sequence(
             request=request,

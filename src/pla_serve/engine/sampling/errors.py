@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pla_serve.grammar.errors import GrammarError
+
+__all__ = ["GrammarError", "SamplingError"]
+
 
 class SamplingError(ValueError):
     """The sampling parameters do not fit the model."""
-
-
-class GrammarError(SamplingError):
-    """The grammar is malformed, uses what is not supported, or is too large."""

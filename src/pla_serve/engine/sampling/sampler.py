@@ -8,18 +8,20 @@ from dataclasses import dataclass
 import torch
 
 from pla_serve.engine.sampling.draw import draw
-from pla_serve.engine.sampling.errors import GrammarError
-from pla_serve.engine.sampling.grammar import GrammarCompiler, forbid
+from pla_serve.engine.sampling.errors import GrammarError, SamplingError
+from pla_serve.engine.sampling.grammars import GrammarFollower, Grammars, forbid
 from pla_serve.engine.sampling.logprobs import token_logprobs
 from pla_serve.engine.sampling.noise import seed_key
 from pla_serve.engine.sampling.penalties import add_to_logits, penalise
 from pla_serve.engine.sampling.rowmax import row_max
-from pla_serve.engine.sampling.sequence import Sampled, SequenceSampling
+from pla_serve.engine.sampling.sequence import LATE, Sampled, SequenceSampling
 from pla_serve.engine.sampling.transfer import to_device, to_host
 from pla_serve.wire.engine import SamplingParams, TokenLogprob
 
 NOT_FINITE = -1
 NOTHING_LEFT = -2
+NOT_READY = -3
+"""The mask of the row is late, or its token is chosen already."""
 ERRORS = {
     NOT_FINITE: "the model produced logits that are NaN or infinite; "
     "its weights may be damaged or its dtype too narrow",
@@ -49,7 +51,7 @@ class Sampler:
     """
 
     def __init__(
-        self, vocab_size: int, device: torch.device, grammars: GrammarCompiler | None = None
+        self, vocab_size: int, device: torch.device, grammars: Grammars | None = None
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
@@ -65,7 +67,7 @@ class Sampler:
         default_seed: int,
         output: Sequence[int] = (),
     ) -> SequenceSampling:
-        """Return the sampling state of a new sequence.
+        """Return the sampling state of a new sequence. Its grammar is compiled while it waits.
 
         Args:
             prompt: the request's token ids.
@@ -74,7 +76,7 @@ class Sampler:
 
         Raises:
             SamplingError: a token id is outside the vocabulary, or ``output`` cannot go on.
-            GrammarError: the grammar is bad, or there is no compiler. Both are the client's fault.
+            GrammarError: grammars are not offered, or this one is known to be bad at once.
         """
         matcher = None
         if params.grammar is not None:
@@ -89,8 +91,19 @@ class Sampler:
             key=seed_key(params.seed, default_seed=default_seed, request_id=request_id),
             grammar=matcher,
         )
-        sampling.resume(output)
+        try:
+            sampling.resume(output)
+        except SamplingError:
+            sampling.close()
+            raise
+        if matcher is not None and self._grammars is not None:
+            self._grammars.open(matcher)
         return sampling
+
+    def poll(self) -> None:
+        """Take what has come of grammars that were late; never waits."""
+        if self._grammars is not None:
+            self._grammars.poll()
 
     def sample(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> list[Sampled]:
         """Choose the next token of each sequence and advance its state.
@@ -139,14 +152,25 @@ class Sampler:
         return TokenChoice(sequences, tokens, to_host(tokens), logprobs)
 
     def accept(self, choice: TokenChoice) -> list[Sampled]:
-        """Advance each sequence by its token, after the device has finished the choice."""
+        """Advance each sequence by its token; the device must have finished the choice.
+
+        Waits a few milliseconds at most for grammars; sequences whose is later get `LATE`.
+        """
+        tokens = choice.tokens.tolist()
+        for row, (token, sequence) in enumerate(zip(tokens, choice.sequences, strict=True)):
+            if token >= 0:
+                sequence.propose(token, choice.logprobs.get(row))
+        if self._grammars is not None:
+            moved = [s.grammar for s in choice.sequences if s.chosen and s.grammar is not None]
+            if moved:
+                self._grammars.settle(moved)
         return [
-            sequence.accept(token, choice.logprobs.get(row))
-            if token >= 0
+            sequence.settle()
+            if sequence.chosen
+            else LATE
+            if token == NOT_READY
             else self._failed(token, sequence)
-            for row, (token, sequence) in enumerate(
-                zip(choice.tokens.tolist(), choice.sequences, strict=True)
-            )
+            for token, sequence in zip(tokens, choice.sequences, strict=True)
         ]
 
     def _choose(
@@ -158,7 +182,7 @@ class Sampler:
         """
         # Rows that are not finite are computed like the others and get their error code at the end.
         broken = tokens == NOT_FINITE
-        self._apply_grammars(logits, sequences)
+        late = self._apply_grammars(logits, sequences)
         self._apply_adjustments(logits, sequences)
         peak, chosen = row_max(logits)
         usable = peak.isfinite()
@@ -172,14 +196,26 @@ class Sampler:
                 [sequences[row].uniform() for row in random],
             )
         chosen = torch.where(usable, chosen, NOTHING_LEFT)
-        return torch.where(broken, NOT_FINITE, chosen)
+        chosen = torch.where(broken, NOT_FINITE, chosen)
+        if late:
+            chosen[to_device(late, logits.device)] = NOT_READY
+        return chosen
 
-    def _apply_grammars(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> None:
-        rows = [(row, s.grammar) for row, s in enumerate(sequences) if s.grammar is not None]
-        if rows and self._grammars is not None:
-            masks = self._grammars.masks([matcher for _, matcher in rows])
-            index = to_device([row for row, _ in rows], logits.device)
-            forbid(logits, index, masks)
+    def _apply_grammars(
+        self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]
+    ) -> list[int]:
+        """Forbid what grammars do not allow; returns the rows whose mask is not there."""
+        rows = {row: s.grammar for row, s in enumerate(sequences) if s.grammar is not None}
+        if not rows or self._grammars is None:
+            return []
+        asked = [one for row, one in rows.items() if not sequences[row].chosen]
+        self._grammars.prepare(asked)
+        late = [row for row, one in rows.items() if sequences[row].chosen or not one.ready]
+        ready: dict[int, GrammarFollower] = {r: one for r, one in rows.items() if r not in late}
+        if ready:
+            masks = self._grammars.masks(list(ready.values()))
+            forbid(logits, to_device(list(ready), logits.device), masks)
+        return late
 
     def _apply_adjustments(
         self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]
@@ -213,5 +249,5 @@ class Sampler:
     def _failed(code: int, sequence: SequenceSampling) -> Sampled:
         grammar = sequence.grammar
         if code == NOTHING_LEFT and grammar is not None and grammar.error is not None:
-            return Sampled(-1, error=grammar.error)
-        return Sampled(-1, error=ERRORS[code])
+            return Sampled(-1, error=grammar.error, of_request=True)
+        return Sampled(-1, error=ERRORS[code], of_request=code == NOTHING_LEFT)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pla_serve.engine.sampling.errors import SamplingError
-from pla_serve.engine.sampling.grammar import GrammarMatcher
+from pla_serve.engine.sampling.grammars import GrammarFollower
 from pla_serve.engine.sampling.noise import uniform
 from pla_serve.engine.sampling.penalties import Penalties
 from pla_serve.wire.engine import SamplingParams, TokenLogprob
@@ -25,6 +25,14 @@ class Sampled(NamedTuple):
     """Whether the grammar allows nothing after this token. The token is part of the text."""
     error: str | None = None
     """Why there is no token. The sequence ends with this error."""
+    of_request: bool = False
+    """Whether the error is the request's own fault: no engine would do better."""
+    late: bool = False
+    """Whether the token is missing because its grammar takes time. The last token is computed again
+    once the sequence `can_go_on`; until then it sits out."""
+
+
+LATE = Sampled(-1, late=True)
 
 
 class SequenceSampling:
@@ -49,12 +57,14 @@ class SequenceSampling:
         *,
         vocab_size: int,
         key: bytes,
-        grammar: GrammarMatcher | None = None,
+        grammar: GrammarFollower | None = None,
     ) -> None:
         self.params = params
         self.drawn = 0
         """Number of tokens accepted so far."""
         self._promised = 0
+        self._proposed: tuple[int, TokenLogprob | None] | None = None
+        """The next token, chosen, whose effect on the grammar is not known yet."""
         self.grammar = grammar
         self.greedy = params.temperature < GREEDY_BELOW
         self._key = key
@@ -106,6 +116,21 @@ class SequenceSampling:
         """
         self._promised += 1
 
+    @property
+    def can_go_on(self) -> bool:
+        """Its grammar knows all that the next step needs, or has failed."""
+        return self.grammar is None or self.grammar.ready
+
+    @property
+    def grammar_error(self) -> str | None:
+        """Why its grammar cannot go on, for the client."""
+        return None if self.grammar is None else self.grammar.error
+
+    @property
+    def chosen(self) -> bool:
+        """The next token is chosen already, and waits for the grammar."""
+        return self._proposed is not None
+
     def forbidden(self) -> tuple[int, ...]:
         """Return token ids that must not be chosen yet: they would end the text too early."""
         early = self.position < self.params.min_tokens
@@ -130,8 +155,34 @@ class SequenceSampling:
             if sampled.stopped or sampled.grammar_finished:
                 raise SamplingError(f"nothing is left to make: the output has ended with {token}")
 
+    def propose(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Choose ``token`` as the next one; `settle` makes it part of the output."""
+        self._proposed = (token, logprob)
+        if self.grammar is not None and token not in self.stop_ids:
+            self.grammar.advance(token)
+
+    def settle(self) -> Sampled:
+        """Make the chosen token part of the output and advance all state by it; or `LATE`."""
+        if self.grammar is not None and not self.grammar.settled:
+            return LATE
+        return self._take()
+
     def accept(self, token: int, logprob: TokenLogprob | None) -> Sampled:
-        """Append ``token`` to the output, and advance grammar, penalties and position."""
+        """Take ``token`` as the next of the output, without waiting for the grammar.
+
+        For tokens that another engine chose. If they break the grammar that may show later.
+        """
+        self.propose(token, logprob)
+        return self._take()
+
+    def close(self) -> None:
+        """The sequence has ended; may be called again."""
+        if self.grammar is not None:
+            self.grammar.close()
+
+    def _take(self) -> Sampled:
+        assert self._proposed is not None
+        (token, logprob), self._proposed = self._proposed, None
         self.drawn += 1
         self._promised = max(0, self._promised - 1)
         if self.penalties is not None:
@@ -139,10 +190,9 @@ class SequenceSampling:
         stopped = token in self.stop_ids
         finished = False
         if self.grammar is not None and not stopped:
-            error = self.grammar.advance(token)
-            if error is not None:
-                return Sampled(-1, error=error)
-            finished = self.grammar.must_stop
+            if self.grammar.error is not None:
+                return Sampled(-1, error=self.grammar.error, of_request=True)
+            finished = self.grammar.finished
         return Sampled(token, logprob, stopped, finished)
 
 

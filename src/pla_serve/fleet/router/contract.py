@@ -87,6 +87,14 @@ class FleetOptions:
             name="--max-failures",
         ),
     ] = 4
+    most_lives: Annotated[
+        int,
+        Knob(
+            "Engines that may end with one request, without a token from them in between, before "
+            "its client is told.",
+            least=1,
+        ),
+    ] = 2
     patience_seconds: Annotated[
         float, Knob("How long a request may wait for an instance that takes it.", least=0)
     ] = 60.0

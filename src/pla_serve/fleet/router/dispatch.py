@@ -145,15 +145,25 @@ class Dispatcher:
 
     # Requests
 
-    def plan(self, request: RoutedRequest, id: str, now: float) -> DispatchPlan | None:
-        """The best of those that may have it, or None if there is nobody."""
+    def plan(
+        self,
+        request: RoutedRequest,
+        id: str,
+        now: float,
+        kept_from: frozenset[str] = frozenset(),
+    ) -> DispatchPlan | None:
+        """The best of those that may have it, or None if there is nobody.
+
+        Args:
+            kept_from: instances that may not.
+        """
         numbers = self._route_request(request, id)
         for exclude in self._exclusions(request, now):
             for stage in (self._prefill, self._decode):
                 if not stage.view.entries:
                     continue
                 try:
-                    name = stage.choose(numbers, now, exclude)
+                    name = stage.choose(numbers, now, exclude | kept_from)
                 except NoInstance:
                     continue
                 return self._plan(stage, numbers, name, now)

@@ -24,6 +24,7 @@ from pla_serve.fleet.router.keys import KeyShares
 from pla_serve.fleet.router.parking import Parking
 from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.fleet.router.routed_request import Attempt, Blame, RoutedRequest, with_seed
+from pla_serve.fleet.router.suspects import Suspects, given_up
 from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.server.engine.session import EngineDiedError, NewsReceiver
 from pla_serve.wire.engine import AbortRequest, Accepted, AddRequest, Output, Rejected
@@ -76,6 +77,7 @@ class Fleet:
             self._attempts, self.dispatcher, self._instances, observer, clock, options.lease_seconds
         )
         self.shares = KeyShares()
+        self._suspects = Suspects(options.most_lives, self._parking.wake_all)
 
     # State, for others to look at
 
@@ -189,21 +191,20 @@ class Fleet:
         self.dispatcher.leave(instance)
         self.observer.gone(link)
         self._on_change()
+        moving: list[RoutedRequest] = []
         for id in ids:
-            request = self._requests.get(id)
-            if request is None:
+            if (request := self._requests.get(id)) is None:
                 continue  # its client closed it when another one failed
             left = self._hand_overs.lost(request, instance)
             if left is Effect.ORDINARY:
-                self.observer.moved(instance.name, "lost", bool(request.tokens))
-                self._move(request, f"{instance.name} was lost: {reason}")
+                moving.append(request)
             else:
                 self._finish_hand_over(request, left)
+        self._move_all(moving, instance, f"{instance.name} was lost: {reason}")
 
     def message(self, link: Link, message: RequestAnswer) -> None:
         instance = self._instances.of(link)
-        request = self._requests.get(instance.attempts.get(message.id, ""))
-        if request is None:
+        if (request := self._requests.get(instance.attempts.get(message.id, ""))) is None:
             return  # of an attempt that is over
         if isinstance(message, Accepted):
             self._accepted(request, message.cached_tokens)
@@ -211,6 +212,9 @@ class Fleet:
             self._prefilled_for_another(request, message)
         if request.id not in self._requests:
             return  # its client closed it on being told
+        if isinstance(message, Output) and message.error and message.fault == "request":
+            self._at_fault(request, message)
+            return
         left = self._hand_overs.message(request, instance, message)
         if left is not Effect.ORDINARY:
             self._finish_hand_over(request, left)
@@ -228,9 +232,8 @@ class Fleet:
         """Send a request to an instance, park it, or refuse it."""
         self._parking.leave(request)
         while True:
-            now, began = self.clock(), self._timer()
-            id = request.next_id()
-            plan = self.dispatcher.plan(request, id, now)
+            now, began, id = self.clock(), self._timer(), request.next_id()
+            plan = self.dispatcher.plan(request, id, now, self._suspects.kept_from(request))
             self.observer.decided(self._timer() - began)
             if plan is None:
                 self._nowhere(request, now)
@@ -248,6 +251,7 @@ class Fleet:
             self._attempts.settle(request, attempt)
             request.avoid[instance.name] = Blame(instance.boot, instance.epoch, now)
             return False
+        self._suspects.sent(request, plan.instance)
         self.shares.charge(request.tenant, request.id, plan.place.seconds, now)
         self.observer.dispatched(instance.name, plan.short, plan.place.seconds, now)
         return True
@@ -346,6 +350,7 @@ class Fleet:
         """Learn from the first token of an attempt."""
         now = self.clock()
         request.stalled, request.fruitless = None, 0
+        self._suspects.cleared(request)
         due = request.original.deadline
         late = None if due is None or request.tokens else now - due
         self.observer.began(attempt, output.cached_tokens, late, now)
@@ -364,9 +369,7 @@ class Fleet:
         self._attempts.settle(request, attempt)
         self.observer.moved(instance.name, "refused", bool(request.tokens))
         if rejected.retry_after is None:
-            kind = instance.facts.kind if instance.facts else None
-            alike = [i.name for i in self.instances if i.facts and i.facts.kind == kind]
-            request.refused.update(dict.fromkeys(alike, inf))
+            request.refused.update(dict.fromkeys(self._instances.alike(instance), inf))
             if all(i.name in request.refused for i in self.instances if i.open):
                 self._reject(request, rejected)
                 return
@@ -375,6 +378,24 @@ class Fleet:
         self._place(request)
 
     # Failures and ends
+
+    def _move_all(self, lost: list[RoutedRequest], instance: FleetInstance, why: str) -> None:
+        """Place the requests of a lost instance again, but for one that others died of as well."""
+        guilty = self._suspects.lost(instance, lost)
+        for request in lost:
+            if request.id not in self._requests:
+                continue  # its client closed it when another one failed
+            if request is guilty:
+                self.observer.refused("failures")
+                self._at_fault(request, given_up(request, why))
+            else:
+                self.observer.moved(instance.name, "lost", bool(request.tokens))
+                self._move(request, why)
+
+    def _at_fault(self, request: RoutedRequest, output: Output) -> None:
+        """End a request that failed by a fault of its own: no instance would do better."""
+        self._withdraw(request)
+        request.receiver.take(msgspec.structs.replace(output, id=request.id))
 
     def _move(self, request: RoutedRequest, reason: str) -> None:
         """Place a request again that an instance failed, or end it if that happened too often."""
@@ -426,3 +447,4 @@ class Fleet:
         self.shares.discharge(request.tenant, request.id, self.clock())
         if request.attempt is not None:
             self._attempts.settle(request, request.attempt)
+        self._suspects.cleared(request)

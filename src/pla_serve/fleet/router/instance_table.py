@@ -41,6 +41,11 @@ class InstanceTable:
         self._by_link[id(link)] = self._by_name[link.url] = instance
         return instance
 
+    def alike(self, instance: FleetInstance) -> list[str]:
+        """Names of the instances that are servers of the same kind, this one among them."""
+        kind = instance.facts.kind if instance.facts else None
+        return [one.name for one in self.all if one.facts and one.facts.kind == kind]
+
     def connected(self, instance: FleetInstance, facts: InstanceFacts) -> bool:
         """A connection begins; returns whether it is to another life of the instance."""
         instance.facts, instance.report = facts, None

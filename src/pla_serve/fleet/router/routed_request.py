@@ -99,6 +99,9 @@ class RoutedRequest:
     """Reasons for which attempts failed."""
     fruitless: int = 0
     """Failures since the last token."""
+    losses: list[tuple[FleetInstance, str]] = field(default_factory=list)
+    """Instances that were lost before they made a token of it, since its last token, and the name
+    of the engine's life then."""
     together: bool = False
     """A hand-over came to nothing: prefill and decode stay on one instance from now on."""
     hand_over: OngoingHandOver | None = None
@@ -111,6 +114,14 @@ class RoutedRequest:
     it makes progress."""
     timer: Timer | None = None
     """Next placement of a parked request."""
+
+    @property
+    def lives(self) -> int:
+        """Engines that ended, as far as is known, with this request and without a token of it.
+
+        One that is connected again with the same life only lost its connection.
+        """
+        return sum(not (one.connected and one.boot == boot) for one, boot in self.losses)
 
     @property
     def id(self) -> str:

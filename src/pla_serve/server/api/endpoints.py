@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,14 @@ from pla_serve.logs import request_id
 from pla_serve.server.api.answer import EventWriter, Header, whole
 from pla_serve.server.api.body import BodyReader, Upload
 from pla_serve.server.api.cache_scope import CacheScopes
-from pla_serve.server.api.errors import ApiError, invalid, json_response, too_long, unavailable
+from pla_serve.server.api.errors import (
+    ApiError,
+    invalid,
+    json_response,
+    over_capacity,
+    too_long,
+    unavailable,
+)
 from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.api.guard import tenant
@@ -33,6 +39,7 @@ from pla_serve.server.api.schema import (
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.generation import Generation, GenerationPlan
+from pla_serve.server.generation.grammar_checks import TooManyChecks
 from pla_serve.server.generation.prompts import PromptEncoder
 from pla_serve.server.records.journal import Journal, JournalEntry
 from pla_serve.server.records.metrics import Metrics
@@ -43,8 +50,9 @@ from pla_serve.wire.engine import EngineReady, Grammar
 COMPLETION_TOKENS = 16
 """Default max_tokens of /v1/completions, as OpenAI and vLLM have it."""
 
-GrammarCheck = Callable[[Grammar], None]
-"""Raises ValueError with what is wrong with the grammar."""
+GrammarCheck = Callable[[Grammar, str], Awaitable[None]]
+"""Given a grammar and its tenant. Raises ValueError with what is wrong with the grammar, or
+`TooManyChecks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +79,6 @@ class Endpoints:
         settings = service.settings
         self._bodies = BodyReader(settings.max_body_bytes, settings.limits)
         self._cache_scopes = CacheScopes(settings.api_keys, shared=settings.share_prefix_cache)
-        # One thread: hostile grammars take a second each, and shall not take all cores for it.
-        self._grammars = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     async def chat(self, request: Request) -> Response:
         arrival = time.monotonic()
@@ -128,7 +134,8 @@ class Endpoints:
         service, settings = self._service, self._service.settings
         grammar = plan.sampling[0].grammar
         if grammar is not None:
-            await self._check(grammar)
+            client = request.client.host if request.client else ""
+            await self._check(grammar, tenant(request.scope) or client)
         session = service.engine.session(settings.max_unread_tokens, tenant(request.scope))
         trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
         entry = JournalEntry(request_id.get() or plan.id, plan.arrival, trace)
@@ -205,13 +212,13 @@ class Endpoints:
                 await asyncio.sleep(0)
         return found
 
-    async def _check(self, grammar: Grammar) -> None:
+    async def _check(self, grammar: Grammar, who: str) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(
-                self._grammars, self._service.check_grammar, grammar
-            )
+            await self._service.check_grammar(grammar, who)
         except ValueError as error:
             raise invalid(f"the constraint cannot be used: {error}", "response_format") from None
+        except TooManyChecks as error:
+            raise over_capacity(str(error), 1.0) from None
 
     async def _engine(self) -> EngineReady:
         try:

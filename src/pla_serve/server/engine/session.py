@@ -35,6 +35,7 @@ class Update:
     __slots__ = (
         "cached_tokens",
         "error",
+        "fault",
         "finish_reason",
         "id",
         "logprobs",
@@ -53,6 +54,7 @@ class Update:
         self.cached_tokens: int | None = None
         self.queued: float | None = None
         self.error: str | None = None
+        self.fault: str = "engine"
         self.rejected: Rejected | None = None
 
     def merge(self, output: Output) -> None:
@@ -62,6 +64,7 @@ class Update:
         self.finish_reason = output.finish_reason
         self.stop_token = output.stop_token
         self.error = output.error
+        self.fault = output.fault
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens
         if output.queued is not None:

@@ -221,6 +221,8 @@ class Generation:
             return None
         if update.error is not None or update.finish_reason == "error":
             self._entry.outcome = "error"
+            if update.fault == "request":
+                raise invalid(f"the request cannot be completed: {update.error}")
             raise failed(f"the engine failed this request: {update.error or 'no reason given'}")
         if update.queued is not None:
             self._trace(choice, update.queued)

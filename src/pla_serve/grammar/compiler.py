@@ -1,8 +1,8 @@
-"""Output that is text of a given grammar, by llguidance.
+"""Output that is text of a given grammar, by llguidance. Runs in workers: see the package.
 
 A compiled grammar says before each token which tokens may follow. Costs, measured with a 49k
 vocabulary: a plain schema compiles in about 1 ms, one of 500 properties in 50 ms; a mask takes
-0.05 ms, 10 ms at worst for sane schemas. Hostile ones end at the limits below.
+0.05 ms, 10 ms at worst for sane schemas.
 """
 
 from __future__ import annotations
@@ -10,31 +10,22 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import llguidance
-import llguidance.hf
-import llguidance.numpy
-import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from pla_serve.engine.sampling.errors import GrammarError
+from pla_serve.grammar.errors import GrammarError
+from pla_serve.grammar.limits import ALLOWANCE_SECONDS, TOKEN_SECONDS, GrammarLimits
+from pla_serve.grammar.structure import check_structure
+from pla_serve.grammar.tokenizer import GrammarVocabulary
 from pla_serve.wire.engine import Grammar
 
-MAX_SPEC_CHARACTERS = 256 * 1024
-MAX_COMPILE_SECONDS = 1.0
-"""CPU time of a compilation beyond which ``check_grammar`` refuses a grammar."""
-STEP_ALLOWANCE_SECONDS = 0.5
-STEP_SECONDS_A_TOKEN = 0.01
-"""CPU time that one text may take for its masks: the allowance, and this for each token."""
 LIMITS = llguidance.LLParserLimits(
-    max_grammar_size=50_000, step_max_items=15_000, verbose_errors=False
+    max_grammar_size=50_000, step_max_items=15_000, max_lexer_states=50_000, verbose_errors=False
 )
-"""Tighter than llguidance's own where a hostile grammar could hold up the whole batch."""
+"""Tighter than llguidance's own. They bound most masks to some 10 ms, but not all of them."""
 RENEWALS = 2
 """How often a text may leave a compiled grammar that is full for a fresh one."""
 WHITESPACE = r"[ \n\t\r]{0,64}"
@@ -54,55 +45,46 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer and keeps the most recently used ones.
+    """Compiles grammars for one vocabulary and keeps the most recently used ones.
 
     Args:
-        tokenizer: a fast ``transformers`` tokenizer.
-        vocab_size: the width of the model's logits; ids that the tokenizer lacks are never allowed.
-        eos_token_ids: the model's, beside the tokenizer's own.
         cache_size: compiled grammars kept.
         clock: CPU seconds of the calling thread; other load on the machine must not count.
-
-    Raises:
-        ValueError: the tokenizer is not a fast one or has no EOS token.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
-        vocab_size: int,
+        vocabulary: GrammarVocabulary,
         *,
-        eos_token_ids: Collection[int] = (),
+        limits: GrammarLimits | None = None,
         cache_size: int = 64,
         clock: Callable[[], float] = time.thread_time,
     ) -> None:
-        own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        self.eos_token_ids = frozenset(own) | frozenset(eos_token_ids)
-        if not self.eos_token_ids:
-            raise ValueError("grammars need an EOS token, and neither model nor tokenizer has one")
-        self._tokenizer = llguidance.hf.from_tokenizer(
-            tokenizer,
-            n_vocab=max(vocab_size, len(tokenizer)),
+        self.eos_token_ids = vocabulary.eos_token_ids
+        self._tokenizer = llguidance.LLTokenizer(
+            vocabulary.tokenizer_json,
+            n_vocab=vocabulary.size,
             eos_token=sorted(self.eos_token_ids),
         )
+        self._limits = limits or GrammarLimits()
         self.clock = clock
-        self.eos_bits = _bits_of(self.eos_token_ids, self._tokenizer.vocab_size)
+        self.mask_bytes = 4 * ((self._tokenizer.vocab_size + 31) // 32)
+        self.eos_mask = _mask_of(self.eos_token_ids, self.mask_bytes)
         self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._cache_size = cache_size
-        self._lock = Lock()
 
     def check_grammar(self, grammar: Grammar) -> None:
-        """Compile it, so that a request with a bad grammar is refused before it costs anything.
-
-        Runs without the GIL: call it in a thread.
+        """Compile a grammar and compute its first mask.
 
         Raises:
             GrammarError: what is wrong, for the client.
         """
+        self.start(grammar).first_mask()
         seconds = self.compiled(grammar).seconds
-        if seconds > MAX_COMPILE_SECONDS:
+        most = self._limits.compile_seconds
+        if seconds > most:
             raise GrammarError(
-                f"the grammar takes {seconds:.1f} s to compile, more than {MAX_COMPILE_SECONDS} s; "
+                f"the grammar takes {seconds:.1f} s to compile, more than {most} s; "
                 "simplify it, for example by fewer alternatives"
             )
 
@@ -114,44 +96,28 @@ class GrammarCompiler:
         """
         return GrammarMatcher(self, grammar)
 
-    def masks(self, matchers: Sequence[GrammarMatcher]) -> torch.Tensor:
-        """(len(matchers), words) int32 on the CPU: bit i of word w allows token 32 * w + i.
-
-        A matcher that fails has its ``error`` set and allows nothing.
-        """
-        bits: NDArray[np.int32] = llguidance.numpy.allocate_token_bitmask(
-            len(matchers), self._tokenizer.vocab_size
-        )
-        for row, matcher in enumerate(matchers):
-            matcher.fill(bits, row)
-        return torch.from_numpy(bits)
-
     def compiled(self, grammar: Grammar) -> CompiledGrammar:
-        """From the cache, or made now.
+        """The grammar from the cache, or compiled now.
 
         Raises:
             GrammarError: what is wrong, for the client.
         """
-        with self._lock:
-            known = self._cache.get(grammar)
-            if known is not None:
-                self._cache.move_to_end(grammar)
-                return known
-        made = self._compile(grammar)
-        with self._lock:
-            self._cache[grammar] = made
+        known = self._cache.get(grammar)
+        if known is None:
+            known = self._cache[grammar] = self._compile(grammar)
             if len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
-        return made
+        self._cache.move_to_end(grammar)
+        return known
 
     def discard(self, grammar: Grammar, used_up: CompiledGrammar) -> None:
         """Compile ``grammar`` anew when it is next asked for, if ``used_up`` is still the one."""
-        with self._lock:
-            if self._cache.get(grammar) is used_up:
-                del self._cache[grammar]
+        if self._cache.get(grammar) is used_up:
+            del self._cache[grammar]
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         begin = self.clock()
+        check_structure(grammar, self._limits)
         text = _to_llguidance(grammar)
         matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=LIMITS)
         if matcher.is_error():
@@ -164,15 +130,16 @@ class GrammarMatcher:
 
     Attributes:
         error: why it cannot go on, for the client; None while it can.
-        must_stop: the text is complete and nothing can be added.
+        finished: the last token completed the text, and nothing can be added.
+        must_stop: as ``finished``, or the mask allows nothing but an end.
 
     Raises:
         GrammarError: the grammar is bad.
     """
 
     def __init__(self, compiler: GrammarCompiler, grammar: Grammar) -> None:
-        self.eos_token_ids = compiler.eos_token_ids
         self.error: str | None = None
+        self.finished = False
         self.must_stop = False
         self._compiler = compiler
         self._grammar = grammar
@@ -180,19 +147,34 @@ class GrammarMatcher:
         self._matcher = self._compiled.matcher.deep_copy()
         self._tokens: list[int] = []
         self._renewals = 0
-        self._seconds_left = STEP_ALLOWANCE_SECONDS
+        self._seconds_left = ALLOWANCE_SECONDS
 
-    def fill(self, bits: NDArray[np.int32], row: int) -> None:
-        """Write the mask of the next token; nothing is allowed after an error."""
-        begin = self._compiler.clock()
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, bits, row)
-        while self._matcher.is_error() and self._renew():
-            llguidance.numpy.fill_next_token_bitmask(self._matcher, bits, row)
-        self._after_step(self._compiler.clock() - begin)
+    def first_mask(self) -> bytes:
+        """The mask of the first token.
+
+        Raises:
+            GrammarError: no text can begin.
+        """
+        mask = self.mask()
         if self.error is not None:
-            bits[row] = 0
-        elif self._matcher.is_accepting():
-            self.must_stop = not (bits[row] & ~self._compiler.eos_bits).any()
+            raise GrammarError(f"no token can begin a text of this grammar: {self.error}")
+        if not int.from_bytes(mask, "little"):
+            raise GrammarError("no token can begin a text of this grammar")
+        return mask
+
+    def mask(self) -> bytes:
+        """Bit ``i % 8`` of byte ``i // 8`` allows token i; nothing is allowed after an error."""
+        compiler = self._compiler
+        begin = compiler.clock()
+        mask: bytes = self._matcher.compute_bitmask()
+        while self._matcher.is_error() and self._renew():
+            mask = self._matcher.compute_bitmask()
+        self._after_step(compiler.clock() - begin)
+        if self.error is not None:
+            return bytes(compiler.mask_bytes)
+        if self._matcher.is_accepting():
+            self.must_stop = not int.from_bytes(mask, "little") & ~compiler.eos_mask
+        return mask
 
     def advance(self, token: int) -> str | None:
         """Go past ``token``, which the mask allowed and which is no EOS; returns ``error``."""
@@ -201,8 +183,8 @@ class GrammarMatcher:
         self._matcher.consume_token(token)
         while self._matcher.is_error() and self._renew():
             pass
-        self._after_step(self._compiler.clock() - begin - STEP_SECONDS_A_TOKEN)
-        self.must_stop = self.error is None and bool(self._matcher.is_stopped())
+        self._after_step(self._compiler.clock() - begin - TOKEN_SECONDS)
+        self.finished = self.must_stop = self.error is None and bool(self._matcher.is_stopped())
         return self.error
 
     def _renew(self) -> bool:
@@ -217,7 +199,7 @@ class GrammarMatcher:
         return True
 
     def _after_step(self, seconds: float) -> None:
-        self._seconds_left = min(self._seconds_left - seconds, STEP_ALLOWANCE_SECONDS)
+        self._seconds_left = min(self._seconds_left - seconds, ALLOWANCE_SECONDS)
         if self.error is not None:
             return
         if self._matcher.is_error():
@@ -226,40 +208,19 @@ class GrammarMatcher:
         elif self._seconds_left < 0:
             self.error = (
                 "the grammar is too ambiguous: it takes more than "
-                f"{1000 * STEP_SECONDS_A_TOKEN:.0f} ms a token to follow; simplify it"
+                f"{1000 * TOKEN_SECONDS:.0f} ms a token to follow; simplify it"
             )
 
 
-def forbid(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
-    """Set the logits of tokens that the masks do not allow to -inf, in place.
-
-    Args:
-        logits: (n, vocab) float32.
-        rows: (g,) int64, the rows that have a grammar.
-        masks: (g, words) int32 from ``GrammarCompiler.masks``, on any device.
-    """
-    vocab = logits.shape[1]
-    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-    words = masks.to(logits.device, non_blocking=True).unsqueeze(2)
-    allowed = ((words >> shifts) & 1).flatten(1)[:, :vocab].bool()
-    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
-
-
-def _bits_of(tokens: Collection[int], vocab_size: int) -> NDArray[np.int32]:
-    words = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
+def _mask_of(tokens: Collection[int], size: int) -> int:
+    bits = bytearray(size)
     for token in tokens:
-        words[token // 32] |= np.uint32(1 << token % 32)
-    return words.view(np.int32)
+        bits[token // 8] |= 1 << token % 8
+    return int.from_bytes(bits, "little")
 
 
 def _to_llguidance(grammar: Grammar) -> str:
     spec = grammar.spec
-    if len(spec) > MAX_SPEC_CHARACTERS:
-        raise GrammarError(
-            f"the grammar has {len(spec)} characters; at most {MAX_SPEC_CHARACTERS} are accepted"
-        )
-    if "\0" in spec:
-        raise GrammarError("the grammar holds a NUL character")
     make = llguidance.LLMatcher
     options: Any = {"whitespace_pattern": WHITESPACE}
     text: str

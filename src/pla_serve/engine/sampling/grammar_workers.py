@@ -1,0 +1,344 @@
+"""Grammars whose code runs in worker processes, as an engine uses them.
+
+A mask depends on the tokens before it and on nothing else, so it is computed while the model
+computes the next logits. Whoever asks waits for some milliseconds at most. A worker that ends is
+replaced: the sequence that it was busy with has a second try and then fails; the others are told
+to a fresh worker from their tokens, and nobody notices.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from pla_serve.engine.sampling.grammars import GrammarFollower, as_masks
+from pla_serve.grammar.errors import GrammarError
+from pla_serve.grammar.host import NOT_NEEDED, GrammarHost, GrammarWorker
+from pla_serve.grammar.limits import GRAMMARS_A_WORKER, GrammarLimits
+from pla_serve.grammar.messages import Advance, Advanced, Close, Mask, Open, Working
+from pla_serve.grammar.structure import check_size
+from pla_serve.grammar.tokenizer import GrammarVocabulary
+from pla_serve.wire.engine import Grammar
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 0.005
+"""How long a batch waits for masks, all of them together."""
+LATE_POINTS, MOST_POINTS = 11, 32
+"""A sequence that was late gets points, and loses one with each token. Nobody waits for those that
+have many: three late masks in a row are too many, one in eleven is not."""
+SLOW_SECONDS = 0.02
+"""A worker that computes this long without an answer is slow, and goes on at a low priority."""
+MOST_WORKERS = 16
+MOST_IDLE_WORKERS = 2
+MOST_TRIES = 2
+"""So many workers may end while they work for one sequence."""
+
+
+class WorkerFollower:
+    """See `GrammarFollower`. Made by `GrammarWorkers.start`."""
+
+    def __init__(self, owner: GrammarWorkers, id: int, grammar: Grammar) -> None:
+        self.eos_token_ids = owner.eos_token_ids
+        self.error: str | None = None
+        self.finished = False
+        self.must_stop = False
+        self.id = id
+        self.grammar = grammar
+        self.tokens: list[int] = []
+        self.desk: Desk | None = None
+        """None before its worker is told of it, and after its end."""
+        self.unanswered = 0
+        """Tokens of which it is not known yet what they did."""
+        self.bits: bytes | None = None
+        self.tries = 0
+        """Workers that have ended while they worked for it."""
+        self.late = 0
+        """Its points; see LATE_POINTS."""
+        self._owner = owner
+
+    @property
+    def settled(self) -> bool:
+        """See `GrammarFollower`."""
+        return self.error is not None or not (self.unanswered or self.desk is None)
+
+    @property
+    def ready(self) -> bool:
+        """See `GrammarFollower`."""
+        return self.error is not None or (self.settled and self.bits is not None)
+
+    def advance(self, token: int) -> None:
+        """See `GrammarFollower`."""
+        self.tokens.append(token)
+        self.bits = None
+        self.finished = self.must_stop = False
+        self.late = max(0, self.late - 1)
+        if self.desk is not None:
+            self.unanswered += 1
+            self._owner.tell(self.desk, Advance(self.id, token))
+
+    def close(self) -> None:
+        """See `GrammarFollower`."""
+        self._owner.leave(self)
+        self.error = self.error or "its text has ended"
+
+    def fail(self, error: str) -> None:
+        """End it with ``error``."""
+        self.error = error
+        self._owner.leave(self)
+
+
+class Desk:
+    """One worker, and what it has before it."""
+
+    def __init__(self, worker: GrammarWorker, now: float) -> None:
+        self.worker = worker
+        self.followers: dict[int, WorkerFollower] = {}
+        self.grammars: OrderedDict[Grammar, None] = OrderedDict()
+        """Those that it has compiled, as far as it keeps them."""
+        self.working: int | None = None
+        """Follower that it works for, or has worked for; None: for none."""
+        self.changed = now
+        """When it last answered, or was given work."""
+        self.cpu_seconds: float | None = None
+        """CPU time that it had taken when its work was first seen to last."""
+        self.slow = False
+
+    @property
+    def busy(self) -> bool:
+        """It has something to do."""
+        return self.working is not None or any(not one.ready for one in self.followers.values())
+
+    @property
+    def idle(self) -> bool:
+        """It has nothing to do, and nobody who may want something."""
+        return not self.followers and self.working is None and self.worker.killed_for is None
+
+
+class GrammarWorkers:
+    """See `Grammars`. Belongs to one thread.
+
+    Args:
+        clock: seconds, monotonic; only time that workers take is measured with it.
+
+    Raises:
+        OSError: no process can be started.
+    """
+
+    def __init__(
+        self,
+        vocabulary: GrammarVocabulary,
+        limits: GrammarLimits | None = None,
+        *,
+        most_workers: int = MOST_WORKERS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.eos_token_ids = vocabulary.eos_token_ids
+        self.limits = limits or GrammarLimits()
+        self._no_mask = bytes(4 * ((vocabulary.size + 31) // 32))
+        self._host = GrammarHost(vocabulary, self.limits)
+        self._most_workers = most_workers
+        self._clock = clock
+        self._desks: list[Desk] = []
+        self._started = 0
+        self._desks.append(Desk(self._host.fork(), clock()))
+
+    @property
+    def desks(self) -> Sequence[Desk]:
+        """For tests."""
+        return self._desks
+
+    @property
+    def nursery_pid(self) -> int:
+        """For tests."""
+        return self._host.nursery_pid
+
+    def start(self, grammar: Grammar) -> WorkerFollower:
+        """See `Grammars`."""
+        check_size(grammar, self.limits)
+        self._started += 1
+        return WorkerFollower(self, self._started, grammar)
+
+    def open(self, follower: GrammarFollower) -> None:
+        """See `Grammars`."""
+        assert isinstance(follower, WorkerFollower)
+        if follower.desk is not None or follower.error is not None:
+            return
+        try:
+            desk = self._desk_for(follower)
+        except (GrammarError, OSError) as error:
+            follower.fail(str(error))
+            return
+        desk.followers[follower.id] = follower
+        desk.grammars[follower.grammar] = None
+        desk.grammars.move_to_end(follower.grammar)
+        if len(desk.grammars) > GRAMMARS_A_WORKER:
+            desk.grammars.popitem(last=False)
+        follower.desk = desk
+        follower.unanswered = 1
+        self.tell(desk, Open(follower.id, follower.grammar, follower.tokens))
+
+    def tell(self, desk: Desk, message: Open | Advance | Close) -> None:
+        """Send a message to a worker."""
+        desk.changed = self._clock()
+        desk.worker.frames.send(message)
+
+    def settle(self, followers: Sequence[GrammarFollower]) -> None:
+        """See `Grammars`."""
+        self._wait(followers, lambda one: one.settled)
+
+    def prepare(self, followers: Sequence[GrammarFollower]) -> None:
+        """See `Grammars`."""
+        self._wait(followers, lambda one: one.ready)
+
+    def masks(self, followers: Sequence[GrammarFollower]) -> torch.Tensor:
+        """See `Grammars`."""
+        rows = []
+        for one in followers:
+            assert isinstance(one, WorkerFollower)
+            rows.append(self._no_mask if one.error is not None or not one.bits else one.bits)
+        return as_masks(rows)
+
+    def poll(self) -> None:
+        """See `Grammars`."""
+        self._host.poll()
+        now = self._clock()
+        for desk in list(self._desks):
+            desk.worker.frames.flush()
+            for message in desk.worker.receive():
+                desk.changed, desk.cpu_seconds = now, None
+                self._take(desk, message)
+            if desk.worker.end is not None:
+                self._ended(desk)
+            elif desk.busy:
+                self._watch(desk, now - desk.changed)
+
+    def leave(self, follower: WorkerFollower) -> None:
+        """Nothing more is asked for it."""
+        desk, follower.desk = follower.desk, None
+        if desk is None:
+            return
+        desk.followers.pop(follower.id, None)
+        if desk.worker.end is not None:
+            return
+        self.tell(desk, Close(follower.id))
+        if desk.slow and desk.working == follower.id:
+            self._host.kill(desk.worker)  # it would compute on for nobody
+        elif not desk.followers:
+            self._retire(desk)
+
+    def close(self) -> None:
+        """End all workers."""
+        self._host.close()
+        self._desks.clear()
+
+    # Inside
+
+    def _wait(
+        self, followers: Iterable[GrammarFollower], done: Callable[[WorkerFollower], bool]
+    ) -> None:
+        mine = [one for one in followers if isinstance(one, WorkerFollower)]
+        for one in mine:
+            self.open(one)
+        deadline = self._clock() + PATIENCE_SECONDS
+        self.poll()
+        while waiting := [one for one in mine if one.late < MOST_POINTS and not done(one)]:
+            left = deadline - self._clock()
+            if left <= 0:
+                for one in waiting:
+                    one.late += LATE_POINTS
+                return
+            select.select([self._host.control, *_sockets(waiting)], [], [], left)
+            self.poll()
+
+    def _take(self, desk: Desk, message: Working | Advanced | Mask) -> None:
+        if isinstance(message, Working):
+            desk.working = message.id
+            return
+        desk.working = None
+        follower = desk.followers.get(message.id)
+        if follower is None:
+            return
+        if isinstance(message, Advanced):
+            follower.unanswered -= 1
+            follower.finished = message.finished
+            follower.must_stop = message.finished
+        elif not follower.unanswered:  # else tokens have come after this mask
+            follower.bits, follower.must_stop = message.bits, message.must_stop
+        if message.error is not None:
+            follower.fail(message.error)
+
+    def _watch(self, desk: Desk, seconds: float) -> None:
+        if seconds > SLOW_SECONDS and not desk.slow:
+            cpu = self._host.cpu_seconds(desk.worker)
+            if desk.cpu_seconds is None:
+                desk.cpu_seconds = cpu
+            elif cpu - desk.cpu_seconds > SLOW_SECONDS:
+                desk.slow = True
+                self._host.lower_priority(desk.worker)
+        follower = desk.followers.get(desk.working or 0)
+        most = self.limits.wall_seconds + self._cpu_seconds(follower)
+        if seconds > most:
+            self._host.kill(desk.worker, f"it takes more than {most:g} s; simplify it")
+
+    def _cpu_seconds(self, follower: WorkerFollower | None) -> float:
+        """CPU time that the work for a follower may take now."""
+        if follower is None or (not follower.unanswered and follower.bits is None):
+            return self.limits.step_seconds
+        return self.limits.replay_seconds(len(follower.tokens))
+
+    def _ended(self, desk: Desk) -> None:
+        """Take the followers of a worker that is gone to others."""
+        self._desks.remove(desk)
+        end = desk.worker.end
+        assert end is not None
+        desk.worker.frames.socket.close()
+        culprit = desk.followers.get(desk.working or 0)
+        for follower in list(desk.followers.values()):
+            follower.desk = None
+            follower.bits = None
+            if follower is culprit and desk.worker.killed_for != NOT_NEEDED:
+                follower.tries += 1
+                if follower.tries >= MOST_TRIES:
+                    cause = end.cause(self.limits, self._cpu_seconds(follower))
+                    log.warning("a grammar was given up: %s", cause)
+                    follower.fail(f"the grammar cannot be followed: {cause}")
+                    continue
+            self.open(follower)
+
+    def _desk_for(self, follower: WorkerFollower) -> Desk:
+        """A worker that knows the grammar, or has nothing else to do; another one if there is
+        none."""
+        desks = [desk for desk in self._desks if desk.worker.killed_for is None and not desk.slow]
+        if not follower.tries:
+            for desk in desks:
+                if follower.grammar in desk.grammars:
+                    return desk
+            for desk in desks:
+                if desk.idle:
+                    return desk
+        if len(self._desks) < self._most_workers:
+            desk = Desk(self._host.fork(), self._clock())
+            self._desks.append(desk)
+            return desk
+        return min(desks or self._desks, key=lambda desk: len(desk.followers))
+
+    def _retire(self, desk: Desk) -> None:
+        """A worker has nothing to do: keep it for what comes, unless it is slow or one too many."""
+        idle = [one for one in self._desks if one.idle]
+        if desk.slow:
+            self._host.kill(desk.worker)
+        elif len(idle) > MOST_IDLE_WORKERS:
+            self._host.kill(idle[0].worker)
+
+
+def _sockets(followers: Iterable[WorkerFollower]) -> list[socket.socket]:
+    """Those of their workers, each once; of one that has ended there is no more to come."""
+    desks = {id(one.desk): one.desk for one in followers if one.desk is not None}
+    return [desk.worker.frames.socket for desk in desks.values() if not desk.worker.frames.ended]

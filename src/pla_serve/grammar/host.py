@@ -1,0 +1,255 @@
+"""The side of a process that uses grammar workers: starts, watches and ends them.
+
+    host = GrammarHost(vocabulary_of(tokenizer, vocab_size), GrammarLimits())
+    worker = host.fork()
+    worker.frames.send(Open(0, Grammar("regex", "a+"), []))
+    ...                             # wait until host.control or worker.frames.socket can be read
+    host.poll()                     # sets worker.end if it has ended
+    for message in worker.receive(): ...
+
+Nothing here blocks, and all of it belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pla_serve.grammar.errors import GrammarError
+from pla_serve.grammar.limits import GrammarLimits
+from pla_serve.grammar.messages import (
+    Exited,
+    Fork,
+    Forked,
+    Frames,
+    FromNursery,
+    FromWorker,
+    Kill,
+    NurseryLaunch,
+)
+from pla_serve.grammar.tokenizer import GrammarVocabulary
+
+log = logging.getLogger(__name__)
+
+LOW_PRIORITY = 10
+"""Niceness. The engine gets nine tenths of a processor beside such a worker, which goes on."""
+NOT_NEEDED = "it is needed no longer"
+MOST_FAILED_STARTS = 3
+"""So many nurseries in a row may end without a worker before no other one is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnd:
+    """Why a worker has ended."""
+
+    status: int | None
+    """Its exit status, or minus the signal that ended it; None: unknown."""
+    killed_for: str | None = None
+    """Why it was killed from here."""
+
+    @property
+    def certain(self) -> bool:
+        """The same grammar would end another worker as well."""
+        sure = (signal.SIGPROF, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
+        return self.killed_for is None and self.status is not None and -self.status in sure
+
+    def cause(self, limits: GrammarLimits, seconds: float) -> str:
+        """What to tell the client whose grammar the worker was busy with.
+
+        Args:
+            seconds: of CPU time that the work was allowed.
+        """
+        if self.killed_for is not None:
+            return self.killed_for
+        if self.status is None:
+            return "the process that follows it was lost"
+        if self.status == -signal.SIGPROF:
+            return f"it takes more than {seconds:g} s of CPU time; simplify it"
+        if self.status == -signal.SIGABRT:
+            return f"it needs more than {limits.memory_bytes >> 20} MiB of memory; simplify it"
+        if self.status in (-signal.SIGSEGV, -signal.SIGBUS):
+            return "it is too deep for the compiler, which overflowed its stack; nest it less"
+        name = signal.Signals(-self.status).name if self.status < 0 else f"status {self.status}"
+        return f"the process that follows it ended with {name}"
+
+
+class GrammarWorker:
+    """One worker, from its fork to its end."""
+
+    def __init__(self, id: int, sock: socket.socket) -> None:
+        self.id = id
+        self.frames = Frames(sock, FromWorker)
+        self.pid: int | None = None
+        """None until it runs."""
+        self.end: WorkerEnd | None = None
+        """Set once it has ended and its last messages can be read."""
+        self.killed_for: str | None = None
+        self.low_priority = False
+
+    def receive(self) -> Iterator[Any]:
+        """What it has sent so far; `WorkerEnd` is not part of it."""
+        while self.frames.read():
+            yield from self.frames.messages()
+
+
+class GrammarHost:
+    """Workers for one vocabulary, and the nursery that forks them; a lost one is replaced.
+
+    Raises:
+        OSError: the nursery cannot be started.
+    """
+
+    def __init__(self, vocabulary: GrammarVocabulary, limits: GrammarLimits) -> None:
+        self.limits = limits
+        self.workers: dict[int, GrammarWorker] = {}
+        """Those that run; by their number."""
+        self._launch = NurseryLaunch(vocabulary.size, sorted(vocabulary.eos_token_ids), limits)
+        self._tokenizer = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
+        self._tokenizer.write(vocabulary.tokenizer_json.encode())
+        self._tokenizer.flush()
+        self._forks = 0
+        self._failed_starts = 0
+        self._start()
+
+    @property
+    def control(self) -> socket.socket:
+        """Readable when `poll` has something to do. Another one after a nursery was lost."""
+        return self._control.socket
+
+    @property
+    def nursery_pid(self) -> int:
+        """The process that forks workers."""
+        return self._child.pid
+
+    @property
+    def control_lost(self) -> bool:
+        """The nursery is gone; `fork` starts another one."""
+        return self._control.ended
+
+    def fork(self) -> GrammarWorker:
+        """A new worker. What is sent to it before it runs waits in its socket.
+
+        Raises:
+            GrammarError: nurseries do not start on this machine.
+        """
+        if self._control.ended:
+            self._restart()
+        ours, its = socket.socketpair()
+        ours.setblocking(False)
+        self._forks += 1
+        worker = GrammarWorker(self._forks, ours)
+        self.workers[worker.id] = worker
+        with its:
+            self._control.send(Fork(worker.id), its.fileno())
+        return worker
+
+    def kill(self, worker: GrammarWorker, reason: str = NOT_NEEDED) -> None:
+        """End a worker at once; its ``end`` is set when it is gone.
+
+        Args:
+            reason: for the client of whatever it was busy with.
+        """
+        if worker.end is None and worker.killed_for is None:
+            worker.killed_for = reason
+            self._control.send(Kill(worker.id))
+
+    def lower_priority(self, worker: GrammarWorker) -> None:
+        """Let everything else on the machine go before this worker, from now on."""
+        worker.low_priority = True
+        if worker.pid is not None:
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, worker.pid, LOW_PRIORITY)
+
+    def cpu_seconds(self, worker: GrammarWorker) -> float:
+        """CPU time that a worker has taken so far; where the system does not say, the time of day,
+        as if it computed all the time."""
+        try:
+            line = Path(f"/proc/{worker.pid}/schedstat").read_text()
+        except OSError:
+            return time.monotonic()
+        return int(line.split()[0]) / 1e9
+
+    def poll(self) -> None:
+        """Learn which workers run and which have ended."""
+        while self._control.read():
+            for message in self._control.messages():
+                self._take(message)
+        if self._control.ended and self.workers:
+            self._lose()
+
+    def close(self) -> None:
+        """End all workers."""
+        self._control.socket.close()
+        self._child.wait()
+        for worker in self.workers.values():
+            worker.frames.socket.close()
+        self.workers.clear()
+        self._tokenizer.close()
+
+    def _take(self, message: Forked | Exited) -> None:
+        if isinstance(message, Forked):
+            self._failed_starts = 0
+            worker = self.workers[message.id]
+            worker.pid = message.pid
+            if worker.low_priority:
+                self.lower_priority(worker)
+            return
+        worker = self.workers.pop(message.id)
+        worker.end = WorkerEnd(message.status, worker.killed_for)
+
+    def _lose(self) -> None:
+        """The nursery is gone: nobody can end its workers but their own limits."""
+        log.error("the grammar nursery was lost with %d workers", len(self.workers))
+        for worker in self.workers.values():
+            worker.end = WorkerEnd(None, worker.killed_for)
+            if worker.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
+        self.workers.clear()
+
+    def _restart(self) -> None:
+        if self.workers:
+            self._lose()
+        self._control.socket.close()
+        self._child.kill()
+        self._child.wait()
+        self._failed_starts += 1
+        if self._failed_starts > MOST_FAILED_STARTS:
+            raise GrammarError("structured output is off: its process does not start; see the log")
+        self._start()
+
+    def _start(self) -> None:
+        ours, its = socket.socketpair()
+        with its:
+            self._child = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "pla_serve.grammar.nursery",
+                    str(its.fileno()),
+                    str(self._tokenizer.fileno()),
+                ],
+                pass_fds=(its.fileno(), self._tokenizer.fileno()),
+                stdin=subprocess.DEVNULL,
+                env=_environment(),
+            )
+        ours.setblocking(False)
+        self._control = Frames(ours, FromNursery)
+        self._control.send(self._launch)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what it has the allocator do: forks would copy large pages whole."""
+    kept = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    return {**kept, "RAYON_NUM_THREADS": "1"}
