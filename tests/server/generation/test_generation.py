@@ -71,6 +71,7 @@ def plan(*prompts: str, n: int = 1, stop: tuple[str, ...] = (), **sampling: Any)
     params = SamplingParams(max_tokens=9, **sampling)
     return GenerationPlan(
         id="x",
+        cache_scope="",
         prompts=[list(prompt.encode()) for prompt in prompts],
         sampling=[params] * len(prompts),
         n=n,

@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket
 
 from pla_serve.policy.protocol import Capabilities
 from pla_serve.server.api.guard import Traffic
-from pla_serve.server.engine.session import EngineDiedError, NewsReceiver
+from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError
 from pla_serve.server.link.access import LinkAccess
 from pla_serve.server.link.hub import LinkHub
 from pla_serve.server.records.metrics import Metrics
@@ -39,7 +39,7 @@ class FakeEngine:
     boot: str = "1"
     up: bool = True
     observers: list[Any] = field(default_factory=list)
-    routes: dict[str, NewsReceiver] = field(default_factory=dict)
+    routes: dict[str, AnswerReceiver] = field(default_factory=dict)
     sent: list[Any] = field(default_factory=list)
 
     def watch(self, observer: Any) -> None:
@@ -49,7 +49,7 @@ class FakeEngine:
         for observer in self.observers:
             observer.alive()
 
-    def open_route(self, id: str, session: NewsReceiver) -> None:
+    def open_route(self, id: str, session: AnswerReceiver) -> None:
         if not self.up:
             raise EngineDiedError("the engine is not running")
         self.routes[id] = session

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from pla_serve.server.api.guard import Traffic
-from pla_serve.server.engine.session import EngineDiedError, NewsReceiver
+from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError
 from pla_serve.server.link.router_link import MOST_OFFERS, RouterLink
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.wire.engine import (
@@ -39,10 +39,10 @@ class Engine:
     """Records what a link asks for."""
 
     up: bool = True
-    routes: dict[str, NewsReceiver] = field(default_factory=dict)
+    routes: dict[str, AnswerReceiver] = field(default_factory=dict)
     sent: list[Any] = field(default_factory=list)
 
-    def open_route(self, id: str, session: NewsReceiver) -> None:
+    def open_route(self, id: str, session: AnswerReceiver) -> None:
         if not self.up:
             raise EngineDiedError("the engine is not running")
         self.routes[id] = session

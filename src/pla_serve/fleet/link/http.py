@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 LIVENESS_SECONDS = 5.0
-"""Most time for an answer to ``/health``; such servers answer it between other work."""
+"""Longest time for an answer to ``/health``; such servers answer it between other work."""
 STALL_SECONDS = 60.0
 """A server that has requests, and sends nothing for any of them for so long, hangs."""
 
@@ -53,7 +53,7 @@ class Answer(Protocol):
     """Reads the stream of one request."""
 
     def read(self, event: bytes) -> Output | Rejected | None:
-        """The news in one event; None if there is none. `Rejected` instead of the first news only.
+        """Return the answer in one event, or None. `Rejected` may only be the first answer.
 
         Raises:
             Broken: it is not an event of such a server.
@@ -61,14 +61,14 @@ class Answer(Protocol):
 
 
 class Dialect(Protocol):
-    """How one kind of server is spoken to."""
+    """Protocol of one kind of server: requests, answers, facts and load."""
 
     @property
     def kind(self) -> Literal["vllm", "sglang"]: ...
 
     @property
     def path(self) -> str:
-        """Where requests are posted."""
+        """Path that requests are posted to."""
 
     def body(self, request: AddRequest, model: str) -> dict[str, Any]:
         """The request in its words.
@@ -195,7 +195,7 @@ class HttpLink:
         self._end("this router closed the link")
 
     async def _live(self) -> str:
-        """From the first answer to the last; why it ended."""
+        """Serve one connected period, from the first answer to the loss; return why it ended."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         timeout = httpx.Timeout(self._liveness, pool=None)
         async with httpx.AsyncClient(
@@ -232,7 +232,7 @@ class HttpLink:
     async def _introduce(
         self, client: httpx.AsyncClient
     ) -> tuple[InstanceFacts, Mapping[str, float]]:
-        """What the server is, once it is healthy."""
+        """Wait for a healthy server; return its facts and metrics."""
         (await client.get("/health")).raise_for_status()
         response = await client.get("/v1/models")
         if response.status_code in (401, 403):
@@ -286,14 +286,14 @@ class HttpLink:
         self._events.report(self, self._report)
 
     async def _run(self, request: AddRequest) -> None:
-        """One request from its post to its last token."""
+        """Run one request from its post to its last token."""
         assert self._client is not None
         assert self._facts is not None
         try:
             body = self._dialect.body(request, self._facts.model)
             await self._stream(self._client, request, msgspec.json.encode(body))
         except Unmappable as error:
-            self._news(Rejected(id=request.id, reason=str(error), retry_after=None))
+            self._answered(Rejected(id=request.id, reason=str(error), retry_after=None))
         except (httpx.HTTPError, Broken) as error:
             self._end(f"an answer broke off: {str(error) or type(error).__name__}")
         finally:
@@ -310,32 +310,32 @@ class HttpLink:
         )
         async with post as response:
             if not response.is_success:
-                self._news(refusal(request.id, response, await response.aread()))
+                self._answered(refusal(request.id, response, await response.aread()))
                 return
             answer = self._dialect.answer(request)
             accepted = False  # such servers check requests after they have said 200
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
-                news = answer.read(line[6:].encode())
+                message = answer.read(line[6:].encode())
                 self._heard = self._clock()
-                if news is None:
+                if message is None:
                     continue
-                if not accepted and isinstance(news, Output):
-                    self._news(Accepted(request.id, None))
+                if not accepted and isinstance(message, Output):
+                    self._answered(Accepted(request.id, None))
                 accepted = True
-                self._news(news)
-                if isinstance(news, Rejected) or news.finish_reason is not None:
+                self._answered(message)
+                if isinstance(message, Rejected) or message.finish_reason is not None:
                     return
         raise Broken("the stream ended before the answer did")
 
-    def _news(self, message: RequestAnswer) -> None:
-        """To the owner, unless the request has been aborted or moved."""
+    def _answered(self, message: RequestAnswer) -> None:
+        """Pass an answer on to the owner, unless the request was aborted or moved."""
         if self._connected and self._requests.get(_id(message)) is asyncio.current_task():
             self._events.message(self, message)
 
     def _reject(self, id: str, reason: str, retry_after: float | None) -> None:
-        """Not from inside `send`: its caller does not expect news yet."""
+        """Refuse a request, in a later turn of the loop: callers of `send` expect no answer yet."""
 
         def tell() -> None:
             if self._connected:
@@ -345,7 +345,7 @@ class HttpLink:
         asyncio.get_running_loop().call_soon(tell)
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        """A bug must not leave a request without an end."""
+        """End the link if a request's task failed, so that no request is left without an end."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: a request failed", self._url, exc_info=error)
             self._end(f"the link failed: {error!r}")

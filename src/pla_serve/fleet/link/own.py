@@ -45,18 +45,18 @@ OPEN_SECONDS = 5.0
 """Most time for a connection and its handshake."""
 CLOSE_SECONDS = 1.0
 MOST_UNSENT_BYTES = 256 << 20
-"""What may wait for an instance that does not read; far more than a prompt of any length."""
+"""Bytes that may wait for an instance that does not read; far more than any prompt takes."""
 
 
 class InstanceLink:
-    """See `Link`.
+    """Link to an instance of ours; see `Link`.
 
     Args:
-        url: of the instance, ``http://host:port`` or ``https://…``.
+        url: URL of the instance, ``http://host:port`` or ``https://…``.
         events: told what happens, on the event loop that `run` is awaited on.
-        api_key: one that the instance admits.
-        liveness_seconds: of silence after which it is lost. More than any one layer of a prefill
-            takes there: that is how often an engine gets to its inbox.
+        api_key: link key of the instance.
+        liveness_seconds: silence after which the instance counts as lost. It has to be more than
+            one layer of a prefill takes there: that is how often an engine takes its messages.
         clock: monotonic, the one of `AddRequest.arrival`.
 
     Raises:
@@ -89,7 +89,7 @@ class InstanceLink:
         self._closing = asyncio.Event()
         self._role: Role | None = None
         self._drain: bool | None = None
-        """What was asked for and no report has confirmed."""
+        """Drain that was asked for and that no report has confirmed."""
         self._retries = Retries(self._url, backoff or Backoff(), self._closing)
         self._facts: InstanceFacts | None = None
         self._report: InstanceReport | None = None
@@ -146,7 +146,7 @@ class InstanceLink:
         self._end("this router closed the link")
 
     async def _live(self) -> str:
-        """One connection from start to end; why it ended."""
+        """Serve one connection from start to end; return why it ended."""
         self._opening = asyncio.ensure_future(self._open())
         try:
             socket = await self._opening
@@ -204,7 +204,11 @@ class InstanceLink:
         )
 
     def _refused(self, error: InvalidStatus) -> str:
-        """Why a server that is not to be expected to change its mind said no; or raises that."""
+        """Return why a server refused that may admit this router later.
+
+        Raises:
+            LinkRefused: the server will not change its mind.
+        """
         response = error.response
         said = f"HTTP {response.status_code}"
         with suppress(ValueError, KeyError, TypeError):
@@ -213,7 +217,7 @@ class InstanceLink:
             return f"refused the link: {said}"
         raise LinkRefused(
             f"{self._url} refused the link: {said}. It has to be a PLA-Serve instance of this "
-            "version, and the API key one of its keys."
+            "version, and the key its link key (PLA_SERVE_LINK_KEY)."
         )
 
     async def _read(self, socket: ClientConnection, silence: PeerSilence) -> None:
@@ -260,7 +264,7 @@ class InstanceLink:
             pass  # the reader says why
 
     async def _watch(self, silence: PeerSilence) -> None:
-        """The two heartbeats: ours goes out, theirs is missed when it stays away."""
+        """Send the router's heartbeats, and end the link when those of the instance stay away."""
         alive_at = self._clock()
         while True:
             await asyncio.sleep(silence.interval)
@@ -286,7 +290,7 @@ class InstanceLink:
                 self._end(f"{self._url} does not read: {error}")
 
     def _timed(self, request: AddRequest) -> AddRequest:
-        """With times relative to now, which any machine understands."""
+        """The request with times relative to now, because clocks of two machines differ."""
         now, deadline = self._clock(), request.deadline
         return replace(
             request,

@@ -32,10 +32,10 @@ class LinkRefused(Exception):
 
 
 class LinkEvents(Protocol):
-    """What a link tells its owner, on the event loop, in order. None of these may block or raise.
+    """Events of a link, called on the event loop, in order. None of these may block or raise.
 
     For each link: ``connected``, then any number of ``report`` and ``message``, then ``lost``, and
-    so on from the start. Nothing is told in between.
+    so on from the start. No event comes in between.
     """
 
     def connected(self, link: Link, facts: InstanceFacts) -> None:
@@ -48,9 +48,9 @@ class LinkEvents(Protocol):
         """Every request on it is the owner's to move; the instance drops them when it can."""
 
     def message(self, link: Link, message: RequestAnswer) -> None:
-        """News of a request that was sent on this link since ``connected``.
+        """An answer to a request that was sent on this link since ``connected``.
 
-        After `AbortRequest` was sent, news of that id may still come for a moment.
+        After `AbortRequest` was sent, answers with that id may still come for a moment.
         """
 
 
@@ -67,11 +67,11 @@ class Link(Protocol):
 
     @property
     def facts(self) -> InstanceFacts | None:
-        """The last known; None until it was connected once."""
+        """Last known facts; None until it was connected once."""
 
     @property
     def last_report(self) -> InstanceReport | None:
-        """Since it is connected; None before the first."""
+        """Last report since it is connected; None before the first."""
 
     def send(self, message: Inbound) -> None:
         """Never blocks. ``arrival`` and ``deadline`` are on this process's monotonic clock.

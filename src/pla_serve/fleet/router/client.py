@@ -15,7 +15,7 @@ from pla_serve.fleet.router.fleet import Fleet
 from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.server.engine.backend import EngineStartError, EngineUnavailableError
-from pla_serve.server.engine.session import EngineDiedError, EngineSession, NewsReceiver
+from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError, EngineSession
 from pla_serve.wire.engine import AddRequest, EngineReady, Inbound
 
 if TYPE_CHECKING:
@@ -205,9 +205,9 @@ class _Door:
     def __init__(self, client: FleetClient, tenant: str) -> None:
         self._client = client
         self._tenant = tenant
-        self._receivers: dict[str, NewsReceiver] = {}
+        self._receivers: dict[str, AnswerReceiver] = {}
 
-    def open_route(self, id: str, session: NewsReceiver) -> None:
+    def open_route(self, id: str, session: AnswerReceiver) -> None:
         if self._client.status == "stopped":
             raise EngineDiedError("the router is shutting down")
         self._receivers[id] = session

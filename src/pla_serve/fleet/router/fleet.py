@@ -26,7 +26,7 @@ from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.fleet.router.routed_request import Attempt, Blame, RoutedRequest, with_seed
 from pla_serve.fleet.router.suspects import Suspects, given_up
 from pla_serve.policy.routing.protocol import RoutingPolicy
-from pla_serve.server.engine.session import EngineDiedError, NewsReceiver
+from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError
 from pla_serve.wire.engine import AbortRequest, Accepted, AddRequest, Output, Rejected
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Fleet:
     # Requests
 
     def submit(
-        self, request: AddRequest, receiver: NewsReceiver, tenant: str, chain: Chain | None = None
+        self, request: AddRequest, receiver: AnswerReceiver, tenant: str, chain: Chain | None = None
     ) -> None:
         """Route a request; its messages go to ``receiver`` until it has ended or is closed.
 

@@ -11,7 +11,7 @@ import msgspec
 from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.hand_over import HandOver
 from pla_serve.fleet.router.prefixes import Chain, PrefixMark
-from pla_serve.server.engine.session import NewsReceiver
+from pla_serve.server.engine.session import AnswerReceiver
 from pla_serve.wire import engine as wire
 
 
@@ -80,7 +80,7 @@ class RoutedRequest:
 
     original: wire.AddRequest
     """The request as the API made it, with a seed."""
-    receiver: NewsReceiver
+    receiver: AnswerReceiver
     tenant: str
     chain: Chain
     """Block hashes of the prompt, and of the output as far as ``chained``."""

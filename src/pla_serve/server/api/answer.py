@@ -26,7 +26,7 @@ LOGPROB_COST = 10
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What every chunk of one answer repeats."""
+    """Fields that every chunk of one answer repeats."""
 
     id: str
     created: int
@@ -38,8 +38,8 @@ async def whole(generation: Generation, form: Format, header: Header) -> Json:
     ApiError: the generation failed.
     """
     pieces: dict[int, ChoicePart] = {}
-    async with aclosing(generation.deltas()) as news:
-        async for deltas in news:
+    async with aclosing(generation.deltas()) as answer:
+        async for deltas in answer:
             for delta in deltas:
                 _add(pieces, delta)
     return {
@@ -95,8 +95,8 @@ class EventWriter:
         """
         sent = clock()
         try:
-            async with aclosing(self._generation.deltas(keep_alive)) as news:
-                async for deltas in news:
+            async with aclosing(self._generation.deltas(keep_alive)) as answer:
+                async for deltas in answer:
                     block = b"".join(map(self._write, deltas))
                     if not block and clock() - sent >= keep_alive:
                         block = KEEP_ALIVE

@@ -1,4 +1,4 @@
-"""What the API needs of whatever makes the tokens: one engine, or a fleet of instances."""
+"""Contract of a backend, which makes tokens for the API: one engine, or a fleet of instances."""
 
 from __future__ import annotations
 

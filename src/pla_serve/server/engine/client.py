@@ -15,7 +15,7 @@ import zmq
 from pla_serve.server.engine.backend import EngineStartError, EngineUnavailableError
 from pla_serve.server.engine.heartbeat import BEAT_SECONDS, Heartbeat
 from pla_serve.server.engine.process import EngineProcess, EngineSpec
-from pla_serve.server.engine.session import EngineDiedError, EngineSession, NewsReceiver
+from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError, EngineSession
 from pla_serve.wire.engine import (
     EngineFailed,
     EngineReady,
@@ -97,7 +97,7 @@ class EngineClient:
         self._start = start
         self._max_waiting = max_waiting
         self._waiting = 0
-        self._routes: dict[str, NewsReceiver] = {}
+        self._routes: dict[str, AnswerReceiver] = {}
         self._process: EngineProcess | None = None
         self._ready = asyncio.Event()
         self._failures = 0
@@ -189,7 +189,7 @@ class EngineClient:
         if self._process is not None:
             self._process.send(Ping())
 
-    def open_route(self, id: str, session: NewsReceiver) -> None:
+    def open_route(self, id: str, session: AnswerReceiver) -> None:
         if not self._ready.is_set():
             raise EngineDiedError("the engine is not running")
         self._routes[id] = session

@@ -1,4 +1,4 @@
-"""The conversation of one HTTP request with the engine: sequences out, their news back."""
+"""Session of one HTTP request with the engine: it sends requests and collects their answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SlowReaderError(Exception):
 
 
 class Update:
-    """News of one sequence since the last look, merged if there was more than one message."""
+    """Answers about one sequence since the last `receive`, merged into one."""
 
     __slots__ = (
         "cached_tokens",
@@ -71,20 +71,24 @@ class Update:
             self.queued = output.queued
 
 
-class NewsReceiver(Protocol):
-    """Who gets the news of a request."""
+class AnswerReceiver(Protocol):
+    """Receives the answers to requests."""
 
     def take(self, message: RequestAnswer) -> None: ...
 
     def fail(self, failure: Exception) -> None:
-        """Nothing more comes, of none of its requests."""
+        """No more answers come, to any of its requests."""
 
 
 class MessageRoutes(Protocol):
-    """The part of a backend that a session needs."""
+    """Sends requests, and routes answers by id: the part of a backend that a session uses."""
 
-    def open_route(self, id: str, session: NewsReceiver) -> None:
-        """Raises EngineDiedError if there is no engine to send to."""
+    def open_route(self, id: str, session: AnswerReceiver) -> None:
+        """Pass answers with this id to ``session`` from now on.
+
+        Raises:
+            EngineDiedError: there is no engine to send to.
+        """
 
     def close_route(self, id: str) -> None: ...
 
@@ -92,11 +96,11 @@ class MessageRoutes(Protocol):
 
 
 class EngineSession:
-    """Sends sequences and collects their news until `close`, which aborts what is unfinished.
+    """Sends requests and collects their answers until `close`, which aborts unfinished ones.
 
-    News is merged while nobody looks, so a reader that lags costs memory for its tokens only, and
-    beyond ``max_unread_tokens`` a sequence its requests: they are aborted and `receive` raises
-    `SlowReaderError`. All methods belong to the event loop.
+    Answers are merged until `receive` takes them, so a reader that lags costs memory for its tokens
+    only. Once a sequence has more than ``max_unread_tokens`` of them, all requests of the session
+    are aborted and `receive` raises `SlowReaderError`. All methods belong to the event loop.
     """
 
     def __init__(self, router: MessageRoutes, max_unread_tokens: int, tenant: str = "") -> None:
@@ -104,10 +108,10 @@ class EngineSession:
         self._tenant = tenant
         self._max_unread = max_unread_tokens
         self._open: set[str] = set()
-        self._news: dict[str, Update] = {}
+        self._updates: dict[str, Update] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._due: float | None = None
-        """When the waiter has waited long enough."""
+        """Loop time at which the waiting `receive` gives up."""
         self._timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
 
@@ -122,8 +126,8 @@ class EngineSession:
         self._router.send(request)
 
     def abort(self, id: str) -> None:
-        """Stop one sequence; no further news of it comes. Unknown ids are ignored."""
-        self._news.pop(id, None)
+        """Stop one sequence; no further answers about it come. Unknown ids are ignored."""
+        self._updates.pop(id, None)
         if id in self._open:
             self._forget(id)
             self._router.send(AbortRequest(id))
@@ -136,33 +140,33 @@ class EngineSession:
             self.abort(id)
 
     async def receive(self, timeout: float | None = None) -> list[Update]:
-        """The news since the last call, one item a sequence; empty after ``timeout`` seconds.
+        """Return answers since the last call, one item a sequence; none after ``timeout`` seconds.
 
         Raises:
             EngineDiedError: the process is gone, and with it everything in flight.
             SlowReaderError: the caller came back too late.
         """
-        if not self._news and self._failure is None:
+        if not self._updates and self._failure is None:
             await self._wait(timeout)
-        if not self._news and self._failure is not None:
+        if not self._updates and self._failure is not None:
             raise self._failure
-        news, self._news = self._news, {}
-        return list(news.values())
+        updates, self._updates = self._updates, {}
+        return list(updates.values())
 
     def take(self, message: RequestAnswer) -> None:
-        """Called by the client for every message about a sequence of this session."""
+        """Take an answer about a sequence of this session."""
         if isinstance(message, Offer):
             return  # for routers, which ask for it
-        update = self._news.get(message.id)
+        update = self._updates.get(message.id)
         if update is None:
-            update = self._news[message.id] = Update(message.id)
+            update = self._updates[message.id] = Update(message.id)
         if isinstance(message, Output):
             update.merge(message)
             if message.finish_reason is not None:
                 self._forget(message.id)
             if len(update.tokens) > self._max_unread:
                 self.close()
-                self._news.clear()
+                self._updates.clear()
                 self.fail(SlowReaderError())
         elif isinstance(message, Accepted):
             update.cached_tokens = message.cached_tokens
@@ -194,7 +198,7 @@ class EngineSession:
             self._waiter = self._due = None
 
     def _look(self) -> None:
-        """One timer for many waits: news come far more often than it fires."""
+        """End the wait that is due. One timer serves many waits; most end before it fires."""
         self._timer = None
         if self._due is None:
             return

@@ -27,7 +27,7 @@ from pla_serve.wire.engine import (
 
 @dataclass(frozen=True, slots=True)
 class GenerationPlan:
-    """What is to be generated, all checked."""
+    """Sequences of one HTTP request, validated."""
 
     id: str
     prompts: list[list[int]]
@@ -48,7 +48,7 @@ class GenerationPlan:
 
 @dataclass(slots=True)
 class ChoiceDelta:
-    """What is new in one choice."""
+    """New text and tokens of one choice."""
 
     index: int
     text: str
@@ -68,7 +68,7 @@ class AnswerChoice:
     id: str
     detokenizer: Detokenizer
     tokens: int = 0
-    last_news: float = 0.0
+    last_tokens_at: float = 0.0
     done: bool = False
 
 
@@ -146,14 +146,14 @@ class Generation:
                 self._held.append(update)
 
     async def deltas(self, silence: float | None = None) -> AsyncGenerator[list[ChoiceDelta], None]:
-        """What is new, until all choices are done; an empty list after ``silence`` seconds.
+        """Yield deltas until all choices are done, and an empty list after ``silence`` seconds.
 
         Raises:
             ApiError: the engine died or failed, or the client reads too slowly.
         """
-        news, self._held = self._held, []
+        updates, self._held = self._held, []
         while True:
-            found = map(self._advance, news)
+            found = map(self._advance, updates)
             deltas = [delta for delta in found if delta is not None]
             while self._followers:
                 self._submit(self._followers.popleft())
@@ -162,12 +162,12 @@ class Generation:
                 yield deltas
             if not self._unfinished:
                 return
-            news = await self._receive(silence)
-            if not news:
+            updates = await self._receive(silence)
+            if not updates:
                 yield []
 
     def close(self) -> None:
-        """Frees what is left of it in the engine, at once."""
+        """End unfinished sequences in the engine at once, and write the journal entry."""
         for retry in self._retries:
             retry.cancel()
         self._session.close()
@@ -283,7 +283,7 @@ class Generation:
         """An instance makes its first token of this choice."""
         entry = self._entry
         if choice.tokens and entry.moved is None:
-            entry.moved = (choice.last_news, self._clock())
+            entry.moved = (choice.last_tokens_at, self._clock())
         elif entry.prefill_began is None:
             entry.prefill_began = self.plan.arrival + queued
 
@@ -295,8 +295,8 @@ class Generation:
             if self._entry.first_token is None:
                 self._entry.first_token = now
         elif tokens:
-            self._metrics.next_tokens((now - choice.last_news) / tokens)
-        choice.last_news = now
+            self._metrics.next_tokens((now - choice.last_tokens_at) / tokens)
+        choice.last_tokens_at = now
 
     def _finish(self, choice: AnswerChoice, reason: FinishReason) -> None:
         choice.done = True

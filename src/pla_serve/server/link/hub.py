@@ -39,19 +39,19 @@ from pla_serve.wire.link import (
 log = logging.getLogger(__name__)
 
 ROUTER_SILENCE_SECONDS = 10.0
-"""A router that says nothing for so long is gone, whatever its connection looks like."""
+"""A router that says nothing for this long is taken for gone, and its link is closed."""
 BAD_FRAME = 1007
 BUG = 1011
 TRY_LATER = 1013
 CLOSE_SECONDS = 1.0
-"""How long a router may take to answer the end of its connection."""
+"""Longest time that a router may take to answer a close frame."""
 
 
 class LinkHub:
-    """All routers of one instance. Watches the engine client; belongs to its event loop.
+    """Links of all routers to one instance. All methods belong to the engine client's event loop.
 
-    While a router listens the engine is pinged every `REPORT_SECONDS`. Its answers are what reports
-    are sent on, and what a new router has to wait for: of an engine that hangs nobody is told.
+    While a router is linked, the engine is pinged every `REPORT_SECONDS`, and a report is sent when
+    it answers. So an engine that hangs sends no reports, and routers take the instance for lost.
 
     Args:
         access: decides which connections may become links.
@@ -88,7 +88,7 @@ class LinkHub:
         self._stats_at = 0.0
         self._beat: asyncio.TimerHandle | None = None
         self._pinged = False
-        """The engine has yet to answer."""
+        """True from a ping until the engine has answered it."""
         self._pinged_at = 0.0
         engine.watch(self)
 
@@ -112,7 +112,7 @@ class LinkHub:
             "engine_silent_seconds": self._clock() - self._pinged_at if self._pinged else 0.0,
         }
 
-    # What the engine client tells
+    # Events of the engine client
 
     def ready(self, info: EngineReady) -> None:
         self._stats = None
@@ -150,17 +150,17 @@ class LinkHub:
         self._facts = None
         self._pinged = False
         for link in self._links:
-            if link.introduced:
-                link.introduced = False
+            if link.has_facts:
+                link.has_facts = False
                 link.say(EngineLost(reason))
 
     def restarted(self) -> None:
-        """Routers hear of the end and of the next start."""
+        """Nothing to do: routers were told of the loss, and get facts when the engine is ready."""
 
     # Routers
 
     async def serve(self, socket: WebSocket) -> None:
-        """One router, until either side ends it."""
+        """Serve one router, until either side closes the link."""
         refusal = self._refusal(socket)
         if refusal is not None:
             await socket.send_denial_response(refusal.response())
@@ -214,7 +214,7 @@ class LinkHub:
         return None
 
     def _next_beat(self) -> None:
-        """Keeps the reports coming while somebody listens."""
+        """Ping the engine now and every `REPORT_SECONDS`, while there are links."""
         if not self._links:
             self._beat = None
             return
@@ -265,13 +265,13 @@ class LinkHub:
             end(TRY_LATER, f"cannot be written to: {error}")
 
     def _inform(self) -> None:
-        """Tell all routers how things are."""
+        """Send a report to all routers, and facts first to those that have none."""
         if not self._links:
             return
         report = self._report()
         for link in self._links:
-            if self._facts is not None and not link.introduced:
-                link.introduced = True
+            if self._facts is not None and not link.has_facts:
+                link.has_facts = True
                 link.say(self._facts)
             link.say(report)
 
@@ -295,7 +295,7 @@ def _report_bug(task: asyncio.Task[None], end: Callable[[int, str], None]) -> No
 
 
 async def _close(socket: WebSocket, code: int, reason: str) -> None:
-    """Say goodbye, if the other side still listens."""
+    """Close the connection with a status and a reason, unless it is closed already."""
     if socket.application_state is not WebSocketState.CONNECTED:
         return
     try:

@@ -1,4 +1,4 @@
-"""One router's requests on this instance: names, clocks, and their end with the connection."""
+"""Requests of one router on this instance, from its ids and clock to the engine's, and back."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from pla_serve.wire.link import FromInstance
 log = logging.getLogger(REQUESTS)
 
 MOST_UNSENT_BYTES = 8 << 20
-"""What may wait for one router; beyond it the connection is cut."""
+"""Bytes that may wait for one router; beyond it the link is closed."""
 MOST_OFFERS = 4096
-"""Offers remembered for `Release`; leases end those that are forgotten."""
+"""Offers kept for `Release`; older ones are forgotten, and end with their lease."""
 MOST_ID = 256
 """Characters of a router's id; the engine's has a prefix before it."""
 MOST_SECONDS = 1e8
@@ -42,14 +42,15 @@ RETRY_SECONDS = 1.0
 
 
 class RouterLink:
-    """Translates between a router and the engine; implements the engine client's `Receiver`.
+    """Translates between a router and the engine; receives the engine's answers.
 
-    A request is called differently in the engine each time it is sent, so routers cannot mix up
-    theirs, and one that is sent again after an abort is never taken for the first.
+    The engine gets a new id for a request each time it is sent, ``NUMBER.SERIAL:ID``. So routers
+    that use the same ids do not disturb each other, and a request that is sent again after an abort
+    is not taken for the first one.
 
     Args:
-        number: of this connection, never used again.
-        cut: ends the connection; called with the reason, maybe more than once.
+        number: number of this connection, never used again.
+        cut: closes the connection; called with the reason, possibly more than once.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class RouterLink:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.outbox = Outbox(MOST_UNSENT_BYTES)
-        self.introduced = False
-        """The router has been told of the engine that runs now."""
+        self.has_facts = False
+        """Whether the facts of the engine that runs now have been sent."""
         self._number = number
         self._serial = 0
         self._engine = engine
@@ -71,21 +72,21 @@ class RouterLink:
         self._cut = cut
         self._clock = clock
         self._request_ids: dict[str, str] = {}
-        """Of the HTTP requests that unfinished ones are part of, for the log."""
+        """Ids of HTTP requests, for the log, by the router's ids of unfinished requests."""
         self._open: dict[str, str] = {}
-        """Unfinished requests: the router's name for them to the engine's."""
+        """Engine's ids of unfinished requests, by the router's ids."""
         self._offers: dict[str, str] = {}
-        """The same of offers not yet released."""
+        """Engine's ids of offers that are not released yet, by the router's ids."""
         self._lends: set[str] = set()
-        """Those that end with their `Offer`."""
+        """Router's ids of unfinished `Lend` requests, which end with their `Offer`."""
 
     @property
     def requests(self) -> int:
-        """Unfinished ones."""
+        """Number of unfinished requests."""
         return len(self._open)
 
     def handle(self, message: Inbound) -> None:
-        """Do what the router asks."""
+        """Pass a message of the router on to the engine, or refuse it."""
         if isinstance(message, AddRequest):
             self._begin(message.id, lambda name: self._timed(message, name))
             self._remember(message)
@@ -121,14 +122,14 @@ class RouterLink:
         self._refuse(message.id, f"invalid message: {message.reason}", None)
 
     def say(self, message: FromInstance) -> None:
-        """To the router."""
+        """Queue a message for the router; close the link if too much waits."""
         try:
             self.outbox.put(message)
         except Overflow as error:
             self._cut(str(error))
 
     def take(self, message: RequestAnswer) -> None:
-        """From the engine."""
+        """Pass an answer of the engine on to the router, under the router's id."""
         id = message.id.partition(":")[2]
         if isinstance(message, Offer):
             self._remember_offer(id, message)
@@ -141,7 +142,7 @@ class RouterLink:
         self.say(replace(message, id=id))
 
     def fail(self, failure: Exception) -> None:
-        """The engine is gone; whoever is told of that on all links tells the router."""
+        """Forget all requests: the engine is gone, and the hub sends `EngineLost`."""
         self._traffic.change(-len(self._open))
         self._open.clear()
         self._request_ids.clear()
@@ -149,7 +150,7 @@ class RouterLink:
         self._offers.clear()
 
     def close(self) -> None:
-        """The router is gone: stop its requests and free what is kept for others."""
+        """End all requests and release all offers: the router is gone."""
         for id, name in list(self._open.items()):
             self._forget(id)
             self._engine.send(AbortRequest(name))
@@ -180,7 +181,7 @@ class RouterLink:
         self._engine.send(message(name))
 
     def _timed(self, request: AddRequest, name: str) -> AddRequest:
-        """With this machine's times."""
+        """The request with the engine's id, and times on this machine's clock."""
         now, deadline = self._clock(), request.deadline
         return replace(
             request,
