@@ -261,6 +261,7 @@ def build(
         options=router.fleet,
         routing=None if router.routing == "auto" else parse_routing(router.routing),
         control=control,
+        vocab_size=model.token_ids,
     )
     metrics.watch(client.fleet)
     status = FleetStatus(client, control, Keys(settings.api_keys), time.monotonic)

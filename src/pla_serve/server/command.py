@@ -185,6 +185,7 @@ def load_for_api(
         load_config,
         load_tokenizer,
         resolve,
+        vocab_size,
     )
     from pla_serve.server.generation.numbers_tokenizer import numbers_tokenizer
 
@@ -196,7 +197,7 @@ def load_for_api(
     except (LoadingError, OSError, ValueError) as error:
         fail(error)
     check_grammar = _grammar_check(tokenizer, source)
-    return source, ServedModel(tokenizer, check_grammar, chat_template)
+    return source, ServedModel(tokenizer, check_grammar, chat_template, vocab_size(source))
 
 
 def _grammar_check(tokenizer: Any, source: ModelSource) -> GrammarCheck:

@@ -19,3 +19,10 @@ class ServedModel:
     """Refuses a grammar that no engine could follow."""
     chat_template: str | None = None
     """Jinja template that takes the place of the tokenizer's own; None leaves that."""
+    vocab_size: int | None = None
+    """Rows of the model's embedding; None if only the tokenizer is known."""
+
+    @property
+    def token_ids(self) -> int:
+        """Token ids that a request may name: those of the model, or at least of the tokenizer."""
+        return self.vocab_size or len(self.tokenizer)

@@ -21,6 +21,7 @@ from pla_serve.engine.loading import (
     most_positions,
     resolve_device,
     resolve_dtype,
+    vocab_size,
 )
 from tests.engine.loading import tiny
 
@@ -220,3 +221,13 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UnsupportedModel, match="cannot be loaded"):
         load_tokenizer(ModelSource("m", tmp_path, "here"))
+
+
+def test_the_vocabulary_is_that_of_the_embedding_or_unknown(tmp_path: Path) -> None:
+    tiny.config("Llama", vocab_size=320).save_pretrained(tmp_path)
+    source = ModelSource("m", tmp_path, "here")
+    assert vocab_size(source) == 320
+    (tmp_path / "config.json").write_text('{"model_type": "of tomorrow"}')
+    assert vocab_size(source) is None
+    (tmp_path / "config.json").unlink()
+    assert vocab_size(source) is None

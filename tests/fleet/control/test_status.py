@@ -36,6 +36,7 @@ class Fleet:
             [lambda events, link=link: link for link in self.links],  # type: ignore[misc]
             FleetMetrics("m"),
             control=self.control,
+            vocab_size=1000,
         )
         for link in self.links[:2]:
             self.client.fleet.connected(link, FACTS)

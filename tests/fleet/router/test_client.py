@@ -40,7 +40,9 @@ def make(links: list[LiveLink]) -> FleetClient:
 
         return with_events
 
-    return FleetClient([maker(link) for link in links], Recorder(), refused_seconds=0.01)
+    return FleetClient(
+        [maker(link) for link in links], Recorder(), vocab_size=1000, refused_seconds=0.01
+    )
 
 
 def request(id: str, tokens: int = 4) -> AddRequest:

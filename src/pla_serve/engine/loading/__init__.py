@@ -12,6 +12,7 @@ from pla_serve.engine.loading.config import (
     load_config,
     load_tokenizer,
     most_positions,
+    vocab_size,
 )
 from pla_serve.engine.loading.errors import LoadingError, ModelUnavailable, UnsupportedModel
 from pla_serve.engine.loading.finder import resolve
@@ -45,4 +46,5 @@ __all__ = [
     "resolve",
     "resolve_device",
     "resolve_dtype",
+    "vocab_size",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from pla_serve.engine.loading.errors import UnsupportedModel
+from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
 from pla_serve.engine.loading.source import ModelSource, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -66,6 +66,19 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
             "Add a tokenizer.json, as transformers' save_pretrained writes it."
         )
     return tokenizer
+
+
+def vocab_size(source: ModelSource) -> int | None:
+    """Return the number of token ids of a model, or None if transformers does not know its type.
+
+    It may be larger than the tokenizer's, because embeddings are often padded.
+    """
+    try:
+        config = load_config(source).get_text_config()
+    except (ModelUnavailable, UnsupportedModel):
+        return None
+    found = getattr(config, "vocab_size", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def eos_token_ids(source: ModelSource) -> tuple[int, ...]:

@@ -36,6 +36,8 @@ class FleetClient:
         links: make the link to each instance, given whom to tell.
         observer: told what happens, as the metrics.
         control: moves instances between roles while `run` runs; ``observer`` must tell it.
+        vocab_size: token ids of the model as the router knows it, for instances that do not say
+            how many they have, as plain vLLM and SGLang servers.
 
     Raises:
         ValueError: no links, or two to one instance.
@@ -49,6 +51,7 @@ class FleetClient:
         options: FleetOptions | None = None,
         routing: RoutingPolicy | None = None,
         control: FleetControl | None = None,
+        vocab_size: int,
         max_waiting: int = 4096,
         refused_seconds: float = REFUSED_SECONDS,
     ) -> None:
@@ -67,6 +70,7 @@ class FleetClient:
         for link in self._links:
             self.fleet.attach(link)
         self.control = control
+        self._vocab_size = vocab_size
         self._max_waiting = max_waiting
         self._refused_seconds = refused_seconds
         self._refusals: dict[str, str] = {}
@@ -84,7 +88,8 @@ class FleetClient:
     @property
     def info(self) -> EngineReady | None:
         """What every instance can do that was ever connected; None before the first."""
-        return fleet_facts([i.facts for i in self.fleet.instances if i.facts and not i.unfit])
+        facts = [i.facts for i in self.fleet.instances if i.facts and not i.unfit]
+        return fleet_facts(facts, self._vocab_size)
 
     @property
     def is_ready(self) -> bool:
@@ -222,8 +227,11 @@ class _Door:
             self._client.fleet.submit(message, self._receivers[message.id], self._tenant)
 
 
-def fleet_facts(facts: Sequence[InstanceFacts]) -> EngineReady | None:
-    """What may be asked of any of them."""
+def fleet_facts(facts: Sequence[InstanceFacts], vocab_size: int) -> EngineReady | None:
+    """Return what may be asked of any of the instances, or None if there are none.
+
+    ``vocab_size`` holds where no instance says how many token ids it has.
+    """
     if not facts:
         return None
     first = facts[0]
@@ -232,7 +240,7 @@ def fleet_facts(facts: Sequence[InstanceFacts]) -> EngineReady | None:
         kv_tokens=sum(each.kv_tokens for each in facts),
         kv_bytes_per_token=first.kv_bytes_per_token,
         layers=first.layers,
-        vocab_size=max(each.vocab_size for each in facts),
+        vocab_size=max(each.vocab_size for each in facts) or vocab_size,
         device=first.device or "unknown",
         dtype=first.dtype or "unknown",
         policy=first.policy or "unknown",

@@ -1,0 +1,96 @@
+"""The router as clients see it in front of plain vLLM and SGLang servers, which are fakes here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from pla_serve.fleet.route_command import RouteSettings, build
+from pla_serve.fleet.router.circuit import CircuitOptions
+from pla_serve.fleet.router.contract import FleetOptions
+from pla_serve.server.model import ServedModel
+from pla_serve.server.run import listen
+from pla_serve.server.settings import ServerSettings
+from tests.fleet.link.fake_http import FakeServer, Json, serving, sglang_events, vllm_events
+from tests.server.server_harness import DEADLINE, MODEL, check_grammar, make_tokenizer
+
+EVENTS: dict[str, Callable[[Json], Iterator[Json]]] = {
+    "vllm": vllm_events,
+    "sglang": sglang_events,
+}
+BOTH = pytest.mark.parametrize("kind", EVENTS)
+HI = [ord("H"), ord("i")]
+
+
+@asynccontextmanager
+async def routed(
+    kind: str, vocab_size: int | None = None, circuit_failures: int = 3
+) -> AsyncIterator[tuple[httpx.AsyncClient, FakeServer]]:
+    """A router on this event loop, connected to one server of this kind."""
+    circuit = CircuitOptions(failures=circuit_failures, open_seconds=60.0)
+    async with serving(FakeServer(EVENTS[kind])) as fake:
+        router = RouteSettings(
+            instances=(f"{kind}+{fake.url}",),
+            fleet=FleetOptions(patience_seconds=5.0, circuit=circuit),
+        )
+        settings = ServerSettings(model_names=(MODEL,), model_root="", restart_wait=5.0)
+        model = ServedModel(make_tokenizer(), check_grammar, vocab_size=vocab_size)
+        server = build(settings, router, model, "here")
+        listener = listen("127.0.0.1", 0)
+        task = asyncio.create_task(server.run(listener))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=DEADLINE, trust_env=False) as client:
+                yield client, fake
+        finally:
+            server.stop()
+            await task
+
+
+def run(
+    kind: str,
+    check: Callable[[httpx.AsyncClient, FakeServer], Awaitable[None]],
+    **options: Any,
+) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(2 * DEADLINE), routed(kind, **options) as (client, fake):
+            await check(client, fake)
+
+    asyncio.run(main())
+
+
+async def complete(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
+    return await client.post("/v1/completions", json={"model": MODEL, "prompt": HI, **fields})
+
+
+@BOTH
+def test_token_ids_are_checked_against_the_routers_own_vocabulary(kind: str) -> None:
+    async def check(client: httpx.AsyncClient, fake: FakeServer) -> None:
+        served = await complete(client, logit_bias={"256": -1}, stop_token_ids=[105])
+        assert served.status_code == 200, served.text
+        assert served.json()["choices"][0]["finish_reason"] == "stop"
+        body = fake.bodies[-1]
+        params = body.get("sampling_params", body)
+        assert body.get("prompt", body.get("input_ids")) == HI
+        assert params["logit_bias"] == {"256": -1}
+        assert params["stop_token_ids"] == [105]
+        for wrong in ({"prompt": [257]}, {"logit_bias": {"257": 1}}, {"stop_token_ids": [257]}):
+            refused = await complete(client, **wrong)
+            assert refused.status_code == 400
+            assert "257" in refused.json()["error"]["message"]
+
+    run(kind, check)
+
+
+@BOTH
+def test_a_padded_embedding_has_more_token_ids_than_the_tokenizer(kind: str) -> None:
+    async def check(client: httpx.AsyncClient, fake: FakeServer) -> None:
+        assert (await complete(client, logit_bias={"300": -1})).status_code == 200
+        assert (await complete(client, logit_bias={"320": -1})).status_code == 400
+
+    run(kind, check, vocab_size=320)
