@@ -9,9 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pla_serve.policy.chunking import (
-    LAYER_SHARE,
-    MOST_FOR_LAYERS,
-    TYPICAL_SHORT,
     efficient_chunk,
     timed_chunk,
 )
@@ -19,6 +16,7 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.length_aware import LengthAware
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk, PrefillRequest
+from pla_serve.policy.tuning import Tuning
 from tests.policy.driving import CONFIG, PROFILE, add, make, names, ran, run, spread
 from tests.policy.executor import Executor, Job
 
@@ -193,15 +191,15 @@ class TestChunks:
 
     def test_a_layer_takes_no_longer_than_a_part_of_a_short_prompt(self) -> None:
         cost = CostModel(PROFILE)
-        short = cost.prefill_seconds(TYPICAL_SHORT, 0)
+        short = cost.prefill_seconds(Tuning().typical_short, 0)
         for layers in (6, 7, 8):
             tokens = self.first_chunk(replace(CONFIG, layers=layers))
-            assert cost.prefill_seconds(tokens, 0) / layers <= LAYER_SHARE * short
-            assert cost.prefill_seconds(tokens + 1, 0) / layers > LAYER_SHARE * short
+            assert cost.prefill_seconds(tokens, 0) / layers <= Tuning().layer_share * short
+            assert cost.prefill_seconds(tokens + 1, 0) / layers > Tuning().layer_share * short
 
     def test_layers_do_not_cut_prompts_to_pieces(self) -> None:
         few = self.first_chunk(replace(CONFIG, layers=1))
-        assert few == max(256, efficient_chunk(PROFILE, 0, MOST_FOR_LAYERS))
+        assert few == max(256, efficient_chunk(PROFILE, 0, Tuning().overhead_for_layers))
         assert self.first_chunk(replace(CONFIG, layers=1000)) == self.first_chunk()
 
     @given(st.floats(0.001, 10), st.integers(0, 100_000))

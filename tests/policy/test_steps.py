@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.protocol import Batch, BatchClass, Capabilities, Chunk, PrefillRequest, Wait
-from pla_serve.policy.step_length import LEAST_OVERHEAD, MOST_OVERHEAD, StepLength, tokens_within
+from pla_serve.policy.step_length import LEAST_OVERHEAD, MOST_OVERHEAD, StepLength
 from pla_serve.policy.steps import StepPlan, StepPlanner
 
 PROFILE = CostProfile(1e-3, 1e-7, 1e-6, 1e-4, 4e-2)
@@ -192,16 +192,17 @@ def test_every_token_is_planned_once_classes_are_apart_and_nobody_waits_for_ever
     assert len(planner) == 0
 
 
-def test_tokens_within_is_the_inverse_of_the_cost() -> None:
+def test_tokens_of_a_step_are_the_inverse_of_the_cost() -> None:
     cost = CostModel(PROFILE)
+    length = StepLength(cost)
     for history in (0, 5000):
         for seconds in (0.1, 0.5, 3.0):
-            tokens = tokens_within(PROFILE, seconds, history)
+            tokens = length.tokens(seconds, history)
             assert tokens is not None
             found = cost.seconds(Batch(BatchClass.LONG, (Chunk("a", tokens, history, False),)))
             assert found == pytest.approx(seconds, abs=2e-3)
-    assert tokens_within(PROFILE, inf, 0) is None
-    assert tokens_within(PROFILE, 0.0, 0) == 32
+    assert length.tokens(inf, 0) is None
+    assert length.tokens(0.0, 0) == 32
 
 
 def test_steps_are_long_where_shorts_are_rare_and_short_where_they_are_many() -> None:

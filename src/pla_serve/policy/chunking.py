@@ -6,23 +6,8 @@ from math import ceil, floor, inf, sqrt
 
 from pla_serve.policy.cost import CostProfile
 
-OVERHEAD = 0.02
-"""Share of a pass that may go to what every pass costs anew."""
 
-LAYER_SHARE = 0.7
-"""Longest layer of a chunk, as a part of the time of a short prompt alone: a short that arrives
-waits for half a layer in the mean."""
-TYPICAL_SHORT = 64
-"""New tokens."""
-MOST_FOR_LAYERS = 0.05
-"""Overhead that the bound on a layer's time may bring; it must not cut prompts to pieces."""
-
-OF_SPARE = 0.4
-LEAST_STIFF = 0.05
-MOST_STIFF = 0.1
-
-
-def efficient_chunk(profile: CostProfile, history: int, overhead: float = OVERHEAD) -> float:
+def efficient_chunk(profile: CostProfile, history: int, overhead: float) -> float:
     """The fewest tokens of which a pass costs at most ``overhead`` more than its tokens do.
 
     A pass pays the launch (the weights are read) and the reading of the history however small it
@@ -45,29 +30,20 @@ def efficient_chunk(profile: CostProfile, history: int, overhead: float = OVERHE
     return max(1, ceil(fixed * (1 - overhead) / (overhead * slope)))
 
 
-def timed_chunk(profile: CostProfile, history: int, seconds: float) -> int:
+def timed_chunk(profile: CostProfile, history: int, seconds: float) -> float:
     """The most tokens of which one pass takes at most ``seconds``; 0 if even the launch does not.
 
     With n new tokens on H cached ones a pass takes
     ``fixed + per_kv * H + (per_token + per_kv + per_attention * H) * n + per_attention * n^2 / 2``.
+
+    Returns:
+        A whole number of tokens; infinite if ``seconds`` is, or if tokens cost nothing.
     """
     left = seconds - profile.per_launch - profile.per_sequence - profile.per_kv * history
     if left <= 0:
         return 0
     half, slope = profile.per_attention / 2, profile.per_token + profile.per_kv
     slope += profile.per_attention * history
-    if slope == 0 and half == 0:
-        return 2**31
+    if seconds == inf or (slope == 0 and half == 0):
+        return inf
     return floor(2 * left / (slope + sqrt(slope * slope + 4 * half * left)))
-
-
-def spare_overhead(load: float) -> float:
-    """The share of a pass that may be overhead on a machine that cannot be interrupted.
-
-    There a short prefill waits for the chunk under way, so chunks are kept small, at a price that
-    longs hardly feel: `OF_SPARE` of the time that the machine would have left.
-
-    Args:
-        load: offered work in seconds a second, chunks in one pass each.
-    """
-    return min(MOST_STIFF, max(LEAST_STIFF, OF_SPARE * (1 - load)))

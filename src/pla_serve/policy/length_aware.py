@@ -8,21 +8,13 @@ from math import inf
 
 from pla_serve.policy.assemble import Assembler
 from pla_serve.policy.book import RequestBook
-from pla_serve.policy.chunking import (
-    LAYER_SHARE,
-    MOST_FOR_LAYERS,
-    OVERHEAD,
-    TYPICAL_SHORT,
-    efficient_chunk,
-    spare_overhead,
-    timed_chunk,
-)
+from pla_serve.policy.chunking import efficient_chunk, timed_chunk
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.declare import PolicyKind
 from pla_serve.policy.express import ExpressWindow
 from pla_serve.policy.fairness import ShareAccount, burst_seconds, passing_window
-from pla_serve.policy.longs import SWITCH_MARGIN, LongQueue, RunningPrefills, Spread
+from pla_serve.policy.longs import LongQueue, RunningPrefills, Spread
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
@@ -37,23 +29,8 @@ from pla_serve.policy.protocol import (
     TenantLoad,
 )
 from pla_serve.policy.queues import DueQueue
+from pla_serve.policy.tuning import Tuning
 from pla_serve.policy.waiting import ArrivalRate
-
-LEAST_CHUNK = 256
-"""Tokens; a fit that sees no cost of a launch must not cut prompts to pieces."""
-LIGHT_SHARE = 1 / 80
-"""Of the patience, among longs of much the same size: little more than arrival counts."""
-LOAD_MEMORY = 1800.0
-"""Seconds over which the offered load is averaged."""
-RIDER_SHARE = 0.05
-"""Of a short prefill's time, for decode steps in its batch while longs wait: their contexts may be
-documents, and without a bound the short would wait for more reading than its own work is."""
-IDLE_RIDER_SHARE = 0.5
-"""The same while no long waits."""
-MOST_MATES = 16
-"""Longs that share a launch: one more would save less than a sixteenth of it."""
-MOST_FLIGHTS = 2
-"""Long prefills that may be inside one another: each keeps the activations of its chunk."""
 
 
 class LengthAware:
@@ -80,7 +57,8 @@ class LengthAware:
     Every field of `PolicyConfig` is used.
     """
 
-    def __init__(self, config: PolicyConfig, cost: CostModel) -> None:
+    def __init__(self, config: PolicyConfig, cost: CostModel, tuning: Tuning | None = None) -> None:
+        self._tuning = tuning or Tuning()
         self.capabilities = Capabilities(leaves_at_layer_boundary=config.interruptible)
         self._config = config
         self._cost = cost
@@ -90,8 +68,8 @@ class LengthAware:
         self._assembler = Assembler(self._book)
         self._account = ShareAccount(config.long_share, partial(burst_seconds, config, cost))
         self._flights = RunningPrefills()
-        self._spread = Spread()
-        self._offered = ArrivalRate(memory=LOAD_MEMORY)
+        self._spread = Spread(self._tuning)
+        self._offered = ArrivalRate(memory=self._tuning.load_memory)
         held = config.express_wait_seconds if config.interruptible else 0.0
         self._window = ExpressWindow(cost, held)
         self._current: str | None = None
@@ -222,7 +200,7 @@ class LengthAware:
         return now >= self._decoded_at + gap
 
     def _express(self, now: float) -> Batch | None:
-        share = RIDER_SHARE if self._contested() else IDLE_RIDER_SHARE
+        share = self._tuning.rider_share if self._contested() else self._tuning.idle_rider_share
         batch = self._assembler.batch(self._shorts, now, rider_share=share)
         if batch is not None:
             self._express_started = now
@@ -251,17 +229,19 @@ class LengthAware:
         config, cap = self._config, self._book.cap
         if config.long_chunk_tokens is not None:
             return cap
+        tuning, profile, history = self._tuning, self._cost.profile, pending.history
         if not config.interruptible:
-            overhead = spare_overhead(self._offered.rate(now))
+            spare = tuning.stiff_share * (1 - self._offered.rate(now))
+            overhead = min(tuning.stiff_most, max(tuning.stiff_least, spare))
         else:
-            overhead = config.decode_share if self._book.decodes.total else OVERHEAD
-        profile, history = self._cost.profile, pending.history
+            overhead = config.decode_share if self._book.decodes.total else tuning.overhead
         tokens = efficient_chunk(profile, history, overhead)
         if config.interruptible and config.layers is not None:
-            layer = LAYER_SHARE * self._cost.prefill_seconds(TYPICAL_SHORT, 0)
+            layer = tuning.layer_share * self._cost.prefill_seconds(tuning.typical_short, 0)
             quick = timed_chunk(profile, history, config.layers * layer)
-            tokens = min(tokens, max(quick, efficient_chunk(profile, history, MOST_FOR_LAYERS)))
-        return int(min(cap, max(LEAST_CHUNK, tokens)))
+            least = efficient_chunk(profile, history, tuning.overhead_for_layers)
+            tokens = min(tokens, max(quick, least))
+        return int(min(cap, max(tuning.least_chunk, tokens)))
 
     def _pick_long(self, now: float) -> Pending:
         head = self._longs.head(now)
@@ -274,19 +254,19 @@ class LengthAware:
             or current.priority != head.priority
         ):
             return head
-        due = self._longs.due(current, less=SWITCH_MARGIN * current.seconds)
+        due = self._longs.due(current, less=self._tuning.switch_margin * current.seconds)
         return current if due <= self._longs.due(head) else head
 
     def _nested(self, now: float) -> Batch | None:
         """A long to run inside the one that runs: the last chunk of one that is due earlier."""
         top = self._flights.top
-        if top is None or len(self._flights) >= MOST_FLIGHTS:
+        if top is None or len(self._flights) >= self._tuning.most_nested:
             return None
         head = self._longs.head(now)
         if head is None or head.priority > top.pending.priority:
             return None
         self._longs.give_up(top.pending, now, less=top.ran)
-        due = self._longs.due(top.pending, less=top.ran + SWITCH_MARGIN * top.left)
+        due = self._longs.due(top.pending, less=top.ran + self._tuning.switch_margin * top.left)
         most = self._chunk(head, now)
         if self._longs.due(head) >= due or head.new_tokens > most:
             return None
@@ -308,7 +288,8 @@ class LengthAware:
         chunks = [self._hand_out(pending, min(pending.new_tokens, most))]
         room, launch = most - chunks[0].tokens, self._cost.profile.per_launch
         latest = pending.arrival + self._window_of(pending.seconds)
-        while room > 0 and len(chunks) < min(MOST_MATES, self._config.max_batch_requests):
+        most_mates = min(self._tuning.most_mates, self._config.max_batch_requests)
+        while room > 0 and len(chunks) < most_mates:
             head = self._longs.head(now)
             if (
                 head is None
@@ -333,7 +314,7 @@ class LengthAware:
         """`fairness.passing_window`, or a small part of it; it changes only when queues are sorted
         again: with the cost model's epoch, and with the `Spread`."""
         window = self._window_of(seconds)
-        return window if self._spread.heavy else window * LIGHT_SHARE
+        return window if self._spread.heavy else window * self._tuning.light_patience
 
     def _window_of(self, seconds: float) -> float:
         most = self._config.max_batch_tokens

@@ -7,22 +7,8 @@ from dataclasses import dataclass
 
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import Batch, Chunk
-from pla_serve.policy.queues import SortedQueue
-
-SWITCH_MARGIN = 0.1
-"""Share of its remaining time by which another long must undercut the one that has begun."""
-DEMOTIONS = 4
-"""Late requests that one look at the queue puts back, so that a decision stays quick."""
-
-LEAST_SEEN = 32
-"""Longs before their spread is believed."""
-HEAVY = 0.6
-"""Squared coefficient of variation from which on times count as widely spread."""
-HEAVY_ALONE = 2.0
-"""The same where nearly all requests are long."""
-MOSTLY = 0.99
-"""Share of longs from which on nearly all are."""
-HYSTERESIS = 0.85
+from pla_serve.policy.queues import DEMOTIONS, SortedQueue
+from pla_serve.policy.tuning import Tuning
 
 Patience = Callable[[float], float]
 """Seconds of prefill left to the seconds after its arrival at which a request is due; growing."""
@@ -93,8 +79,9 @@ class Spread:
     more is asked for.
     """
 
-    def __init__(self, memory: int = 1000) -> None:
-        self._keep = 1 - 1 / memory
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self._tuning = tuning or Tuning()
+        self._keep = 1 - 1 / self._tuning.spread_memory
         self._requests = self._longs = self._sum = self._squares = 0.0
         self.heavy = False
 
@@ -106,12 +93,14 @@ class Spread:
         self._longs = self._longs * self._keep + 1
         self._sum = self._sum * self._keep + seconds
         self._squares = self._squares * self._keep + seconds * seconds
-        if self._longs < LEAST_SEEN or self._sum == 0:
+        tuning = self._tuning
+        if self._longs < tuning.least_seen or self._sum == 0:
             return False
         variation = self._squares * self._longs / self._sum**2 - 1
-        heavy = HEAVY if self._longs < MOSTLY * self._requests else HEAVY_ALONE
+        alone = self._longs >= tuning.mostly * self._requests
+        heavy = tuning.heavy_alone if alone else tuning.heavy
         was = self.heavy
-        self.heavy = variation >= (heavy * HYSTERESIS if was else heavy)
+        self.heavy = variation >= (heavy * tuning.hysteresis if was else heavy)
         return self.heavy is not was
 
 

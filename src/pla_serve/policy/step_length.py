@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from math import inf, sqrt
 
-from pla_serve.policy.cost import CostModel, CostProfile
+from pla_serve.policy.chunking import timed_chunk
+from pla_serve.policy.cost import CostModel
 from pla_serve.policy.waiting import ArrivalRate
 
 SPARE_SHARE = 0.2
@@ -79,22 +80,7 @@ class StepLength:
         return min(MOST_OVERHEAD, max(LEAST_OVERHEAD, self._spare_share * spare))
 
     def tokens(self, seconds: float, history: int) -> int | None:
-        """Tokens on top of ``history`` that take ``seconds`` in one step; None if any number."""
-        return tokens_within(self._cost.profile, seconds, history)
-
-
-def tokens_within(profile: CostProfile, seconds: float, history: int) -> int | None:
-    """The most tokens of one prefill that a step of ``seconds`` holds, at least LEAST_TOKENS.
-
-    ``fixed + slope * n + per_attention * n^2 / 2 = seconds``, solved for n.
-    """
-    if seconds == inf:
-        return None
-    fixed = profile.per_launch + profile.per_sequence + profile.per_kv * history
-    slope = profile.per_token + profile.per_kv + profile.per_attention * history
-    room = max(0.0, seconds - fixed)
-    half = profile.per_attention / 2
-    root = sqrt(slope * slope + 4 * half * room)
-    if slope + root == 0:
-        return None
-    return max(LEAST_TOKENS, int(2 * room / (slope + root)))
+        """Most tokens on top of ``history`` that one step of ``seconds`` holds, at least
+        LEAST_TOKENS; None if any number."""
+        tokens = timed_chunk(self._cost.profile, history, seconds)
+        return None if tokens == inf else max(LEAST_TOKENS, int(tokens))
