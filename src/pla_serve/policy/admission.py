@@ -18,7 +18,7 @@ class Admit:
     forecast: Forecast
     """To be handed to `Calibration.observe` when its first token is made."""
     late: bool
-    """Its chance to meet its deadline is below one half; for metrics."""
+    """True if the chance to meet the deadline is below one half; for metrics."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class Assembler:
         return Batch(kind, tuple(prefills), tuple(steps))
 
     def _riders(self, prefills: list[Chunk], share: float) -> int:
-        """How many steps fit into this share of the prefills' time; at least one."""
+        """Number of decode steps that fit into this share of the prefills' time; at least one."""
         count, cost = len(self._book.decodes), self._book.cost
         if count < 2:
             return count

@@ -56,7 +56,7 @@ class Taken(NamedTuple):
     chunks: list[Chunk]
     tokens: int
     shorts: int
-    """How many of them are short."""
+    """Number of short prefills among the chunks."""
 
 
 class RequestBook:
@@ -240,7 +240,7 @@ class RequestBook:
         return self.short_seconds() + self.long_seconds()
 
     def short_seconds(self) -> float:
-        """The same for the shorts, packed into full batches."""
+        """Predicted time to finish every short prefill, packed into full batches."""
         backlog, config = self.short_backlog, self.config
         batches = max(
             -(-backlog.tokens // config.max_batch_tokens),
@@ -249,7 +249,7 @@ class RequestBook:
         return backlog.seconds(self.cost, batches)
 
     def long_seconds(self) -> float:
-        """The same for the longs, chunk by chunk."""
+        """Predicted time to finish every long prefill, chunk by chunk."""
         return self.long_backlog.seconds(self.cost, self.long_backlog.launches)
 
     def full_batch_seconds(self) -> float:
@@ -264,7 +264,7 @@ class RequestBook:
         return self.cost.work_seconds(count, count * context, count * (context + 1), count, 1)
 
     def state(self) -> QueueState:
-        """What waits; requests in flight are taken off the counts, but not off the seconds."""
+        """State of the queues. Requests in a running batch count in the seconds only."""
         requests = [self.long_backlog.requests, self.short_backlog.requests]
         tokens = [self.long_backlog.tokens, self.short_backlog.tokens]
         for request_id in self._flying:

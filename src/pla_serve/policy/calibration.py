@@ -1,4 +1,4 @@
-"""How far predicted times to first tokens can be believed, learned from what they turned out to be.
+"""Corrections of predicted times to first tokens, learned from how earlier predictions turned out.
 
 A policy's `predicted_wait` is blind in ways of its own: hrrn counts all that waits although a
 newcomer soon passes much of it, others do not foresee what arrives later and goes first. So a
@@ -32,20 +32,20 @@ RECENT = 64
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What was said about one request when it came; seconds from ``made`` to its first token."""
+    """Prediction for one request, made on its arrival: seconds from ``made`` to its first token."""
 
     short: bool
     made: float
     predicted: float
-    """By the policy."""
+    """Prediction of the policy."""
     median: float
-    """As likely too long as too short."""
+    """Corrected prediction: as likely too long as too short."""
     upper: float
     """Exceeded by one in ten (1 - COVERAGE); infinite until enough was seen."""
 
     @property
     def factor(self) -> float:
-        """By how much the prediction is corrected."""
+        """Ratio of the corrected prediction to the policy's."""
         return self.median / self.predicted if self.predicted > 0 else 1.0
 
 
@@ -110,7 +110,7 @@ class Calibration:
         self._classes = {short: _Class() for short in (True, False)}
 
     def forecast(self, predicted: float, short: bool, now: float) -> Forecast:
-        """What a prediction of so many seconds is worth."""
+        """Correct a prediction of so many seconds."""
         kind = self._classes[short]
         window = kind.window(_group(predicted))
         if window is None:
@@ -140,7 +140,7 @@ class Calibration:
         return _middle(self._classes[short].errors)
 
     def raw_error(self, short: bool) -> float:
-        """The same of the policy's own predictions."""
+        """Median relative error of the policy's own predictions; 0 before the first."""
         return _middle(self._classes[short].raw_errors)
 
     def coverage(self, short: bool) -> float:
@@ -163,7 +163,7 @@ class _Class:
         self._count = 0
 
     def window(self, group: int) -> RatioWindow | None:
-        """What a prediction of this group goes by: O(groups), of which there are a few dozen."""
+        """Ratios that correct a prediction of this group: O(groups), a few dozen."""
         own = self._groups.get(group)
         if own is not None and len(own) >= LEAST and self._fresh(group):
             return own

@@ -1,4 +1,4 @@
-"""How much of a long prefill to compute in one pass."""
+"""Sizes of the chunks in which a long prefill is computed."""
 
 from __future__ import annotations
 

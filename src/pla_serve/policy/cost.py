@@ -31,7 +31,7 @@ NEW_BOUNDARY = 0.25
 
 
 class Work(NamedTuple):
-    """What a batch, or a whole queue, asks of the machine. Additive."""
+    """Work of a batch, or of a whole queue, in the units that cost seconds. Works add up."""
 
     tokens: float
     """Tokens through the linear layers."""
@@ -55,7 +55,7 @@ TYPICAL = np.array(
     ],
     dtype=np.float64,
 )
-"""What a fit does not forget while it sees other batches; see `fit.refit`."""
+"""Batches whose predictions a fit holds while it sees others; see `fit.refit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class CostProfile:
         bytes_per_second: float,
         launch_seconds: float,
     ) -> CostProfile:
-        """What the device can do at best, a start until measurements arrive.
+        """Coefficients at the device's peak rates: a start until measurements arrive.
 
         Two operations a parameter and token; four a layer, unit of ``attention_width`` (heads times
         head size) and pair of tokens; weights are read once a launch, KV once a sequence.
@@ -163,7 +163,7 @@ class CostModel:
         return _prefill_seconds(self._profile, new_tokens, history, chunk)
 
     def epoch_prefill_seconds(self, new_tokens: int, history: int, chunk: int) -> float:
-        """The same with coefficients that change with `epoch` only.
+        """Predicted time of a prefill alone, by coefficients that change with `epoch` only.
 
         For orders: two equal requests must not swap because a fit came between their arrivals.
         """

@@ -1,4 +1,4 @@
-"""How policies, routing policies and pool controllers are declared and found by name.
+"""Declarations of policies, routing policies and pool controllers, and finding them by name.
 
 Each is declared in its own file, below its code, under the name that the registry of its sort
 looks for::
@@ -81,7 +81,7 @@ class PolicyKind(Kind[PrefillPolicy]):
 
     @property
     def knobs(self) -> dict[str, KnobField]:
-        """Its settings, then its own options."""
+        """Settings that the policy uses, then its own options."""
         shared = knobs_of(PolicyConfig)
         own = {} if self.options is None else knobs_of(self.options)
         return {name: shared[name] for name in self.settings} | own

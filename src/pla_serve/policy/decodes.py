@@ -105,7 +105,7 @@ class DecodePool:
         self._ready_context += chunk[2]
 
     def _parts(self, places: int) -> list[tuple[str, int]]:
-        """How many places each tenant gets; fewer than are ready in all."""
+        """Places of each tenant, where more requests are ready than there are places."""
         if len(self._rings) == 1:
             return [(next(iter(self._rings)), places)]
         sizes = {tenant: len(ring) for tenant, ring in self._rings.items()}

@@ -10,7 +10,7 @@ from pla_serve.policy.cost import LEAST_BOUNDARY, CostModel
 
 
 class ShareAccount:
-    """How far express work (short prefills, decode steps) is ahead of its share, in seconds.
+    """Seconds that express work (short prefills, decode steps) is ahead of its share.
 
     ``ahead`` grows by 1 for each second of express work while longs wait, and falls by
     (1 - s) / s for each second of long work, s being ``long_share``; never below 0, so that
@@ -85,7 +85,7 @@ class ShareAccount:
 
 
 def burst_seconds(config: PolicyConfig, cost: CostModel) -> float:
-    """How far express work may run ahead: by the settings, or by the machine."""
+    """Seconds that express work may run ahead: by the settings, or by the machine."""
     given = config.express_burst_seconds
     return 2 * cost.prefill_seconds(LEAST_BOUNDARY, 0) if given is None else given
 

@@ -152,7 +152,7 @@ class LengthAware:
             account.start_long(now)
 
     def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
-        """As the work stands now; what arrives later and goes first is not foreseen."""
+        """Predict by the work that waits now; later arrivals that go first are not foreseen."""
         book, config = self._book, self._config
         newcomer = book.probe(new_tokens, history, now)
         elapsed = 0.0 if self._express_started is None else now - self._express_started

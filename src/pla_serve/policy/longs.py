@@ -34,7 +34,7 @@ class LongQueue(SortedQueue):
         self._late_patience = late_patience
 
     def due(self, request: Pending, less: float = 0.0) -> float:
-        """When it is due, if ``less`` seconds of it were done already."""
+        """Time at which a request is due, if ``less`` seconds of it were done already."""
         left = max(0.0, request.seconds - less)
         if request.late:
             return request.arrival + self._late_patience(left)

@@ -10,7 +10,7 @@ from pla_serve.policy.protocol import Chunk
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """What is left of one prefill. Owned by a `RequestBook`; queues only order these."""
+    """Rest of one prefill. A `RequestBook` owns it; queues only order it."""
 
     id: str
     arrival: float
@@ -27,13 +27,13 @@ class Pending:
     """All that is left as one chunk, where the cap allows; made once, taken by a decision."""
     started: bool = False
     late: bool = False
-    """Its deadline was seen to be out of reach."""
+    """True once the deadline was seen to be out of reach."""
     flight: Chunk | None = None
     """The chunk that was handed out and has not come back."""
     entry: tuple[Any, ...] | None = None
-    """Its place in a `SortedQueue`."""
+    """Place in the `SortedQueue` in which it waits, or None."""
     tenant: str = ""
     held: bool = False
-    """It waits outside the policy's queues for its tenant's share; see `TenantShares`."""
+    """True while it waits outside the queues for its tenant's share; see `TenantShares`."""
     charge: float = 0.0
-    """Of what its tenant was charged for it, the seconds that have not run."""
+    """Seconds that its tenant was charged for it and that have not run."""

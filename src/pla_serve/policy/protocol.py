@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 
 class BatchClass(StrEnum):
-    """What a batch is made of; ``MIXED`` exists for baselines that do not separate classes."""
+    """Class of a batch. ``MIXED`` exists for baselines that do not separate classes."""
 
     SHORT = "short"
     LONG = "long"
@@ -69,7 +69,11 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What is computed together, in one forward pass."""
+    """Work of one forward pass.
+
+    Example: ``Batch(BatchClass.SHORT, (Chunk("a", 64, 0),), (Chunk("b", 1, 900),))`` completes the
+    prompt of a and makes one more token of b.
+    """
 
     kind: BatchClass
     prefills: tuple[Chunk, ...] = ()
@@ -90,14 +94,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing now, although work is queued: ask again at ``until``, or when something changes."""
+    """Run nothing now, although work waits: ask again at ``until``, or when something changes."""
 
     until: float
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Nothing is queued."""
+    """Run nothing: no work is queued."""
 
 
 Decision = Run | Wait | Idle
@@ -105,7 +109,7 @@ Decision = Run | Wait | Idle
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """What waits, for metrics and admission. Token counts are new tokens left."""
+    """Waiting work, for metrics and admission. Token counts are new tokens left."""
 
     short_requests: int
     long_requests: int
@@ -115,7 +119,7 @@ class QueueState:
     seconds: float
     """Predicted time to prefill everything that waits."""
     short_seconds: float
-    """The short part of it."""
+    """Part of ``seconds`` that short prefills take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ class PrefillPolicy(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do, beyond what every policy does."""
+        """Abilities of this policy, beyond what every policy can do."""
         ...
 
     def add(self, request: PrefillRequest, now: float) -> None:
@@ -166,7 +170,7 @@ class PrefillPolicy(Protocol):
         ...
 
     def remove(self, request_id: str) -> None:
-        """Forget a request in whatever state it is; unknown ids are ignored."""
+        """Forget a request, whether it waits, runs or decodes; unknown ids are ignored."""
         ...
 
     def next(self, now: float) -> Decision:
@@ -207,7 +211,7 @@ class PrefillPolicy(Protocol):
         ...
 
     def state(self, now: float) -> QueueState:
-        """What waits, for metrics."""
+        """Return the waiting work, for metrics and admission."""
         ...
 
     def load_of(self, tenant: str) -> TenantLoad:

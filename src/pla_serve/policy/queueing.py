@@ -1,4 +1,4 @@
-"""How long requests wait behind each other: M/G/1, first come, first served.
+"""Waits of requests behind each other: M/G/1, first come, first served.
 
 Poisson arrivals at rate lambda, one server, service times S that do not depend on the queue;
 utilisation rho = lambda E[S]. The formulas are the head-of-line analysis of PLA-Serve (arXiv

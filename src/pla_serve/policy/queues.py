@@ -1,4 +1,4 @@
-"""Who goes first. Every order here is a static key, so that time passing sorts nothing again."""
+"""Orders of prefills. Each is a static key, so that time passing sorts nothing again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a step of a long prefill may last on an engine that cannot be left within a step.
+"""Bounds the length of steps of long prefills on an engine that cannot be left within a step.
 
 A short prompt that arrives waits for the step under way. Shorter steps spare it time, and cost
 every long the launches that they add. Two rules, the longer step of which counts:
@@ -22,7 +22,7 @@ SPARE_SHARE = 0.2
 """Share of the spare time that may go to launches that small steps add. More of it is better for
 shorts, and worse for longs."""
 LEAST_OVERHEAD = 0.02
-"""Of a step, on a machine that has no time to spare."""
+"""Least share of a step that launches may take: on a machine that has no time to spare."""
 MOST_OVERHEAD = 0.15
 LEAST_TOKENS = 32
 MEMORY = 60.0

@@ -39,7 +39,7 @@ MakePolicy = Callable[[PolicyConfig, CostModel], PrefillPolicy]
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What prefills a step may have."""
+    """Prefills that a step may have."""
 
     kind: BatchClass
     """``DECODE``: none."""
@@ -104,7 +104,7 @@ class StepPlanner:
 
     @property
     def longs(self) -> int:
-        """The same of longs."""
+        """Long prefills that wait or are under way."""
         return len(self._known) - self._shorts
 
     def boundary(self) -> int:

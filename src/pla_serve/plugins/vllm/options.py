@@ -1,4 +1,4 @@
-"""What can be set: ``--additional-config '{"pla_serve": {"long_share": 0.3}}'``."""
+"""Settings: ``--additional-config '{"pla_serve": {"long_share": 0.3}}'``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VLLM_KEYS = frozenset(
         "kda_spec_decode_backend",
     }
 )
-"""Those that vLLM itself reads from ``--additional-config``, in the supported versions."""
+"""Keys that vLLM itself reads from ``--additional-config``, in the supported versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class PluginOptions:
     long_share: float = 0.5
     """Share of the time that waiting longs are guaranteed, between 0 and 1."""
     express_burst_seconds: float | None = None
-    """How far shorts may run ahead of that. Null: twice the time of 256 tokens."""
+    """Seconds that shorts may run ahead of that. Null: twice the time of 256 tokens."""
     patience: float = 400.0
-    """How long a long may be passed by shorter ones; 0: longs in the order of arrival."""
+    """Patience: how long shorter prefills may pass a long one; 0 is the order of arrival."""
     step_seconds: float | None = None
     """Most seconds of a step of long work while shorts come. Null: chosen from their rate, the
     cost of a launch and the time that the machine has to spare."""

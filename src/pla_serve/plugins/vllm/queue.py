@@ -76,7 +76,7 @@ class HeldQueue(RequestQueue):
         self.add_request(request)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
-        """Those that a step skipped come back to where they were."""
+        """Requests that a step skipped come back to where they were."""
         for request in requests:
             self.add_request(request)
 

@@ -43,7 +43,8 @@ DECODE_SAMPLES = 4
 """One in so many steps of nothing but decodes is a sample for the cost model."""
 NOTHING = StepPlan(BatchClass.DECODE)
 STATS_PREFIX = "pla_serve:"
-"""Of the numbers that travel to the API server in `SchedulerStats`; `plugins.vllm_metrics`."""
+"""Prefix of the numbers that travel to the API server in `SchedulerStats`; `plugins.vllm_metrics`
+    reads them."""
 
 
 class Step(NamedTuple):
@@ -195,7 +196,7 @@ class LengthAwareScheduler(AsyncScheduler):
                 self._rereads.append(request)
 
     def _make_plan(self, under_way: list[Request], now: float) -> StepPlan:
-        """What the step may hold; nothing is planned while nobody could be admitted or go on."""
+        """Plan the step; nothing is planned while no prefill could be admitted or go on."""
         places = self.max_num_active_reqs - self.num_waiting_for_streaming_input
         if not under_way and len(self.running) >= places:
             return NOTHING

@@ -1,4 +1,4 @@
-"""What this scheduler cannot do is refused at start, by name."""
+"""Refuses at start, by name, whatever this scheduler does not support."""
 
 from __future__ import annotations
 

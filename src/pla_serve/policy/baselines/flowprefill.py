@@ -89,7 +89,7 @@ class DeadlineQueue(SortedQueue):
         return None
 
     def out_of_reach(self, request: Pending, now: float) -> bool:
-        """Its deadline passes before it can be done, were it alone from now on."""
+        """Whether the deadline passes before the request is done, were it alone from now on."""
         if self._options.order == "edf":
             return False
         return now + request.seconds > self._deadline(request)
@@ -116,7 +116,7 @@ class DeadlineQueue(SortedQueue):
         return self.rank_running(request, -inf)
 
     def rank_running(self, request: Pending, began: float) -> Rank:
-        """The same for one that runs since ``began`` and would be done if it went on alone."""
+        """Rank of a request that runs since ``began`` and would be done if it went on alone."""
         late = request.late or self.out_of_reach(request, began)
         return (-request.priority, not late, -self._deadline(request))
 
@@ -142,7 +142,7 @@ class Paused(NamedTuple):
     since: float
 
     def resumed(self, now: float) -> tuple[Batch, float]:
-        """It goes on at ``now``: the batch, and when it began, later by this pause too."""
+        """The batch as it goes on at ``now``, and its begin, later by this pause too."""
         return self.batch, self.began + now - self.since
 
 

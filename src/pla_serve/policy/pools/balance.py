@@ -70,7 +70,7 @@ class BalanceOptions:
 
 @dataclass(frozen=True, slots=True)
 class ClassDemand:
-    """What one class asks of its pool."""
+    """Demand of one class on its pool."""
 
     queued: float
     """Seconds of prefill that wait or run."""
@@ -78,7 +78,7 @@ class ClassDemand:
     """Seconds of prefill that arrive a second."""
 
     def instances(self, horizon: float) -> float:
-        """How many keep up with the arrivals and clear the backlog in ``horizon`` seconds."""
+        """Instances that keep up with the arrivals and clear the backlog in ``horizon`` seconds."""
         return self.rate + self.queued / horizon
 
     def recovery(self, instances: int) -> float:
@@ -184,7 +184,7 @@ class BalanceController:
         )
 
     def _asked(self, demands: dict[Pool, ClassDemand], total: int) -> tuple[float, float]:
-        """How many instances shorts ask for, and longs."""
+        """Instances that shorts ask for, and those that longs ask for."""
         options, horizon = self._options, self._options.horizon_seconds
         short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
         wanted, least = short / options.short_load, float(options.min_instances)

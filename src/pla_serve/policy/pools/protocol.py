@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Pool(StrEnum):
-    """What an instance is kept for."""
+    """Requests that an instance is kept for."""
 
     SHORT = "short"
     LONG = "long"
@@ -41,15 +41,16 @@ class PoolReport:
     queued_short: float = 0.0
     """Predicted seconds of short prefills that it holds, in progress or waiting."""
     queued_long: float = 0.0
-    """The same for long ones. An instance may hold both: it was moved, or took an overflow."""
+    """Predicted seconds of long prefills that it holds. An instance may hold both classes: it was
+    moved, or took an overflow."""
     deadline_error: float = 0.0
-    """By how much its requests miss their deadlines on average; negative when they are early."""
+    """Seconds by which its requests miss their deadlines on average; negative if they are early."""
     utilisation: float = 0.0
     """Share of the last control period in which it computed, 0 to 1."""
     drain_seconds: float = 0.0
     """Until it could begin with requests of the other class; 0 if it can interrupt a prefill."""
     draining: bool = False
-    """It was moved and has not yet begun with requests of its new class."""
+    """True after a move until it has begun with requests of its new class."""
     kv_usage: float = 0.0
     """Share of its KV memory that requests hold, 0 to 1. Counts for decode instances."""
 

@@ -1,4 +1,4 @@
-"""How much work arrives a second, in seconds of prefill: the load in instances."""
+"""Estimates the arrival rate of work, in seconds of prefill a second: the load in instances."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class WorkRate:
 
     @property
     def rate(self) -> float:
-        """As of the last `close`."""
+        """Seconds of work a second, as of the last `close`."""
         return self._work / self._weight if self._weight else 0.0
 
     def _take(self, length: float, now: float) -> None:

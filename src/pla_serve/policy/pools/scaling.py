@@ -1,4 +1,4 @@
-"""How many instances there should be: a signal for an autoscaler."""
+"""Desired number of instances: a signal for an autoscaler."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Scaler:
         """Times and values that may still be the highest of the calm while; falling values."""
 
     def desired(self, now: float, demands: Iterable[ClassDemand]) -> int:
-        """How many instances there should be for these classes together."""
+        """Desired number of instances for these classes together."""
         options = self._options
         wanted = sum(
             max(d.rate / options.target_utilisation, d.instances(options.horizon_seconds))

@@ -1,4 +1,4 @@
-"""How many instances prefill and how many decode."""
+"""Divides instances between prefill and decode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StageOptions:
     spare: float = 0.6
     """Share below which the others must stay if one is to be given away."""
     horizon_seconds: float = 10.0
-    """As `BalanceOptions.horizon_seconds`."""
+    """Seconds in which a backlog should be cleared, as `BalanceOptions.horizon_seconds`."""
     min_prefill: int = 1
     """Instances that each class of prompts keeps."""
     min_decode: int = 1

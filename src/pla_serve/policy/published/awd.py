@@ -184,7 +184,7 @@ class AdaptiveWaitDepth:
         return max(0.0, min(opened + self._window - now, self._options.head_wait))
 
     def decide(self, queue: LengthLevels, now: float) -> Dispatch | WaitUntil | None:
-        """What to do with the pending shorts; None if there are none.
+        """Decide about the pending shorts; None if there are none.
 
         A `Dispatch` ends the round, so it has to be carried out. The head, or the request that
         ended the round early, is always in it.

@@ -66,7 +66,7 @@ class LatencyModel:
 
     @property
     def limit(self) -> float:
-        """What L_m tends to as H grows: gamma_r / (2 alpha), tokens; infinite if alpha is 0.
+        """Limit of L_m as H grows: gamma_r / (2 alpha), tokens; infinite if alpha is 0.
 
         L_m grows with H where L_m(0) lies below this limit, as it does on the published machines,
         and falls towards it where it lies above.

@@ -57,7 +57,7 @@ class CacheAware:
         check_knobs(self)
 
     def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
-        """By the three steps above."""
+        """Choose by the three steps of the class."""
         loads = view.requests if pool is None else view.requests[view.members(pool)]
         most, least = int(loads.max()), int(loads.min())
         if most - least > self.balance_abs and most > self.balance_rel * least:

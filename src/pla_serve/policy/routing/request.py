@@ -1,4 +1,4 @@
-"""What a router is told: a request, and the fleet, as numbers."""
+"""Input of a routing policy: a request, and the fleet, as numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RouteRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FleetModel:
-    """What a router may know of all its instances.
+    """Facts that hold for all instances of a router.
 
     Raises:
         ValueError: ``boundary_tokens`` or ``launch_seconds`` is negative.
@@ -55,7 +55,7 @@ class FleetModel:
 
     @property
     def grace_seconds(self) -> float:
-        """By how much an express queue may be late and still count as about to be empty: the time
+        """Seconds that an express queue may be late and still count as about to be empty: the time
         of the longest short prompt. Shorts that find each other share a launch; sent apart for a
         delay of milliseconds, they take that much more from the longs."""
         return self.prefill_seconds(max(1, self.boundary_tokens), 0)

@@ -12,7 +12,7 @@ from pla_serve.policy.routing.view import Charge, FleetView
 
 
 class Placement(NamedTuple):
-    """What a request means for one instance."""
+    """Work that a request brings to one instance."""
 
     new_tokens: int
     """To compute there."""
@@ -57,7 +57,11 @@ class Router:
         self.view.change_pool(self.view.entry(instance_id), pool)
 
     def removed(self, instance_id: str) -> list[str]:
-        """It takes no more requests, or died; returns those that it held, in order of dispatch.
+        """An instance takes no more requests, or died.
+
+        Returns:
+            Ids of the requests that it held, in order of dispatch.
+
 
         Raises:
             KeyError: it is not known.
@@ -83,7 +87,7 @@ class Router:
         return view.entries[self._policy.choose(request, view, None, now)].id
 
     def place(self, request: RouteRequest, instance_id: str) -> Placement:
-        """What the request means for this instance: KV is fetched where that is faster.
+        """Work that the request brings to this instance; KV is fetched where that is faster.
 
         Raises:
             KeyError: the instance is not known.
@@ -119,14 +123,14 @@ class Router:
         return self._charges[request_id]
 
     def prefilled(self, request_id: str, now: float) -> None:
-        """Its first token is there."""
+        """A request has its first token."""
         charge = self._charges.get(request_id)
         if charge is not None and charge.entry.waiting.pop(request_id, None) is not None:
             charge.entry.running.add(request_id)
             self.view.discharge(charge.entry, charge, now)
 
     def finished(self, request_id: str, now: float) -> None:
-        """It has all its tokens, or was aborted."""
+        """A request has all its tokens, or was aborted."""
         charge = self._charges.pop(request_id, None)
         if charge is None:
             return
@@ -140,14 +144,14 @@ class Router:
     def reported(
         self, instance_id: str, queued_seconds: float, short_seconds: float, at: float
     ) -> None:
-        """What an instance itself predicted at ``at``: seconds of prefill before it, and the short
+        """Take in what an instance predicted at ``at``: seconds of prefill before it, and the short
         part of them. Requests that were dispatched later are added."""
         if instance_id in self.view:
             self.view.correct(self.view.entry(instance_id), queued_seconds, short_seconds, at)
 
 
 def placement(request: RouteRequest, view: FleetView, instance_id: str | None) -> Placement:
-    """What ``request`` means for one instance; None is one that holds no more than all do."""
+    """Work that ``request`` brings to an instance; None is one that caches no more than all do."""
     prompt = request.prompt_tokens
     here = request.common
     if instance_id is not None and request.cached:

@@ -1,4 +1,4 @@
-"""What a router believes of its instances, in arrays so that a thousand are compared at once."""
+"""State of all instances as a router knows it, in arrays so that a thousand compare at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ instance."""
 
 
 ARRAYS = ("requests", "tokens", "assigned", "short_waiting", "ready", "express_ready")
-"""Of `FleetView`, a number for each instance."""
+"""Attributes of `FleetView` that hold a number for each instance."""
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Charge:
     """Predicted."""
     short: bool
     at: float
-    """When it was dispatched."""
+    """Time of dispatch."""
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +126,7 @@ class FleetView:
         self._members.clear()
 
     def without(self, ids: Collection[str]) -> FleetView:
-        """The same accounts without some instances, to choose by; nothing is charged to it."""
+        """Copy of the view without some instances, to choose by; nothing is charged to the copy."""
         rest = [entry for entry in self.entries if entry.id not in ids]
         kept = [entry.index for entry in rest]
         view = FleetView(self.model)
@@ -138,7 +138,7 @@ class FleetView:
         return view
 
     def change_pool(self, entry: InstanceView, pool: Pool) -> None:
-        """It belongs to ``pool`` now, with all that it holds."""
+        """Move an instance, with all that it holds, to ``pool``."""
         entry.pool = pool
         self._members.clear()
 
@@ -153,7 +153,7 @@ class FleetView:
         return found
 
     def count(self, pool: Pool | None) -> int:
-        """How many members ``pool`` has."""
+        """Number of members of ``pool``."""
         return len(self.entries) if pool is None else len(self.members(pool))
 
     def holders(self, request: RouteRequest, pool: Pool | None) -> Iterator[tuple[int, int]]:
@@ -221,7 +221,7 @@ class FleetView:
         return free
 
     def is_short(self, new_tokens: int) -> bool:
-        """By the boundary."""
+        """Whether a prefill of so many new tokens is short by the boundary."""
         return new_tokens <= self.model.boundary_tokens
 
     def charge(self, entry: InstanceView, request_id: str, charge: Charge) -> None:

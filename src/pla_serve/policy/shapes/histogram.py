@@ -11,10 +11,10 @@ from pla_serve.policy.shapes.ladder import Shape
 
 
 class SizeCount(NamedTuple):
-    """What was seen of one batch size."""
+    """Observations of one batch size."""
 
     weight: float
-    """How often, in any unit."""
+    """Number of observations, in any unit."""
     tokens: float
     """Mean real tokens of the whole batch: what ordinary kernels compute."""
 

@@ -22,7 +22,7 @@ GRID_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Layout(StrEnum):
-    """What ``tokens`` of a shape counts."""
+    """Meaning of ``tokens`` in a shape."""
 
     PADDED = "padded"
     """Slots of each request: every one is padded to the longest."""
@@ -31,7 +31,10 @@ class Layout(StrEnum):
 
 
 class Shape(NamedTuple):
-    """What one captured graph takes: at most ``batch`` requests, and ``tokens`` by its layout."""
+    """Size of a captured graph: ``batch`` requests, and ``tokens`` as its layout counts them.
+
+    Example: with layout PADDED, ``Shape(32, 4)`` takes four prompts of up to 32 new tokens each.
+    """
 
     tokens: int
     batch: int
@@ -87,7 +90,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What capturing a shape takes: a fixed part, and a part for each slot.
+    """Memory and time that capturing a shape takes: a fixed part, and a part for each slot.
 
     Published for 7B, 14B and 32B models: 228, 240 and 277 MB and 8 to 12 s a graph, whatever its
     size (arXiv 2601.11589).
@@ -147,7 +150,7 @@ class Ladder:
 
     @property
     def layout(self) -> Layout:
-        """What the shapes' tokens count."""
+        """Meaning of ``tokens`` in these shapes."""
         return self._layout
 
     def nearest(self, size: Shape) -> Shape | None:
@@ -163,7 +166,7 @@ class Ladder:
         return self.fit_size(size_of(lengths, self._layout), sum(lengths))
 
     def fit_size(self, size: Shape, tokens: float) -> Fit:
-        """The same for a batch of that size with so many real tokens in all."""
+        """Where a batch of this size with so many real tokens in all runs."""
         eager = self._eager(tokens, size.batch) if self._eager is not None else None
         found = next(((cost, shape) for cost, shape in self._by_cost if shape.covers(size)), None)
         if found is None:

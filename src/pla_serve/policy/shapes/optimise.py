@@ -57,7 +57,7 @@ class Structure(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may be captured; at least one limit, and all that are given hold.
+    """Limits on captured shapes. At least one is given, and all that are given hold.
 
     Raises:
         ValueError: no limit is given, one is negative, or bytes or seconds without ``footprint``.
@@ -67,7 +67,7 @@ class Budget:
     memory_bytes: float | None = None
     capture_seconds: float | None = None
     footprint: Footprint | None = None
-    """What a shape takes of the last two."""
+    """Memory and capture time of a shape, for the last two limits."""
 
     def __post_init__(self) -> None:
         limits = [self.shapes, self.memory_bytes, self.capture_seconds]
