@@ -47,6 +47,8 @@ class FakeServer:
     asked: int = 0
     """How often ``/metrics`` was asked for."""
     status: int = 200
+    headers: dict[str, str] = field(default_factory=lambda: {"Retry-After": "7"})
+    """Of answers with another status than 200."""
     key: str | None = None
     metrics: str = METRICS
     info: Json | None = None
@@ -85,7 +87,7 @@ class FakeServer:
         self.bodies.append(await request.json())
         if self.status != 200:
             error = {"error": {"message": "no such thing", "code": self.status}}
-            return JSONResponse(error, self.status, {"Retry-After": "7"})
+            return JSONResponse(error, self.status, self.headers)
         return StreamingResponse(self.stream(self.bodies[-1]), media_type="text/event-stream")
 
     async def stream(self, body: Json) -> AsyncIterator[bytes]:

@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import httpx
 import pytest
 
 from pla_serve.fleet.link.http import Dialect, HttpLink
-from pla_serve.fleet.link.mapping import Unmappable, samples
+from pla_serve.fleet.link.mapping import Unmappable, failure, refusal, samples
 from pla_serve.fleet.link.protocol import LinkDown, LinkRefused
 from pla_serve.fleet.link.sglang import SglangDialect
 from pla_serve.fleet.link.vllm import VllmDialect
@@ -22,6 +23,8 @@ from pla_serve.wire.engine import (
     Grammar,
     HandOver,
     Lend,
+    Output,
+    Rejected,
     Release,
     Reserve,
     SamplingParams,
@@ -239,7 +242,10 @@ def test_a_fault_told_in_the_stream_is_a_refusal(
     run(main())
 
 
-@pytest.mark.parametrize(("status", "later"), [(400, None), (429, 7.0), (503, 7.0)])
+@pytest.mark.parametrize(
+    ("status", "later"),
+    [(400, None), (413, None), (422, None), (501, None), (429, 7.0), (503, 7.0)],
+)
 def test_statuses_say_whether_to_try_again(status: int, later: float | None) -> None:
     async def main() -> None:
         async with linked("vllm") as (link, events, server):
@@ -252,6 +258,66 @@ def test_statuses_say_whether_to_try_again(status: int, later: float | None) -> 
             assert link.connected
 
     run(main())
+
+
+@pytest.mark.parametrize("status", [302, 401, 403, 404, 408, 500, 502, 504])
+def test_other_statuses_are_failures_of_the_server(status: int) -> None:
+    async def main() -> None:
+        async with linked("vllm") as (link, events, server):
+            server.status = status
+            await ask(link, events, add("a"))
+            [output] = events.outputs("a")
+            assert (output.finish_reason, output.tokens) == ("error", [])
+            assert output.error == f"no such thing (HTTP {status})"
+            assert events.rejected("a") is None
+            assert link.connected
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("headers", "later"),
+    [
+        ({}, None),
+        ({"Retry-After": "2.5"}, 2.5),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 1.0),
+        ({"Retry-After": "nan"}, 1.0),
+        ({"Retry-After": "inf"}, 1.0),
+        ({"Retry-After": "-3"}, 1.0),
+    ],
+)
+def test_503_is_room_if_it_says_when_to_come_back(
+    headers: dict[str, str], later: float | None
+) -> None:
+    answer = refusal("a", httpx.Response(503, headers=headers), b"busy")
+    if later is None:
+        assert isinstance(answer, Output)
+        assert (answer.finish_reason, answer.error) == ("error", "busy (HTTP 503)")
+    else:
+        assert answer == Rejected(id="a", reason="busy (HTTP 503)", retry_after=later)
+
+
+@pytest.mark.parametrize(
+    ("code", "begun", "later"),
+    [
+        (400, False, None),
+        (422, False, None),
+        (429, False, 1.0),
+        (503, False, 1.0),
+        (500, False, "failure"),
+        (404, False, "failure"),
+        (None, False, "failure"),
+        (400, True, "failure"),
+        (503, True, "failure"),
+    ],
+)
+def test_errors_in_a_stream(code: int | None, begun: bool, later: float | str | None) -> None:
+    answer = failure("a", "why", code, begun)
+    if later == "failure":
+        assert isinstance(answer, Output)
+        assert (answer.finish_reason, answer.error) == ("error", "why")
+    else:
+        assert answer == Rejected(id="a", reason="why", retry_after=later)  # type: ignore[arg-type]
 
 
 def test_facts_and_load_of_vllm() -> None:

@@ -29,14 +29,14 @@ HI = [ord("H"), ord("i")]
 
 @asynccontextmanager
 async def routed(
-    kind: str, vocab_size: int | None = None, circuit_failures: int = 3
+    kind: str, vocab_size: int | None = None, most_failures: int = 4
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FakeServer]]:
     """A router on this event loop, connected to one server of this kind."""
-    circuit = CircuitOptions(failures=circuit_failures, open_seconds=60.0)
+    circuit = CircuitOptions(failures=2, open_seconds=60.0)
     async with serving(FakeServer(EVENTS[kind])) as fake:
         router = RouteSettings(
             instances=(f"{kind}+{fake.url}",),
-            fleet=FleetOptions(patience_seconds=5.0, circuit=circuit),
+            fleet=FleetOptions(patience_seconds=5.0, circuit=circuit, most_failures=most_failures),
         )
         settings = ServerSettings(model_names=(MODEL,), model_root="", restart_wait=5.0)
         model = ServedModel(make_tokenizer(), check_grammar, vocab_size=vocab_size)
@@ -94,3 +94,37 @@ def test_a_padded_embedding_has_more_token_ids_than_the_tokenizer(kind: str) -> 
         assert (await complete(client, logit_bias={"320": -1})).status_code == 400
 
     run(kind, check, vocab_size=320)
+
+
+async def state(client: httpx.AsyncClient) -> str:
+    """State of the server's circuit as the router shows it."""
+    [instance] = (await client.get("/fleet")).json()["instances"]
+    return str(instance["circuit"])
+
+
+@BOTH
+@pytest.mark.parametrize("status", [500, 502, 503, 404])
+def test_a_server_that_fails_requests_is_502_and_opens_its_circuit(kind: str, status: int) -> None:
+    async def check(client: httpx.AsyncClient, fake: FakeServer) -> None:
+        fake.status, fake.headers = status, {}
+        for before in ("closed", "closed", "open"):
+            assert await state(client) == before
+            failed = await complete(client)
+            assert failed.status_code == 502, failed.text
+            assert "no such thing" in failed.json()["error"]["message"]
+
+    run(kind, check, most_failures=1)
+
+
+@BOTH
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_without_room_is_429_and_keeps_its_circuit_closed(kind: str, status: int) -> None:
+    async def check(client: httpx.AsyncClient, fake: FakeServer) -> None:
+        fake.status = status
+        for _ in range(3):
+            full = await complete(client)
+            assert full.status_code == 429
+            assert full.headers["retry-after"] == "7"
+        assert await state(client) == "closed"
+
+    run(kind, check)

@@ -11,6 +11,10 @@ from pla_serve.wire.engine import AddRequest, Output, Rejected, TokenLogprob
 
 RETRY_SECONDS = 1.0
 """After a refusal that may be taken back, if the server does not say."""
+MOST_RETRY_SECONDS = 3600.0
+"""Longest ``Retry-After`` that is believed."""
+FAULTS_OF_REQUESTS = (400, 413, 422, 501)
+"""Statuses of requests that no server of the same kind would take; 501: it lacks what is asked."""
 
 
 class Unmappable(Exception):
@@ -42,27 +46,51 @@ def rank_among(logprob: float, others: list[tuple[int, float]], most: int) -> To
 
 
 def failure(id: str, message: str, code: int | None, begun: bool) -> Output | Rejected:
-    """An error instead of tokens: the request's own fault if ``code`` says so and none came."""
-    if not begun and code is not None and 400 <= code < 500:
-        return Rejected(id=id, reason=message, retry_after=RETRY_SECONDS if code == 429 else None)
+    """Map an error that a server sent in its stream instead of tokens.
+
+    A server that has begun to stream and then answers 503 is up, but has no room for this request.
+    """
+    if not begun and code in FAULTS_OF_REQUESTS:
+        return Rejected(id=id, reason=message, retry_after=None)
+    if not begun and code in (429, 503):
+        return Rejected(id=id, reason=message, retry_after=RETRY_SECONDS)
     return Output(id=id, tokens=[], finish_reason="error", error=message)
 
 
-def refusal(id: str, response: httpx.Response, content: bytes) -> Rejected:
-    """What the server said no with; it may change its mind about 429 and 5xx."""
+def refusal(id: str, response: httpx.Response, content: bytes) -> Output | Rejected:
+    """Map an HTTP status other than 200.
+
+    Returns:
+        `Rejected` without a time if the request is at fault, and with one if the server has no
+        room: 429, and 503 that says when to come back. Anything else is a failure of the server,
+        which counts for its circuit.
+    """
+    status, again = response.status_code, response.headers.get("retry-after")
+    reason = f"{_reason(content)} (HTTP {status})"
+    if status in FAULTS_OF_REQUESTS:
+        return Rejected(id=id, reason=reason, retry_after=None)
+    if status == 429 or (status == 503 and again is not None):
+        return Rejected(id=id, reason=reason, retry_after=_seconds(again))
+    return Output(id=id, tokens=[], finish_reason="error", error=reason)
+
+
+def _reason(content: bytes) -> str:
+    """Return the message of an error's body, or the begin of a body of another form."""
     try:
         said = msgspec.json.decode(content)
         error = said.get("error", said)
-        reason = error["message"] if isinstance(error, dict) else str(error)
-    except (msgspec.DecodeError, AttributeError, KeyError):
-        reason = content[:500].decode(errors="replace")
-    later = None
-    if response.status_code == 429 or response.status_code >= 500:
-        try:
-            later = float(response.headers.get("retry-after", RETRY_SECONDS))
-        except ValueError:
-            later = RETRY_SECONDS
-    return Rejected(id=id, reason=f"{reason} (HTTP {response.status_code})", retry_after=later)
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (msgspec.DecodeError, UnicodeDecodeError, AttributeError, KeyError):
+        return content[:500].decode(errors="replace")
+
+
+def _seconds(header: str | None) -> float:
+    """Return the seconds of a ``Retry-After``; `RETRY_SECONDS` for a date or nonsense."""
+    try:
+        seconds = RETRY_SECONDS if header is None else float(header)
+    except ValueError:
+        return RETRY_SECONDS
+    return seconds if 0 <= seconds <= MOST_RETRY_SECONDS else RETRY_SECONDS
 
 
 def samples(text: str) -> dict[str, float]:

@@ -327,7 +327,7 @@ class Fleet:
         self.dispatcher.note(instance)
         self.observer.moved(instance.name, "error", bool(request.tokens))
         reason = output.error or "it ended the request without a reason"
-        self._move(request, f"{instance.name} failed it: {reason}")
+        self._move(request, f"{instance.name} failed it: {reason}", answered=True)
 
     def _deliver(self, request: RoutedRequest, attempt: Attempt, output: Output) -> None:
         """Give the client tokens, and the end if the output carries it."""
@@ -397,7 +397,7 @@ class Fleet:
         self._withdraw(request)
         request.receiver.take(msgspec.structs.replace(output, id=request.id))
 
-    def _move(self, request: RoutedRequest, reason: str) -> None:
+    def _move(self, request: RoutedRequest, reason: str, *, answered: bool = False) -> None:
         """Place a request again that an instance failed, or end it if that happened too often."""
         attempt, now = request.attempt, self.clock()
         if attempt is not None:
@@ -405,12 +405,12 @@ class Fleet:
             request.avoid[instance.name] = Blame(instance.boot, attempt.epoch, now)
             self._attempts.settle(request, attempt)
         request.failures.append(reason)
-        request.fruitless += 1
-        request.stalled = now
+        request.fruitless, request.stalled = request.fruitless + 1, now
         most = self._options.most_failures
         if request.fruitless >= most or len(request.failures) >= MOST_ROUNDS * most:
             self.observer.refused("failures")
-            self._fail(request, f"given up after {len(request.failures)} failures: {reason}")
+            why = f"given up after {len(request.failures)} failures: {reason}"
+            self._fail(request, why, answered=answered)
             return
         request.refused.clear()
         self._place(request)
@@ -427,10 +427,10 @@ class Fleet:
         self._end(request)
         request.receiver.take(msgspec.structs.replace(rejected, id=request.id))
 
-    def _fail(self, request: RoutedRequest, reason: str) -> None:
+    def _fail(self, request: RoutedRequest, reason: str, *, answered: bool = False) -> None:
         self._withdraw(request)
         self._log.error("request %s failed: %s", request.id, reason)
-        request.receiver.fail(EngineDiedError(reason))
+        request.receiver.fail(EngineDiedError(reason, answered=answered))
 
     def _withdraw(self, request: RoutedRequest) -> None:
         """End a request, and tell the instances that have it."""

@@ -97,5 +97,6 @@ def unavailable(message: str, retry_after: float = 1.0) -> ApiError:
     )
 
 
-def failed(message: str) -> ApiError:
-    return ApiError(500, message, type="server_error", code="internal_error")
+def failed(message: str, status: int = 500) -> ApiError:
+    """``status``: 502 where the instances behind a router failed."""
+    return ApiError(status, message, type="server_error", code="internal_error")

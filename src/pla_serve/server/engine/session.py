@@ -22,7 +22,15 @@ from pla_serve.wire.engine import (
 
 
 class EngineDiedError(Exception):
-    """The engine process ended with requests in flight. The message says why."""
+    """The engine process ended with requests in flight. The message says why.
+
+    Args:
+        answered: the engine is alive, and answered this request with an error.
+    """
+
+    def __init__(self, reason: str, *, answered: bool = False) -> None:
+        super().__init__(reason)
+        self.answered = answered
 
 
 class SlowReaderError(Exception):

@@ -322,7 +322,8 @@ class Generation:
             return await self._session.receive(silence)
         except EngineDiedError as error:
             self._entry.outcome = "error"
-            raise unavailable(str(error)) from None
+            reason = str(error)
+            raise (failed(reason, 502) if error.answered else unavailable(reason)) from None
         except SlowReaderError:
             raise ApiError(
                 408, "the answer was not read, so it was ended", code="client_too_slow"
