@@ -124,10 +124,12 @@ def test_long_text_below_the_limit_says_how_long(live: Live) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("body", [ENDLESS, SILENT], ids=["endless", "silent"])
 def test_disconnect_frees_the_engine(roomy: Live, body: dict[str, object], stream: bool) -> None:
+    before = roomy.metric("vllm:request_success_total", finished_reason="abort")
     with connection(roomy) as raw:
         raw.sendall(request({**body, "stream": stream}))
         until(lambda: running(roomy) == 1, "running")
     until(lambda: is_idle(roomy), "idleness")
+    assert roomy.metric("vllm:request_success_total", finished_reason="abort") == before + 1
 
 
 def test_half_closed_connection_counts_as_gone(live: Live) -> None:

@@ -231,6 +231,74 @@ def test_failure_of_one_choice_fails_the_request_and_frees_the_rest() -> None:
     assert engine.aborted == ["x-0"]
 
 
+def counted(metrics: Metrics) -> dict[str, float]:
+    """Choices by the reason they ended for, without zeros."""
+    samples = {
+        reason: metrics.registry.get_sample_value(
+            "vllm:request_success_total", {"model_name": "m", "finished_reason": reason}
+        )
+        for reason in ("stop", "length", "abort", "error")
+    }
+    return {reason: value for reason, value in samples.items() if value}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("taken", [0, 1])
+def test_choices_that_the_client_leaves_are_counted_once_as_aborted(n: int, taken: int) -> None:
+    """Also those that wait for the first of their prompt; the finished choice is a stop."""
+
+    def react(engine: Engine, message: Inbound) -> None:
+        if isinstance(message, AddRequest):
+            engine.reply(Accepted(message.id), Output(id=message.id, tokens=[97]))
+            if message.id == "x-0" and taken:
+                engine.reply(Output(id=message.id, tokens=[98], finish_reason="stop"))
+
+    metrics = Metrics("m")
+
+    async def main() -> None:
+        session = EngineSession(Engine(react), max_unread_tokens=100)
+        generation = Generation(
+            plan("a", n=n), session, BYTES, metrics, JournalEntry("r", 10.0), Journals(())
+        )
+        await generation.admit()
+        async for _ in generation.deltas():
+            break
+        generation.close()
+        generation.close()
+
+    asyncio.run(main())
+    expected = {"stop": taken, "abort": n - taken}
+    assert counted(metrics) == {reason: count for reason, count in expected.items() if count}
+
+
+def test_choices_that_the_engine_fails_are_errors_and_refused_ones_are_neither() -> None:
+    def react(engine: Engine, message: Inbound) -> None:
+        if isinstance(message, AddRequest) and message.prompt == [97]:
+            engine.reply(Accepted(message.id))
+            engine.reply(Output(id=message.id, tokens=[], finish_reason="error", error="odd"))
+        elif isinstance(message, AddRequest):
+            engine.reply(Rejected(id=message.id, reason="full", retry_after=1.0))
+
+    for prompt, expected in (("a", {"error": 2.0}), ("b", {})):
+        metrics = Metrics("m")
+
+        async def main(prompt: str = prompt, metrics: Metrics = metrics) -> None:
+            session = EngineSession(Engine(react), max_unread_tokens=100)
+            generation = Generation(
+                plan(prompt, n=2), session, BYTES, metrics, JournalEntry("r", 10.0), Journals(())
+            )
+            try:
+                await generation.admit()
+                async for _ in generation.deltas():
+                    pass
+            finally:
+                generation.close()
+
+        with pytest.raises(ApiError):
+            asyncio.run(main())
+        assert counted(metrics) == expected
+
+
 def test_journal_tells_where_an_answer_went_on_elsewhere() -> None:
     """The second instance says of its first token how long it queued, as the first one did."""
 

@@ -173,6 +173,9 @@ class Generation:
         self._session.close()
         if self._journal is not None:
             journal, self._journal = self._journal, None
+            if self._unfinished and self._entry.outcome != "refused":
+                reason: FinishReason = "error" if self._entry.outcome == "error" else "abort"
+                self._metrics.unfinished(reason, self._unfinished)
             self._complete(self._entry)
             journal.write(self._entry)
 

@@ -108,8 +108,13 @@ class Metrics:
             Counter, "pla_serve:requests_rejected", "Requests refused, by reason.", "reason"
         )
         self._success = self._family(
-            Counter, "vllm:request_success", "Choices finished, by reason.", "finished_reason"
+            Counter,
+            "vllm:request_success",
+            "Choices that ended, by reason; abort: the client left, or read too slowly.",
+            "finished_reason",
         )
+        for reason in ("stop", "length", "abort", "error"):
+            self._by(self._success, reason)  # shown as 0 before the first one
         self._cost = self._family(
             Gauge,
             "pla_serve:cost_seconds",
@@ -234,6 +239,10 @@ class Metrics:
     def finished(self, reason: FinishReason, seconds: float) -> None:
         self._by(self._success, reason).inc()
         self._e2e.observe(seconds)
+
+    def unfinished(self, reason: FinishReason, choices: int) -> None:
+        """Count choices that ended before their last token; they have no latency to observe."""
+        self._by(self._success, reason).inc(choices)
 
     def rejected(self, rejected: Rejected) -> None:
         self._by(self._rejected, "capacity" if rejected.retry_after else "request").inc()
