@@ -41,13 +41,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Every byte is a token with the byte as its id; 256 is EOS."""
+def make_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE, special: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """Every byte is a token with the byte as its id; 256 is EOS, and ``special`` follow."""
     alphabet = sorted(_byte_spelling().items(), key=lambda item: item[1])
     backend = Tokenizer(models.BPE(vocab=dict(alphabet), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     tokenizer.chat_template = chat_template
     return tokenizer
 
@@ -74,6 +77,7 @@ class Live:
 
     def __init__(self, *, env: dict[str, str] | None = None, **settings: Any) -> None:
         template = settings.pop("chat_template", CHAT_TEMPLATE)
+        special = settings.pop("special", ())
         port = settings.pop("listen_port", 0)
         config = EngineConfig(
             model=settings.pop("model", MODEL), max_model_len=settings.pop("context", CONTEXT)
@@ -87,7 +91,7 @@ class Live:
             factory=CORE if real else "tests.server.fake_core:FakeCore",
             env={"PYTHONPATH": ENGINE_PATH, **(env or {})},
         )
-        self._tokenizer = make_tokenizer(template)
+        self._tokenizer = make_tokenizer(template, special)
         self._listener = listen("127.0.0.1", port)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

@@ -39,6 +39,7 @@ from pla_serve.server.records.journal import Journals, LogJournal
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.records.tracing import configured, open_tracing
 from pla_serve.server.settings import ServerSettings
+from pla_serve.server.tools.support import ToolSupport
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +168,7 @@ class ApiServer:
             names=TokenNames(token_bytes),
             metrics=metrics,
             check_grammar=model.check_grammar,
+            tools=self._tool_support(model),
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )
@@ -174,6 +176,13 @@ class ApiServer:
         self.connections = ConnectionRegistry(settings.limits)
         self.http = DrainingServer(config, self.stop, self.connections)
         self._drain_task: asyncio.Task[None] | None = None
+
+    def _tool_support(self, model: ServedModel) -> ToolSupport:
+        try:
+            template = self.encoder.tool_template
+            return ToolSupport(model.tokenizer, template, self._settings.tool_parser)
+        except ValueError as error:
+            raise EngineStartError(str(error)) from None
 
     async def run(self, listener: socket.socket) -> int:
         """Serve until `stop`.

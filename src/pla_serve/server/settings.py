@@ -17,6 +17,7 @@ from pla_serve.logs import LogFormat
 from pla_serve.policy.knobs import check_knobs
 from pla_serve.server.limits import Limits
 from pla_serve.server.link.key import find_link_key
+from pla_serve.server.tools.choice import BY_NAME, choose_format
 from pla_serve.wire.link import Role
 
 HTTP = "HTTP server"
@@ -150,6 +151,15 @@ class ServerSettings:
             panel=HTTP,
         ),
     ] = "mixed"
+    tool_parser: Annotated[
+        str,
+        Flag(
+            "Format in which the model writes tool calls: " + ", ".join(BY_NAME) + ". auto: the "
+            "one that the chat template shows.",
+            panel=MODEL,
+            also=("--tool-call-parser",),
+        ),
+    ] = "auto"
     otlp_endpoint: Annotated[
         str | None,
         Flag(
@@ -174,6 +184,7 @@ class ServerSettings:
             raise ValueError("an API key must not be empty")
         if self.metrics_key == "":
             raise ValueError("the key for /metrics must not be empty")
+        choose_format("", self.tool_parser)
         check_knobs(self)
 
 

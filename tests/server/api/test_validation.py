@@ -20,6 +20,21 @@ from tests.server.server_harness import MODEL, Live
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 TEXT = {"prompt": "x"}
 
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def called(**fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"id": "c", **function(**fields)}]}
+
+
+TOOL = function()
+
 BAD_CHAT = [
     ({"messages": []}, "messages"),
     ({}, "messages"),
@@ -62,6 +77,22 @@ BAD_CHAT = [
     ({**CHAT, "guided_regex": "a", "response_format": {"type": "json_object"}}, None),
     ({**CHAT, "structured_outputs": {}}, "structured_outputs"),
     ({**CHAT, "continue_final_message": True}, "continue_final_message"),
+    ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
+    ({**CHAT, "tools": [{"type": "function", "function": {"name": ""}}]}, "tools"),
+    ({**CHAT, "tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+    ({**CHAT, "tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools"),
+    ({**CHAT, "tools": [TOOL, TOOL]}, "tools"),
+    ({**CHAT, "tools": [TOOL] * 129}, "tools"),
+    ({**CHAT, "tools": [function(parameters={"type": "array"})]}, "tools"),
+    ({**CHAT, "tool_choice": "required"}, "tool_choice"),
+    ({**CHAT, "tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
+    ({**CHAT, "tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+    ({**CHAT, "tools": [TOOL], "tool_choice": named("g")}, "tool_choice"),
+    ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages"),
+    ({"messages": [called(arguments="[" * 100_000), *CHAT["messages"]]}, None),
+    ({"messages": [called(arguments="[1]"), *CHAT["messages"]]}, "messages"),
+    ({"messages": [called(arguments='{"a"'), *CHAT["messages"]]}, None),
+    ({"messages": [{**called(arguments="{}"), "role": "user", "content": "x"}]}, "messages"),
 ]
 UNSUPPORTED_CHAT = [
     ({"messages": [{"role": "user", "content": "x", "hat": 1}]}, "messages.0.hat"),
@@ -69,8 +100,11 @@ UNSUPPORTED_CHAT = [
     ({**CHAT, "reasoning_effort": "high"}, "reasoning_effort"),
     ({**CHAT, "functions": []}, "functions"),
     ({**CHAT, "best_of": 2}, "best_of"),
-    ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
-    ({**CHAT, "tools": [{"type": "function"}], "tool_choice": "none"}, "tools"),
+    ({**CHAT, "tools": [TOOL], "tool_choice": "none"}, "tools"),
+    ({**CHAT, "tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+    ({**CHAT, "tools": [{**TOOL, "hat": 1}]}, "tools.0.hat"),
+    ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages"),
+    ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         "messages",

@@ -119,7 +119,7 @@ class EventWriter:
             opening = self._form.opening(delta.index)
             if opening is not None:
                 block = self._chunk(opening)
-        return block + self._chunk(self._form.chunk(piece))
+        return block + b"".join(map(self._chunk, self._form.chunks(piece)))
 
     def _chunk(self, choice: Json) -> bytes:
         frame = self._frame

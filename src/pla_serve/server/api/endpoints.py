@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -36,6 +36,7 @@ from pla_serve.server.api.schema import (
     CompletionRequest,
     GenerationRequest,
 )
+from pla_serve.server.api.tool_format import ToolChatFormat
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.generation import Generation, GenerationPlan
@@ -45,6 +46,7 @@ from pla_serve.server.records.journal import Journal, JournalEntry
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.records.tracing import TRACE_HEADERS
 from pla_serve.server.settings import ServerSettings
+from pla_serve.server.tools.support import ToolSupport
 from pla_serve.wire.engine import EngineReady, Grammar
 
 COMPLETION_TOKENS = 16
@@ -66,6 +68,7 @@ class Service:
     names: TokenNames
     metrics: Metrics
     check_grammar: GrammarCheck
+    tools: ToolSupport
     journal: Journal
     started: int
     """Unix seconds, for the list of models."""
@@ -93,7 +96,16 @@ class Endpoints:
             plan = await upload.run(
                 lambda: self._plan(body, header.id, arrival, [prompt], limit, info, scope)
             )
-            form = ChatFormat(service.names, logprobs=bool(body.logprobs))
+            use = body.tool_use()
+            form: Format = ChatFormat(service.names, logprobs=bool(body.logprobs))
+            if use is not None:
+                plan = replace(plan, keep_special=service.tools.keep)
+                form = ToolChatFormat(
+                    service.names,
+                    logprobs=bool(body.logprobs),
+                    make_reader=service.tools.reader(use),
+                    parallel=use.parallel,
+                )
             return await self._answer(request, upload, body, plan, form, header)
 
     async def complete(self, request: Request) -> Response:

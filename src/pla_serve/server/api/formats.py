@@ -39,7 +39,8 @@ class Format(Protocol):
     def opening(self, index: int) -> Json | None:
         """What a stream says of a choice before its first text."""
 
-    def chunk(self, piece: ChoicePart) -> Json: ...
+    def chunks(self, piece: ChoicePart) -> Sequence[Json]:
+        """What a stream says of a part of a choice."""
 
     def whole(self, piece: ChoicePart) -> Json: ...
 
@@ -60,7 +61,7 @@ class ChatFormat:
             "finish_reason": None,
         }
 
-    def chunk(self, piece: ChoicePart) -> Json:
+    def chunks(self, piece: ChoicePart) -> Sequence[Json]:
         choice = {
             "index": piece.index,
             "delta": {"content": piece.text} if piece.text else {},
@@ -69,7 +70,7 @@ class ChatFormat:
         }
         if piece.finish_reason is not None:
             choice["stop_reason"] = piece.stop_reason
-        return choice
+        return (choice,)
 
     def whole(self, piece: ChoicePart) -> Json:
         return {
@@ -108,7 +109,7 @@ class CompletionFormat:
             "finish_reason": None,
         }
 
-    def chunk(self, piece: ChoicePart) -> Json:
+    def chunks(self, piece: ChoicePart) -> Sequence[Json]:
         choice = {
             "index": piece.index,
             "text": piece.text,
@@ -117,7 +118,7 @@ class CompletionFormat:
         }
         if piece.finish_reason is not None:
             choice["stop_reason"] = piece.stop_reason
-        return choice
+        return (choice,)
 
     def whole(self, piece: ChoicePart) -> Json:
         echo = self._echoes[piece.index // self._n] if self._echoes else ""

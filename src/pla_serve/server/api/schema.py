@@ -6,28 +6,24 @@ used (`Ignored`); every other field that the server does not have is refused by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    WithJsonSchema,
-    model_validator,
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+
+from pla_serve.server.api.messages import MAX_MESSAGES, ChatMessage
+from pla_serve.server.api.strict import Strict, at_most, refuse, wrong
+from pla_serve.server.api.tool_schema import (
+    MAX_TOOLS,
+    NamedFunction,
+    ToolChoiceField,
+    ToolDefinition,
 )
-from pydantic_core import PydanticCustomError
+from pla_serve.server.tools.tool import ToolUse
 
 MAX_STOPS = 16
 MAX_SEQUENCES = 256
 """Most sequences of one HTTP request: prompts times n."""
 MAX_LOGPROBS = 20
-MAX_MESSAGES = 2048
-"""Messages of a conversation, and parts of one message."""
-MAX_TOOLS = 128
-"""Tools, and calls of them in one message."""
 MAX_CHOICES = 1024
 """Texts that ``guided_choice`` may offer."""
 MAX_BIASES = 300
@@ -37,41 +33,6 @@ INTS_AT_ONCE = 50_000
 
 Content = str | None
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _few_fields(cls, value: Any, validate: Any) -> Any:
-        """Refuse an object of many unknown fields at once: each would be an error of its own."""
-        if isinstance(value, dict) and len(value) > len(cls.model_fields):
-            known = {field.alias or name for name, field in cls.model_fields.items()}
-            unknown = next(str(name) for name in value if name not in known)[:200]
-            raise refuse(unknown, f"{unknown} is not supported")
-        return validate(value)
-
-
-def refuse(param: str, message: str) -> PydanticCustomError:
-    """Ends as `unsupported_parameter`."""
-    return PydanticCustomError("unsupported", "{reason}", {"reason": message, "param": param})
-
-
-def wrong(param: str, message: str) -> PydanticCustomError:
-    """A fault that only several fields together show; ``param`` is the one to mend."""
-    return PydanticCustomError("wrong", "{reason}", {"reason": message, "param": param})
-
-
-def at_most(entries: int) -> Callable[[Any], Any]:
-    """Refuses a larger object before each of its entries is looked at."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > entries:
-            raise ValueError(f"at most {entries} entries, not {len(value)}")
-        return value
-
-    return check
 
 
 def read_prompts(value: object) -> list[str | list[int]]:
@@ -99,29 +60,6 @@ def _all_ints(items: list[Any]) -> bool:
     return all(set(map(type, items[start : start + INTS_AT_ONCE])) <= {int} for start in starts)
 
 
-def read_content(value: object) -> str | None:
-    """Text, or parts of type text joined by newlines."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("content must be a string or a list of parts")
-    if len(value) > MAX_MESSAGES:
-        raise ValueError(f"at most {MAX_MESSAGES} parts of content, not {len(value)}")
-    return "\n".join(_read_part(part) for part in value)
-
-
-def _read_part(part: object) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise ValueError("a content part must be an object with a type")
-    if part["type"] != "text":
-        raise refuse(
-            "messages", f"content parts of type {part['type'][:50]} are not supported, only text"
-        )
-    if not isinstance(part.get("text"), str):
-        raise ValueError("a content part of type text must have a string text")
-    return str(part["text"])
-
-
 def read_stop(value: object) -> tuple[str, ...]:
     stops = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
@@ -138,26 +76,6 @@ Prompts = Annotated[
     PlainValidator(read_prompts),
     WithJsonSchema({"anyOf": [{"type": "string"}, _TOKENS, _TEXTS, {**_TEXTS, "items": _TOKENS}]}),
 ]
-TextContent = Annotated[
-    str | None,
-    PlainValidator(read_content),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "null"},
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                        "required": ["type", "text"],
-                    },
-                },
-            ]
-        }
-    ),
-]
 Stop = Annotated[
     tuple[str, ...],
     PlainValidator(read_stop),
@@ -172,7 +90,6 @@ Biases = Annotated[
     Field(json_schema_extra={"maxProperties": MAX_BIASES}),
 ]
 Metadata = Annotated[dict[str, Any], BeforeValidator(at_most(MAX_METADATA))]
-Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class StreamOptions(Strict):
@@ -289,22 +206,6 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: TextContent = None
-    name: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: Objects | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> ChatMessage:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role} must have content")
-        return self
-
-
 class ChatRequest(GenerationRequest):
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
@@ -317,20 +218,15 @@ class ChatRequest(GenerationRequest):
     add_special_tokens: bool = False
     """Chat templates write their special tokens themselves."""
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Objects | None = None
-    """Only with tool_choice none: shown to the template, calls are not parsed."""
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
+    tools: list[ToolDefinition] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: ToolChoiceField = None
+    """With none, tools are shown to the model and calls are not read out of its answer."""
+    parallel_tool_calls: bool = True
+    """False: at most one call in an answer."""
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _chats(self) -> ChatRequest:
-        if self.tools and self.tool_choice != "none":
-            raise refuse(
-                "tools",
-                "tools are not supported: tool calls are not parsed out of the answer. "
-                "With tool_choice none they are shown to the model",
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise wrong("top_logprobs", "top_logprobs needs logprobs: true")
         if self.continue_final_message and self.add_generation_prompt:
@@ -339,6 +235,32 @@ class ChatRequest(GenerationRequest):
             raise wrong("continue_final_message", "the last message has no content")
         return self
 
+    @model_validator(mode="after")
+    def _choice_of_tools(self) -> ChatRequest:
+        names = [each.function.name for each in self.tools]
+        if len(set(names)) < len(names):
+            raise wrong("tools", "two tools have the same name")
+        if self.tool_choice == "required" and not names:
+            raise wrong("tool_choice", "tool_choice required needs tools")
+        if isinstance(self.tool_choice, NamedFunction) and self.tool_choice.name not in names:
+            raise wrong("tool_choice", f"there is no tool {self.tool_choice.name[:128]!r}")
+        return self
+
     @property
     def output_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    def tool_use(self) -> ToolUse | None:
+        """Return how the answer may use tools; None if no calls are to be read out of it."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        tools = {tool.name: tool for tool in (each.tool() for each in self.tools)}
+        named = isinstance(self.tool_choice, NamedFunction)
+        return ToolUse(
+            tools,
+            must_call=named or self.tool_choice == "required",
+            may_call=(self.tool_choice.name,)
+            if isinstance(self.tool_choice, NamedFunction)
+            else tuple(tools),
+            parallel=self.parallel_tool_calls and not named,
+        )

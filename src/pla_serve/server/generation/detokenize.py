@@ -108,6 +108,7 @@ class Detokenizer:
             character, before the longer one. How tokens cut the text makes no difference.
         include_stop_str: end after the stop string instead.
         skip_special_tokens: leave control tokens out.
+        keep: control tokens that stay in the text all the same.
 
     Raises:
         ValueError: a stop string is empty, or the tokenizer is not a fast one.
@@ -120,11 +121,13 @@ class Detokenizer:
         include_stop_str: bool = False,
         skip_special_tokens: bool = True,
         prompt: Sequence[int] = (),
+        keep: frozenset[int] = frozenset(),
     ) -> None:
         self._bytes = tokenizer if isinstance(tokenizer, TokenBytes) else TokenBytes(tokenizer)
         self._stops = [StopString(text) for text in stop]
         self._include_stop = include_stop_str
         self._skip_special = skip_special_tokens
+        self._keep = keep
         errors = "surrogateescape" if self._bytes.has_byte_tokens else "replace"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
         self._started = any(map(self._has_text, prompt[: -MOST_LOOKED_AT - 1 : -1]))
@@ -142,7 +145,7 @@ class Detokenizer:
         return TextDelta(certain.text + rest, certain.stopped_by)
 
     def _has_text(self, token: int) -> bool:
-        if self._skip_special and self._bytes.is_special(token):
+        if self._skip_special and self._bytes.is_special(token) and token not in self._keep:
             return False
         return bool(self._bytes.within(token))
 

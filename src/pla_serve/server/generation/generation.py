@@ -44,6 +44,8 @@ class GenerationPlan:
     stop: tuple[str, ...]
     include_stop: bool
     skip_special: bool
+    keep_special: frozenset[int] = frozenset()
+    """Special tokens that stay in the text: markers of the format of tool calls."""
 
 
 @dataclass(slots=True)
@@ -189,7 +191,12 @@ class Generation:
         plan = self.plan
         prompt = plan.prompts[index // plan.n]
         detokenizer = Detokenizer(
-            token_bytes, plan.stop, plan.include_stop, plan.skip_special, prompt
+            token_bytes,
+            plan.stop,
+            plan.include_stop,
+            plan.skip_special,
+            prompt,
+            plan.keep_special,
         )
         return AnswerChoice(index, index // plan.n, f"{plan.id}-{index}", detokenizer)
 

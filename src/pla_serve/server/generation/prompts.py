@@ -7,9 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from pla_serve.server.api.bounded_json import decode
 from pla_serve.server.api.errors import invalid, too_long, unsupported
-from pla_serve.server.api.schema import ChatMessage, ChatRequest
+from pla_serve.server.api.schema import ChatRequest
+from pla_serve.server.generation.messages import template_messages
 
 Result = TypeVar("Result")
 
@@ -40,10 +40,10 @@ class PromptEncoder:
     ) -> None:
         self._tokenizer = tokenizer
         template = chat_template or tokenizer.chat_template
-        # Some models name several; the one for tools is of no use here.
-        self._template: str | None = (
-            template.get("default") if isinstance(template, dict) else template
-        )
+        several = template if isinstance(template, dict) else {"default": template}
+        self._template: str | None = several.get("default")
+        self.tool_template: str | None = several.get("tool_use", self._template)
+        """Template of requests that offer tools; some models have one of its own for them."""
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
@@ -96,24 +96,30 @@ class PromptEncoder:
         return await self._run(LARGE, all(isinstance(item, str) for item in prompts), work)
 
     def render(self, request: ChatRequest) -> str:
-        if not self._template:
+        """Return the conversation as the chat template writes it.
+
+        Raises:
+            ApiError: 400, there is no template, or it refuses the messages.
+        """
+        template = self.tool_template if request.tools else self._template
+        if not template:
             raise invalid(
                 "this model has no chat template: use /v1/completions, or start the server with "
                 "--chat-template FILE",
                 "messages",
             )
-        if request.tools and "tools" not in self._template:
+        if request.tool_choice == "none" and request.tools and "tools" not in template:
             raise unsupported("tools", "this model's chat template does not show tools")
         kwargs = request.chat_template_kwargs or {}
         if PROTECTED_KWARGS & kwargs.keys():
             name = min(PROTECTED_KWARGS & kwargs.keys())
             raise unsupported("chat_template_kwargs", f"{name} cannot be set by a request")
-        messages = [self._message(message) for message in request.messages]
+        messages = template_messages(request, template)
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages,
-                tools=request.tools,
-                chat_template=self._template,
+                tools=[tool.shown() for tool in request.tools] or None,
+                chat_template=template,
                 tokenize=False,
                 **{
                     "add_generation_prompt": request.add_generation_prompt,
@@ -158,19 +164,6 @@ class PromptEncoder:
         backend = self._tokenizer.backend_tokenizer
         ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
-
-    def _message(self, message: ChatMessage) -> dict[str, Any]:
-        """As templates expect it: without empty fields, arguments of past calls as objects."""
-        fields = message.model_dump(exclude_none=True)
-        fields.setdefault("content", "")
-        if message.role == "developer" and "developer" not in (self._template or ""):
-            fields["role"] = "system"
-        for call in fields.get("tool_calls", ()):
-            function = call.get("function")
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                arguments = function["arguments"].encode()
-                function["arguments"] = decode(arguments, "an arguments field of a tool call")
-        return fields
 
 
 def check_tokens(tokens: list[int], vocab_size: int, limit: int) -> list[int]:

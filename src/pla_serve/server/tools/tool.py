@@ -8,6 +8,8 @@ from typing import Any
 
 Schema = dict[str, Any]
 ANY_OBJECT: Schema = {"type": "object"}
+NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
+"""Schema of a function that takes no arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +45,25 @@ def takes_text(schema: Schema) -> bool:
     if "enum" in schema:
         return all(isinstance(value, str) for value in schema["enum"])
     return "string" in kinds and not {"object", "array"} & set(kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """How one request lets the model use tools.
+
+    Attributes:
+        tools: all functions that are offered.
+        must_call: the answer has to be calls.
+        may_call: names of the functions that may be called; one of them where the client named it.
+        parallel: an answer may have several calls.
+    """
+
+    tools: Tools
+    must_call: bool = False
+    may_call: tuple[str, ...] = ()
+    parallel: bool = True
+
+    @property
+    def strict(self) -> bool:
+        """Whether arguments of any function have to fit its schema."""
+        return any(self.tools[name].strict for name in self.may_call)
