@@ -23,7 +23,15 @@ from pla_serve.server.run import listen
 from pla_serve.server.settings import ServerSettings
 from tests.command_runner import pla_serve
 from tests.server.fake_core import GATED_SEED, REJECT_SEED
-from tests.server.server_harness import DEADLINE, MODEL, Live, check_grammar, make_tokenizer, until
+from tests.server.server_harness import (
+    CHAT_TEMPLATE,
+    DEADLINE,
+    MODEL,
+    Live,
+    check_grammar,
+    make_tokenizer,
+    until,
+)
 
 KEY = "between us"
 
@@ -35,6 +43,7 @@ class Routed:
         settings = ServerSettings(
             model_names=(MODEL,), model_root="", restart_wait=5.0, **options.pop("server", {})
         )
+        self._tokenizer = make_tokenizer(options.pop("chat_template", CHAT_TEMPLATE))
         router = RouteSettings(
             instances=tuple(instance.url for instance in instances),
             instance_key=KEY,
@@ -72,7 +81,7 @@ class Routed:
     def _run(self, settings: ServerSettings, router: RouteSettings) -> None:
         async def main() -> int:
             self._server = build(
-                settings, router, ServedModel(make_tokenizer(), check_grammar), "here"
+                settings, router, ServedModel(self._tokenizer, check_grammar), "here"
             )
             self._loop.set_result(asyncio.get_running_loop())
             return await self._server.run(self._listener)
@@ -148,6 +157,30 @@ def test_a_full_fleet_is_429_with_retry_after(
         client.completions.create(model=MODEL, prompt="abc", seed=REJECT_SEED)
     assert refusal.value.response.headers["retry-after"] == "2"
     assert routed.metric("refused_total") == 1
+
+
+def test_tool_calls_through_a_router(
+    fleet: Callable[..., tuple[Routed, list[Live], Path]],
+) -> None:
+    """The router reads the calls: its instance sends nothing but tokens."""
+    template = "{# tools #}{{ messages[-1].content }}"
+    routed, _, _ = fleet(1, chat_template=template, server={"tool_parser": "hermes"})
+    text = 'Hm. <tool_call>{"name": "now", "arguments": {"zone": "CET"}}</tool_call>'
+    tools: Any = [{"type": "function", "function": {"name": "now"}}]
+    messages: Any = [{"role": "user", "content": text}]
+    with routed.client() as client:
+        choice = client.chat.completions.create(
+            model=MODEL, messages=messages, tools=tools
+        ).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content == "Hm."
+        called = choice.message.tool_calls[0].function
+        assert (called.name, called.arguments) == ("now", '{"zone": "CET"}')
+        stream = client.chat.completions.create(
+            model=MODEL, messages=messages, tools=tools, stream=True
+        )
+        parts = [part for c in stream for part in c.choices[0].delta.tool_calls or []]
+    assert "".join(part.function.arguments for part in parts) == '{"zone": "CET"}'
 
 
 def test_without_instances_requests_wait_and_then_fail(

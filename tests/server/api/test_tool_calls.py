@@ -254,7 +254,8 @@ def test_markers_that_are_special_tokens_are_read_and_never_shown(
 
 
 def test_a_template_without_tools_is_told_of_them(serve: Callable[..., Live]) -> None:
-    live = serve(chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    live = serve(chat_template=template, context=2048)
     with live.client() as client:
         content = ask(client, "hi", tools=OFFERED[2:]).choices[0].message.content
     assert content.startswith("<system>You can call these functions.")
