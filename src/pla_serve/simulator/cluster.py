@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from math import isfinite, isnan
 
+import numpy as np
+
 from pla_serve.fleet.control.control import ControlOptions, FleetControl
 from pla_serve.fleet.link.protocol import InstanceReport, Link, Role
 from pla_serve.fleet.router.contract import FleetOptions, RoutingObserver
@@ -197,20 +199,23 @@ class Cluster:
         )
         self._fleet.submit(request, _Client(self, turn, job), "", known)
 
-    def _prompt(self, turn: SimulatedTurn) -> tuple[list[int], Chain | None]:
-        """The prompt's tokens; and its chain, unless the router is to make it of the tokens."""
+    def _prompt(self, turn: SimulatedTurn) -> tuple[list[int], Chain]:
+        """The prompt's tokens, of which only the number counts, and the chain of its true ones."""
+        tokens = [0] * turn.prompt_tokens
         if not self._options.cache_tokens or not turn.prompt:
-            return [0] * turn.prompt_tokens, _KnownHistory(turn.history or 0)
-        tokens = list(chain.from_iterable(turn.prompt))
-        # A trace may leave out tokens that belong to no whole block.
-        tokens += [-turn.index - 1] * (turn.prompt_tokens - len(tokens))
-        return tokens, None
+            return tokens, _KnownHistory(turn.history or 0)
+        known = Chain(())
+        for run in turn.prompt:
+            known.extend_bytes(np.arange(run.start, run.stop, dtype=np.int64).tobytes())
+        return tokens, known
 
     def _tokens(self, id: str, so_far: Sequence[int], generated: int) -> Iterator[int]:
         """Tokens of an answer: those that the next turn begins with, where they are known."""
         answer = self._turns[row_of(id)].answer
         if not answer:
             return repeat(0)
+        if len(answer) == 1:
+            return chain(answer[0][generated:], repeat(0))
         return chain(islice(chain.from_iterable(answer), generated, None), repeat(0))
 
     def _admitted(self, id: str, new_tokens: int, history: int, fetched: int) -> None:

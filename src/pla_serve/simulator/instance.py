@@ -35,7 +35,8 @@ class SimulatedPass:
 
     def boundary(self, now: float) -> int:
         """The next layer to begin at ``now`` or later."""
-        return self.done + max(0, ceil((now - self.resumed) / self.layer - SLACK))
+        layers = ceil((now - self.resumed) / self.layer - SLACK)
+        return self.done + layers if layers > 0 else self.done
 
     def begins(self, layer: int) -> float:
         """When this layer begins, or the one before it ends, if nothing comes in between."""
@@ -209,10 +210,11 @@ class SimulatedInstance:
 
     def _at_boundary(self, top: SimulatedPass, layer: int, now: float) -> None:
         batch = None
-        if self._ready and self._interruptible and layer < self._layers:
+        asks = self._ready and self._interruptible
+        if asks and layer < self._layers:
             batch = self.policy.at_layer_boundary(now, top.batch)
         if batch is None:
-            self._go_on(top, layer + 1)
+            self.wake_at = top.begins(layer + 1 if asks else self._layers)
             return
         top.done, top.resumed = layer, now
         self.express_batches += 1

@@ -21,6 +21,7 @@ from pla_serve.policy.routing.view import FleetView
 
 TRANSIT_SECONDS = 0.005
 """What was sent less than this before an instance counted its queue may be missing there."""
+NOBODY: frozenset[str] = frozenset()
 BLAME_SECONDS = 1.0
 """How long an instance that failed a request is kept from it even if there is no other."""
 
@@ -259,7 +260,10 @@ class Dispatcher:
         return RouteRequest(id, tokens, cached, request.chain.common, request.original.deadline)
 
     def _exclusions(self, request: RoutedRequest, now: float) -> Iterator[frozenset[str]]:
-        """What to leave out: first all that had better not have it, last those that cannot."""
+        """Instances to leave out: first all that had better not have it, last those that cannot."""
+        if not (self._odd or request.refused or request.avoid or request.tokens):
+            yield NOBODY
+            return
         never = {name for name, instance in self._odd.items() if not instance.open}
         never |= request.refused.keys()
         rather_not: set[str] = set()

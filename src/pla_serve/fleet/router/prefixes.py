@@ -11,6 +11,7 @@ BLOCK = 16
 """Tokens in one block of the record; matches are rounded to the instance's own blocks."""
 USED_SLACK = 1024
 """Blocks of old uses that an instance's record may keep beside four times those that it holds."""
+BLOCK_BYTES = BLOCK * array("q").itemsize
 DEFAULT_CAPACITY = 2**17
 """Tokens that an instance is believed to keep that does not say how many."""
 
@@ -33,21 +34,25 @@ class Chain:
         self.common = common
         self.hashes: list[int] = []
         self._start = hash(cache_scope)
-        self._tail = array("q")
+        self._tail = b""
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens."""
-        self._tail.extend(tokens)
-        whole = len(self._tail) // BLOCK
-        if not whole:
-            return
-        data, step = self._tail.tobytes(), BLOCK * self._tail.itemsize
-        last = self.hashes[-1] if self.hashes else self._start
-        for at in range(0, whole * step, step):
-            last = hash((last, data[at : at + step]))
-            self.hashes.append(last)
-        del self._tail[: whole * BLOCK]
+        self.extend_bytes(array("q", tokens).tobytes())
+
+    def extend_bytes(self, tokens: bytes) -> None:
+        """Append tokens that are packed as native 64-bit integers."""
+        data = self._tail + tokens if self._tail else tokens
+        whole = len(data) - len(data) % BLOCK_BYTES
+        if whole:
+            last = self.hashes[-1] if self.hashes else self._start
+            append = self.hashes.append
+            for at in range(0, whole, BLOCK_BYTES):
+                last = hash((last, data[at : at + BLOCK_BYTES]))
+                append(last)
+            data = data[whole:]
+        self._tail = data
 
 
 @dataclass(slots=True)
@@ -152,7 +157,8 @@ class PrefixRecord:
         """What it holds of a sequence has grown by output; unknown names are ignored."""
         kept = self._instances.get(name)
         if kept is not None:
-            self._use(kept, chain)
+            self._stamp += 1
+            self._write(kept, chain)
 
     def confirm(self, name: str, mark: PrefixMark, cached_tokens: int | None) -> None:
         """It was prefilled, and so many of its tokens had been cached (None: unknown).
@@ -184,16 +190,22 @@ class PrefixRecord:
                 self._drop(kept, block)
 
     def _use(self, kept: _Kept, chain: Chain) -> PrefixMark:
+        """Stamp the blocks of a chain, and return what a mark needs to know of before."""
         self._stamp += 1
+        before: list[int] = []
+        stamp_of, pending = kept.blocks.get, kept.pending
+        for block in chain.hashes:
+            used = stamp_of(block)
+            if used is None or used in pending:
+                break
+            before.append(used)
+        return PrefixMark(self._stamp, self._write(kept, chain), before)
+
+    def _write(self, kept: _Kept, chain: Chain) -> list[int]:
+        """Give the blocks of a chain the newest stamp; returns those that were not there."""
         stamp, hashes, blocks = self._stamp, chain.hashes, kept.blocks
         if len(hashes) > kept.capacity:
             hashes = hashes[: kept.capacity]
-        before: list[int] = []
-        for block in hashes:
-            used = blocks.get(block)
-            if used is None or used in kept.pending:
-                break
-            before.append(used)
         new = [block for block in hashes if block not in blocks]
         holders, bit = self._holders, kept.bit
         for block in new:
@@ -203,7 +215,7 @@ class PrefixRecord:
             kept.uses.append((stamp, hashes, len(hashes)))
             kept.used += len(hashes)
         self._trim(kept)
-        return PrefixMark(stamp, new, before)
+        return new
 
     def _trim(self, kept: _Kept) -> None:
         while len(kept.blocks) > kept.capacity:
