@@ -214,7 +214,8 @@ class SimulatedInstance:
         if asks and layer < self._layers:
             batch = self.policy.at_layer_boundary(now, top.batch)
         if batch is None:
-            self.wake_at = top.begins(layer + 1 if asks else self._layers)
+            until = layer + 1 if asks else self._layers
+            self.wake_at = top.resumed + (until - top.done) * top.layer
             return
         top.done, top.resumed = layer, now
         self.express_batches += 1

@@ -181,6 +181,7 @@ class Dispatcher:
             now,
             instance.epoch,
             self.prefixes.insert(instance.name, request.chain),
+            len(request.chain.hashes),
             place.history,
             plan.wait + place.seconds,
             (place.new_tokens, place.history) if plan.alone else None,
@@ -204,7 +205,7 @@ class Dispatcher:
     def grown(self, request: RoutedRequest, attempt: Attempt) -> None:
         """The instance keeps the KV of its output as well."""
         request.extend_chain()
-        self.prefixes.extend(attempt.instance.name, request.chain)
+        self.prefixes.extend(attempt.instance.name, request.chain, attempt.blocks)
 
     def finished(self, attempt: Attempt, now: float) -> None:
         """It has left the instance, at whatever point."""

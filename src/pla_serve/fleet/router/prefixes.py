@@ -153,12 +153,15 @@ class PrefixRecord:
         kept.pending.add(mark.stamp)
         return mark
 
-    def extend(self, name: str, chain: Chain) -> None:
-        """What it holds of a sequence has grown by output; unknown names are ignored."""
+    def extend(self, name: str, chain: Chain, recorded: int = 0) -> None:
+        """Note that an instance also holds the blocks of a chain from the ``recorded``-th on.
+
+        Unknown names are ignored.
+        """
         kept = self._instances.get(name)
-        if kept is not None:
+        if kept is not None and recorded < len(chain.hashes):
             self._stamp += 1
-            self._write(kept, chain)
+            self._write(kept, chain.hashes[recorded:] if recorded else chain.hashes)
 
     def confirm(self, name: str, mark: PrefixMark, cached_tokens: int | None) -> None:
         """It was prefilled, and so many of its tokens had been cached (None: unknown).
@@ -199,11 +202,11 @@ class PrefixRecord:
             if used is None or used in pending:
                 break
             before.append(used)
-        return PrefixMark(self._stamp, self._write(kept, chain), before)
+        return PrefixMark(self._stamp, self._write(kept, chain.hashes), before)
 
-    def _write(self, kept: _Kept, chain: Chain) -> list[int]:
-        """Give the blocks of a chain the newest stamp; returns those that were not there."""
-        stamp, hashes, blocks = self._stamp, chain.hashes, kept.blocks
+    def _write(self, kept: _Kept, hashes: list[int]) -> list[int]:
+        """Give blocks the newest stamp; returns those that were not there."""
+        stamp, blocks = self._stamp, kept.blocks
         if len(hashes) > kept.capacity:
             hashes = hashes[: kept.capacity]
         new = [block for block in hashes if block not in blocks]

@@ -35,6 +35,8 @@ class Attempt:
     """Number of the instance's connection on which the request was sent."""
     mark: PrefixMark | None
     """Entry in the record of prefixes, until the first token confirms it."""
+    blocks: int
+    """Blocks in that entry."""
     believed: int
     """Prompt tokens that were believed to be cached there."""
     expected: float
