@@ -32,7 +32,7 @@ from pla_serve.simulator.timeline import Timeline
 from pla_serve.simulator.turns import SimulatedTurn, TurnSource
 from pla_serve.wire.engine import AddRequest, Output, RequestAnswer, SamplingParams
 
-PATIENT = FleetOptions(patience_seconds=1e9, most_failures=10**9)
+PATIENT = FleetOptions(patience_seconds=1e9, most_failures=10**9, most_lives=10**9)
 """No request of a simulation is given up: its clients wait for as long as it takes."""
 
 
@@ -376,6 +376,7 @@ class _Client:
             job.first_token = self.cluster.now
         job.produced += 1 if self.cluster.one_token else len(message.tokens)
         if message.finish_reason is not None:
+            assert message.finish_reason == "length", message.error
             self.cluster.answered(self.turn, job)
 
     def fail(self, failure: Exception) -> None:

@@ -168,7 +168,8 @@ class Receiver:
             client.got += message.tokens
             client.world.check_tokens(client)
             if message.finish_reason is not None:
-                client.finish(message.finish_reason)
+                error = f": {message.error}" if message.error else ""
+                client.finish(message.finish_reason + error)
 
     def fail(self, failure: Exception) -> None:
         assert self.number == self.client.tries
@@ -248,6 +249,7 @@ class World:
             circuit=CircuitOptions(failures=rng.choice((1, 3))),
             max_predicted_wait=rng.choice((None, None, 2.0)),
             most_failures=10_000 if self.unlimited else 4,
+            most_lives=10_000 if self.unlimited else 2,
             patience_seconds=1e9 if self.unlimited else 5.0,
         )
         self.controller = rng.choice((None, BalanceController, PressureController))
@@ -518,7 +520,8 @@ class World:
     # Ends
 
     def _check_end(self, client: Client) -> None:
-        self.counts[client.end.partition(":")[0]] += 1
+        kind, _, _ = client.end.partition(":")
+        self.counts[f"ended: {kind}"] += 1
         if client.end == "cancelled":
             return
         if client.end == "rejected":
@@ -526,7 +529,8 @@ class World:
         elif client.end == "length":
             assert len(client.got) == client.tokens
         else:
-            assert client.end.startswith(("failed: given up", "failed: no instance")), client.end
+            given_up = ("error: given up", "failed: given up", "failed: no instance")
+            assert client.end.startswith(given_up), client.end
             assert not self.unlimited, f"{client.name} was given up: {client.end}"
 
     def _check_nothing_left(self) -> None:
@@ -539,6 +543,7 @@ class World:
             assert instance.circuit.allows(now + 61.0), f"{instance.name} is barred for ever"
         for kept in fleet.dispatcher.prefixes._instances.values():
             assert not kept.pending, "a prompt is believed to be on its way for ever"
+        assert not fleet._suspects._apart, "an instance is kept from suspects for ever"
         for tenant in "ab":
             assert fleet.shares.outstanding(tenant) == 0.0, f"{tenant} is charged for ever"
         for server in self.servers:
