@@ -25,7 +25,7 @@ from gpu_parts import ROOT, executors, kernels, leak, serving, shapes
 from gpu_parts.bed import Bed, make_bed
 from gpu_parts.report import Report
 
-from pla_serve.engine.run.device import device_of
+from pla_serve.engine.device.marks import device_of
 from pla_serve.environment import describe
 
 LIMIT_SECONDS = 450.0

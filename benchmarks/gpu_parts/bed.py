@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.choose import choose_backend
 from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
@@ -30,17 +29,18 @@ from pla_serve.engine.batch.staging import (
 from pla_serve.engine.build.device import RankDevice
 from pla_serve.engine.build.roofline import ModelSize, measure, starting_profile
 from pla_serve.engine.build.shapes import capture_all
+from pla_serve.engine.device.capture import Capturer, CudaCapture, NoCapture
+from pla_serve.engine.device.marks import Device, RunAhead, device_of
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.layers import gpu
 from pla_serve.engine.layers.gpu.operations import TorchOperations
 from pla_serve.engine.loading import check_supported, decoder_layers, load_config, load_model
 from pla_serve.engine.loading.source import ModelSource
-from pla_serve.engine.run.device import Device, RunAhead, device_of
 from pla_serve.engine.run.executor import BatchExecutor
-from pla_serve.engine.run.graphs.capture import Capturer, CudaCapture, NoCapture
-from pla_serve.engine.run.graphs.choice import choose_shapes
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.shapes.choice import choose_shapes
 
 BLOCK = 16
 QWEN = {

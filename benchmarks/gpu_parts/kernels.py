@@ -6,10 +6,10 @@ import torch
 
 from gpu_parts.bed import BLOCK, MODELS
 from gpu_parts.report import Report
-from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.attention.choose import ON_CUDA, _make, probe
 from pla_serve.engine.attention.tuning import prefill_seconds
-from pla_serve.engine.run.device import CudaDevice, Device
+from pla_serve.engine.device.marks import CudaDevice, Device
+from pla_serve.engine.kv.cache import KVShape
 
 
 def median_seconds(device: Device, work, repeats: int = 10, warm: int = 3) -> float:  # type: ignore[no-untyped-def]
@@ -127,10 +127,10 @@ def _decode(
     processors: int,
     bandwidth: float,
 ) -> None:
-    from pla_serve.engine.attention.cache import KVCache
     from pla_serve.engine.attention.paged import PagedAttention
     from pla_serve.engine.batch.flat import SpanRequest
     from pla_serve.engine.batch.staging import PinnedUploader, stage
+    from pla_serve.engine.kv.cache import KVCache
 
     tracker = CudaDevice(device)
     for count, context in ((1, 32768), (64, 4096)):

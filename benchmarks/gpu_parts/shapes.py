@@ -11,9 +11,9 @@ from gpu_parts.report import Report
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import stage
+from pla_serve.engine.device.capture import CudaCapture, NoCapture
 from pla_serve.engine.layers.gpu import GpuLayer
 from pla_serve.engine.loading import decoder_layers
-from pla_serve.engine.run.graphs.capture import CudaCapture, NoCapture
 
 MANY = 10
 

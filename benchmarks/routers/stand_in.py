@@ -25,11 +25,11 @@ from pla_serve.engine.build.engine import build_parts
 from pla_serve.engine.build.sampling import build_sampling
 from pla_serve.engine.build.scheduling import build_scheduling
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.device.marks import HostDevice
 from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.loading import NoLoadingProgress, load_config, resolve
 from pla_serve.engine.loop.loop import EngineLoop
 from pla_serve.engine.requests.admission import Limits
-from pla_serve.engine.run.device import HostDevice
 from pla_serve.engine.run.executor import Executed
 from pla_serve.engine.run.runner import AtBoundary
 from pla_serve.policy.cost import CostModel

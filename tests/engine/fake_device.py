@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pla_serve.engine.run.device import DeviceMark
+from pla_serve.engine.device.marks import DeviceMark
 
 
 class WouldWait(Exception):

@@ -17,10 +17,10 @@ import torch
 
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader, Scratch
+from pla_serve.engine.device.capture import NoCapture
+from pla_serve.engine.device.marks import RunAhead
 from pla_serve.engine.kv.manager import BlockTable
-from pla_serve.engine.run.device import RunAhead
 from pla_serve.engine.run.executor import BatchExecutor, Executed
-from pla_serve.engine.run.graphs.capture import NoCapture
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import AtBoundary, ModelRunner
 from pla_serve.engine.sampling import Sampled, Sampler, SequenceSampling, TokenChoice

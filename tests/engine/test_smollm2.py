@@ -7,9 +7,9 @@ from random import Random
 import pytest
 import torch
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.sdpa import SdpaCpu
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.layers import cpu
 from pla_serve.engine.loading import (
     ConsoleProgress,

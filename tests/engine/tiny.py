@@ -22,7 +22,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
@@ -31,13 +30,14 @@ from pla_serve.engine.build.engine import build_parts
 from pla_serve.engine.build.sampling import Sampling
 from pla_serve.engine.build.scheduling import Scheduling
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.device.marks import HostDevice
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.layers import cpu
 from pla_serve.engine.loading import decoder_layers
 from pla_serve.engine.loop.loop import EngineLoop
 from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.requests.admission import Limits
-from pla_serve.engine.run.device import HostDevice
 from pla_serve.engine.run.executor import BatchExecutor, Executor
 from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.engine.sampling import Grammars, Sampler

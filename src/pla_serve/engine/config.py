@@ -44,7 +44,7 @@ def known_shapes(text: str) -> str:
         ValueError: it does not; the message says what such a name looks like.
     """
     if text != NO_SHAPES:
-        from pla_serve.engine.run.graphs.choice import parse_shapes  # as above
+        from pla_serve.policy.shapes.choice import parse_shapes  # as above
 
         parse_shapes(text)
     return text

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from pla_serve.fleet.control.control import FleetControl
 from pla_serve.fleet.router.client import FleetClient
 from pla_serve.fleet.router.fleet_instance import FleetInstance
-from pla_serve.server.api.errors import json_response
 from pla_serve.server.api.guard import Keys
 from pla_serve.server.api.routes import Operation
+from pla_serve.server.errors import json_response
 
 
 class FleetStatus:

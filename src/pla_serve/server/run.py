@@ -20,7 +20,9 @@ import uvicorn
 from pla_serve.server.api.app import build_app
 from pla_serve.server.api.endpoints import Service
 from pla_serve.server.api.guard import Traffic
+from pla_serve.server.api.link_access import LinkAccess, operator_keys
 from pla_serve.server.api.logprobs import TokenNames
+from pla_serve.server.api.prompts import PromptEncoder
 from pla_serve.server.api.routes import ApiRoute
 from pla_serve.server.connections.acceptor import Acceptor
 from pla_serve.server.connections.descriptors import RESERVED, raise_limit
@@ -30,8 +32,6 @@ from pla_serve.server.engine.backend import Backend, EngineStartError
 from pla_serve.server.engine.client import EngineClient
 from pla_serve.server.engine.process import EngineProcess, EngineSpec
 from pla_serve.server.generation.detokenize import TokenBytes
-from pla_serve.server.generation.prompts import PromptEncoder
-from pla_serve.server.link.access import LinkAccess, operator_keys
 from pla_serve.server.link.hub import LinkHub
 from pla_serve.server.loop_lag import LoopLag
 from pla_serve.server.model import ServedModel

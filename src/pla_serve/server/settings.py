@@ -16,7 +16,7 @@ from pla_serve.flags import Flag
 from pla_serve.logs import LogFormat
 from pla_serve.policy.knobs import check_knobs
 from pla_serve.server.limits import Limits
-from pla_serve.server.link.key import find_link_key
+from pla_serve.server.link_key import find_link_key
 from pla_serve.server.tools.choice import BY_NAME, choose_format
 from pla_serve.wire.link import Role
 

@@ -7,10 +7,10 @@ from random import Random
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.batch.flat import FlatBatch, SpanRequest, slot_runs
 from pla_serve.engine.batch.staging import Capacity, Scratch, capacity_of, pack, unpack
 from pla_serve.engine.kv.blocks import BlockRun, extend_runs
+from pla_serve.engine.kv.cache import KVCache, KVShape
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.choose import choose_backend, probe
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.paged import PagedAttention, Tile
@@ -17,7 +16,8 @@ from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.attention.tuning import variants
 from pla_serve.engine.attention.varlen import rectangle
 from pla_serve.engine.batch.flat import FlatBatch, Paged
-from pla_serve.engine.run.graphs.capture import FixedPass, NoCapture
+from pla_serve.engine.device.capture import FixedPass, NoCapture
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from tests.engine.attention.problems import make_problem
 
 CPU = torch.device("cpu")

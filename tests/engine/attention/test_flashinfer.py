@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.attention.choose import CAPTURABLE, probe
 from pla_serve.engine.attention.flashinfer import FlashInferAttention, Wrapper
 from pla_serve.engine.attention.padded import PaddedAttention
+from pla_serve.engine.kv.cache import KVShape
 from tests.engine.attention.problems import Problem, make_problem
 from tests.engine.fake_device import FakeDevice
 

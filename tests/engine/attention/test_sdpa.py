@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
 from pla_serve.engine.batch.flat import FlatBatch, SpanRequest, slot_runs
 from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.kv.blocks import BlockRun, extend_runs
+from pla_serve.engine.kv.cache import KVCache, KVShape
 
 BLOCK = 4
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.engine.tiny import CONFIGS, SIZES, expected, reference_model, write_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.build.engine import EngineCore
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.kv.cache import KVShape
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.kv.sizing import GIB, plan_kv
 from pla_serve.policy.config import PolicyConfig

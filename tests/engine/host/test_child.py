@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pla_serve.engine.host.child import LOCK, PrivateFolder, remove_leftovers
+from pla_serve.engine.child import LOCK, PrivateFolder, remove_leftovers
 
 OWNER = """
 import sys
 from pathlib import Path
-from pla_serve.engine.host.child import PrivateFolder
+from pla_serve.engine.child import PrivateFolder
 
 folder = PrivateFolder(Path(sys.argv[1]))
 (folder.path / "socket").touch()

@@ -18,13 +18,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.sdpa import SdpaReference
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.build.engine import EngineCore
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.device.capture import FixedPass, NoCapture
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.layers import cpu, gpu
 from pla_serve.engine.layers.gpu.operations import TorchOperations
 from pla_serve.engine.loading import (
@@ -35,11 +36,10 @@ from pla_serve.engine.loading import (
     decoder_layers,
     load_config,
 )
+from pla_serve.engine.parallel.agreed import AgreedCapture
 from pla_serve.engine.parallel.ranks import agree, least
 from pla_serve.engine.parallel.share import check_divides, share_of_heads
 from pla_serve.engine.parallel.weights import load_share
-from pla_serve.engine.run.graphs.agreed import AgreedCapture
-from pla_serve.engine.run.graphs.capture import FixedPass, NoCapture
 from pla_serve.engine.run.runner import ModelRunner
 from tests.engine.parallel.thread_ranks import Meeting, ThreadRanks, on_each
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.device.marks import Device, HostDevice
 from pla_serve.engine.parallel.commands import (
     Abandon,
     BeginPass,
@@ -26,7 +27,6 @@ from pla_serve.engine.parallel.commands import (
 )
 from pla_serve.engine.parallel.following import OutOfStep, follow
 from pla_serve.engine.parallel.leading import LeadingExecutor
-from pla_serve.engine.run.device import Device, HostDevice
 from pla_serve.engine.run.executor import Executed
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.runner import AtBoundary

@@ -9,16 +9,16 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import APART
 from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader
+from pla_serve.engine.device.marks import HostDevice
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.layers import cpu
 from pla_serve.engine.layers.cpu import PackedLinear
 from pla_serve.engine.loading import decoder_layers
 from pla_serve.engine.run.compiled import TRIALS, compile_layers
-from pla_serve.engine.run.device import HostDevice
 from pla_serve.engine.run.executor import BatchExecutor
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.runner import ModelRunner

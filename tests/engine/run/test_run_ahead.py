@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pla_serve.engine.batch.staging import DirectUploader, Scratch
-from pla_serve.engine.run.device import HostDevice, RunAhead
+from pla_serve.engine.device.capture import NoCapture
+from pla_serve.engine.device.marks import HostDevice, RunAhead
 from pla_serve.engine.run.executor import BatchExecutor
-from pla_serve.engine.run.graphs.capture import NoCapture
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.policy.config import PolicyConfig

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.transfer.credentials import (
     CLOCK_SKEW_SECONDS,
     Credentials,

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.kv.blocks import BlockRun
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.transfer import installed, nixl
 from pla_serve.engine.transfer.credentials import Credentials

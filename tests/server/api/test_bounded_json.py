@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pla_serve.server.api import bounded_json
-from pla_serve.server.api.bounded_json import MOST_CONTAINERS, MOST_DEPTH, MOST_STRINGS, decode
-from pla_serve.server.api.errors import ApiError
+from pla_serve.server import bounded_json
+from pla_serve.server.bounded_json import MOST_CONTAINERS, MOST_DEPTH, MOST_STRINGS, decode
+from pla_serve.server.errors import ApiError
 
 TEXT = st.text(alphabet=st.sampled_from('ab\\"[]{},: \n\té€😀'), max_size=12)
 VALUES = st.recursive(

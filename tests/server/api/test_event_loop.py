@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from pla_serve.server.api.body import BodyReader
-from pla_serve.server.api.errors import ApiError
+from pla_serve.server.errors import ApiError
 from pla_serve.server.limits import Limits
 from tests.server.server_harness import Live
 

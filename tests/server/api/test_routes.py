@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.testclient import TestClient
 
-from pla_serve.server.api.errors import invalid, json_response
 from pla_serve.server.api.guard import Keys
 from pla_serve.server.api.openapi import openapi, page
 from pla_serve.server.api.routes import Api, Operation
+from pla_serve.server.errors import invalid, json_response
 from tests.server.server_harness import Live
 
 

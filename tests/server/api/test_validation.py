@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pla_serve.server.api.body import decode, validate
-from pla_serve.server.api.errors import ApiError
 from pla_serve.server.api.params import grammar, sampling_params
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
+from pla_serve.server.errors import ApiError
 from tests.server.server_harness import MODEL, Live
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}

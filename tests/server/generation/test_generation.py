@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pla_serve.server.api.errors import ApiError
 from pla_serve.server.engine.session import EngineSession
+from pla_serve.server.errors import ApiError
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.generation import ChoiceDelta, Generation, GenerationPlan
 from pla_serve.server.records.journal import JournalEntry, Journals

@@ -11,8 +11,8 @@ from starlette.websockets import WebSocket
 
 from pla_serve.policy.protocol import Capabilities
 from pla_serve.server.api.guard import Traffic
+from pla_serve.server.api.link_access import LinkAccess
 from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError
-from pla_serve.server.link.access import LinkAccess
 from pla_serve.server.link.hub import LinkHub
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.wire.engine import EngineReady

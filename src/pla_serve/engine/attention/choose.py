@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.flashinfer import (
     FlashInferAttention,
     flashinfer_missing,
@@ -22,9 +21,10 @@ from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
 from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
 from pla_serve.engine.batch.flat import FlatBatch, SpanRequest
 from pla_serve.engine.batch.staging import Capacity, Scratch, capacity_of, pack, unpack
-from pla_serve.engine.layers.amx import Tiles
-from pla_serve.engine.run.device import device_of
-from pla_serve.engine.run.graphs.capture import Capturer
+from pla_serve.engine.device.capture import Capturer
+from pla_serve.engine.device.marks import device_of
+from pla_serve.engine.kernels.amx import Tiles
+from pla_serve.engine.kv.cache import KVCache, KVShape
 
 log = logging.getLogger(__name__)
 

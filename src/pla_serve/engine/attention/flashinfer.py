@@ -27,9 +27,9 @@ from typing import Any, Protocol
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.batch.flat import FlatBatch
-from pla_serve.engine.run.device import Device, DeviceMark
+from pla_serve.engine.device.marks import Device, DeviceMark
+from pla_serve.engine.kv.cache import KVCache
 
 WRAPPERS = 4
 """Number of batches that have a plan at one time; each takes 8 MiB of device and pinned memory."""

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.batch.flat import FlatBatch
+from pla_serve.engine.kv.cache import KVCache
 
 IMPLEMENTATION = "pla_serve_paged"
 """Value of ``attn_implementation`` for models that the engine runs.

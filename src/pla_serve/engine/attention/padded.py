@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.attention.interface import AttentionBackend
 from pla_serve.engine.batch.flat import FlatBatch
+from pla_serve.engine.kv.cache import KVCache
 
 
 class PaddedAttention:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.attention.kernels import attend_kernel, merge_kernel
 from pla_serve.engine.batch.flat import FlatBatch, Paged
+from pla_serve.engine.kv.cache import KVCache
 
 SPLITS = (16, 4)
 """Numbers of parts that a context may be split into; each is a kernel to compile, so few."""

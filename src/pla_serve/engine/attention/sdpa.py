@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.batch.flat import FlatBatch, Span
+from pla_serve.engine.kernels.amx import Tiles
 from pla_serve.engine.kv.blocks import BlockRun
-from pla_serve.engine.layers.amx import Tiles
+from pla_serve.engine.kv.cache import KVCache
 
 TILED_TOKENS = 64
 """Least new tokens for which the matrix unit pays: it needs a rearranged context."""

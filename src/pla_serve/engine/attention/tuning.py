@@ -11,7 +11,6 @@ from statistics import median
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.paged import (
     FEW_ROWS,
     MANY_ROWS,
@@ -22,7 +21,8 @@ from pla_serve.engine.attention.paged import (
 )
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader, PinnedUploader, stage
-from pla_serve.engine.run.device import CudaDevice
+from pla_serve.engine.device.marks import CudaDevice
+from pla_serve.engine.kv.cache import KVCache, KVShape
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.batch.flat import FlatBatch
+from pla_serve.engine.kv.cache import KVCache
 
 
 def varlen_missing() -> str | None:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from pla_serve.engine.batch.flat import FlatBatch, Paged, Span, SpanRequest, slot_runs
-from pla_serve.engine.run.device import Device, DeviceMark
+from pla_serve.engine.device.marks import Device, DeviceMark
 
 RING = 4
 """Number of pinned buffers, used in turn: the host fills one while the device reads others."""

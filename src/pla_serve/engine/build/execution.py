@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.attention.choose import CAPTURABLE, choose_backend
 from pla_serve.engine.attention.interface import AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
@@ -20,8 +19,9 @@ from pla_serve.engine.build.memory import RankMemory
 from pla_serve.engine.build.model import RankModel
 from pla_serve.engine.build.settings import RankSettings
 from pla_serve.engine.build.shapes import build_shapes
+from pla_serve.engine.device.capture import CudaCapture
+from pla_serve.engine.kv.cache import KVCache
 from pla_serve.engine.run.executor import BatchExecutor, Executor
-from pla_serve.engine.run.graphs.capture import CudaCapture
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.policy.shapes.ladder import Shape

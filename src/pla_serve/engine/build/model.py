@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.attention.interface import APART, IMPLEMENTATION
 from pla_serve.engine.build.roofline import ModelSize
 from pla_serve.engine.build.settings import RankSettings
+from pla_serve.engine.kernels.amx import Tiles
+from pla_serve.engine.kv.cache import KVShape
 from pla_serve.engine.layers import cpu, gpu
-from pla_serve.engine.layers.amx import Tiles
 from pla_serve.engine.loading import (
     AttentionShape,
     check_supported,

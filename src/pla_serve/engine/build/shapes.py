@@ -14,13 +14,13 @@ from rich.progress import Progress
 from pla_serve.engine.build.device import RankDevice
 from pla_serve.engine.build.memory import RankMemory
 from pla_serve.engine.build.settings import RankSettings
+from pla_serve.engine.device.capture import Capturer, CudaCapture, NoCapture
 from pla_serve.engine.kv.sizing import GIB
-from pla_serve.engine.run.graphs.agreed import AgreedCapture
-from pla_serve.engine.run.graphs.capture import Capturer, CudaCapture, NoCapture
-from pla_serve.engine.run.graphs.choice import AUTO, choose_shapes
+from pla_serve.engine.parallel.agreed import AgreedCapture
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import ModelRunner
+from pla_serve.policy.shapes.choice import AUTO, choose_shapes
 from pla_serve.policy.shapes.ladder import Shape
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from pla_serve.engine.child import await_end_of_parent
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.host.child import await_end_of_parent
 from pla_serve.logs import LogFormat, configure
 from pla_serve.wire.codec import WireError, encode, engine_inbox, named_request
 from pla_serve.wire.engine import (

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from pla_serve.engine.attention.cache import KVShape
 from pla_serve.engine.config import EngineConfig
+from pla_serve.engine.kv.cache import KVShape
 
 GIB = 1024**3
 CPU_SHARE = 0.4

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.device.marks import DeviceMark
 from pla_serve.engine.requests.sequence import Sequence
-from pla_serve.engine.run.device import DeviceMark
 from pla_serve.engine.sampling import TokenChoice
 from pla_serve.policy.protocol import Batch
 

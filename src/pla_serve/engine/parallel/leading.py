@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.device.marks import Device
 from pla_serve.engine.parallel.commands import Abandon, BeginPass, Go, SendCommand, UseIdleTime
-from pla_serve.engine.run.device import Device
 from pla_serve.engine.run.executor import Executed, Executor
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.runner import AtBoundary

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 import msgspec
 import torch
 
+from pla_serve.engine.child import PrivateFolder, tell
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.host.child import PrivateFolder, tell
 from pla_serve.engine.parallel.commands import Command, CommandSender, End
 from pla_serve.engine.parallel.ranks import TorchRanks
 from pla_serve.logs import LogFormat, in_use
@@ -73,7 +73,7 @@ class Team:
         self,
         config: EngineConfig,
         *,
-        program: tuple[str, ...] = ("-m", "pla_serve.engine.parallel.follower"),
+        program: tuple[str, ...] = ("-m", "pla_serve.engine.host.follower"),
         stuck: Callable[[str], None] | None = None,
         stuck_seconds: float = STARTING_SECONDS,
     ) -> None:

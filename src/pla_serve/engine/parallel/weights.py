@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from pla_serve.engine.layers.stock import rotary_owner
 from pla_serve.engine.loading import (
     AttentionShape,
     ModelSource,
@@ -26,6 +25,7 @@ from pla_serve.engine.loading import (
     load_config,
 )
 from pla_serve.engine.loading.source import INDEX, read_json, require_weights, some
+from pla_serve.engine.loading.stock import rotary_owner
 from pla_serve.engine.parallel.modules import GatheredHead, join, vocabulary
 from pla_serve.engine.parallel.ranks import Ranks
 from pla_serve.engine.parallel.share import share_of_config

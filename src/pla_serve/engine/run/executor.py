@@ -10,7 +10,7 @@ import torch
 
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import Uploader, stage
-from pla_serve.engine.run.device import Device
+from pla_serve.engine.device.marks import Device
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.graphs.grid import ShapeGrid
 from pla_serve.engine.run.runner import AtBoundary, ModelRunner

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.attention.interface import AttentionBackend, ForwardContext
 from pla_serve.engine.batch.flat import FlatBatch
-from pla_serve.engine.run.device import RunAhead
+from pla_serve.engine.device.marks import RunAhead
+from pla_serve.engine.kv.cache import KVCache
 
 AtBoundary = Callable[[], None]
 """Called before each decoder layer. It may run other batches. An exception leaves the pass."""

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import torch
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.kv.blocks import BlockRun
+from pla_serve.engine.kv.cache import KVCache
 
 SAMPLES = 64
 """Most values of one weight tensor that go into a fingerprint."""

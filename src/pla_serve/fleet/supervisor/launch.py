@@ -28,7 +28,7 @@ from pla_serve.fleet.supervisor.member import FleetMember, FleetStartError, Reci
 from pla_serve.fleet.supervisor.spec import FleetSpec, Option
 from pla_serve.fleet.supervisor.supervisor import Supervisor
 from pla_serve.logs import LogFormat, configure
-from pla_serve.server.link.key import LINK_KEY_VARIABLE
+from pla_serve.server.link_key import LINK_KEY_VARIABLE
 from pla_serve.server.run import listen
 from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE
 

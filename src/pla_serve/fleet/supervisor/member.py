@@ -14,7 +14,7 @@ import httpx
 from pla_serve.fleet.supervisor.process import Child
 from pla_serve.fleet.supervisor.restarts import HangDetector, Restarts
 from pla_serve.fleet.supervisor.spec import Health
-from pla_serve.server.link.key import LINK_KEY_VARIABLE
+from pla_serve.server.link_key import LINK_KEY_VARIABLE
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from pla_serve.server.api.errors import ApiError
 from pla_serve.server.api.formats import ChoicePart, Format, Json
 from pla_serve.server.api.schema import StreamOptions
+from pla_serve.server.errors import ApiError
 from pla_serve.server.generation.generation import ChoiceDelta, Generation
 
 KEEP_ALIVE = b": keep-alive\n\n"

@@ -11,12 +11,12 @@ from starlette.types import ASGIApp
 
 from pla_serve import __version__
 from pla_serve.server.api.endpoints import Endpoints, Service
-from pla_serve.server.api.errors import json_response
 from pla_serve.server.api.guard import Guard, Keys, Traffic
+from pla_serve.server.api.link_access import operator_keys
 from pla_serve.server.api.openapi import openapi, page
 from pla_serve.server.api.routes import Api, ApiRoute, Operation
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
-from pla_serve.server.link.access import operator_keys
+from pla_serve.server.errors import json_response
 
 ERRORS = {
     "4XX": "The request is at fault, or comes at a bad time (429).",

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from pla_serve.server.api.bounded_json import decode
-from pla_serve.server.api.errors import ApiError, invalid, over_capacity, unavailable, unsupported
+from pla_serve.server.bounded_json import decode
+from pla_serve.server.errors import ApiError, invalid, over_capacity, unavailable, unsupported
 from pla_serve.server.limits import Limits
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -17,19 +17,12 @@ from pla_serve.logs import request_id
 from pla_serve.server.api.answer import EventWriter, Header, whole
 from pla_serve.server.api.body import BodyReader, Upload
 from pla_serve.server.api.cache_scope import CacheScopes
-from pla_serve.server.api.errors import (
-    ApiError,
-    invalid,
-    json_response,
-    over_capacity,
-    too_long,
-    unavailable,
-)
 from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.api.guard import tenant
 from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.api.params import sampling_params
+from pla_serve.server.api.prompts import PromptEncoder
 from pla_serve.server.api.schema import (
     MAX_SEQUENCES,
     ChatRequest,
@@ -38,10 +31,17 @@ from pla_serve.server.api.schema import (
 )
 from pla_serve.server.api.tool_format import ToolChatFormat
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
+from pla_serve.server.errors import (
+    ApiError,
+    invalid,
+    json_response,
+    over_capacity,
+    too_long,
+    unavailable,
+)
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.generation import Generation, GenerationPlan
 from pla_serve.server.generation.grammar_checks import TooManyChecks
-from pla_serve.server.generation.prompts import PromptEncoder
 from pla_serve.server.records.journal import Journal, JournalEntry
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.records.tracing import TRACE_HEADERS

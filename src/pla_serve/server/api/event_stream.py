@@ -11,7 +11,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from pla_serve.server.api.errors import failed
+from pla_serve.server.errors import failed
 
 log = logging.getLogger(__name__)
 

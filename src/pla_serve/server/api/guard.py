@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pla_serve.logs import request_id
-from pla_serve.server.api.errors import ApiError, unavailable
+from pla_serve.server.errors import ApiError, unavailable
 from pla_serve.server.records.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import json
 import re
 from typing import Any
 
-from pla_serve.server.api.bounded_json import decode
-from pla_serve.server.api.errors import invalid
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
+from pla_serve.server.bounded_json import decode
+from pla_serve.server.errors import invalid
 from pla_serve.wire.engine import Grammar, SamplingParams
 from pla_serve.wire.limits import GREEDY_BELOW
 

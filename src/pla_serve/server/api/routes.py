@@ -27,8 +27,8 @@ from starlette.responses import Response
 from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 
-from pla_serve.server.api.errors import ApiError, failed
 from pla_serve.server.api.guard import Keys
+from pla_serve.server.errors import ApiError, failed
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
-from pla_serve.server.api.errors import ApiError, unavailable
 from pla_serve.server.connections.registry import ConnectionRegistry
+from pla_serve.server.errors import ApiError, unavailable
 
 log = logging.getLogger(__name__)
 

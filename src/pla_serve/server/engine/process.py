@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import zmq
 
+from pla_serve.engine.child import PrivateFolder, tell
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.host.child import PrivateFolder, tell
 from pla_serve.engine.host.process import CORE, Launch
 from pla_serve.logs import LogFormat
 from pla_serve.wire.codec import WireError, encode, engine_answers, named_request

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from pla_serve.server.api.errors import ApiError, failed, invalid, over_capacity, unavailable
 from pla_serve.server.engine.session import EngineDiedError, EngineSession, SlowReaderError, Update
+from pla_serve.server.errors import ApiError, failed, invalid, over_capacity, unavailable
 from pla_serve.server.generation.detokenize import Detokenizer, TokenBytes
 from pla_serve.server.records.journal import Journal, JournalEntry
 from pla_serve.server.records.metrics import Metrics

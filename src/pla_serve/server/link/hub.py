@@ -14,11 +14,11 @@ from starlette.responses import Response
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from pla_serve.server.api.errors import ApiError, invalid, json_response
 from pla_serve.server.api.guard import Keys, Traffic
+from pla_serve.server.api.link_access import LinkAccess
 from pla_serve.server.api.routes import ApiRoute, Operation
 from pla_serve.server.engine.client import EngineClient
-from pla_serve.server.link.access import LinkAccess
+from pla_serve.server.errors import ApiError, invalid, json_response
 from pla_serve.server.link.router_link import RouterLink
 from pla_serve.wire.codec import BadMessage, WireError, instance_frames
 from pla_serve.wire.engine import EngineLoad, EngineReady, EngineStats

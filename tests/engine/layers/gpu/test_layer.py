@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("triton")
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.batch.staging import DirectUploader, stage
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.layers import gpu
 from pla_serve.engine.layers.gpu.operations import Heads, Operations, TorchOperations
 from pla_serve.engine.layers.gpu.triton_operations import TritonOperations

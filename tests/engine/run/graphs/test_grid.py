@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pla_serve.engine.attention.cache import KVCache
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader, Scratch, stage
+from pla_serve.engine.device.capture import FixedPass, NoCapture
 from pla_serve.engine.kv.blocks import BlockRun, extend_runs
-from pla_serve.engine.run.graphs.capture import FixedPass, NoCapture
-from pla_serve.engine.run.graphs.choice import choose_shapes, parse_shapes
+from pla_serve.engine.kv.cache import KVCache
 from pla_serve.engine.run.graphs.grid import HOT, GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import ModelRunner
+from pla_serve.policy.shapes.choice import choose_shapes, parse_shapes
 from pla_serve.policy.shapes.ladder import Shape
 from tests.engine.tiny import BLOCK, CONFIGS, MAX_BLOCKS, VOCABULARY, padded_runner
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION
-from pla_serve.engine.layers.amx import Tiles
+from pla_serve.engine.kernels.amx import Tiles
 from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
 from pla_serve.engine.layers.cpu.linear import PackedLinear, packs
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.layers.cpu.probe import same_results
-from pla_serve.engine.layers.stock import rotary_owner
+from pla_serve.engine.loading.stock import rotary_owner
 
 __all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
 

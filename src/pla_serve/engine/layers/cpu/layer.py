@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from pla_serve.engine.attention.interface import ForwardContext
-from pla_serve.engine.layers.amx import Tiles
+from pla_serve.engine.kernels.amx import Tiles
 from pla_serve.engine.layers.cpu.linear import GatedLinear, PackedLinear
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
-from pla_serve.engine.layers.stock import require_children
+from pla_serve.engine.loading.stock import require_children
 from pla_serve.engine.parallel.modules import unwrap
 
 

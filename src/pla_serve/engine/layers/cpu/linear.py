@@ -6,7 +6,7 @@ from typing import Literal, cast
 
 import torch
 
-from pla_serve.engine.layers.amx import Tiles, TileWeight
+from pla_serve.engine.kernels.amx import Tiles, TileWeight
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm
 
 PACKING_TOKENS = 256

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.attention.sdpa import SdpaReference
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader, stage
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
 
 TOKENS = 20

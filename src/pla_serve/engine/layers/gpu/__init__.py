@@ -13,7 +13,7 @@ from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.layers.gpu.layer import GpuLayer
 from pla_serve.engine.layers.gpu.operations import Operations, TorchOperations
 from pla_serve.engine.layers.gpu.probe import same_results
-from pla_serve.engine.layers.stock import rotary_owner
+from pla_serve.engine.loading.stock import rotary_owner
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.layers.gpu.operations import Heads, Operations
-from pla_serve.engine.layers.stock import require_children
+from pla_serve.engine.loading.stock import require_children
 from pla_serve.engine.parallel.modules import unwrap
 
 

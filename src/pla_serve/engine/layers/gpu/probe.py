@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pla_serve.engine.attention.cache import KVCache, KVShape
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.attention.sdpa import SdpaReference
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader, stage
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.layers.gpu.layer import GpuLayer
 
 TOKENS = 5

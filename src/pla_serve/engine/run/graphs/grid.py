@@ -19,7 +19,7 @@ from pla_serve.engine.batch.staging import (
     put_carried,
     unpack,
 )
-from pla_serve.engine.run.graphs.capture import Capturer, FixedPass
+from pla_serve.engine.device.capture import Capturer, FixedPass
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.policy.shapes.ladder import Ladder, Layout, Shape, ShapeCost

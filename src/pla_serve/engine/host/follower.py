@@ -1,4 +1,4 @@
-"""The process of a rank other than 0: ``python -m pla_serve.engine.parallel.follower``.
+"""The process of a rank other than 0: ``python -m pla_serve.engine.host.follower``.
 
 It imports its libraries, which takes seconds, and then reads one line of JSON, a `FollowerLaunch`,
 from its standard input. It ends when that input ends, because the pipe is closed when rank 0 ends,
@@ -21,7 +21,7 @@ import msgspec
 
 from pla_serve.engine.build.rank import build_rank
 from pla_serve.engine.build.settings import build_settings, device_of_rank, use_threads
-from pla_serve.engine.host.child import await_end_of_parent
+from pla_serve.engine.child import await_end_of_parent
 from pla_serve.engine.loading import LoadingError, NoLoadingProgress, resolve
 from pla_serve.engine.parallel.commands import CommandReceiver
 from pla_serve.engine.parallel.following import follow

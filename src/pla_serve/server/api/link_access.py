@@ -10,9 +10,9 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pla_serve.server.api.errors import ApiError
 from pla_serve.server.api.guard import Keys
-from pla_serve.server.link.key import LINK_KEY_VARIABLE
+from pla_serve.server.errors import ApiError
+from pla_serve.server.link_key import LINK_KEY_VARIABLE
 
 CURE = f"set {LINK_KEY_VARIABLE} or --link-key-file to the same key on router and instance"
 FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip")

@@ -290,7 +290,7 @@ def _build(folder: Path) -> Path:
 
 
 def _sources() -> list[Traversable]:
-    folder = files(__package__).joinpath("kernels")
+    folder = files(__package__).joinpath("sources")
     return [entry for entry in folder.iterdir() if entry.name.endswith((".cpp", ".h"))]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from pla_serve.server.api.errors import invalid
+from pla_serve.server.errors import invalid
 
 MOST_DEPTH = 100
 """Lists and objects inside one another."""

@@ -9,9 +9,9 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from pla_serve.server.api.link_access import LinkAccess, is_local, operator_keys
 from pla_serve.server.api.routes import Api
-from pla_serve.server.link.access import LinkAccess, is_local, operator_keys
-from pla_serve.server.link.key import find_link_key
+from pla_serve.server.link_key import find_link_key
 from tests.server.link.hub_harness import FakeEngine, Router, make_hub
 from tests.server.server_harness import Live
 

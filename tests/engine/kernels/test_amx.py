@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pla_serve.engine.layers import amx as module
-from pla_serve.engine.layers.amx import NEEDED, Tiles, TileWeight
+from pla_serve.engine.kernels import amx as module
+from pla_serve.engine.kernels.amx import NEEDED, Tiles, TileWeight
 from pla_serve.engine.layers.cpu import FusedRMSNorm, PackedLinear
 from pla_serve.engine.layers.cpu.linear import FEW_TOKENS
 

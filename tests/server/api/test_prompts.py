@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pla_serve.server.api.errors import ApiError
-from pla_serve.server.api.schema import ChatRequest
-from pla_serve.server.generation.prompts import (
+from pla_serve.server.api.prompts import (
     PROBE_CHARACTERS_PER_TOKEN,
     PromptEncoder,
     check_tokens,
 )
+from pla_serve.server.api.schema import ChatRequest
+from pla_serve.server.errors import ApiError
 from tests.server.server_harness import make_tokenizer
 
 TOKENIZER = make_tokenizer()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pla_serve.engine.device.capture import Capturer, FixedPass, WarmUpFailed
 from pla_serve.engine.parallel.ranks import Ranks
-from pla_serve.engine.run.graphs.capture import Capturer, FixedPass, WarmUpFailed
 
 
 class Unagreed(Exception):
