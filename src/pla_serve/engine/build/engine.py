@@ -85,6 +85,7 @@ class EngineCore:
                 parts, ready = build_engine(rank, leading)
             team.serve()
             weakref.finalize(self, team.close)
+        weakref.finalize(self, parts.sampler.close)
         self._loop = EngineLoop(parts, inbox=inbox, emit=emit, clock=clock)
         emit(ready)
 

@@ -78,6 +78,10 @@ class Grammars(Protocol):
         """Take the answers that have come; never waits."""
         ...
 
+    def close(self) -> None:
+        """End all processes that it has started."""
+        ...
+
 
 def as_masks(rows: Sequence[bytes]) -> torch.Tensor:
     """(len(rows), words) int32 of masks of the same number of bytes, a multiple of 4."""

@@ -100,6 +100,11 @@ class Sampler:
             self._grammars.open(matcher)
         return sampling
 
+    def close(self) -> None:
+        """End the processes that follow grammars."""
+        if self._grammars is not None:
+            self._grammars.close()
+
     def poll(self) -> None:
         """Take what has come of grammars that were late; never waits."""
         if self._grammars is not None:

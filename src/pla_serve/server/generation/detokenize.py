@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pla_serve.grammar.tokenizer import decoder_types
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -42,7 +43,7 @@ class TokenBytes:
         self._backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(self._backend, "id_to_token"):
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer; convert it to one")
-        decoders = _decoder_types(self._backend)
+        decoders = decoder_types(self._backend)
         self._spelling = _byte_spelling() if decoders == ["ByteLevel"] else None
         self.has_byte_tokens = "ByteFallback" in decoders
         added = self._backend.get_added_tokens_decoder()
@@ -205,13 +206,6 @@ class StopString:
             self.matched = self._shorter[self.matched]
         self.matched += self.text[self.matched] == char
         return self.matched == len(self.text)
-
-
-def _decoder_types(backend: Any) -> list[str]:
-    if backend.decoder is None:
-        return []
-    state = json.loads(backend.decoder.__getstate__())
-    return [part["type"] for part in state.get("decoders", [state])]
 
 
 def _byte_spelling() -> dict[str, int]:
