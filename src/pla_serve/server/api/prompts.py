@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pla_serve.server.api.schema import ChatRequest
+from pla_serve.server.api.template_messages import template_messages
 from pla_serve.server.errors import invalid, too_long, unsupported
-from pla_serve.server.generation.messages import template_messages
 
 Result = TypeVar("Result")
 

@@ -6,10 +6,10 @@ import hashlib
 import json
 from typing import Any
 
-from pla_serve.server.api.bounded_json import decode
-from pla_serve.server.api.errors import invalid
 from pla_serve.server.api.messages import ChatMessage, MessageToolCall
 from pla_serve.server.api.schema import ChatRequest
+from pla_serve.server.bounded_json import decode
+from pla_serve.server.errors import invalid
 from pla_serve.server.tools.formats.plain import instructions
 
 Message = dict[str, Any]
