@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
 from pla_serve.grammar.errors import GrammarError
@@ -52,6 +53,8 @@ class _Check:
     tenant: str
     done: asyncio.Future[str | None]
     """None, or what is wrong with the grammar."""
+    context: Context
+    """Log lines about the check name its request."""
     tried: bool = False
     """A worker was lost with it, which need not be the grammar's fault."""
 
@@ -128,7 +131,7 @@ class GrammarChecks:
             raise TooManyChecks(f"{waiting} grammars of yours wait to be checked already")
         self._count += 1
         done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        check = _Check(self._count, grammar, digest, tenant, done)
+        check = _Check(self._count, grammar, digest, tenant, done, copy_context())
         self._quick.add(tenant, check)
         self._work()
         try:
@@ -263,7 +266,7 @@ class GrammarChecks:
             (self._slow if place.slow else self._quick).add(check.tenant, check)
         elif check is not None:
             cause = end.cause(self._limits, self._limits.replay_seconds(0))
-            log.warning("a grammar was refused: %s", cause)
+            check.context.run(log.warning, "a grammar was refused: %s", cause)
             error = f"the grammar cannot be compiled: {cause}"
             self._finish(place, error, certain=end.certain)
         self._drop(place)
