@@ -37,7 +37,7 @@ class SimulatedPrefixCache:
         self._uses = 0
 
     def match(self, prompt: Prompt) -> int:
-        """How many leading tokens are held. Does not count as a use."""
+        """Return the number of leading tokens that are held. Does not count as a use."""
         total = 0
         for run in prompt:
             known = self._known(run.start, run.stop)

@@ -45,8 +45,7 @@ class ClusterOptions:
     """Whether waiting requests are routed again when an instance joins their pool; otherwise they
     remain on the instance to which they were sent first."""
     report_seconds: float = 0.2
-    """Age that the report of an instance may have when a request is routed; 0: the router knows
-    only what it sent itself."""
+    """Seconds between two reports of an instance; 0: the router knows only what it sent itself."""
     start_seconds: float = 0.0
     """Seconds from the end of a failure until the instance takes requests."""
     token_seconds: float = 0.0

@@ -17,7 +17,7 @@ from pla_serve.simulator.request import SimulatedRequest
 RequestCallback = Callable[[SimulatedRequest, float], None]
 """Called with a job and the time."""
 SLACK = 1e-3
-"""Of a layer: a moment this close after a boundary is at it. Covers rounding of long times."""
+"""Share of a layer: a moment so shortly after a boundary counts as at it, because of rounding."""
 
 
 @dataclass(slots=True)
@@ -34,12 +34,12 @@ class SimulatedPass:
     """Layers computed before ``resumed``."""
 
     def boundary(self, now: float) -> int:
-        """The next layer to begin at ``now`` or later."""
+        """Return the next layer to begin at ``now`` or later."""
         layers = ceil((now - self.resumed) / self.layer - SLACK)
         return self.done + layers if layers > 0 else self.done
 
     def begins(self, layer: int) -> float:
-        """When this layer begins, or the one before it ends, if nothing comes in between."""
+        """Return the time at which a layer begins, if nothing runs in between."""
         return self.resumed + (layer - self.done) * self.layer
 
 
@@ -222,7 +222,7 @@ class SimulatedInstance:
         self._start(batch, now)
 
     def _go_on(self, top: SimulatedPass, layer: int) -> None:
-        """To ``layer`` if the policy may have something to decide there, else to the end."""
+        """Wake at ``layer`` if the policy may have something to decide there, else at the end."""
         asks = self._ready and self._interruptible
         self.wake_at = top.begins(layer if asks else self._layers)
 

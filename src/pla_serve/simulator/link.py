@@ -21,7 +21,7 @@ class VirtualLink:
     Connections are made and broken by `connect` and `cut`, so that there is nothing to `run`.
 
     Args:
-        owner: told of connections, reports and messages.
+        owner: called with connections, reports and messages.
         receive: the instance's side of `send`.
         change_role: the instance's side of `set_role`.
         change_draining: the instance's side of `drain`.
@@ -51,7 +51,7 @@ class VirtualLink:
 
     @property
     def connected(self) -> bool:
-        """Whether messages can be sent."""
+        """Between `connect` and `cut`."""
         return self._connected
 
     @property
@@ -96,7 +96,7 @@ class VirtualLink:
         self._owner.connected(self, facts)
 
     def cut(self, reason: str) -> None:
-        """Break the connection; the router moves what is in flight."""
+        """Break the connection; the router moves the requests."""
         self._connected, self._last_report = False, None
         self._owner.lost(self, reason)
 

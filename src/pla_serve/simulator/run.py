@@ -24,23 +24,23 @@ from pla_serve.simulator.turns import ClosedLoop, OpenLoop, SimulatedTurn, TurnS
 from pla_serve.simulator.workload import TraceWorkload, uncached
 
 RequestsDone = Callable[[int], None]
-"""Told now and then how many requests are behind."""
+"""Called now and then with the number of requests that are complete."""
 SHORT_TOKENS = 256
-"""At most so many uncached tokens are short in reports, and for routers."""
+"""Most uncached tokens of a short request, in reports and for routers."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """What became of a workload."""
+    """Result of one run."""
 
     jobs: list[SimulatedRequest]
-    """In order of the workload, each with its times."""
+    """Requests in order of the workload, each with its times."""
     end: float
     """Seconds of virtual time at which the last answer was complete."""
     prefill: Totals
-    """Of all instances that prefill."""
+    """Sums over all instances that prefill."""
     decode: Totals
-    """Of those that only decode."""
+    """Sums over the decode instances."""
     moves: int = 0
     restarts: int = 0
     fetched_tokens: int = 0

@@ -16,7 +16,7 @@ def serve(
     """Run all jobs, which are sorted by arrival, to their end; returns the time of the end.
 
     Args:
-        progress: told every thousand arrivals how many there were.
+        progress: called every thousand arrivals with their number.
     """
     now = 0.0
     for count, job in enumerate(jobs):

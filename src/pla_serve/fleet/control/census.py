@@ -1,4 +1,4 @@
-"""What a controller is told of each instance: its last report, and what came before it."""
+"""Builds the reports for pool controllers: an instance's last report, and counts of the period."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Census:
         self._seen: dict[str, InstanceCensus] = {}
 
     def report(self, url: str, report: InstanceReport) -> None:
-        """A heartbeat came."""
+        """Count a report."""
         seen = self._seen.setdefault(url, InstanceCensus())
         seen.reports += 1
         seen.busy += bool(report.requests or report.load.running or report.load.waiting_tokens)
 
     def first_token(self, url: str, lateness: float) -> None:
-        """Of a request with a deadline, so many seconds after it (negative: before)."""
+        """Count the first token of a request that came ``lateness`` seconds after its deadline."""
         seen = self._seen.setdefault(url, InstanceCensus())
         seen.lateness += lateness
         seen.first_tokens += 1
@@ -44,7 +44,7 @@ class Census:
         self._seen.setdefault(url, InstanceCensus()).moved_from = source
 
     def close(self, link: Link, pool: Pool) -> PoolReport:
-        """End the control period of an instance that is connected and has reported."""
+        """End the control period of a connected instance, and return its report."""
         report = link.last_report
         assert report is not None
         seen = self._seen.pop(link.url, None) or InstanceCensus()
@@ -69,7 +69,7 @@ class Census:
         )
 
     def forget(self, url: str) -> None:
-        """The instance was lost, and what was counted with it."""
+        """Forget what was counted of an instance that was lost."""
         self._seen.pop(url, None)
 
 

@@ -1,4 +1,4 @@
-"""Asks the pool controllers once in a control period, and tells instances their roles."""
+"""Asks the pool controllers once in a control period, and sends instances their roles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ControlOptions:
     period_seconds: float = 1.0
     """Between two decisions."""
     settle_seconds: float = 3.0
-    """An instance that was told a role and has not confirmed it is told again after so long."""
+    """Seconds after which a role is sent again that an instance has not confirmed."""
 
     def __post_init__(self) -> None:
         for name in ("period_seconds", "settle_seconds"):
@@ -150,7 +150,7 @@ class FleetControl:
         self.moves_total += 1
 
     def _pool(self, link: Link, now: float) -> Pool:
-        """The pool that an instance is in: what it was told, from the moment it was told."""
+        """Return the pool of an instance: the role that was sent to it, from that moment on."""
         assert link.last_report is not None
         reported = Pool(link.last_report.role)
         assigned = self._assigned.get(link.url)
@@ -169,6 +169,6 @@ class FleetControl:
 
 
 def _is_there(link: Link) -> bool:
-    """It takes requests: connected, heard of, and not on its way out."""
+    """Whether an instance takes requests: connected, has reported, and is not ending."""
     report = link.last_report
     return link.connected and report is not None and report.ready and not report.draining

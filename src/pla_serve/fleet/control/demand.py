@@ -1,4 +1,4 @@
-"""What a fleet is asked for, in instances: the signal for an autoscaler."""
+"""Measures the demand on a fleet in instances: the signal for an autoscaler."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ CLASSES = (Pool.SHORT, Pool.LONG)
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """How many instances there should be, and why."""
+    """Number of instances that there should be, and the demand it follows from."""
 
     prefill: int
-    """That prefill: short, long and mixed ones together."""
+    """Instances that prefill: short, long and mixed ones together."""
     decode: int
     """0 without a decode pool."""
     demands: dict[Pool, ClassDemand]
-    """Of the classes SHORT and LONG."""
+    """Demand of the classes SHORT and LONG."""
     held_seconds: float
-    """Prefill that the router holds back; part of what `prefill` counts."""
+    """Predicted prefill that the router holds back; counted in ``prefill``."""
 
 
 class DemandMeter:
@@ -44,11 +44,11 @@ class DemandMeter:
         self._decode = Scaler(options)
 
     def arrived(self, pool: Pool, seconds: float, now: float) -> None:
-        """Work of a class, SHORT or LONG, came."""
+        """Count work that arrived, of class SHORT or LONG."""
         self._rates[pool].add(seconds, now)
 
     def demands(self, instances: Sequence[PoolReport]) -> dict[Pool, ClassDemand]:
-        """Of both classes, with the rates of the last `desired`."""
+        """Return the demand of both classes, with the rates of the last `desired`."""
         short = sum(report.queued_short for report in instances)
         long = sum(report.queued_long for report in instances)
         return {
@@ -59,7 +59,7 @@ class DemandMeter:
     def desired(
         self, now: float, instances: Sequence[PoolReport], held_seconds: float = 0.0
     ) -> Desired:
-        """Ends a control period."""
+        """End a control period, and return the number of instances that there should be."""
         for rate in self._rates.values():
             rate.close(now)
         demands = self.demands(instances)

@@ -57,7 +57,7 @@ class CircuitState(StrEnum):
 
 
 class Circuit:
-    """Of one instance. Times are seconds on the caller's clock, and never go back.
+    """Circuit breaker of one instance. Times are seconds on a clock that never goes back.
 
     A request that was sent counts as one failure or success, by what came of it first.
     """
@@ -68,7 +68,7 @@ class Circuit:
         self._opened = 0
         """How often it opened since it was last closed."""
         self._until: float | None = None
-        """It stays open until then; None: closed."""
+        """Time until which the circuit stays open; None while it is closed."""
         self._probe: str | None = None
 
     @property
@@ -85,12 +85,12 @@ class Circuit:
         return self._until is None or (now >= self._until and self._probe is None)
 
     def sent(self, id: str) -> None:
-        """In a circuit that is not closed, this one is the probe."""
+        """Note that a request is sent; in a circuit that is not closed it is the probe."""
         if self._until is not None and self._probe is None:
             self._probe = id
 
     def withdrawn(self, id: str) -> None:
-        """Nothing will be learnt of this request; another one may be the probe."""
+        """Note that nothing will be learnt of a request; another one may be the probe."""
         if self._probe == id:
             self._probe = None
 

@@ -34,7 +34,7 @@ class FleetClient:
 
     Args:
         links: make the link to each instance, given whom to tell.
-        observer: told what happens, as the metrics.
+        observer: called with what happens, as the metrics.
         control: moves instances between roles while `run` runs; ``observer`` must tell it.
         vocab_size: token ids of the model as the router knows it, for instances that do not say
             how many they have, as plain vLLM and SGLang servers.
@@ -74,7 +74,7 @@ class FleetClient:
         self._max_waiting = max_waiting
         self._refused_seconds = refused_seconds
         self._refusals: dict[str, str] = {}
-        """Of instances that have never let this router in, by URL."""
+        """Reasons of instances that have never let this router in, by URL."""
         self._waiting = 0
         self._ready = asyncio.Event()
         self._stopped = asyncio.Event()
@@ -82,12 +82,12 @@ class FleetClient:
 
     @property
     def instances(self) -> Sequence[FleetInstance]:
-        """For `/fleet`, the controller and metrics; only the fleet changes them."""
+        """All instances, for `/fleet`, the controller and metrics; only the fleet changes them."""
         return self.fleet.instances
 
     @property
     def info(self) -> EngineReady | None:
-        """What every instance can do that was ever connected; None before the first."""
+        """Limits that hold on every instance that was ever connected; None before the first."""
         facts = [i.facts for i in self.fleet.instances if i.facts and not i.unfit]
         return fleet_facts(facts, self._vocab_size)
 
@@ -163,7 +163,7 @@ class FleetClient:
         return info
 
     async def wait_ready(self, seconds: float) -> EngineReady:
-        """What may be asked, once some instance takes requests.
+        """Wait until some instance takes requests, and return the limits of the fleet.
 
         Raises:
             EngineUnavailableError: not within ``seconds``, or too many requests wait already.

@@ -1,4 +1,4 @@
-"""What the fleet is told at start, and whom it tells."""
+"""Settings of a fleet behind a router, and the interface of its observers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pla_serve.policy.knobs import Knob, check_knobs
 ROUTING = "Routing"
 
 Later = Callable[[float, Callable[[], None]], Timer]
-"""Call a function after so many seconds."""
+"""Calls a function after so many seconds, unless the timer that it returns is cancelled."""
 
 
 class RoutingObserver(Protocol):
-    """What the metrics are told."""
+    """Called with everything that metrics and controllers count."""
 
     def decided(self, seconds: float) -> None:
         """A routing decision took so long."""

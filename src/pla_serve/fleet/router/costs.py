@@ -1,4 +1,4 @@
-"""What a prefill takes on an instance of this fleet."""
+"""Predicts the seconds of a prefill, and of a KV transfer, on the instances of this fleet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FRESH_SECONDS = 1.0
 FETCH_SECONDS = 0.01
 """Messages to and fro before KV begins to move, and until the last of it is confirmed."""
 FIRST_BYTES_PER_SECOND = 1e9
-"""Of KV transfer, until some have been seen; a modest network."""
+"""Rate of KV transfers that is assumed before the first one; a modest network."""
 LEARNING = 0.2
 """Weight of the newest transfer."""
 
@@ -45,11 +45,11 @@ class FleetCost:
         return self._current.prefill_seconds(new_tokens, history)
 
     def transfer_seconds(self, tokens: int) -> float:
-        """To fetch the KV of so many tokens from another instance."""
+        """Return the seconds to fetch the KV of so many tokens from another instance."""
         return FETCH_SECONDS + tokens * self.kv_bytes_per_token / self._bytes_per_second
 
     def fetched(self, tokens: int, seconds: float) -> None:
-        """A fetch of so many tokens took so long, with all that it waited for."""
+        """Learn from a fetch of so many tokens; ``seconds`` includes all that it waited for."""
         rate = tokens * self.kv_bytes_per_token / max(seconds - FETCH_SECONDS, 1e-4)
         if rate > 0:
             self._bytes_per_second += LEARNING * (rate - self._bytes_per_second)

@@ -20,7 +20,8 @@ from pla_serve.policy.routing.router import Placement, Router
 from pla_serve.policy.routing.view import FleetView
 
 TRANSIT_SECONDS = 0.005
-"""What was sent less than this before an instance counted its queue may be missing there."""
+"""Seconds that a message to an instance may take: what was sent so shortly before the instance
+counted its queue is not counted in it."""
 NOBODY: frozenset[str] = frozenset()
 BLAME_SECONDS = 1.0
 """How long an instance that failed a request is kept from it even if there is no other."""
@@ -34,7 +35,7 @@ class ByRoles:
         self._mixed = Predicted()
 
     def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
-        """As the one that applies."""
+        """Return the choice of the policy that applies."""
         classes = any(entry.pool is not Pool.MIXED for entry in view.entries)
         policy: RoutingPolicy = self._pools if classes else self._mixed
         return policy.choose(request, view, pool, now)
@@ -75,7 +76,7 @@ class Dispatcher:
         self.prefixes = PrefixRecord()
         self._instances = instances
         self._transfers: dict[str, str | None] = {}
-        """What KV each can exchange."""
+        """KV that each instance can exchange, by name (`InstanceFacts.transfer`)."""
         self._express: dict[str, bool] = {}
         self._prefill = Router(routing or ByRoles(), self._model())
         self._decode = Router(LeastLoaded("tokens"), self._model())
@@ -87,7 +88,7 @@ class Dispatcher:
     # Instances
 
     def join(self, instance: FleetInstance, now: float) -> None:
-        """It is connected; its facts are known."""
+        """Add an instance that is connected and whose facts are known."""
         facts = instance.facts
         assert facts is not None
         self.prefixes.join(instance.name, facts.kv_tokens)
@@ -103,7 +104,7 @@ class Dispatcher:
         self.note(instance)
 
     def leave(self, instance: FleetInstance) -> None:
-        """It is gone; so are all accounts there."""
+        """Remove an instance that was lost, with all accounts there."""
         for stage in (self._prefill, self._decode):
             if instance.name in stage.view:
                 stage.removed(instance.name)
@@ -113,7 +114,7 @@ class Dispatcher:
         self.cost.gone(instance.name)
 
     def reported(self, instance: FleetInstance, report: InstanceReport, now: float) -> None:
-        """``instance.report`` is new."""
+        """Take over a new report: role, memory, costs and queue."""
         name = instance.name
         stage = self._stage(instance)
         if name not in stage.view:
@@ -134,14 +135,14 @@ class Dispatcher:
         self.note(instance)
 
     def note(self, instance: FleetInstance) -> None:
-        """It opened or closed, or its circuit did."""
+        """Note that an instance opened or closed, or that its circuit did."""
         if instance.open and instance.circuit.closed:
             self._odd.pop(instance.name, None)
         elif instance.connected:
             self._odd[instance.name] = instance
 
     def count(self) -> int:
-        """Instances that prefill; if there are none, all."""
+        """Return the number of instances that prefill; if there are none, of all."""
         return len(self._prefill.view) or len(self._decode.view)
 
     # Requests
@@ -171,7 +172,7 @@ class Dispatcher:
         return None
 
     def charge(self, request: RoutedRequest, plan: DispatchPlan, now: float) -> Attempt:
-        """The request is sent as planned."""
+        """Charge a request that is sent as planned, and return its attempt."""
         instance = plan.instance
         plan.stage.dispatched(plan.numbers, instance.name, now)
         place = plan.place
@@ -189,7 +190,7 @@ class Dispatcher:
         )
 
     def prefilled(self, attempt: Attempt, cached_tokens: int | None, now: float) -> None:
-        """Its first token has come."""
+        """Take over that the first token of an attempt has come, and learn from its time."""
         self._prefill.prefilled(attempt.id, now)
         if attempt.mark is not None:
             self.prefixes.confirm(attempt.instance.name, attempt.mark, cached_tokens)
@@ -203,12 +204,12 @@ class Dispatcher:
             self.cost.saw(attempt.id, *attempt.alone, now - attempt.sent)
 
     def grown(self, request: RoutedRequest, attempt: Attempt) -> None:
-        """The instance keeps the KV of its output as well."""
+        """Note that the instance also keeps the KV of the output."""
         request.extend_chain()
         self.prefixes.extend(attempt.instance.name, request.chain, attempt.blocks)
 
     def finished(self, attempt: Attempt, now: float) -> None:
-        """It has left the instance, at whatever point."""
+        """Take an attempt that has ended, for any reason, off all accounts."""
         self._prefill.finished(attempt.id, now)
         self._decode.finished(attempt.id, now)
         if attempt.mark is not None:
@@ -239,7 +240,7 @@ class Dispatcher:
         return self._plan(self._decode, numbers, name, now)
 
     def uncached_seconds(self, requests: Iterable[RoutedRequest]) -> float:
-        """Predicted prefill of all their tokens."""
+        """Return the predicted prefill of all tokens of some requests, in seconds."""
         return sum(
             self.cost.prefill_seconds(len(request.original.prompt) + len(request.tokens), 0)
             for request in requests

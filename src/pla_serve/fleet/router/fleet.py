@@ -270,7 +270,7 @@ class Fleet:
         return True
 
     def _nowhere(self, request: RoutedRequest, now: float) -> None:
-        """No instance may have the request now: refuse it, fail it, or park it."""
+        """Refuse, fail or park a request that no instance may have now."""
         if request.stalled is None:
             request.stalled = now
         left = request.stalled + self._options.patience_seconds - now

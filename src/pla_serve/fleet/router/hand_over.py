@@ -188,7 +188,7 @@ def _offered(state: HandOver, offer: Offered) -> Transition:
 
 
 def _prefill_at_target(state: HandOver, why: str) -> Transition:
-    """No lent KV comes: the target, which was sent nothing yet, prefills the whole request."""
+    """The target, which was sent nothing yet, prefills the whole request."""
     return state.ended(Outcome(why), Effect.SEND_WHOLE)
 
 

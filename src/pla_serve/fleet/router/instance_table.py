@@ -22,7 +22,7 @@ class InstanceTable:
 
     @property
     def all(self) -> Sequence[FleetInstance]:
-        """In the order in which they were attached."""
+        """All instances, in the order in which they were attached."""
         return list(self._by_name.values())
 
     def of(self, link: Link) -> FleetInstance:

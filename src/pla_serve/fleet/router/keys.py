@@ -1,4 +1,4 @@
-"""Whose work a fleet over its capacity takes: shares between API keys."""
+"""Shares of tenants in a fleet that is over its capacity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Account:
 class KeyShares:
     """Predicted seconds of waiting work by tenant.
 
-    While there is room nobody is counted out. When there is none, each tenant that was heard of
+    While there is room nobody is counted out. When there is none, each tenant that was seen
     lately is entitled to an equal part of the backlog that the fleet may have, and what goes beyond
     is refused. So the one who floods is refused, and one who asks for less than its part is not.
     The backlog stays bounded: by its limit, and one part more for each tenant that joins.
@@ -37,7 +37,7 @@ class KeyShares:
         account.last = now
 
     def discharge(self, tenant: str, id: str, now: float) -> None:
-        """It has its first token, or is gone; unknown ones are ignored."""
+        """Take off a request that has its first token or has ended; unknown ones are ignored."""
         account = self._accounts.get(tenant)
         if account is None:
             return

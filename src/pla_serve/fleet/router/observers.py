@@ -1,4 +1,4 @@
-"""Whoever watches the fleet, as one."""
+"""An observer that passes events on to metrics and to the pool controller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class WithControl:
-    """An `RoutingObserver` that tells the pool controller what it needs as well."""
+    """A `RoutingObserver` that also calls the pool controller with what that needs."""
 
     def __init__(self, metrics: RoutingObserver, control: FleetControl) -> None:
         self._control = control

@@ -1,4 +1,4 @@
-"""Requests that no instance takes just now."""
+"""Keeps the requests that no instance takes just now."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pla_serve.fleet.router.routed_request import RoutedRequest
 
 
 class Parking:
-    """They are placed again when their time has come, or when the fleet has changed."""
+    """Parked requests, which are placed again after a while or when the fleet has changed."""
 
     def __init__(self, later: Later, place: Callable[[RoutedRequest], None]) -> None:
         self._later = later
@@ -23,7 +23,7 @@ class Parking:
         return iter(list(self._parked.values()))
 
     def park(self, request: RoutedRequest, seconds: float) -> None:
-        """Try again after so long."""
+        """Keep a request and place it again after so many seconds."""
 
         def wake() -> None:
             request.timer = None
@@ -34,14 +34,14 @@ class Parking:
         request.timer = self._later(seconds, wake)
 
     def leave(self, request: RoutedRequest) -> None:
-        """It is placed, or has ended; unknown ones are ignored."""
+        """Forget a request that is placed or has ended; unknown ones are ignored."""
         self._parked.pop(request.id, None)
         if request.timer is not None:
             request.timer.cancel()
             request.timer = None
 
     def wake_all(self) -> None:
-        """Place all now, in the order in which they came."""
+        """Place all requests now, in the order in which they were parked."""
         for request in self:
             if request.id in self._parked:
                 self._place(request)

@@ -1,4 +1,4 @@
-"""What each instance is believed to cache, from what was sent there."""
+"""A record of what each instance is believed to cache, made from what was sent there."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class _Kept:
 
 
 class PrefixRecord:
-    """For all instances. Memory is bounded by their capacities, about 150 bytes a block.
+    """Believed prefix caches of all instances. They bound its memory: about 150 bytes a block.
 
     A prompt is recorded when it is sent, so that the next one with the same beginning follows it.
     Blocks of one prompt are used from its end to its beginning, so that ends go first.
@@ -115,7 +115,7 @@ class PrefixRecord:
         self._trim(kept)
 
     def clear(self, name: str) -> None:
-        """Its cache is empty; unknown names are ignored."""
+        """Note that an instance's cache is empty; unknown names are ignored."""
         kept = self._instances.get(name)
         if kept is not None:
             for block in kept.blocks:
@@ -164,7 +164,7 @@ class PrefixRecord:
             self._write(kept, chain.hashes[recorded:] if recorded else chain.hashes)
 
     def confirm(self, name: str, mark: PrefixMark, cached_tokens: int | None) -> None:
-        """It was prefilled, and so many of its tokens had been cached (None: unknown).
+        """Note that a prompt was prefilled, with so many of its tokens cached (None: unknown).
 
         If that is less than was believed, whatever was used no later than the first block that was
         missing is gone as well: the cache there holds less than thought.
@@ -182,7 +182,7 @@ class PrefixRecord:
                 self._evict(kept, kept.uses[0][2])
 
     def undo(self, name: str, mark: PrefixMark) -> None:
-        """It will not be prefilled there: what nobody else has used since is not held."""
+        """Take back a prompt that will not be prefilled there; blocks used since are kept."""
         kept = self._instances.get(name)
         if kept is None or mark.stamp not in kept.pending:
             return
