@@ -128,3 +128,19 @@ def test_a_server_without_room_is_429_and_keeps_its_circuit_closed(kind: str, st
         assert await state(client) == "closed"
 
     run(kind, check)
+
+
+def test_a_router_tokenizes_by_itself() -> None:
+    async def check(client: httpx.AsyncClient, fake: FakeServer) -> None:
+        answer = await client.post("/tokenize", json={"model": MODEL, "prompt": "Hi"})
+        assert answer.json() == {
+            "count": 2,
+            "max_model_len": 1024,
+            "tokens": HI,
+            "token_strs": None,
+        }
+        answer = await client.post("/detokenize", json={"model": MODEL, "tokens": HI})
+        assert answer.json() == {"prompt": "Hi"}
+        assert not fake.bodies
+
+    run("vllm", check)

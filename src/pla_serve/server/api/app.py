@@ -10,12 +10,14 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 from pla_serve import __version__
+from pla_serve.server.api.body import BodyReader
 from pla_serve.server.api.endpoints import Endpoints, Service
-from pla_serve.server.api.guard import Guard, Keys, Traffic
+from pla_serve.server.api.guard import DETOKENIZE, TOKENIZE, Guard, Keys, Traffic
 from pla_serve.server.api.link_access import operator_keys
 from pla_serve.server.api.openapi import openapi, page
 from pla_serve.server.api.routes import Api, ApiRoute, Operation
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
+from pla_serve.server.api.tokenize import DetokenizeRequest, TokenEndpoints, TokenizeRequest
 from pla_serve.server.errors import json_response
 
 ERRORS = {
@@ -30,10 +32,16 @@ def build_app(
     more: Sequence[ApiRoute] = (),
 ) -> ASGIApp:
     """The application of a server, with ``more`` routes beside those that every server has."""
-    routes = [*_openai(Endpoints(service)), *_operations(service, traffic), *more]
+    settings = service.settings
+    bodies = BodyReader(settings.max_body_bytes, settings.limits)
+    routes = [
+        *_openai(Endpoints(service, bodies)),
+        *_tokens(TokenEndpoints(service, bodies)),
+        *_operations(service, traffic),
+        *more,
+    ]
     described = [each for each in routes if isinstance(each, Operation)]
     api = Api([*routes, *_descriptions(described)])
-    settings = service.settings
     scrapers = [*settings.api_keys, *filter(None, [settings.metrics_key])]
     may_scrape = operator_keys(settings.link_key, scrapers) or Keys(())
     return Guard(api, Keys(settings.api_keys), traffic, may_scrape)
@@ -67,6 +75,29 @@ def _openai(endpoints: Endpoints) -> list[Operation]:
             "One of the names of the model.",
             "OpenAI",
             answers=ERRORS,
+        ),
+    ]
+
+
+def _tokens(endpoints: TokenEndpoints) -> list[Operation]:
+    return [
+        Operation(
+            "POST",
+            TOKENIZE,
+            endpoints.tokenize,
+            "Token ids of a text or a conversation.",
+            "tokens",
+            TokenizeRequest,
+            ERRORS,
+        ),
+        Operation(
+            "POST",
+            DETOKENIZE,
+            endpoints.detokenize,
+            "Text of token ids.",
+            "tokens",
+            DetokenizeRequest,
+            ERRORS,
         ),
     ]
 

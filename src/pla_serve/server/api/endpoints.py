@@ -73,23 +73,52 @@ class Service:
     started: int
     """Unix seconds, for the list of models."""
 
+    def model_name(self, asked: str | None) -> str:
+        """Return the name that a request asks for; the first one if it names none.
+
+        Raises:
+            ApiError: 404, this server has no model of that name.
+        """
+        names = self.settings.model_names
+        if asked is None:
+            return names[0]
+        if asked not in names:
+            raise ApiError(
+                404,
+                f"the model {asked[:200]!r} does not exist; this server has {', '.join(names)}",
+                code="model_not_found",
+                param="model",
+            )
+        return asked
+
+    async def ready_engine(self) -> EngineReady:
+        """Wait for the engine, and return what it can do.
+
+        Raises:
+            ApiError: 503, it is not ready within ``settings.restart_wait`` seconds.
+        """
+        try:
+            return await self.engine.wait_ready(self.settings.restart_wait)
+        except EngineUnavailableError as error:
+            raise unavailable(str(error), error.retry_after) from None
+
 
 class Endpoints:
     """One method a route. Answers are ready responses, errors are raised as `ApiError`."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, bodies: BodyReader) -> None:
         self._service = service
         settings = service.settings
-        self._bodies = BodyReader(settings.max_body_bytes, settings.limits)
+        self._bodies = bodies
         self._cache_scopes = CacheScopes(settings.api_keys, shared=settings.share_prefix_cache)
 
     async def chat(self, request: Request) -> Response:
         arrival = time.monotonic()
         service = self._service
-        with self._bodies.upload(_client(request)) as upload:
+        with self._bodies.upload(client_of(request)) as upload:
             body = await upload.read_json(request, ChatRequest)
-            model = self._model(body.model)
-            info = await self._engine()
+            model = self._service.model_name(body.model)
+            info = await self._service.ready_engine()
             prompt = await service.encoder.chat(body, limit=info.max_model_len, size=upload.size)
             header = self._header("chatcmpl", model)
             limit, scope = body.output_limit, self._cache_scope(request, body)
@@ -111,10 +140,10 @@ class Endpoints:
     async def complete(self, request: Request) -> Response:
         arrival = time.monotonic()
         service = self._service
-        with self._bodies.upload(_client(request)) as upload:
+        with self._bodies.upload(client_of(request)) as upload:
             body = await upload.read_json(request, CompletionRequest)
-            model = self._model(body.model)
-            info = await self._engine()
+            model = self._service.model_name(body.model)
+            info = await self._service.ready_engine()
             prompts = await self._prompts(body, info)
             header = self._header("cmpl", model)
             limit = body.max_tokens or COMPLETION_TOKENS
@@ -132,7 +161,7 @@ class Endpoints:
         return json_response({"object": "list", "data": [self._card(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
-        return json_response(self._card(self._model(request.path_params["model"])))
+        return json_response(self._card(self._service.model_name(request.path_params["model"])))
 
     async def _answer(
         self,
@@ -232,25 +261,6 @@ class Endpoints:
         except TooManyChecks as error:
             raise over_capacity(str(error), 1.0) from None
 
-    async def _engine(self) -> EngineReady:
-        try:
-            return await self._service.engine.wait_ready(self._service.settings.restart_wait)
-        except EngineUnavailableError as error:
-            raise unavailable(str(error), error.retry_after) from None
-
-    def _model(self, name: str | None) -> str:
-        names = self._service.settings.model_names
-        if name is None:
-            return names[0]
-        if name not in names:
-            raise ApiError(
-                404,
-                f"the model {name[:200]!r} does not exist; this server has {', '.join(names)}",
-                code="model_not_found",
-                param="model",
-            )
-        return name
-
     def _header(self, prefix: str, model: str) -> Header:
         return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
 
@@ -267,7 +277,7 @@ class Endpoints:
         }
 
 
-def _client(request: Request) -> str:
+def client_of(request: Request) -> str:
     """Whom uploads are charged to: the API key's owner, or an address where there are no keys."""
     address = request.client.host if request.client else ""
     return tenant(request.scope) or address

@@ -22,6 +22,9 @@ TENANT = "pla_serve.tenant"
 """Key in the ASGI scope."""
 
 METRICS = "/metrics"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+SERVED = ("/v1/", TOKENIZE, DETOKENIZE)
+"""Begins of the paths that API keys open, and whose requests a drain waits for."""
 
 ID = re.compile(r"[!-~]{1,128}")
 """Request ids that are taken over: printable, and no longer than anybody needs."""
@@ -99,11 +102,11 @@ class Guard:
         self._scrapers = scrapers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(("/v1/", METRICS)):
+        if scope["type"] != "http" or not scope["path"].startswith((*SERVED, METRICS)):
             await self._app(scope, receive, send)
             return
         send = name_answers(scope, send)
-        serves = scope["path"].startswith("/v1/")
+        serves = scope["path"].startswith(SERVED)
         keys = self._keys if serves else self._scrapers
         who = keys.admit(dict(scope["headers"]).get(b"authorization"))
         if who is None:

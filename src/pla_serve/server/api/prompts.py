@@ -62,8 +62,23 @@ class PromptEncoder:
             lambda: self._encode(text, limit, add_special_tokens),
         )
 
-    async def tokens(self, tokens: list[int], *, vocab_size: int, limit: int) -> list[int]:
-        """The same tokens, checked.
+    async def spellings(self, tokens: list[int]) -> list[str]:
+        """Return each token as the vocabulary spells it, in a thread if they are many."""
+
+        def work() -> list[str]:
+            return list(self._tokenizer.convert_ids_to_tokens(tokens))
+
+        return await self._run(len(tokens), len(tokens) <= INLINE_CHARACTERS, work)
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        """Return the text of tokens, in a thread if they are many."""
+        inline = len(tokens) <= INLINE_CHARACTERS
+        return await self._run(len(tokens), inline, lambda: self.decode(tokens))
+
+    async def tokens(
+        self, tokens: list[int], *, vocab_size: int, limit: int, param: str = "prompt"
+    ) -> list[int]:
+        """The same tokens, checked. ``param`` is their field in the request.
 
         Raises:
             ApiError: an id outside the vocabulary, or more than ``limit`` of them.
@@ -71,7 +86,7 @@ class PromptEncoder:
         return await self._run(
             len(tokens),
             len(tokens) <= INLINE_TOKENS,
-            lambda: check_tokens(tokens, vocab_size, limit),
+            lambda: check_tokens(tokens, vocab_size, limit, param),
         )
 
     async def chat(self, request: ChatRequest, *, limit: int, size: int) -> list[int]:
@@ -166,7 +181,9 @@ class PromptEncoder:
         return ids
 
 
-def check_tokens(tokens: list[int], vocab_size: int, limit: int) -> list[int]:
+def check_tokens(
+    tokens: list[int], vocab_size: int, limit: int, param: str = "prompt"
+) -> list[int]:
     """Raises:
     ApiError: an id outside the vocabulary, or more than ``limit`` of them.
     """
@@ -174,5 +191,5 @@ def check_tokens(tokens: list[int], vocab_size: int, limit: int) -> list[int]:
         raise too_long(len(tokens), limit)
     if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
         bad = next(token for token in tokens if not 0 <= token < vocab_size)
-        raise invalid(f"token ids must lie in 0 to {vocab_size - 1}, not {bad}", "prompt")
+        raise invalid(f"token ids must lie in 0 to {vocab_size - 1}, not {bad}", param)
     return tokens

@@ -44,17 +44,17 @@ def read_prompts(value: object) -> list[str | list[int]]:
         return [value]
     if not isinstance(value, list) or not value:
         raise ValueError("give a string, token ids, or a non-empty list of one of these")
-    if _all_ints(value):
+    if all_ints(value):
         return [value]
     if len(value) > MAX_SEQUENCES:
         raise ValueError(f"at most {MAX_SEQUENCES} prompts in one request, not {len(value)}")
     for index, item in enumerate(value):
-        if not isinstance(item, str) and not (isinstance(item, list) and _all_ints(item)):
+        if not isinstance(item, str) and not (isinstance(item, list) and all_ints(item)):
             raise ValueError(f"item {index} is neither a string nor a list of token ids")
     return list(value)
 
 
-def _all_ints(items: list[Any]) -> bool:
+def all_ints(items: list[Any]) -> bool:
     """A few at a time, so that other threads get their turn. A bool is an int to isinstance."""
     starts = range(0, len(items), INTS_AT_ONCE)
     return all(set(map(type, items[start : start + INTS_AT_ONCE])) <= {int} for start in starts)
