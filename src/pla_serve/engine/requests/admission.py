@@ -150,6 +150,11 @@ class Intake:
     def _fault(self, request: AddRequest) -> str | None:
         """Return why the model cannot serve this request at any time, or None if it can."""
         limits = self.limits
+        if request.prompt and not 0 <= request.generated < len(request.prompt):
+            return (
+                f"generated says that {request.generated} of {len(request.prompt)} tokens are "
+                "output; at least one of them must be prompt"
+            )
         out_of_range = range_fault(request)
         if out_of_range is not None:
             return f"invalid request: {out_of_range}"
@@ -162,11 +167,6 @@ class Intake:
             )
         if not (min(request.prompt) >= 0 and max(request.prompt) < limits.vocab_size):
             return f"the prompt has a token id outside 0 to {limits.vocab_size - 1}"
-        if not 0 <= request.generated < len(request.prompt):
-            return (
-                f"generated says that {request.generated} of {len(request.prompt)} tokens are "
-                "output; at least one of them must be prompt"
-            )
         if request.generated >= request.sampling.max_tokens:
             return (
                 f"nothing is left to make: {request.generated} of "
