@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,18 @@ def vocabulary() -> tuple[list[str], list[int], list[str]]:
     return tokens + unused, kinds, merges
 
 
-def write_gguf(path: Path, source: Any, *, pre: str = "smollm", **extra_keys: Any) -> None:
-    """Write the file that llama.cpp's converter writes for ``source``, in float32."""
+def write_gguf(
+    path: Path,
+    source: Any,
+    *,
+    pre: str = "smollm",
+    add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
+    **extra_keys: Any,
+) -> None:
+    """Write the file that llama.cpp's converter writes for ``source``, in float32.
+
+    ``add_tokenizer`` writes another tokenizer than the byte-level one of `vocabulary`.
+    """
     arch = source.config.model_type
     settings = source.config
     writer = gguf.GGUFWriter(path, arch)
@@ -81,7 +92,10 @@ def write_gguf(path: Path, source: Any, *, pre: str = "smollm", **extra_keys: An
     for key, value in extra_keys.items():
         name = f"{arch}.{key.replace('__', '.')}"
         _adder(writer, value)(name, value)
-    _add_tokenizer(writer, pre)
+    if add_tokenizer is None:
+        _add_tokenizer(writer, pre)
+    else:
+        add_tokenizer(writer)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch),
         settings.num_hidden_layers,

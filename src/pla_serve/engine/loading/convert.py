@@ -18,6 +18,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from pla_serve.engine.loading import spm
 from pla_serve.engine.loading.errors import UnsupportedModel
 from pla_serve.engine.loading.rope import ROPE_FACTORS, rope_scaling
 
@@ -197,6 +198,8 @@ def _save_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
                 f"how its tokenizer splits text ({split!r}) is not known here. "
                 "Serve its safetensors, which bring their tokenizer."
             )
+    elif kind == "llama":
+        spm.restore(tokenizer.backend_tokenizer, spm.metadata_of(path))
     tokenizer.model_max_length = metadata[f"{metadata['general.architecture']}.context_length"]
     tokenizer.save_pretrained(folder)
     saved = AutoTokenizer.from_pretrained(folder)

@@ -13,7 +13,7 @@ from pla_serve.engine.loading.cache import build_once
 from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
 from pla_serve.engine.loading.progress import LoadingProgress
 
-FORMAT = 2
+FORMAT = 3
 """Part of every cache key. Raise it when the conversion changes: all files are converted again."""
 
 
