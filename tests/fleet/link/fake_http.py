@@ -83,6 +83,9 @@ class FakeServer:
     async def server_info(self, request: Request) -> Response:
         return JSONResponse(self.info or {}, 200 if self.info else 404)
 
+    async def properties(self, request: Request) -> Response:
+        return JSONResponse({"default_generation_settings": {"n_ctx": 1024}})
+
     async def generate(self, request: Request) -> Response:
         self.bodies.append(await request.json())
         if self.status != 200:
@@ -114,6 +117,8 @@ async def serving(fake: FakeServer) -> AsyncIterator[FakeServer]:
             Route("/server_info", fake.server_info),
             Route("/v1/completions", fake.generate, methods=["POST"]),
             Route("/generate", fake.generate, methods=["POST"]),
+            Route("/completion", fake.generate, methods=["POST"]),
+            Route("/props", fake.properties),
         ]
     )
     listener = listen("127.0.0.1", 0)

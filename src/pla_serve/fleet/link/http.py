@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import httpx
 import msgspec
@@ -64,7 +64,7 @@ class Dialect(Protocol):
     """Protocol of one kind of server: requests, answers, facts and load."""
 
     @property
-    def kind(self) -> Literal["vllm", "sglang"]: ...
+    def kind(self) -> str: ...
 
     @property
     def path(self) -> str:

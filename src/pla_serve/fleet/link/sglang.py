@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import msgspec
@@ -64,7 +64,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 class SglangDialect:
     """See `Dialect`."""
 
-    kind: Literal["vllm", "sglang"] = "sglang"
+    kind: str = "sglang"
     path = "/generate"
 
     def body(self, request: AddRequest, model: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ instance began; see `body`. Tried with vLLM 0.32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import msgspec
@@ -60,7 +60,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 class VllmDialect:
     """See `Dialect`."""
 
-    kind: Literal["vllm", "sglang"] = "vllm"
+    kind: str = "vllm"
     path = "/v1/completions"
 
     def body(self, request: AddRequest, model: str) -> dict[str, Any]:
