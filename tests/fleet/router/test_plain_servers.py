@@ -111,7 +111,9 @@ def test_a_server_that_fails_requests_is_502_and_opens_its_circuit(kind: str, st
             assert await state(client) == before
             failed = await complete(client)
             assert failed.status_code == 502, failed.text
-            assert "no such thing" in failed.json()["error"]["message"]
+            message = failed.json()["error"]["message"]
+            assert "no such thing" in message
+            assert "127.0.0.1" not in message
 
     run(kind, check, most_failures=1)
 

@@ -322,12 +322,12 @@ class Fleet:
             self._deliver(request, attempt, tokens)
         if request.attempt is not attempt:
             return  # its client closed it on the way
-        instance = attempt.instance
+        instance, reason = attempt.instance, output.error or "it gave no reason"
+        self._log.warning("%s failed request %s: %s", instance.name, request.id, reason)
         instance.circuit.failed(self.clock())
         self.dispatcher.note(instance)
         self.observer.moved(instance.name, "error", bool(request.tokens))
-        reason = output.error or "it ended the request without a reason"
-        self._move(request, f"{instance.name} failed it: {reason}", answered=True)
+        self._move(request, f"an instance failed it: {reason}", answered=True)
 
     def _deliver(self, request: RoutedRequest, attempt: Attempt, output: Output) -> None:
         """Give the client tokens, and the end if the output carries it."""
