@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 
 import httpx
 import psutil
@@ -216,6 +216,58 @@ def test_a_body_in_tiny_chunks_is_refused(live: Live) -> None:
         )
         assert not takes_all(raw, b"1\r\n \r\n" * 1000, 5000)
     until(lambda: live.instance.traffic.in_flight == 0, "the end of its request")
+
+
+@pytest.mark.parametrize("beside", [b"0\r\nX-Trailer: ", b"2;"], ids=["trailer", "extension"])
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/nowhere"])
+def test_what_comes_beside_a_body_is_bounded(live: Live, path: bytes, beside: bytes) -> None:
+    """The parser copies an unfinished trailer for each piece of it: 20 MB took it minutes."""
+    with closing(connect(live)) as raw:
+        raw.sendall(
+            b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n" + beside
+        )
+        sent = 0
+        with suppress(OSError):
+            while sent < 16 * 2**20:
+                raw.sendall(b"a" * 16384)
+                sent += 16384
+        assert sent < 16 * 2**20, "nobody stops it"
+    assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+def test_small_trailers_are_accepted(live: Live) -> None:
+    with closing(connect(live)) as raw:
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b'21;why\r\n{"prompt": "chunks and trailers"}\r\n0\r\nX-Trailer: ' + b"a" * 4000
+        )
+        raw.sendall(b"\r\n\r\n")
+        assert status_of(read_all(raw)) == 200
+
+
+@pytest.mark.parametrize(
+    ("pipelined", "close"), [(1, b""), (4, b""), (1, b"Connection: close\r\n")]
+)
+def test_answers_that_nobody_reads_are_thrown_away(
+    quick: Live, pipelined: int, close: bytes
+) -> None:
+    """Each would keep its megabytes, and its connection, for as long as the client likes."""
+    content = json.dumps({"prompt": "long " * 8000, "echo": True, "n": 256}).encode()
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        + close
+        + b"Content-Length: %d\r\n\r\n" % len(content)
+        + content
+    )
+    with closing(socket.socket()) as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", quick.port))
+        raw.sendall(request * pipelined)
+        until(lambda: len(quick.instance.connections) == 1, "arrival")
+        until(lambda: len(quick.instance.connections) == 0, "the end of the connection")
+    until(lambda: quick.instance.traffic.in_flight == 0, "the end of its requests")
 
 
 def test_a_body_in_a_few_small_chunks_is_served(live: Live) -> None:

@@ -62,7 +62,13 @@ class BoundedHttp(HttpToolsProtocol):
         """Bytes of its complete headers."""
         self._parts = 0
         self._body_bytes = 0
+        self._beside_bytes = 0
+        """Bytes since the last part of the body: a chunk's extension or the trailers."""
         self._deadline = math.inf
+        self._unread_bytes = 0
+        """Bytes that waited for the client when `overdue` last looked."""
+        self._read_at = self.loop.time()
+        """When the client was last seen to read, or had nothing to read."""
         self._refusal: ApiError | None = None
         self._running: RequestResponseCycle | None = None
         """The request that is being answered, or was last."""
@@ -72,11 +78,27 @@ class BoundedHttp(HttpToolsProtocol):
     def overdue(self, now: float) -> bool:
         if self.flow.read_paused:  # it is the server that makes the client wait
             self._deadline = max(self._deadline, now + self._limits.head_seconds)
-        return not self._upgraded and now >= self._deadline
+        if self._upgraded:
+            return False
+        return self._unread_for(now) >= self._limits.idle_seconds or now >= self._deadline
+
+    def _unread_for(self, now: float) -> float:
+        """Seconds for which a complete answer has waited for a client that reads nothing.
+
+        A stream under way has a bound of its own, for it may rest with little in the buffer.
+        """
+        unread = self.transport.get_write_buffer_size()
+        streams = self._answering() and self.cycle.response_started
+        if unread < self._unread_bytes or not unread or streams:
+            self._read_at = now
+            if unread:
+                self._deadline = max(self._deadline, now + self._limits.idle_seconds)
+        self._unread_bytes = unread
+        return now - self._read_at
 
     def expire(self) -> None:
-        if not self._in_head:
-            self.transport.abort()
+        if not self._in_head or self.transport.get_write_buffer_size():
+            self.transport.abort()  # to close would be to wait until the client has read all
         elif self._head_bytes:
             self._refuse(ApiError(408, "the head of the request did not arrive in time"))
         else:
@@ -119,19 +141,25 @@ class BoundedHttp(HttpToolsProtocol):
     def _feed(self, piece: bytes) -> None:
         if self._in_head and not self._head_bytes and not self._answering():
             self._deadline = self.loop.time() + self._limits.head_seconds
+        self._beside_bytes += len(piece)
         super().data_received(piece)
-        if self._in_head and not self._upgraded and not self.transport.is_closing():
+        if self._upgraded or self.transport.is_closing():
+            return
+        if self._in_head:
             self._head_bytes += len(piece)
             self._registry.hold(len(piece))
             if self._head_bytes > self._limits.max_head_bytes:
                 self._refuse(_too_large(self._limits.max_head_bytes))
+        elif self._beside_bytes > self._limits.max_head_bytes:
+            # The parser copies all of an unfinished trailer for each piece of it that comes.
+            self.transport.abort()
 
     # What the parser calls
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
-        self._field_bytes = self._parts = self._body_bytes = 0
+        self._field_bytes = self._parts = self._body_bytes = self._beside_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -148,6 +176,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._beside_bytes = 0
         self._forget_head()
         self._registry.began(self)
         self._deadline = self.loop.time() + self._limits.body_seconds + GRACE_SECONDS
@@ -158,6 +187,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._parts += 1
         self._body_bytes += len(body)
+        self._beside_bytes = 0
         if self._parts > TINY_PARTS and self._body_bytes < TINY_BYTES * self._parts:
             self._stop(ApiError(400, "the body came in too many small parts"))
         super().on_body(body)
