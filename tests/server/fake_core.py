@@ -122,7 +122,7 @@ class FakeCore:
 
     def script(self, request: AddRequest) -> list[int]:
         grammar = request.sampling.grammar
-        if grammar is not None:
+        if grammar is not None and not grammar.optional:
             return [*json.dumps({"grammar": grammar.kind}).encode(), EOS]
         prompt = request.prompt[: len(request.prompt) - request.generated]
         if request.sampling.ignore_eos:

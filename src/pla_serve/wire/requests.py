@@ -24,12 +24,14 @@ from pla_serve.wire.limits import (
 )
 
 
-class Grammar(msgspec.Struct, frozen=True, tag_field=None):
+class Grammar(msgspec.Struct, frozen=True, tag_field=None, omit_defaults=True):
     """A constraint on the output text."""
 
     kind: Literal["json_object", "json_schema", "regex", "lark"]
     spec: Text = ""
     """The schema as JSON text, the regular expression, or the grammar; empty for json_object."""
+    optional: bool = False
+    """Whether an engine that has no grammars of this kind may leave it out."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -270,3 +270,34 @@ def test_a_format_that_the_template_cannot_ask_for_is_refused() -> None:
     with pytest.raises(ValueError, match="shows no tools"):
         ToolSupport(make_tokenizer(), "{{ messages }}", "hermes")
     assert ToolSupport(make_tokenizer(), "{{ messages }}").format.name == "plain_json"
+
+
+def test_a_required_call_is_held_to_a_grammar(hermes: openai.OpenAI) -> None:
+    """The fake engine says which kind of grammar it was given."""
+    for choice in ("required", {"type": "function", "function": {"name": "now"}}):
+        answer = ask(hermes, "x", tool_choice=choice)
+        assert answer.choices[0].message.content == '{"grammar": "lark"}'
+
+
+def broken(**fields: Any) -> list[dict[str, Any]]:
+    parameters = {"type": "object", "properties": {"a": {"type": "nonsense"}}}
+    return [{"type": "function", "function": {"name": "f", "parameters": parameters, **fields}}]
+
+
+def test_a_schema_that_cannot_be_compiled(hermes: openai.OpenAI) -> None:
+    """Arguments are any object then, but for strict functions."""
+    assert ask(hermes, "x", tools=broken()).choices[0].message.content == "x"
+    required = ask(hermes, "x", tools=broken(), tool_choice="required")
+    assert required.choices[0].message.content == '{"grammar": "lark"}'
+    for choice in ("auto", "required"):
+        with pytest.raises(openai.BadRequestError, match="nonsense") as caught:
+            ask(hermes, "x", tools=broken(strict=True), tool_choice=choice)
+        assert caught.value.param == "tools"
+
+
+def test_constraints_beside_tools(hermes: openai.OpenAI) -> None:
+    as_json = {"response_format": {"type": "json_object"}}
+    assert ask(hermes, "x", **as_json).choices[0].message.content == '{"grammar": "lark"}'
+    for fields in ({**as_json, "tool_choice": "required"}, {"extra_body": {"guided_regex": "a"}}):
+        with pytest.raises(openai.BadRequestError):
+            ask(hermes, "x", **fields)

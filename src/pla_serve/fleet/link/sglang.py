@@ -229,4 +229,6 @@ def _constraint(grammar: Grammar) -> dict[str, Any]:
         case "regex":
             return {"regex": grammar.spec}
         case "lark":
+            if grammar.optional:
+                return {}
             raise Unmappable("SGLang takes EBNF, not Lark grammars (grammar)")

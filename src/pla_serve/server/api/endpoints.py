@@ -29,6 +29,7 @@ from pla_serve.server.api.schema import (
     CompletionRequest,
     GenerationRequest,
 )
+from pla_serve.server.api.tool_constraint import Check, with_tool_grammar
 from pla_serve.server.api.tool_format import ToolChatFormat
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.errors import (
@@ -129,12 +130,16 @@ class Endpoints:
             form: Format = ChatFormat(service.names, logprobs=bool(body.logprobs))
             if use is not None:
                 plan = replace(plan, keep_special=service.tools.keep)
+                check = self._checker(request, "tools")
+                plan = await with_tool_grammar(plan, use, service.tools, check)
                 form = ToolChatFormat(
                     service.names,
                     logprobs=bool(body.logprobs),
                     make_reader=service.tools.reader(use),
                     parallel=use.parallel,
                 )
+            elif (grammar := plan.sampling[0].grammar) is not None:
+                await self._checker(request)(grammar)
             return await self._answer(request, upload, body, plan, form, header)
 
     async def complete(self, request: Request) -> Response:
@@ -153,6 +158,8 @@ class Endpoints:
             )
             echoes = await service.encoder.texts(body.prompt) if body.echo else []
             wants = body.logprobs is not None
+            if (grammar := plan.sampling[0].grammar) is not None:
+                await self._checker(request)(grammar)
             form = CompletionFormat(service.names, logprobs=wants, echoes=echoes, n=plan.n)
             return await self._answer(request, upload, body, plan, form, header)
 
@@ -173,10 +180,6 @@ class Endpoints:
         header: Header,
     ) -> Response:
         service, settings = self._service, self._service.settings
-        grammar = plan.sampling[0].grammar
-        if grammar is not None:
-            client = request.client.host if request.client else ""
-            await self._check(grammar, tenant(request.scope) or client)
         session = service.engine.session(settings.max_unread_tokens, tenant(request.scope))
         trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
         entry = JournalEntry(request_id.get() or plan.id, plan.arrival, trace)
@@ -253,13 +256,19 @@ class Endpoints:
                 await asyncio.sleep(0)
         return found
 
-    async def _check(self, grammar: Grammar, who: str) -> None:
-        try:
-            await self._service.check_grammar(grammar, who)
-        except ValueError as error:
-            raise invalid(f"the constraint cannot be used: {error}", "response_format") from None
-        except TooManyChecks as error:
-            raise over_capacity(str(error), 1.0) from None
+    def _checker(self, request: Request, param: str = "response_format") -> Check:
+        """Return the check of grammars of this client; ``param`` is what errors name."""
+        who = _client(request)
+
+        async def check(grammar: Grammar) -> None:
+            try:
+                await self._service.check_grammar(grammar, who)
+            except ValueError as error:
+                raise invalid(f"the constraint cannot be used: {error}", param) from None
+            except TooManyChecks as error:
+                raise over_capacity(str(error), 1.0) from None
+
+        return check
 
     def _header(self, prefix: str, model: str) -> Header:
         return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)

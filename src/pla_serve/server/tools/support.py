@@ -7,7 +7,10 @@ from typing import Any
 
 from pla_serve.server.tools.choice import PLAIN, choose_format
 from pla_serve.server.tools.events import AnswerReader
-from pla_serve.server.tools.tool import ToolUse
+from pla_serve.server.tools.format_grammars import GRAMMARS, PLAIN_GRAMMAR, FormatGrammar
+from pla_serve.server.tools.formats import harmony
+from pla_serve.server.tools.grammar import GrammarWriter
+from pla_serve.server.tools.tool import Schema, ToolUse
 
 
 class ToolSupport:
@@ -32,7 +35,8 @@ class ToolSupport:
     """
 
     def __init__(self, tokenizer: Any, template: str | None, name: str = "auto") -> None:
-        shows_tools = "tools" in (template or "")
+        self._template = template or ""
+        shows_tools = "tools" in self._template
         self.format = choose_format(template or "", name)
         if template and not shows_tools:
             if name not in ("auto", PLAIN.name):
@@ -52,4 +56,40 @@ class ToolSupport:
 
     def reader(self, use: ToolUse) -> Callable[[], AnswerReader]:
         """Return what makes readers, one for each choice of an answer."""
-        return lambda: self.format.reader(use.tools)
+        written = PLAIN if use.must_call and self._grammar() is None else self.format
+        return lambda: written.reader(use.tools)
+
+    def grammar(
+        self, use: ToolUse, content: Schema | None = None, *, loose: bool = False
+    ) -> str | None:
+        """Return the grammar of an answer in Lark, or None if the answer is left free.
+
+        Args:
+            use: the functions, and whether one has to be called.
+            content: schema of an answer without calls; None: it is free text.
+            loose: let the arguments of functions that are not strict be any object.
+
+        Raises:
+            ValueError: the format cannot tell such an answer from a call.
+        """
+        writer = GrammarWriter(use, self.special, self._template, loose)
+        known = self._grammar()
+        if use.must_call:
+            return (known or PLAIN_GRAMMAR).required(writer)
+        if content is None:
+            return None if known is None else known.optional(writer, None)
+        if known is None or self.format.name in UNMARKED:
+            raise ValueError(
+                "this model's tool calls cannot be told from an answer in JSON; set tool_choice to "
+                "none or required, or leave out response_format"
+            )
+        return known.optional(writer, writer.json(content, strict=True))
+
+    def _grammar(self) -> FormatGrammar | None:
+        if self.format.name == "harmony" and not self.special.keys() >= set(harmony.MARKERS[:4]):
+            return None
+        return GRAMMARS.get(self.format.name)
+
+
+UNMARKED = ("plain_json", "llama3_json", "pythonic")
+"""Formats whose calls begin as other answers in JSON may."""
