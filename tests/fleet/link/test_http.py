@@ -219,6 +219,10 @@ def test_every_parameter_has_its_place_at_vllm() -> None:
         assert body["structured_outputs"] == said
     params = SglangDialect().body(add("a", sampling={"grammar": Grammar("json_object")}), "m")
     assert params["sampling_params"]["json_schema"] == '{"type": "object"}'
+    may_be_left_out = {"grammar": Grammar("lark", "s", optional=True)}
+    with_it = SglangDialect().body(add("a", sampling=may_be_left_out), "m")
+    assert with_it == SglangDialect().body(add("a"), "m")
+    assert VllmDialect().body(add("a", sampling=may_be_left_out), "m")["structured_outputs"]
 
 
 @pytest.mark.parametrize(
