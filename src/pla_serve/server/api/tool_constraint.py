@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import msgspec
 
-from pla_serve.server.api.errors import ApiError, invalid
 from pla_serve.server.api.params import MOST_CONSTRAINT
+from pla_serve.server.errors import ApiError, invalid
 from pla_serve.server.generation.generation import GenerationPlan
 from pla_serve.server.tools.support import ToolSupport
 from pla_serve.server.tools.tool import ANY_OBJECT, Schema, ToolUse
