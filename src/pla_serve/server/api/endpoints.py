@@ -258,7 +258,7 @@ class Endpoints:
 
     def _checker(self, request: Request, param: str = "response_format") -> Check:
         """Return the check of grammars of this client; ``param`` is what errors name."""
-        who = _client(request)
+        who = client_of(request)
 
         async def check(grammar: Grammar) -> None:
             try:
