@@ -27,17 +27,19 @@ LIMITS = llguidance.LLParserLimits(
 )
 """Tighter than llguidance's own. They bound most masks to some 10 ms, but not all of them."""
 RENEWALS = 2
-"""How often a text may leave a compiled grammar that is full for a fresh one."""
+"""Times that one text may move to a freshly compiled grammar because the states of the old one are
+used up."""
 WHITESPACE = r"[ \n\t\r]{0,64}"
 """Between the parts of JSON. Bounded, or a small model can write blanks until its last token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompiledGrammar:
-    """A matcher at its start, to be copied, and the CPU seconds it took to make.
+    """Initial matcher, of which each sequence gets a copy, and the CPU seconds of compiling it.
 
-    Copies share what they learn of the grammar's states, which is what makes later masks cheap. But
-    states are limited in number, so one compiled grammar can be used up by its copies together.
+    Copies share the grammar states that any of them has computed, so later masks are cheaper. The
+    number of states is limited for all copies together. When it is reached, the grammar is compiled
+    anew (`GrammarCompiler.discard`).
     """
 
     matcher: Any
@@ -89,7 +91,7 @@ class GrammarCompiler:
             )
 
     def start(self, grammar: Grammar) -> GrammarMatcher:
-        """A matcher at the start of its text.
+        """Return a matcher at the start of a text.
 
         Raises:
             GrammarError: what is wrong, for the client.
@@ -97,7 +99,7 @@ class GrammarCompiler:
         return GrammarMatcher(self, grammar)
 
     def compiled(self, grammar: Grammar) -> CompiledGrammar:
-        """The grammar from the cache, or compiled now.
+        """Return the compiled grammar, from the cache if it is there.
 
         Raises:
             GrammarError: what is wrong, for the client.
@@ -111,7 +113,7 @@ class GrammarCompiler:
         return known
 
     def discard(self, grammar: Grammar, used_up: CompiledGrammar) -> None:
-        """Compile ``grammar`` anew when it is next asked for, if ``used_up`` is still the one."""
+        """Drop a compiled grammar that is used up, so that it is compiled anew when needed."""
         if self._cache.get(grammar) is used_up:
             del self._cache[grammar]
 
@@ -163,7 +165,10 @@ class GrammarMatcher:
         return mask
 
     def mask(self) -> bytes:
-        """Bit ``i % 8`` of byte ``i // 8`` allows token i; nothing is allowed after an error."""
+        """Compute the mask of the next token: bit ``i % 8`` of byte ``i // 8`` allows token i.
+
+        After an error no token is allowed.
+        """
         compiler = self._compiler
         begin = compiler.clock()
         mask: bytes = self._matcher.compute_bitmask()
@@ -177,7 +182,7 @@ class GrammarMatcher:
         return mask
 
     def advance(self, token: int) -> str | None:
-        """Go past ``token``, which the mask allowed and which is no EOS; returns ``error``."""
+        """Append ``token``, which the mask allowed and which is not EOS. Returns ``error``."""
         begin = self._compiler.clock()
         self._tokens.append(token)
         self._matcher.consume_token(token)
@@ -188,7 +193,7 @@ class GrammarMatcher:
         return self.error
 
     def _renew(self) -> bool:
-        """Go to the same place of a freshly compiled copy; False if that was tried enough."""
+        """Replay the text on a freshly compiled grammar; False after RENEWALS of these."""
         if self.error is not None or self._renewals == RENEWALS:
             return False
         self._renewals += 1
@@ -250,7 +255,7 @@ def _checked_json(spec: str) -> str:
 
 
 def _first_lines(message: str) -> str:
-    """An error without backtraces and with a length that fits a response."""
+    """Return an error message without backtraces, at most 500 characters."""
     kept = message.split("\n<", 1)[0].strip()
     if kept.startswith("panic:"):
         kept = "it is larger than the compiler can hold"

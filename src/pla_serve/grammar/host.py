@@ -43,29 +43,29 @@ from pla_serve.grammar.tokenizer import GrammarVocabulary
 log = logging.getLogger(__name__)
 
 LOW_PRIORITY = 10
-"""Niceness. The engine gets nine tenths of a processor beside such a worker, which goes on."""
+"""Niceness of slow workers. Beside one of them the engine gets nine tenths of a core."""
 NOT_NEEDED = "it is needed no longer"
 MOST_FAILED_STARTS = 3
-"""So many nurseries in a row may end without a worker before no other one is tried."""
+"""Nurseries in a row that may end without forking a worker, before no other one is started."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnd:
-    """Why a worker has ended."""
+    """End of a worker, and its reason."""
 
     status: int | None
-    """Its exit status, or minus the signal that ended it; None: unknown."""
+    """Exit status, or minus the signal that ended the worker; None if unknown."""
     killed_for: str | None = None
-    """Why it was killed from here."""
+    """Reason for which this process killed the worker; None if it did not."""
 
     @property
     def certain(self) -> bool:
-        """The same grammar would end another worker as well."""
+        """Whether the same grammar would end another worker in the same way."""
         sure = (signal.SIGPROF, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
         return self.killed_for is None and self.status is not None and -self.status in sure
 
     def cause(self, limits: GrammarLimits, seconds: float) -> str:
-        """What to tell the client whose grammar the worker was busy with.
+        """Return the cause for the client whose grammar the worker was computing.
 
         Args:
             seconds: of CPU time that the work was allowed.
@@ -91,14 +91,14 @@ class GrammarWorker:
         self.id = id
         self.frames = Frames(sock, FromWorker)
         self.pid: int | None = None
-        """None until it runs."""
+        """Process id; None until the worker runs."""
         self.end: WorkerEnd | None = None
-        """Set once it has ended and its last messages can be read."""
+        """How the worker ended; None until then. Its last messages can still be read."""
         self.killed_for: str | None = None
         self.low_priority = False
 
     def receive(self) -> Iterator[Any]:
-        """What it has sent so far; `WorkerEnd` is not part of it."""
+        """Yield the messages that the worker has sent so far."""
         while self.frames.read():
             yield from self.frames.messages()
 
@@ -113,7 +113,7 @@ class GrammarHost:
     def __init__(self, vocabulary: GrammarVocabulary, limits: GrammarLimits) -> None:
         self.limits = limits
         self.workers: dict[int, GrammarWorker] = {}
-        """Those that run; by their number."""
+        """Workers that run, by their number."""
         self._launch = NurseryLaunch(vocabulary.size, sorted(vocabulary.eos_token_ids), limits)
         self._tokenizer = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
         self._tokenizer.write(vocabulary.tokenizer_json.encode())
@@ -124,21 +124,21 @@ class GrammarHost:
 
     @property
     def control(self) -> socket.socket:
-        """Readable when `poll` has something to do. Another one after a nursery was lost."""
+        """Socket that is readable when `poll` has something to do. A new nursery has a new one."""
         return self._control.socket
 
     @property
     def nursery_pid(self) -> int:
-        """The process that forks workers."""
+        """Process id of the nursery, which forks the workers."""
         return self._child.pid
 
     @property
     def control_lost(self) -> bool:
-        """The nursery is gone; `fork` starts another one."""
+        """Whether the nursery is gone; `fork` then starts another one."""
         return self._control.ended
 
     def fork(self) -> GrammarWorker:
-        """A new worker. What is sent to it before it runs waits in its socket.
+        """Fork a worker. Messages that are sent to it before it runs wait in its socket.
 
         Raises:
             GrammarError: nurseries do not start on this machine.
@@ -165,15 +165,17 @@ class GrammarHost:
             self._control.send(Kill(worker.id))
 
     def lower_priority(self, worker: GrammarWorker) -> None:
-        """Let everything else on the machine go before this worker, from now on."""
+        """Run a worker at low priority from now on."""
         worker.low_priority = True
         if worker.pid is not None:
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, worker.pid, LOW_PRIORITY)
 
     def cpu_seconds(self, worker: GrammarWorker) -> float:
-        """CPU time that a worker has taken so far; where the system does not say, the time of day,
-        as if it computed all the time."""
+        """Return the CPU time that a worker has taken so far.
+
+        Where the system does not report it, this is a clock, as if the worker never paused.
+        """
         try:
             line = Path(f"/proc/{worker.pid}/schedstat").read_text()
         except OSError:
@@ -181,7 +183,7 @@ class GrammarHost:
         return int(line.split()[0]) / 1e9
 
     def poll(self) -> None:
-        """Learn which workers run and which have ended."""
+        """Update which workers run and which have ended."""
         while self._control.read():
             for message in self._control.messages():
                 self._take(message)
@@ -209,7 +211,7 @@ class GrammarHost:
         worker.end = WorkerEnd(message.status, worker.killed_for)
 
     def _lose(self) -> None:
-        """The nursery is gone: nobody can end its workers but their own limits."""
+        """End all workers of a nursery that is gone, which would not be ended otherwise."""
         log.error("the grammar nursery was lost with %d workers", len(self.workers))
         for worker in self.workers.values():
             worker.end = WorkerEnd(None, worker.killed_for)
@@ -250,6 +252,9 @@ class GrammarHost:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what it has the allocator do: forks would copy large pages whole."""
+    """Return this process's environment without its allocator settings.
+
+    With large pages, forks would copy each page as a whole.
+    """
     kept = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     return {**kept, "RAYON_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""What crosses the sockets between a process, its grammar workers and their nursery."""
+"""Messages between a process, its grammar workers, and the nursery that forks the workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pla_serve.wire.engine import Grammar
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """Compile a grammar, go past the tokens that were made already, and compute a mask."""
+    """Compile a grammar, replay tokens of a text, and compute the mask after them."""
 
     id: int
     grammar: Grammar
@@ -21,46 +21,46 @@ class Open(msgspec.Struct, frozen=True, array_like=True, tag=0):
 
 
 class Advance(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """Go past a token, and compute the mask after it."""
+    """Append a token to a text, and compute the mask after it."""
 
     id: int
     token: int
 
 
 class Close(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Forget this text. Nothing is answered."""
+    """Forget a text. There is no answer."""
 
     id: int
 
 
 class Advanced(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """The answer to `Open` and to each `Advance`."""
+    """Answer to `Open` and to each `Advance`: the effect of the tokens."""
 
     id: int
     error: str | None
     finished: bool
-    """The text is complete and nothing can be added."""
+    """Whether the text is complete, so that nothing can follow."""
 
 
 class Mask(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """The mask after the last token, unless there was an error. One may serve several tokens."""
+    """Mask after the last token, or an error. One mask may answer several `Advance` messages."""
 
     id: int
     error: str | None
     must_stop: bool
-    """The mask allows nothing but an end."""
+    """Whether the mask allows only EOS tokens."""
     bits: bytes
     """Bit ``i % 8`` of byte ``i // 8`` allows token i; a multiple of 4 bytes."""
 
 
 class Working(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """What is computed from now on, until the next message, is for this text."""
+    """Sent before work begins: until the next message the worker computes for this text."""
 
     id: int
 
 
 class Fork(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """Make a worker. Its end of a socket pair comes with this message."""
+    """Fork a worker. The worker's end of a socket pair is attached."""
 
     id: int
 
@@ -72,7 +72,7 @@ class Kill(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Forked(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """A worker runs."""
+    """A worker has started."""
 
     id: int
     pid: int
@@ -83,7 +83,7 @@ class Exited(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     id: int
     status: int
-    """Its exit status, or minus the signal that ended it."""
+    """Exit status, or minus the signal that ended the worker."""
 
 
 class NurseryLaunch(msgspec.Struct, frozen=True):
@@ -114,13 +114,13 @@ class Frames:
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         self.socket = sock
         self.ended = False
-        """The other side has closed the socket, or is gone."""
+        """Whether the other side has closed the socket."""
         self._decode = msgspec.msgpack.Decoder(receives).decode
         self._in = bytearray()
         self._out = bytearray()
 
     def send(self, message: msgspec.Struct, descriptor: int | None = None) -> None:
-        """Send, or keep what the socket does not take now for `flush`; never blocks if it does not.
+        """Send a message. What a non-blocking socket does not take now is kept for `flush`.
 
         Args:
             descriptor: a file that goes with the message; the other side gets them in order.
@@ -134,7 +134,7 @@ class Frames:
         self.flush()
 
     def flush(self) -> bool:
-        """Send what was kept; True if nothing is left."""
+        """Send what was kept. Returns whether nothing is left."""
         while self._out and not self.ended:
             try:
                 sent = self.socket.send(self._out)
@@ -147,7 +147,7 @@ class Frames:
         return True
 
     def read(self, descriptors: list[int] | None = None) -> bool:
-        """Read once what is there; False if that was nothing. See `messages` for what it holds.
+        """Read once what has arrived, for `messages`. Returns False if nothing has.
 
         Args:
             descriptors: files that come with messages are appended; None refuses them.
@@ -169,7 +169,7 @@ class Frames:
         return True
 
     def messages(self) -> Iterator[Any]:
-        """Whole messages that were read."""
+        """Yield the messages that `read` has completed."""
         while len(self._in) >= 4:
             end = 4 + int.from_bytes(self._in[:4], "little")
             if len(self._in) < end:

@@ -8,7 +8,7 @@ from pla_serve.policy.calibration import Calibration, Forecast
 from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest, TenantLoad
 
 LEAST_RETRY = 1.0
-"""Seconds; a client that is told less would only ask again and again."""
+"""Shortest ``retry_after`` in seconds; with less a client would only ask again and again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Every request a policy knows, and what is left of it. Shared by all policies."""
+"""Requests of a policy, with what is left of each. All policies share this module."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Backlog:
         self.launches += sign * launches
 
     def seconds(self, cost: CostModel, launches: int) -> float:
-        """Predicted time of it all in so many batches."""
+        """Return the predicted seconds of all of it in so many batches."""
         return cost.work_seconds(
             self.tokens, self.twice_attention / 2, self.twice_kv / 2, self.launches, launches
         )
@@ -60,7 +60,7 @@ class Taken(NamedTuple):
 
 
 class RequestBook:
-    """Keeps requests through waiting, flight and decode; the queues it is given order them.
+    """Keeps all requests of a policy while they wait, run and decode; its queues order them.
 
     While several tenants have unfinished prefills, `TenantShares` decides which of them are in the
     queues. The classes have accounts of their own if their queues take turns by themselves.
@@ -116,7 +116,7 @@ class RequestBook:
         return self._pending.get(request_id)
 
     def probe(self, new_tokens: int, history: int, now: float) -> Pending:
-        """A request that arrives now, to be compared with queued ones but not kept."""
+        """Return a request as if it arrived now, to compare with queued ones; it is not kept."""
         return self._make(PrefillRequest("", now, new_tokens, history), self._adds + 1)
 
     def add(self, request: PrefillRequest) -> Pending:

@@ -25,7 +25,7 @@ class ShareAccount:
 
     Args:
         share: s, between 0 and 1.
-        burst: tells the burst in seconds; it may change with what is known of the machine.
+        burst: returns the burst in seconds, which may change with the cost model.
     """
 
     def __init__(self, share: float, burst: Callable[[], float]) -> None:
@@ -37,25 +37,28 @@ class ShareAccount:
 
     @property
     def longs_turn(self) -> bool:
-        """Long work goes on without interruption."""
+        """Whether it is the longs' turn: long work runs without interruption."""
         return self._turn
 
     def clear(self) -> None:
-        """No long waits any more: nothing is owed."""
+        """Reset the account, because no long prefill waits any more."""
         self.ahead = 0.0
         self._turn = False
 
     def start_long(self, now: float) -> None:
-        """Long work runs from here on; nothing happens if it does already."""
+        """Begin to measure long work, unless it is measured already."""
         if self._since is None:
             self._since = now
 
     def start_chunk(self, now: float) -> None:
-        """The executor takes up a new batch of long work; one that came back uncounted is void."""
+        """Begin to measure a new batch of long work.
+
+        Time since the last count is dropped: that batch was taken back.
+        """
         self._since = now
 
     def stop_long(self, now: float) -> None:
-        """Long work ends, or stands still for express work."""
+        """Count the long work, which ends or pauses for express work, and stop measuring."""
         self.settle(now)
         self._since = None
 
@@ -71,13 +74,17 @@ class ShareAccount:
         return passed
 
     def charge_express(self, seconds: float) -> None:
-        """Express work ran while longs waited."""
+        """Count express work that ran while long prefills waited."""
         self.ahead += seconds
         if self.ahead >= self._burst() and self.ahead > 0:
             self._turn = True
 
     def short_delay(self, work: float) -> float:
-        """Long work that is put before the end of ``work`` seconds of express work, estimated."""
+        """Estimate the seconds of long work that run before some express work is done.
+
+        Args:
+            work: seconds of this express work.
+        """
         burst = self._burst()
         if self._turn:
             return (self.ahead + max(0.0, work - burst)) / self._paid_by_long

@@ -176,7 +176,7 @@ class LengthAware:
         return self._book.is_short(new_tokens, history)
 
     def _contested(self) -> bool:
-        """Longs wait or run, so that shares matter."""
+        """Whether long prefills wait or run, so that shares of the time matter."""
         return bool(self._longs) or bool(self._flights)
 
     def _settle(self, now: float) -> None:
@@ -225,7 +225,7 @@ class LengthAware:
         return replace(batch, decodes=tuple(riders))
 
     def _chunk(self, pending: Pending, now: float) -> int:
-        """Most tokens of it in one pass."""
+        """Return the most tokens of a prefill that one batch may compute."""
         config, cap = self._config, self._book.cap
         if config.long_chunk_tokens is not None:
             return cap
@@ -258,7 +258,7 @@ class LengthAware:
         return current if due <= self._longs.due(head) else head
 
     def _nested(self, now: float) -> Batch | None:
-        """A long to run inside the one that runs: the last chunk of one that is due earlier."""
+        """Return a long batch that is due earlier than the running one, to run inside it."""
         top = self._flights.top
         if top is None or len(self._flights) >= self._tuning.most_nested:
             return None
@@ -279,11 +279,11 @@ class LengthAware:
         return self._fly(head, most, now, due)
 
     def _fly(self, pending: Pending, most: int, now: float, due: float = inf) -> Batch:
-        """A batch of at most ``most`` tokens that begins with ``pending``.
+        """Return a batch of at most ``most`` tokens whose first prefill is ``pending``.
 
-        Others that are due before ``due`` and might pass it share its launch, as a whole, as long
-        as that is predicted to pay: each makes those before it wait for its tokens, and saves a
-        launch to all that wait behind it.
+        Whole prefills that are due before ``due`` and might pass ``pending`` are added as long as
+        that is predicted to pay: each delays those before it by its own tokens, and saves a launch
+        for all that wait behind it.
         """
         chunks = [self._hand_out(pending, min(pending.new_tokens, most))]
         room, launch = most - chunks[0].tokens, self._cost.profile.per_launch
@@ -322,12 +322,12 @@ class LengthAware:
         return passing_window(self._config, seconds, batch)
 
     def _long_seconds_ahead(self, newcomer: Pending) -> float:
-        """Queued longs that go before the newcomer, and what it must await of those in flight."""
+        """Return the seconds of long work, queued or running, that go before the newcomer."""
         total = self._book.long_seconds()
         ahead = self._longs.seconds_ahead(newcomer, total)
-        for flight in self._flights:
-            goes_on = self._longs.due(flight.pending, less=flight.ran) <= self._longs.due(newcomer)
-            ahead += max(flight.rest, flight.left if goes_on else 0.0)
+        for each in self._flights:
+            goes_on = self._longs.due(each.pending, less=each.ran) <= self._longs.due(newcomer)
+            ahead += max(each.rest, each.left if goes_on else 0.0)
         return min(ahead, total)
 
 

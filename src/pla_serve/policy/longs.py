@@ -1,4 +1,4 @@
-"""Long prefills: who goes first, and which of them run inside one another."""
+"""Order of long prefills, and the batches of them that run inside one another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pla_serve.policy.queues import DEMOTIONS, SortedQueue
 from pla_serve.policy.tuning import Tuning
 
 Patience = Callable[[float], float]
-"""Seconds of prefill left to the seconds after its arrival at which a request is due; growing."""
+"""Increasing function: from the seconds of prefill left to the seconds between arrival and due
+time."""
 
 
 class LongQueue(SortedQueue):
@@ -34,7 +35,7 @@ class LongQueue(SortedQueue):
         self._late_patience = late_patience
 
     def due(self, request: Pending, less: float = 0.0) -> float:
-        """Time at which a request is due, if ``less`` seconds of it were done already."""
+        """Return the time at which a request is due if ``less`` seconds of its prefill are done."""
         left = max(0.0, request.seconds - less)
         if request.late:
             return request.arrival + self._late_patience(left)
@@ -44,7 +45,7 @@ class LongQueue(SortedQueue):
         return min(due, max(request.arrival, request.deadline - left))
 
     def head(self, now: float) -> Pending | None:
-        """The first, after those that turned late were put where they belong."""
+        """Return the first request, after moving back those whose deadline is out of reach now."""
         for _ in range(DEMOTIONS):
             first = self.first()
             if first is None or not self.give_up(first, now):
@@ -52,7 +53,7 @@ class LongQueue(SortedQueue):
         return self.first()
 
     def give_up(self, request: Pending, now: float, less: float = 0.0) -> bool:
-        """Notice that its deadline is out of reach; False if it is not, or was noticed before.
+        """Move a request back if its deadline is out of reach; True if that is new.
 
         Args:
             less: seconds of it that were done already.
@@ -109,17 +110,17 @@ class RunningPrefill:
     """A batch of longs that is being computed."""
 
     pending: Pending
-    """The one for whose sake it runs; others may share its launch."""
+    """Prefill that the batch was begun for; others may share its launch."""
     members: set[str]
-    """Ids of those that it still computes for, streams among them."""
+    """Ids of the requests in the batch that are not computed yet, with decode steps."""
     seconds: float
-    """Predicted, pauses not counted."""
+    """Predicted seconds of the batch, without pauses."""
     riders: bool = False
-    """Streams get their next token from it."""
+    """Whether the batch has decode steps."""
     ran: float = 0.0
     """Seconds it has run so far."""
     inside: float = 0.0
-    """Predicted seconds of the longs that were begun inside it."""
+    """Predicted seconds of the long prefills that were begun inside this batch."""
 
     @property
     def rest(self) -> float:
@@ -146,22 +147,22 @@ class RunningPrefills:
 
     @property
     def top(self) -> RunningPrefill | None:
-        """The one that runs, or would but for express work."""
+        """The innermost batch, which runs unless express work does."""
         return self._flights[-1] if self._flights else None
 
     def take_off(self, pending: Pending, batch: Batch, seconds: float) -> None:
-        """A batch begins, for the sake of ``pending``."""
+        """Add the batch that begins now; ``seconds`` is its predicted time."""
         members = {chunk.request_id for chunk in batch.prefills}
         self._flights.append(RunningPrefill(pending, members, seconds))
 
     def board(self, riders: Iterable[Chunk]) -> None:
-        """Decode steps ride along with the last one."""
+        """Add decode steps to the innermost batch."""
         top = self._flights[-1]
         top.members.update(chunk.request_id for chunk in riders)
         top.riders = True
 
     def land(self, request_id: str) -> None:
-        """One of its members is computed, or was taken back."""
-        for flight in self._flights:
-            flight.members.discard(request_id)
-        self._flights = [flight for flight in self._flights if flight.members]
+        """Remove a request that is computed or was taken back, and batches without requests."""
+        for running in self._flights:
+            running.members.discard(request_id)
+        self._flights = [running for running in self._flights if running.members]

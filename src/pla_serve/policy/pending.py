@@ -1,4 +1,4 @@
-"""A request whose prefill is not finished, as the policies keep it."""
+"""Rest of a prefill, as the policies keep it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Pending:
     deadline: float | None
     priority: int
     order: int
-    """Counts the adds; breaks ties, and is kept when the numbers of a request change."""
+    """Number of the `add` that brought the request; breaks ties. New numbers do not change it."""
     new_tokens: int
     history: int
     short: bool
     seconds: float
     """Predicted time for what is left, alone, in full chunks; as of the cost model's epoch."""
     whole: Chunk | None
-    """All that is left as one chunk, where the cap allows; made once, taken by a decision."""
+    """All that is left as one chunk, if the cap allows it, so that decisions need not make one."""
     started: bool = False
     late: bool = False
     """True once the deadline was seen to be out of reach."""
     flight: Chunk | None = None
-    """The chunk that was handed out and has not come back."""
+    """Chunk that was handed out and is not observed or taken back yet; None if there is none."""
     entry: tuple[Any, ...] | None = None
     """Place in the `SortedQueue` in which it waits, or None."""
     tenant: str = ""

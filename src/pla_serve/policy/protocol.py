@@ -215,7 +215,7 @@ class PrefillPolicy(Protocol):
         ...
 
     def load_of(self, tenant: str) -> TenantLoad:
-        """Part of what waits that belongs to one tenant, for admission."""
+        """Return the unfinished prefills of one tenant, for admission."""
         ...
 
     def waits_as_short(self, new_tokens: int, history: int) -> bool:

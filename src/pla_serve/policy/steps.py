@@ -32,23 +32,24 @@ from pla_serve.policy.protocol import (
 from pla_serve.policy.step_length import SPARE_SHARE, StepLength
 
 MOST_PRIORITIES = 16
-"""Kept although they have no prefills, for what they know of the traffic."""
+"""Most priorities whose policies are kept. One without prefills is kept for the traffic that it has
+measured."""
 
 MakePolicy = Callable[[PolicyConfig, CostModel], PrefillPolicy]
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Prefills that a step may have."""
+    """Prefills that one step of the engine may compute."""
 
     kind: BatchClass
-    """``DECODE``: none."""
+    """Class of the prefills; ``DECODE`` if there are none."""
     chunks: tuple[Chunk, ...] = ()
-    """First to last; each with the most tokens it may have."""
+    """Prefills in order, each with the most tokens that the step may compute of it."""
     priority: int = 0
-    """The one whose turn it is."""
+    """Priority whose policy has made this plan."""
     others_tokens: int | None = None
-    """Most tokens of any prefill that is not planned but has to run; None sets no limit."""
+    """Most tokens of a prefill that is not in the plan but has to run; None sets no limit."""
 
 
 class _Known(NamedTuple):
@@ -59,7 +60,7 @@ class _Known(NamedTuple):
 
 
 class StepPlanner:
-    """Drives a policy step by step. Deterministic; told the time, never asks for it.
+    """Plans each step of an engine by a policy. Deterministic: the time is an argument.
 
     With several priorities there is a policy for each, and the most urgent one that has prefills
     plans the step: a strict order, as vLLM's priority scheduling is. They share the cost model.
@@ -113,14 +114,14 @@ class StepPlanner:
         return self._cost.boundary(0) if given is None else given
 
     def add(self, request: PrefillRequest, now: float) -> None:
-        """A prefill that has come."""
+        """Add a prefill that has arrived."""
         self.remove(request.id)
         known = self._enter(request, now)
         if known.short:
             self._length.short_arrived(now)
 
     def update(self, request_id: str, new_tokens: int, history: int, now: float) -> None:
-        """The numbers of a known prefill, read again; unknown ids are ignored."""
+        """Change the numbers of a prefill, read again; unknown ids are ignored."""
         known = self._known.get(request_id)
         if known is None:
             return
@@ -139,9 +140,9 @@ class StepPlanner:
         self._policies[known.request.priority].remove(request_id)
 
     def plan(self, now: float, budget: int) -> StepPlan:
-        """The next step, of at most ``budget`` tokens of prefills.
+        """Return the plan of the next step, of at most ``budget`` prefill tokens.
 
-        What it names is in flight until `settle`, which has to come before anything else.
+        Its prefills are in flight until `settle`, which must be the next call.
         """
         step_seconds = self._length.seconds(now, self.longs)
         others = self._length.tokens(step_seconds, 0)
@@ -161,12 +162,12 @@ class StepPlanner:
         return StepPlan(BatchClass.DECODE, (), 0, others)
 
     def settle(self, plan: StepPlan, left: dict[str, tuple[int, int]], now: float) -> None:
-        """The step was laid out.
+        """Note which prefills the engine has put into the step.
 
         Args:
-            left: new tokens and history of every known prefill that is in the step, after it;
-                no new tokens means that the step completes it. One that was planned and is not here
-                was not begun.
+            left: by id, the new tokens and history that each known prefill in the step will have
+                after the step; 0 new tokens if the step completes it. A planned prefill that is
+                missing here is not in the step.
         """
         self._take_back([c.request_id for c in plan.chunks if c.request_id not in left], now)
         for request_id, (new_tokens, history) in left.items():
@@ -178,11 +179,12 @@ class StepPlanner:
                 self._enter(_again(known.request, new_tokens, history), now)
 
     def finished(self, plan: StepPlan, batch: Batch | None, seconds: float, now: float) -> None:
-        """A step that was laid out by ``plan`` and came out as ``batch`` has run.
+        """Learn from a step that has run.
 
         Args:
-            batch: None tells only that the machine was busy.
-            seconds: it took, without waiting for the one before it.
+            plan: plan of the step.
+            batch: batch that the engine made of it. None: only the time is known.
+            seconds: time of the step, without waiting for the step before it.
         """
         self._length.ran(now, seconds, batch is not None and batch.kind is BatchClass.LONG)
         if batch is None:
@@ -194,7 +196,10 @@ class StepPlanner:
             policy.observe(batch, seconds, now)
 
     def _limit(self, first: Chunk, seconds: float, budget: int) -> int:
-        """Tokens of a step of long work, in equal parts of what is left of the first."""
+        """Return the most tokens of a step of long work.
+
+        The rest of its first prefill is divided into equal steps.
+        """
         tokens = self._length.tokens(seconds, first.history)
         most = max(1, budget if tokens is None else min(tokens, budget))
         whole = self._known[first.request_id].request.new_tokens
@@ -228,14 +233,17 @@ class StepPlanner:
 
 
 def _again(request: PrefillRequest, new_tokens: int, history: int) -> PrefillRequest:
-    """The same request with other numbers. A policy counts as new what did not come before the
-    newest that it knows, so this one is moved back by the least that a clock can tell."""
+    """Return the request with other numbers.
+
+    A policy takes a request for a new arrival unless it arrived before the newest request that it
+    knows. So the arrival is moved back by the smallest step of a float.
+    """
     arrival = nextafter(request.arrival, -inf)
     return replace(request, arrival=arrival, new_tokens=new_tokens, history=history)
 
 
 def _cut(chunks: tuple[Chunk, ...], limit: int) -> list[Chunk]:
-    """As many of them as ``limit`` tokens hold; the first one in part, if it must be."""
+    """Return the first chunks that ``limit`` tokens hold; the last of them may be cut."""
     kept: list[Chunk] = []
     left = limit
     for chunk in chunks:

@@ -32,13 +32,16 @@ _BRACKETS = re.compile(rb"[][{}]")
 
 
 def decode(text: bytes, what: str = "the body") -> Any:
-    """The value that ``text`` stands for; ``what`` it is called in errors.
+    """Decode JSON text, and refuse text that would take long to decode.
 
-    msgspec refuses NaN, Infinity, numbers out of range and bad UTF-8; the standard library does
-    not.
+    It is decoded by msgspec, which refuses NaN, Infinity, numbers out of range and bad UTF-8. The
+    standard library accepts these.
+
+    Args:
+        what: name of the text in error messages.
 
     Raises:
-        ApiError: 400: it is not JSON, or has too many or too deeply nested values.
+        ApiError: 400, the text is not JSON, or has too many or too deeply nested values.
     """
     try:
         many = _check(text)

@@ -29,7 +29,7 @@ class SimulatedPass:
     layer: float
     """Seconds of one layer."""
     resumed: float
-    """When it began, or went on after something else ran inside it."""
+    """Time at which the batch began, or last went on after a nested batch."""
     done: int = 0
     """Layers computed before ``resumed``."""
 
@@ -89,12 +89,12 @@ class SimulatedInstance:
         self._started = started
         self._decoded = decoded
         self._passes: list[SimulatedPass] = []
-        """Each runs inside the one before it; the last one is computed now."""
+        """Running batches, each inside the one before it; only the last one is being computed."""
         self._ready = 0
         """Jobs that no running batch computes: while it is 0 the policy has nothing to decide."""
 
     def submit(self, job: SimulatedRequest, now: float) -> None:
-        """Take a job; its numbers are those of this instance's cache."""
+        """Add a job whose ``history`` is that of this instance's cache."""
         self.jobs[job.id] = job
         job.computed = job.history
         self._ready += 1
@@ -157,7 +157,7 @@ class SimulatedInstance:
         return {c.request_id for p in self._passes for c in (*p.batch.prefills, *p.batch.decodes)}
 
     def withdraw(self) -> list[SimulatedRequest]:
-        """The instance dies: all jobs that it held, and it holds none any more."""
+        """Remove and return all jobs, because the instance has failed."""
         jobs = list(self.jobs.values())
         for job in jobs:
             self.policy.remove(job.id)
@@ -189,7 +189,7 @@ class SimulatedInstance:
             self._ask(now)
 
     def _plan(self, now: float) -> None:
-        """A job has come: when is the policy to be asked?"""
+        """Set `wake_at`, after the jobs have changed, to when the policy can decide next."""
         if not self._passes:
             self.wake_at = now
         elif self._interruptible:
@@ -197,7 +197,7 @@ class SimulatedInstance:
             self.wake_at = max(now, top.begins(top.boundary(now)))
 
     def _ask(self, now: float) -> None:
-        """The device is free."""
+        """Ask the policy for the next batch, because the device is free."""
         decision = self.policy.next(now)
         if isinstance(decision, Run):
             self._start(decision.batch, now)
@@ -275,7 +275,7 @@ class SimulatedInstance:
 
 
 def _without(batch: Batch, id: str) -> Batch:
-    """The rest of a batch, of which one request was aborted."""
+    """Return the batch without one request."""
     return replace(
         batch,
         prefills=tuple(chunk for chunk in batch.prefills if chunk.request_id != id),

@@ -122,10 +122,10 @@ class KnownCost(CostModel):
 
 
 def load_machine(name_or_file: str) -> Machine:
-    """Load a machine that comes with the project, by name, or one from a JSON file.
+    """Load the profile of a machine: one that comes with the project, by name, or a JSON file.
 
     Raises:
-        MachineError: there is no such machine, or the file holds none.
+        MachineError: no machine has this name, or the file is not a machine profile.
     """
     path = Path(name_or_file)
     if path.suffix == ".json":

@@ -30,7 +30,7 @@ class BadSignature(ValueError):
 
 
 def sign(secret: bytes, body: bytes) -> bytes:
-    """Return ``body`` followed by its signature, bound to no reader yet."""
+    """Return ``body`` followed by its HMAC-SHA256. `bind` then narrows the offer to one reader."""
     return body + _mac(secret, _PURPOSE + body)
 
 

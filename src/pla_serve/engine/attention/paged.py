@@ -19,9 +19,11 @@ LEAST_SPLIT = 128
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Work of one program of the kernel, and the resources that it gets.
+    """Launch configuration of the attention kernel: size of a tile, warps and pipeline stages.
 
-    ``rows`` counts pairs of a token and a query head of one KV head, ``keys`` the keys of one step.
+    ``rows`` is the number of query rows in a tile, one for each pair of a token and a query head of
+    the same KV head. ``keys`` is the number of keys that one iteration of the loop over the context
+    reads.
     """
 
     rows: int

@@ -56,9 +56,15 @@ class Uploader(Protocol):
     """Copies packed batches to the device."""
 
     def upload(self, numbers: NDArray[np.int32], target: torch.Tensor | None) -> torch.Tensor:
-        """Copy ``numbers`` to the front of ``target``, or to a new tensor if that is None.
+        """Copy an array to the device.
 
-        Returns the int32 tensor on the device.
+        Args:
+            numbers: (n,) int32, on the host.
+            target: int32 tensor on the device, of at least n elements, whose front is overwritten.
+                None: a new tensor is made.
+
+        Returns:
+            ``target``, or the new tensor. Work that is enqueued later finds the copy complete.
         """
         ...
 

@@ -102,10 +102,13 @@ class EngineCore:
 
 
 def build_engine(rank: Rank, executor: Executor) -> tuple[EngineParts, EngineReady]:
-    """Warm the rank up, and make everything that the loop drives around ``executor``.
+    """Warm up rank 0, and build the parts of the engine's loop around ``executor``.
 
     Args:
         executor: the rank's own, or one that makes other ranks run the same batches.
+
+    Returns:
+        The parts, and the message that tells the server what the engine can do.
     """
     settings, plan, cost = rank.settings, rank.memory.plan, rank.device.cost
     config = settings.config

@@ -23,7 +23,10 @@ LONG_SECONDS = 0.5
 
 
 def shapes(chunk: int) -> Iterator[WarmUpBatch]:
-    """Yield decode steps, single prefills, a batch of short ones and long chunks, small ones first.
+    """Yield the batches of a warm-up, as new tokens and history of each sequence.
+
+    These are decode steps, single short prefills, one batch of four short prefills, and single
+    chunks of long prefills. Within each kind the small batches come first.
 
     Args:
         chunk: tokens of a chunk of a long prefill.

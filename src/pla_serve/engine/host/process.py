@@ -86,7 +86,10 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Channel:
-    """Two sockets of the child, one for each direction. Sending never blocks."""
+    """Messages between the child and its parent, over one ZeroMQ socket for each direction.
+
+    Sending never blocks: messages that the parent has not read yet are queued without a limit.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self._context = zmq.Context()

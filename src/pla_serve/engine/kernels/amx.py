@@ -84,7 +84,7 @@ class Norm(Protocol):
 
 
 class Tiles:
-    """The compiled kernels; `open` makes this object if the machine supports them."""
+    """Calls into the compiled AMX kernels. Use `open` to make one."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, count = ctypes.c_void_p, ctypes.c_long

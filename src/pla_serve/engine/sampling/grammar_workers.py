@@ -1,9 +1,9 @@
-"""Grammars whose code runs in worker processes, as an engine uses them.
+"""Grammars of an engine, whose code runs in worker processes.
 
-A mask depends on the tokens before it and on nothing else, so it is computed while the model
-computes the next logits. Whoever asks waits for some milliseconds at most. A worker that ends is
-replaced: the sequence that it was busy with has a second try and then fails; the others are told
-to a fresh worker from their tokens, and nobody notices.
+A mask depends only on the tokens before it, so a worker computes it while the model computes the
+next logits. The engine waits for masks at most a few milliseconds in each batch. When a worker
+ends, other workers take over its sequences and replay their tokens. Only the sequence that it was
+computing for has used up a try; after MOST_TRIES it fails.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ from pla_serve.wire.engine import Grammar
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 0.005
-"""How long a batch waits for masks, all of them together."""
+"""Longest time that a batch waits for all of its masks together."""
 LATE_POINTS, MOST_POINTS = 11, 32
-"""A sequence that was late gets points, and loses one with each token. Nobody waits for those that
-have many: three late masks in a row are too many, one in eleven is not."""
+"""A sequence gets LATE_POINTS when its mask is late, and loses one point with each token. Batches
+do not wait for sequences with MOST_POINTS or more. So three late masks in a row are too many,
+and one in eleven is not."""
 SLOW_SECONDS = 0.02
-"""A worker that computes this long without an answer is slow, and goes on at a low priority."""
+"""A worker that computes for longer than this without an answer is slow: it goes on at low
+priority."""
 MOST_WORKERS = 16
 MOST_IDLE_WORKERS = 2
 MOST_TRIES = 2
-"""So many workers may end while they work for one sequence."""
+"""Number of workers that may end while they compute for one sequence, before the sequence fails."""
 
 
 class WorkerFollower:
-    """See `GrammarFollower`. Made by `GrammarWorkers.start`."""
+    """A `GrammarFollower` whose grammar runs in a worker. Made by `GrammarWorkers.start`."""
 
     def __init__(self, owner: GrammarWorkers, id: int, grammar: Grammar) -> None:
         self.eos_token_ids = owner.eos_token_ids
@@ -53,14 +55,15 @@ class WorkerFollower:
         self.grammar = grammar
         self.tokens: list[int] = []
         self.desk: Desk | None = None
-        """None before its worker is told of it, and after its end."""
+        """Worker that follows the text; None before `GrammarWorkers.open` and after the worker's
+        end."""
         self.unanswered = 0
-        """Tokens of which it is not known yet what they did."""
+        """Number of messages to the worker whose effect is not known yet."""
         self.bits: bytes | None = None
         self.tries = 0
-        """Workers that have ended while they worked for it."""
+        """Number of workers that ended while they computed for this sequence."""
         self.late = 0
-        """Its points; see LATE_POINTS."""
+        """Points for late masks; see LATE_POINTS."""
         self._owner = owner
 
     @property
@@ -89,35 +92,35 @@ class WorkerFollower:
         self.error = self.error or "its text has ended"
 
     def fail(self, error: str) -> None:
-        """End it with ``error``."""
+        """End the follower; ``error`` is the message for the client."""
         self.error = error
         self._owner.leave(self)
 
 
 class Desk:
-    """One worker, and what it has before it."""
+    """One worker, its followers, and the state of its work."""
 
     def __init__(self, worker: GrammarWorker, now: float) -> None:
         self.worker = worker
         self.followers: dict[int, WorkerFollower] = {}
         self.grammars: OrderedDict[Grammar, None] = OrderedDict()
-        """Those that it has compiled, as far as it keeps them."""
+        """Grammars that the worker keeps compiled, the least recently used first."""
         self.working: int | None = None
-        """Follower that it works for, or has worked for; None: for none."""
+        """Id of the follower that the worker computes for; None while it computes for none."""
         self.changed = now
-        """When it last answered, or was given work."""
+        """Time of the last message from or to the worker."""
         self.cpu_seconds: float | None = None
-        """CPU time that it had taken when its work was first seen to last."""
+        """CPU time of the worker when its present work was first seen to exceed SLOW_SECONDS."""
         self.slow = False
 
     @property
     def busy(self) -> bool:
-        """It has something to do."""
+        """Whether the worker computes, or owes an answer to a follower."""
         return self.working is not None or any(not one.ready for one in self.followers.values())
 
     @property
     def idle(self) -> bool:
-        """It has nothing to do, and nobody who may want something."""
+        """Whether the worker has neither work nor followers, and is not being killed."""
         return not self.followers and self.working is None and self.worker.killed_for is None
 
 
@@ -151,12 +154,12 @@ class GrammarWorkers:
 
     @property
     def desks(self) -> Sequence[Desk]:
-        """For tests."""
+        """All workers, for tests."""
         return self._desks
 
     @property
     def nursery_pid(self) -> int:
-        """For tests."""
+        """Process id of the nursery, for tests."""
         return self._host.nursery_pid
 
     def start(self, grammar: Grammar) -> WorkerFollower:
@@ -220,7 +223,7 @@ class GrammarWorkers:
                 self._watch(desk, now - desk.changed)
 
     def leave(self, follower: WorkerFollower) -> None:
-        """Nothing more is asked for it."""
+        """Release the worker of a follower that has ended."""
         desk, follower.desk = follower.desk, None
         if desk is None:
             return
@@ -288,13 +291,13 @@ class GrammarWorkers:
             self._host.kill(desk.worker, f"it takes more than {most:g} s; simplify it")
 
     def _cpu_seconds(self, follower: WorkerFollower | None) -> float:
-        """CPU time that the work for a follower may take now."""
+        """Return the CPU seconds that the present work for a follower may take."""
         if follower is None or (not follower.unanswered and follower.bits is None):
             return self.limits.step_seconds
         return self.limits.replay_seconds(len(follower.tokens))
 
     def _ended(self, desk: Desk) -> None:
-        """Take the followers of a worker that is gone to others."""
+        """Remove a worker that has ended, and give its followers to other workers."""
         self._desks.remove(desk)
         end = desk.worker.end
         assert end is not None
@@ -313,8 +316,11 @@ class GrammarWorkers:
             self.open(follower)
 
     def _desk_for(self, follower: WorkerFollower) -> Desk:
-        """A worker that knows the grammar, or has nothing else to do; another one if there is
-        none."""
+        """Return the worker that is to follow a text.
+
+        Workers that have compiled the grammar come first, then idle ones, then a new one. If no
+        more workers are allowed, it is the one with the fewest followers.
+        """
         desks = [desk for desk in self._desks if desk.worker.killed_for is None and not desk.slow]
         if not follower.tries:
             for desk in desks:
@@ -330,7 +336,7 @@ class GrammarWorkers:
         return min(desks or self._desks, key=lambda desk: len(desk.followers))
 
     def _retire(self, desk: Desk) -> None:
-        """A worker has nothing to do: keep it for what comes, unless it is slow or one too many."""
+        """Keep a worker without followers for later; end one if it is slow or many are idle."""
         idle = [one for one in self._desks if one.idle]
         if desk.slow:
             self._host.kill(desk.worker)
@@ -339,6 +345,6 @@ class GrammarWorkers:
 
 
 def _sockets(followers: Iterable[WorkerFollower]) -> list[socket.socket]:
-    """Those of their workers, each once; of one that has ended there is no more to come."""
+    """Return the sockets of the followers' workers, each once, but for workers that have ended."""
     desks = {id(one.desk): one.desk for one in followers if one.desk is not None}
     return [desk.worker.frames.socket for desk in desks.values() if not desk.worker.frames.ended]

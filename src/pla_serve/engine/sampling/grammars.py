@@ -1,4 +1,4 @@
-"""What a sampler needs of grammars. Their code runs elsewhere, so an answer may be late."""
+"""Interface of the sampler to grammars, whose code runs elsewhere and may answer late."""
 
 from __future__ import annotations
 
@@ -11,80 +11,82 @@ from pla_serve.wire.engine import Grammar
 
 
 class GrammarFollower(Protocol):
-    """One sequence's place in its grammar."""
+    """State of one sequence within its grammar."""
 
     eos_token_ids: frozenset[int]
     """Ids that end the text."""
     error: str | None
-    """Why it cannot go on, for the client; None while it can."""
+    """Message for the client if the text cannot be continued; None while it can."""
     finished: bool
-    """The last token completed the text, and nothing can be added. Known once ``settled``."""
+    """Whether the last token completed the text, so that nothing can follow. Valid once
+    ``settled``."""
     must_stop: bool
-    """As ``finished``, or the mask allows nothing but an end. Known once ``ready``."""
+    """Whether only an EOS token can follow. Valid once ``ready``."""
 
     @property
     def settled(self) -> bool:
-        """What the last token did is known, and with it ``error`` and ``finished``."""
+        """Whether the effect of the last token is known: ``error`` and ``finished`` are valid."""
         ...
 
     @property
     def ready(self) -> bool:
-        """The mask of the next token is there, or an error. Never without ``settled``."""
+        """Whether the mask of the next token has arrived, or an error. Implies ``settled``."""
         ...
 
     def advance(self, token: int) -> None:
-        """Go past ``token``, which the mask allowed and which is no EOS; does not wait for it."""
+        """Append ``token``, which the mask allowed and which is not EOS. Returns at once."""
         ...
 
     def close(self) -> None:
-        """The text has ended, at whatever point; may be called again."""
+        """End the follower, at any point of its text. Repeated calls do nothing."""
         ...
 
 
 class Grammars(Protocol):
-    """Makes followers, and waits for them a little."""
+    """Makes followers of grammars, and returns their masks."""
 
     def start(self, grammar: Grammar) -> GrammarFollower:
-        """A follower at the start of its text.
+        """Return a follower at the start of its text.
 
         Raises:
-            GrammarError: what is wrong, for the client. What shows later is in its ``error``.
+            GrammarError: the grammar is refused; the message is for the client. Faults that show
+                later are in `GrammarFollower.error`.
         """
         ...
 
     def open(self, follower: GrammarFollower) -> None:
-        """Have its grammar compiled, and go past the tokens that were made already.
+        """Begin to compile the grammar of a follower, and replay the tokens that it has already.
 
-        It is done sooner or later anyway; this says that no more such tokens come at once.
+        Call it once these tokens are complete. Otherwise the first `settle` or `prepare` does it.
         """
         ...
 
     def settle(self, followers: Sequence[GrammarFollower]) -> None:
-        """Give followers a few milliseconds to become ``settled``; some may not."""
+        """Wait a few milliseconds for the followers to become ``settled``; some may not."""
         ...
 
     def prepare(self, followers: Sequence[GrammarFollower]) -> None:
-        """Give followers a few milliseconds to become ``ready``; some may not."""
+        """Wait a few milliseconds for the followers to become ``ready``; some may not."""
         ...
 
     def masks(self, followers: Sequence[GrammarFollower]) -> torch.Tensor:
-        """(len(followers), words) int32 on the CPU: bit i of word w allows token 32 * w + i.
+        """Return the masks of ``ready`` followers: (len(followers), words) int32 on the CPU.
 
-        Only of ones that are ``ready``; one with an ``error`` allows nothing.
+        Bit i of word w allows token 32 * w + i. After an error no token is allowed.
         """
         ...
 
     def poll(self) -> None:
-        """Take the answers that have come; never waits."""
+        """Take the answers that have arrived, without waiting."""
         ...
 
     def close(self) -> None:
-        """End all processes that it has started."""
+        """End all worker processes."""
         ...
 
 
 def as_masks(rows: Sequence[bytes]) -> torch.Tensor:
-    """(len(rows), words) int32 of masks of the same number of bytes, a multiple of 4."""
+    """Join masks of the same size, a multiple of 4 bytes, to a tensor (len(rows), words) int32."""
     if not rows:
         return torch.empty(0, 0, dtype=torch.int32)
     joined = torch.frombuffer(bytearray().join(rows), dtype=torch.int32)

@@ -64,7 +64,7 @@ class SequenceSampling:
         """Number of tokens accepted so far."""
         self._promised = 0
         self._proposed: tuple[int, TokenLogprob | None] | None = None
-        """The next token, chosen, whose effect on the grammar is not known yet."""
+        """Next token, which is chosen and whose effect on the grammar is not known yet."""
         self.grammar = grammar
         self.greedy = params.temperature < GREEDY_BELOW
         self._key = key
@@ -118,17 +118,17 @@ class SequenceSampling:
 
     @property
     def can_go_on(self) -> bool:
-        """Its grammar knows all that the next step needs, or has failed."""
+        """Whether the next step can run: the grammar is ready, or has failed."""
         return self.grammar is None or self.grammar.ready
 
     @property
     def grammar_error(self) -> str | None:
-        """Why its grammar cannot go on, for the client."""
+        """Message for the client if the grammar has failed; None otherwise."""
         return None if self.grammar is None else self.grammar.error
 
     @property
     def chosen(self) -> bool:
-        """The next token is chosen already, and waits for the grammar."""
+        """Whether the next token is chosen already and waits for the grammar."""
         return self._proposed is not None
 
     def forbidden(self) -> tuple[int, ...]:
@@ -156,27 +156,30 @@ class SequenceSampling:
                 raise SamplingError(f"nothing is left to make: the output has ended with {token}")
 
     def propose(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Choose ``token`` as the next one; `settle` makes it part of the output."""
+        """Record ``token`` as the next one, and pass it to the grammar.
+
+        `settle` makes it part of the output, once the grammar has answered.
+        """
         self._proposed = (token, logprob)
         if self.grammar is not None and token not in self.stop_ids:
             self.grammar.advance(token)
 
     def settle(self) -> Sampled:
-        """Make the chosen token part of the output and advance all state by it; or `LATE`."""
+        """Make the chosen token part of the output; `LATE` if the grammar has not answered."""
         if self.grammar is not None and not self.grammar.settled:
             return LATE
         return self._take()
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> Sampled:
-        """Take ``token`` as the next of the output, without waiting for the grammar.
+        """Append ``token``, which another engine chose, without waiting for the grammar.
 
-        For tokens that another engine chose. If they break the grammar that may show later.
+        If the token violates the grammar, a later step returns the error.
         """
         self.propose(token, logprob)
         return self._take()
 
     def close(self) -> None:
-        """The sequence has ended; may be called again."""
+        """Release the grammar of a sequence that has ended. Repeated calls do nothing."""
         if self.grammar is not None:
             self.grammar.close()
 

@@ -151,7 +151,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def hash_tokens(tokens: Sequence[int], cache_scope: str) -> bytes:
-    """Return the SHA-256 of token ids and the scope of the prefix cache that they belong to.
+    """Return one SHA-256 digest of both the token ids and the cache scope.
 
     Raises:
         OverflowError: a token id does not fit into 64 bits.

@@ -52,11 +52,11 @@ class Reader:
     # Called by the engine's thread
 
     def start(self, request: PullRequest) -> None:
-        """Begin a pull; `reports` has its progress, up to a report that it has ``ended``."""
+        """Begin to read an offer. `reports` returns its progress; the last report has ``ended``."""
         self._commands.append(request)
 
     def cancel(self, key: int) -> None:
-        """End a pull; a report that it has ``ended`` follows."""
+        """Stop reading an offer. A last report that has ``ended`` still follows."""
         self._commands.append(key)
 
     def reports(self) -> list[PullReport]:

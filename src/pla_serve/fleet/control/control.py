@@ -21,12 +21,14 @@ REMEMBERED_MOVES = 50
 
 @dataclass(frozen=True, slots=True)
 class ControlOptions:
-    """Raises:
-    ValueError: a field is out of range.
+    """Times of the control of pools.
+
+    Raises:
+        ValueError: a field is not positive.
     """
 
     period_seconds: float = 1.0
-    """Between two decisions."""
+    """Seconds between two decisions."""
     settle_seconds: float = 3.0
     """Seconds after which a role is sent again that an instance has not confirmed."""
 
@@ -38,7 +40,7 @@ class ControlOptions:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A move that was made."""
+    """A move that was made, with its time."""
 
     at: float
     move: Move
@@ -47,10 +49,10 @@ class Moved:
 class FleetControl:
     """Moves instances between the roles short, long and decode, and says how many there should be.
 
-    A move tells an instance its new role. The router sends new requests by role; what an instance
-    holds it finishes, so nothing is dropped. Instances of role mixed are left alone. What was
-    assigned is kept over restarts of an instance: it is told again when it is back. All methods
-    belong to one event loop; times are seconds on one monotonic clock.
+    A move sends an instance its new role. The router routes new requests by role, and an instance
+    finishes the requests that it has, so no request is dropped. Instances of role mixed are never
+    moved. An instance that restarts gets its assigned role again. All methods belong to one event
+    loop; times are seconds on one monotonic clock.
 
     Args:
         links: all instances of the fleet, connected or not.
@@ -70,17 +72,17 @@ class FleetControl:
     ) -> None:
         """
         Args:
-            name: of the controller, for people.
-            on_decision: called after each.
+            name: name of the controller, for people.
+            on_decision: called after each decision.
         """
         self.name = name
         self._on_decision = on_decision
         self.options = options or ControlOptions()
         self.moves: deque[Moved] = deque(maxlen=REMEMBERED_MOVES)
-        """The last ones."""
+        """The last moves, oldest first."""
         self.moves_total = 0
         self.desired: Desired | None = None
-        """As of the last decision."""
+        """Number of instances that there should be, as of the last decision."""
         self._links = links
         self._controller = controller
         self._stages = stages or StageController()
@@ -89,32 +91,32 @@ class FleetControl:
         self._assigned: dict[str, Pool] = {}
         self._told_at: dict[str, float] = {}
         self._decodes = False
-        """There is, or was, a decode pool."""
+        """Whether there is or was a decode pool."""
 
     # What happens meanwhile
 
     def report(self, link: Link, report: InstanceReport) -> None:
-        """A heartbeat came."""
+        """Take a report of an instance."""
         self._census.report(link.url, report)
 
     def lost(self, link: Link) -> None:
         self._census.forget(link.url)
 
     def dispatched(self, short: bool, seconds: float, now: float) -> None:
-        """A request was sent to an instance, with ``seconds`` of predicted prefill there."""
+        """Count a request that was sent to an instance, with ``seconds`` of predicted prefill."""
         pool = Pool.SHORT if short else Pool.LONG
         self._meter.arrived(pool, seconds, now)
         if self._controller is not None:
             self._controller.arrived(pool, seconds, now)
 
     def first_token(self, url: str, lateness: float) -> None:
-        """A request with a deadline got its first token ``lateness`` seconds after it."""
+        """Count a first token that came ``lateness`` seconds after its deadline."""
         self._census.first_token(url, lateness)
 
     # Decisions
 
     def tick(self, now: float, held_seconds: float = 0.0) -> Sequence[Move]:
-        """Decide, and tell the instances.
+        """Decide on moves and send instances their new roles.
 
         Args:
             held_seconds: predicted prefill of requests that the router itself holds back.

@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 LIVENESS_SECONDS = 5.0
-"""Longest time for an answer to ``/health``; such servers answer it between other work."""
+"""Longest time for an answer to ``/health``, which such servers give between other work."""
 STALL_SECONDS = 60.0
-"""A server that has requests, and sends nothing for any of them for so long, hangs."""
+"""A server that has requests and sends nothing for any of them for this long counts as hung."""
 
 
 class Broken(Exception):
@@ -71,10 +71,10 @@ class Dialect(Protocol):
         """Path that requests are posted to."""
 
     def body(self, request: AddRequest, model: str) -> dict[str, Any]:
-        """The request in its words.
+        """Return the JSON body of a request in the protocol of the server.
 
         Raises:
-            Unmappable: it asks for something that the server lacks.
+            Unmappable: the request asks for something that the server lacks.
         """
 
     def answer(self, request: AddRequest) -> Answer: ...
@@ -82,10 +82,14 @@ class Dialect(Protocol):
     async def facts(
         self, client: httpx.AsyncClient, model: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> InstanceFacts:
-        """From the entry of ``/v1/models`` and what `samples` found. ``boot`` is filled in later.
+        """Return the facts of the server. The link fills in ``boot`` later.
+
+        Args:
+            model: the model's entry in ``/v1/models``.
+            metrics: as `samples` returns them.
 
         Raises:
-            httpx.HTTPError: it did not answer.
+            httpx.HTTPError: the server did not answer.
         """
 
     def load(self, metrics: Mapping[str, float]) -> EngineLoad:
@@ -93,7 +97,7 @@ class Dialect(Protocol):
 
 
 class HttpLink:
-    """See `Link`. The role is only known to this router: such servers have none.
+    """A `Link` to a server of another kind, whose role is known to this router only.
 
     A connection that fails in the middle of an answer counts as the loss of the whole server: all
     requests move, and it is back as soon as it answers ``/health``.

@@ -25,10 +25,10 @@ class ServerKind:
     """A kind of server."""
 
     make: Callable[[str, LinkEvents, str | None, float], Link]
-    """Makes a link from a URL, what it tells its events to, an API key, and seconds of silence
+    """Makes a link from a URL, a receiver of its events, an API key, and the seconds of silence
     after which the server counts as lost."""
     liveness_seconds: float
-    """Default of that silence."""
+    """Default of these seconds of silence."""
 
 
 def _own_link(url: str, events: LinkEvents, api_key: str | None, liveness: float) -> Link:
@@ -52,13 +52,13 @@ KINDS: Mapping[str, ServerKind] = MappingProxyType(
 
 
 def url_forms() -> str:
-    """Forms of a URL, one for each kind, for messages and help."""
+    """Return the forms of an instance's URL, one for each kind of server, for messages and help."""
     forms = ["http://HOST:PORT" if kind == OWN else f"{kind}+http://HOST:PORT" for kind in KINDS]
     return ", ".join(forms[:-1]) + " or " + forms[-1]
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Kind of a server and its address.
+    """Return the kind of a server and its address without the kind.
 
     >>> split_url("vllm+http://10.0.0.2:8000/")
     ('vllm', 'http://10.0.0.2:8000')
@@ -90,7 +90,7 @@ def link_maker(
     liveness_seconds: float | None,
     link_key: str | None = None,
 ) -> Callable[[LinkEvents], Link]:
-    """A function that makes the link to the server at ``url``, as the router wants it.
+    """Return a function that makes the link to ``url``, given the receiver of its events.
 
     Args:
         url: one that `check_urls` accepts.

@@ -1,4 +1,4 @@
-"""When to try again, and when silence means that a peer is lost."""
+"""Pauses between attempts to connect, and detection of peers that have gone silent."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Backoff:
             raise ValueError(f"a backoff needs 0 < base <= most, not {self.base} and {self.most}")
 
     def delay(self, failures: int) -> float:
-        """After so many failures in a row, at least 1."""
+        """Return the seconds to wait after so many failures in a row, which are at least 1."""
         return float(min(self.base * 2.0 ** min(failures - 1, 30), self.most))
 
 
 class Retries:
-    """Failures in a row of the connection to one instance, and the pauses after them.
+    """Counts the consecutive failures to connect to one instance, and pauses after each.
 
     Args:
         closing: ends a pause when it is set.
@@ -44,11 +44,11 @@ class Retries:
         self._failures = 0
 
     def connected(self) -> None:
-        """The row has ended."""
+        """Note that the connection works, so that the next failure counts as the first."""
         self._failures = 0
 
     async def pause(self, reason: str) -> None:
-        """Wait after a failure. Only the first of a row is worth a warning."""
+        """Wait after a failure. Only the first of consecutive failures is logged as a warning."""
         self._failures += 1
         delay = self._backoff.delay(self._failures)
         level = logging.WARNING if self._failures == 1 else logging.DEBUG
@@ -59,10 +59,11 @@ class Retries:
 
 
 class PeerSilence:
-    """How long a peer has said nothing, without the time in which this process did not run.
+    """Measures for how many seconds a peer has sent nothing.
 
-    `tick` is asked in steps of ``interval``. A step that took longer counts as two of them: this
-    process was stopped or busy, and what the peer said meanwhile may be waiting to be read.
+    Time in which this process did not run does not count. `tick` should be called every
+    ``interval`` seconds. If it comes much later, this process was stopped or busy, and messages of
+    the peer may wait to be read; so at most two intervals are counted.
 
     Args:
         seconds: of silence that mean that the peer is lost.
@@ -80,11 +81,11 @@ class PeerSilence:
         self._last = now
 
     def heard(self) -> None:
-        """The peer has said something."""
+        """Note that the peer has sent something."""
         self._silent = 0.0
 
     def tick(self, now: float) -> bool:
-        """True once the peer is lost."""
+        """Count the time until ``now``, and return whether the peer counts as lost."""
         self._silent += min(now - self._last, 2 * self.interval)
         self._last = now
         return self._silent > self.seconds

@@ -1,4 +1,4 @@
-"""Between our messages and what other kinds of servers say."""
+"""Translates between the messages of this project and those of other kinds of servers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import msgspec
 from pla_serve.wire.engine import AddRequest, Output, Rejected, TokenLogprob
 
 RETRY_SECONDS = 1.0
-"""After a refusal that may be taken back, if the server does not say."""
+"""``retry_after`` of a refusal for want of room, if the server does not give one."""
 MOST_RETRY_SECONDS = 3600.0
 """Longest ``Retry-After`` that is believed."""
 FAULTS_OF_REQUESTS = (400, 413, 422, 501)
-"""Statuses of requests that no server of the same kind would take; 501: it lacks what is asked."""
+"""HTTP statuses that mean that every server of this kind would refuse the request. 501 means that
+the server lacks a feature that the request asks for."""
 
 
 class Unmappable(Exception):
@@ -22,8 +23,13 @@ class Unmappable(Exception):
 
 
 def check_continuation(server: str, request: AddRequest) -> None:
-    """Raises:
-    Unmappable: ``server`` cannot go on with what another instance began.
+    """Check that a server of another kind can continue a request that an instance has begun.
+
+    Args:
+        server: name of the kind of server, for the message.
+
+    Raises:
+        Unmappable: the server would not continue the request correctly.
     """
     sampling = request.sampling
     if request.generated and (sampling.presence_penalty or sampling.frequency_penalty):
@@ -39,7 +45,10 @@ def check_continuation(server: str, request: AddRequest) -> None:
 
 
 def rank_among(logprob: float, others: list[tuple[int, float]], most: int) -> TokenLogprob:
-    """With the ``most`` likely ones. Ranks beyond those that are known are the first unknown."""
+    """Return a token's log probability with its rank and the ``most`` likeliest tokens.
+
+    A token that is less likely than all of ``others`` gets the rank after theirs.
+    """
     likely = sorted(others, key=lambda item: -item[1])
     rank = 1 + sum(value > logprob for _, value in likely)
     return TokenLogprob(logprob, rank, likely[:most])
@@ -94,7 +103,10 @@ def _seconds(header: str | None) -> float:
 
 
 def samples(text: str) -> dict[str, float]:
-    """Prometheus text as sums by name; of an ``_info`` metric also its labels with numbers."""
+    """Parse Prometheus text: return the sum of each metric over its labels, by name.
+
+    Numeric labels of a metric named ``*_info`` are returned as ``NAME.LABEL``.
+    """
     found: dict[str, float] = {}
     for line in text.splitlines():
         if not line or line[0] == "#":

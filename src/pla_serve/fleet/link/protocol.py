@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 LIVENESS_SECONDS = 2.0
-"""Silence after which an instance is held to be lost, unless told otherwise."""
+"""Default silence in seconds after which an instance counts as lost."""
 
 
 class LinkDown(Exception):
@@ -28,7 +28,10 @@ class LinkDown(Exception):
 
 
 class LinkRefused(Exception):
-    """The instance will never let this router in: wrong key, another protocol. Names the cure."""
+    """The instance refuses this router for good: wrong key, or another protocol.
+
+    The message names the cure.
+    """
 
 
 class LinkEvents(Protocol):
@@ -39,23 +42,35 @@ class LinkEvents(Protocol):
     """
 
     def connected(self, link: Link, facts: InstanceFacts) -> None:
-        """Requests can be sent. A ``boot`` other than the last one: its KV cache is empty."""
+        """Note that requests can be sent.
+
+        If ``facts.boot`` has changed, the engine has restarted and its KV cache is empty.
+        """
 
     def report(self, link: Link, report: InstanceReport) -> None:
-        """At least every `REPORT_SECONDS`, from our own instances; the others are polled."""
+        """Receive a report.
+
+        Instances of ours send one at least every `REPORT_SECONDS`; other servers are polled.
+        """
 
     def lost(self, link: Link, reason: str) -> None:
-        """Every request on it is the owner's to move; the instance drops them when it can."""
+        """Note that the connection has ended, and place all of its requests again.
+
+        The instance drops them as soon as it learns of the loss.
+        """
 
     def message(self, link: Link, message: RequestAnswer) -> None:
-        """An answer to a request that was sent on this link since ``connected``.
+        """Receive an answer to a request that was sent on this link since ``connected``.
 
         After `AbortRequest` was sent, answers with that id may still come for a moment.
         """
 
 
 class Link(Protocol):
-    """All methods belong to one event loop; `run` must be running."""
+    """Connection to one instance, which is made again whenever it is lost.
+
+    All methods belong to one event loop; `run` must be running.
+    """
 
     @property
     def url(self) -> str:
@@ -63,37 +78,41 @@ class Link(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Between ``LinkEvents.connected`` and ``lost``."""
+        """Whether requests can be sent: from ``LinkEvents.connected`` to ``lost``."""
 
     @property
     def facts(self) -> InstanceFacts | None:
-        """Last known facts; None until it was connected once."""
+        """Facts of the last connection; None before the first one."""
 
     @property
     def last_report(self) -> InstanceReport | None:
-        """Last report since it is connected; None before the first."""
+        """Last report of this connection; None before its first report."""
 
     def send(self, message: Inbound) -> None:
-        """Never blocks. ``arrival`` and ``deadline`` are on this process's monotonic clock.
+        """Send a message to the instance; never blocks.
 
-        What an instance of another kind cannot do is answered by `Rejected`, without
-        ``retry_after`` and by name.
+        Times in ``message`` are on this process's monotonic clock. If a server of another kind
+        lacks what a request asks for, the answer is `Rejected` without ``retry_after``, and its
+        reason names what is missing.
 
         Raises:
-            LinkDown: not connected.
+            LinkDown: there is no connection.
         """
 
     def set_role(self, role: Role) -> None:
-        """Also while it is down: it is told when it is back. Reports confirm it."""
+        """Set the role of the instance, now or as soon as there is a connection.
+
+        Reports confirm the role.
+        """
 
     def drain(self, on: bool) -> None:
         """Ask all routers to send nothing new there, or end that. Reports confirm it."""
 
     async def run(self) -> None:
-        """Connect, and again whenever the connection ends, until cancelled or `close`.
+        """Keep the instance connected until cancelled or closed.
 
         Raises:
-            LinkRefused: there is no point in trying again soon.
+            LinkRefused: the instance refuses this router, so trying again soon is pointless.
         """
 
     async def close(self) -> None:

@@ -49,7 +49,7 @@ class _Meta(msgspec.Struct):
 class _Error(msgspec.Struct):
     message: str = "no reason given"
     code: int | None = 400
-    """It says none: what it words as an event is what it refuses."""
+    """SGLang sends no code with errors that are events; these are refusals of the request."""
 
 
 class _Chunk(msgspec.Struct):
@@ -68,7 +68,10 @@ class SglangDialect:
     path = "/generate"
 
     def body(self, request: AddRequest, model: str) -> dict[str, Any]:
-        """Continuations as in `VllmDialect.body`."""
+        """Return the body of a request.
+
+        `VllmDialect.body` says how a request is continued that another instance has begun.
+        """
         sampling = request.sampling
         if request.hand_over is not None:
             raise Unmappable("SGLang servers have no KV transfer with instances (hand_over)")
@@ -125,7 +128,7 @@ class SglangDialect:
         )
 
     def load(self, metrics: Mapping[str, float]) -> EngineLoad:
-        """Known of servers with ``--enable-metrics`` only."""
+        """Return the load; it is empty for servers without ``--enable-metrics``."""
         return EngineLoad(
             running=int(metrics.get("sglang:num_running_reqs", 0)),
             short_waiting=int(metrics.get("sglang:num_queue_reqs", 0)),
@@ -134,8 +137,12 @@ class SglangDialect:
 
 
 class SglangAnswer:
-    """See `Answer`. Token ids and log probabilities come as all so far or as what is new, by the
-    server's flags; ``completion_tokens`` tells how many are new in either case."""
+    """An `Answer` of SGLang.
+
+    Depending on the server's flags, each event repeats all token ids and log probabilities so far,
+    or carries the new ones only. ``completion_tokens`` counts all so far in either case, so that
+    the new ones can be told.
+    """
 
     def __init__(self, id: str, sampling: SamplingParams) -> None:
         self._id = id
@@ -198,7 +205,7 @@ class SglangAnswer:
 
 
 async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Whatever the server tells of itself, under the newer path or the older one."""
+    """Return the server's description of itself, from the newer or the older path; {} for none."""
     for path in ("/server_info", "/get_server_info"):
         response = await client.get(path)
         if response.is_success:
@@ -210,7 +217,7 @@ async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 def _number(info: dict[str, Any], name: str, default: int) -> int:
-    """Of the server itself, or of its first scheduler."""
+    """Return a positive number that the server, or its first scheduler, says of itself."""
     states = info.get("internal_states")
     inner = states[0] if isinstance(states, list) and states else {}
     for place in (info, inner):

@@ -28,7 +28,7 @@ from pla_serve.wire.engine import (
 )
 
 BLOCK_TOKENS = 16
-"""vLLM's default, for servers that do not say."""
+"""Default block size of vLLM, for servers that do not report theirs."""
 
 
 class _Logprobs(msgspec.Struct):
@@ -64,11 +64,12 @@ class VllmDialect:
     path = "/v1/completions"
 
     def body(self, request: AddRequest, model: str) -> dict[str, Any]:
-        """What is omitted is at vLLM's default, which is ours.
+        """Return the body of a request. Fields that are left out have the same default in vLLM.
 
-        A request that another instance began is a longer prompt with less to make. Greedy tokens
-        are those that would have followed there. Sampled ones are as likely, but others. Presence
-        and frequency penalties and grammars would begin anew, so they are refused.
+        A request that another instance has begun is sent as a longer prompt with fewer tokens to
+        generate. Greedy decoding then continues it exactly. Sampled tokens follow the same
+        distribution, but are not the ones that the other instance would have drawn. Penalties of
+        presence and frequency, and grammars, would start anew, so they are refused.
         """
         sampling = request.sampling
         if request.hand_over is not None:

@@ -20,9 +20,10 @@ class Attempts:
         self._clock = clock
 
     def open(self, request: RoutedRequest, plan: DispatchPlan, now: float) -> Attempt:
-        """Charge the request to the planned instance, whose messages are the request's from now on.
+        """Begin an attempt: charge the request to the planned instance.
 
-        In a circuit that is not closed this attempt is the probe.
+        From now on messages of the instance under the attempt's id belong to the request. If the
+        circuit is not closed, this attempt is its probe.
         """
         attempt = self._dispatcher.charge(request, plan, now)
         attempt.instance.attempts[attempt.id] = request.id
@@ -41,7 +42,10 @@ class Attempts:
             request.attempt = None
 
     def send(self, instance: FleetInstance, message: msgspec.Struct) -> bool:
-        """Send a message; returns False without a connection, whose loss is or will be told."""
+        """Send a message to an instance; return False if there is no connection.
+
+        The link reports the loss of a connection by itself.
+        """
         if not instance.connected:
             return False
         try:

@@ -1,4 +1,4 @@
-"""A circuit breaker: who fails again and again is left alone for a while."""
+"""Circuit breaker: keeps requests away from an instance that fails again and again."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ class CircuitState(StrEnum):
     CLOSED = "closed"
     OPEN = "open"
     HALF_OPEN = "half-open"
-    """One request is let through to see."""
+    """One request is sent as a probe; its result closes the circuit or opens it again."""
 
 
 class Circuit:
     """Circuit breaker of one instance. Times are seconds on a clock that never goes back.
 
-    A request that was sent counts as one failure or success, by what came of it first.
+    Each request counts once: as a success or as a failure, whichever shows first.
     """
 
     def __init__(self, options: CircuitOptions) -> None:
         self._options = options
         self._failures = 0
         self._opened = 0
-        """How often it opened since it was last closed."""
+        """Number of times that the circuit has opened since it was last closed."""
         self._until: float | None = None
         """Time until which the circuit stays open; None while it is closed."""
         self._probe: str | None = None
@@ -81,7 +81,7 @@ class Circuit:
         return CircuitState.OPEN if now < self._until else CircuitState.HALF_OPEN
 
     def allows(self, now: float) -> bool:
-        """A request may be sent."""
+        """Whether a request may be sent to the instance."""
         return self._until is None or (now >= self._until and self._probe is None)
 
     def sent(self, id: str) -> None:

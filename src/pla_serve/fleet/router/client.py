@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 MakeLink = Callable[[LinkEvents], Link]
 
 REFUSED_SECONDS = 30.0
-"""Until an instance that refused the link is asked again: it may get the right key or version."""
+"""Seconds after which a link that was refused is tried again. The key or the version may have been
+corrected by then."""
 
 
 class FleetClient:
@@ -129,10 +130,10 @@ class FleetClient:
             await asyncio.gather(stopped, control, *links, return_exceptions=True)
 
     async def _keep(self, link: Link) -> None:
-        """One link, until it is closed. An instance that refuses it costs the others nothing.
+        """Run one link until it is closed, and try again if the instance refuses it.
 
         Raises:
-            EngineStartError: so have all others, and none has ever let this router in.
+            EngineStartError: all instances have refused this router, and none was ever ready.
         """
         while True:
             try:
@@ -146,7 +147,7 @@ class FleetClient:
             await asyncio.sleep(self._refused_seconds)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
-        """Ends everything in flight and all links; the instances live on."""
+        """End all requests and links; the instances go on."""
         self.fleet.fail_all("the router is shutting down")
         self._stopped.set()
         self._ready.clear()
@@ -156,7 +157,7 @@ class FleetClient:
                     await link.close()
 
     async def ready(self) -> EngineReady:
-        """Waits for as long as it takes."""
+        """Wait, without a limit, until some instance takes requests."""
         await self._ready.wait()
         info = self.info
         assert info is not None
@@ -187,7 +188,7 @@ class FleetClient:
         return EngineSession(_Door(self, tenant), max_unread_tokens, tenant)
 
     async def _decide(self) -> None:
-        """Ask the controller once in a period."""
+        """Have the controller decide once in each control period."""
         control = self.control
         while control is not None:
             await asyncio.sleep(control.options.period_seconds)
@@ -205,7 +206,7 @@ class FleetClient:
 
 
 class _Door:
-    """Where the sessions of one API key come in."""
+    """Routes the sessions of one tenant to the fleet; implements `MessageRoutes`."""
 
     def __init__(self, client: FleetClient, tenant: str) -> None:
         self._client = client
@@ -218,7 +219,7 @@ class _Door:
         self._receivers[id] = session
 
     def close_route(self, id: str) -> None:
-        """A request that has not ended is aborted; the message that follows has nothing to do."""
+        """End a request. If it runs it is aborted here, and a later `AbortRequest` does nothing."""
         self._receivers.pop(id, None)
         self._client.fleet.close(id)
 

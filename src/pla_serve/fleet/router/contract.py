@@ -22,27 +22,27 @@ class RoutingObserver(Protocol):
     """Called with everything that metrics and controllers count."""
 
     def decided(self, seconds: float) -> None:
-        """A routing decision took so long."""
+        """Count a routing decision, which took ``seconds``."""
 
     def dispatched(self, instance: str, short: bool, seconds: float, now: float) -> None:
-        """A request was sent there, with so many seconds of predicted prefill."""
+        """Count a request that was sent to ``instance``, with ``seconds`` of predicted prefill."""
 
     def began(
         self, attempt: Attempt, cached_tokens: int | None, lateness: float | None, now: float
     ) -> None:
-        """The first token came from there; so many tokens of the prompt were cached.
+        """Count the first token of an attempt; ``cached_tokens`` of the prompt were cached.
 
         Args:
             lateness: seconds after its deadline, negative before it; None without one.
         """
 
     def reported(self, link: Link, report: InstanceReport) -> None:
-        """A heartbeat came."""
+        """Receive a report of an instance."""
 
     def gone(self, link: Link) -> None: ...
 
     def moved(self, instance: str, reason: str, resumed: bool) -> None:
-        """A request left an instance that failed or refused it, to go elsewhere.
+        """Count a request that left an instance, which failed or refused it, to go elsewhere.
 
         Args:
             reason: lost, error or refused.
@@ -50,10 +50,10 @@ class RoutingObserver(Protocol):
         """
 
     def refused(self, reason: str) -> None:
-        """The fleet gave up on a request, or did not take it: capacity, share or failures."""
+        """Count a request that no instance served, by reason: capacity, share or failures."""
 
     def handed_over(self, outcome: str) -> None:
-        """A hand-over ended: begun, or recomputed and why."""
+        """Count a hand-over that has ended, by outcome."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,21 @@ from pla_serve.policy.cost import CostModel, CostProfile
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk
 
 FRESH_SECONDS = 1.0
-"""The model is made anew this often at most."""
+"""Shortest time between two updates of the model."""
 FETCH_SECONDS = 0.01
-"""Messages to and fro before KV begins to move, and until the last of it is confirmed."""
+"""Fixed seconds of a fetch: messages before KV begins to move, and until its end is confirmed."""
 FIRST_BYTES_PER_SECOND = 1e9
 """Rate of KV transfers that is assumed before the first one; a modest network."""
 LEARNING = 0.2
-"""Weight of the newest transfer."""
+"""Weight of the newest transfer in the average rate."""
 
 
 class FleetCost:
-    """The median of what instances say of themselves; where none does, learnt from first tokens.
+    """Cost model of the whole fleet: the median of the coefficients that instances report.
 
-    One model for all: a fleet of unequal machines is predicted by the one in the middle, and
-    corrected by the queues that each reports in seconds of its own.
+    If no instance reports any, the model is learned from first tokens. A fleet of unequal machines
+    is predicted by its median machine; the queues that each instance reports, in its own seconds,
+    correct that.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class FleetCost:
         return self._current.profile.per_launch
 
     def prefill_seconds(self, new_tokens: int, history: int) -> float:
-        """Alone on an idle instance."""
+        """Return the predicted seconds of a prefill alone on an idle instance."""
         return self._current.prefill_seconds(new_tokens, history)
 
     def transfer_seconds(self, tokens: int) -> float:
@@ -55,7 +56,7 @@ class FleetCost:
             self._bytes_per_second += LEARNING * (rate - self._bytes_per_second)
 
     def said(self, name: str, cost: CostProfile | None, boundary_tokens: int, now: float) -> bool:
-        """Note an instance's own model; returns whether predictions have changed."""
+        """Note the cost model of an instance; return whether predictions have changed."""
         if boundary_tokens and self._boundaries.get(name) != boundary_tokens:
             self._boundaries[name] = boundary_tokens
             self._changed = True
@@ -79,7 +80,7 @@ class FleetCost:
         self._changed = bool(self._said or self._boundaries)
 
     def saw(self, id: str, new_tokens: int, history: int, seconds: float) -> None:
-        """A first token came so long after its request was sent to an idle instance."""
+        """Learn from the time from dispatch to first token of a request to an idle instance."""
         if not self._said:
             self._learnt.observe(
                 Batch(BatchClass.MIXED, (Chunk(id, new_tokens, history),)), seconds

@@ -24,7 +24,8 @@ TRANSIT_SECONDS = 0.005
 counted its queue is not counted in it."""
 NOBODY: frozenset[str] = frozenset()
 BLAME_SECONDS = 1.0
-"""How long an instance that failed a request is kept from it even if there is no other."""
+"""Seconds for which a request never goes back to an instance that failed it, even if there is no
+other."""
 
 
 class ByRoles:
@@ -35,7 +36,7 @@ class ByRoles:
         self._mixed = Predicted()
 
     def choose(self, request: RouteRequest, view: FleetView, pool: Pool | None, now: float) -> int:
-        """Return the choice of the policy that applies."""
+        """Choose by class pools if there are short or long instances, else by predicted TTFT."""
         classes = any(entry.pool is not Pool.MIXED for entry in view.entries)
         policy: RoutingPolicy = self._pools if classes else self._mixed
         return policy.choose(request, view, pool, now)
@@ -50,16 +51,17 @@ class DispatchPlan:
     numbers: RouteRequest
     place: Placement
     wait: float
-    """Until it begins."""
+    """Seconds until the prefill begins."""
     short: bool
     alone: bool
-    """Nothing waits there."""
+    """Whether no other request waits on the instance."""
 
 
 class Dispatcher:
-    """Decides with the policies of `policy/routing`; what they know of the fleet comes from here.
+    """Chooses instances by a routing policy, and keeps what that policy knows of the fleet.
 
-    Instances for decode have a stage of their own, and take whole requests only if no other can.
+    Decode instances are a stage of their own. They get whole requests only if no other instance can
+    take them.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class Dispatcher:
         self._prefill = Router(routing or ByRoles(), self._model())
         self._decode = Router(LeastLoaded("tokens"), self._model())
         self._odd: dict[str, FleetInstance] = {}
-        """Those that may not be sent to just now: closed, or with a circuit that is not."""
+        """Connected instances that get no requests, or only a probe: not open, or circuit not
+        closed."""
         self._forgetful: set[str] = set()
-        """Those that may continue a stream with other tokens (`InstanceFacts.resumes`)."""
+        """Instances that cannot continue a stream with exactly the same tokens
+        (`InstanceFacts.resumes`)."""
 
     # Instances
 
@@ -154,7 +158,7 @@ class Dispatcher:
         now: float,
         kept_from: frozenset[str] = frozenset(),
     ) -> DispatchPlan | None:
-        """The best of those that may have it, or None if there is nobody.
+        """Return the plan to send a request to the best instance; None if no instance may have it.
 
         Args:
             kept_from: instances that may not.
@@ -217,7 +221,7 @@ class Dispatcher:
             attempt.mark = None
 
     def outstanding(self, name: str) -> tuple[int, float]:
-        """Charged there: requests, and predicted seconds of waiting prefill."""
+        """Return the number of requests on an instance, and their seconds of waiting prefill."""
         for stage in (self._prefill, self._decode):
             if name in stage.view:
                 entry = stage.view.entry(name)
@@ -227,7 +231,7 @@ class Dispatcher:
     def plan_decode(
         self, request: RoutedRequest, id: str, exclude: set[str], now: float
     ) -> DispatchPlan | None:
-        """The decode instance that has least to do, to take a prefilled request over."""
+        """Return the plan to hand a prefilled request to the least loaded decode instance."""
         if not self._decode.view.entries:
             return None
         numbers = self._route_request(request, id)
@@ -248,7 +252,7 @@ class Dispatcher:
 
     @property
     def charges(self) -> int:
-        """Requests on all accounts."""
+        """Number of requests on all accounts."""
         return int(self._prefill.view.requests.sum() + self._decode.view.requests.sum())
 
     def _route_request(self, request: RoutedRequest, id: str) -> RouteRequest:
@@ -262,7 +266,11 @@ class Dispatcher:
         return RouteRequest(id, tokens, cached, request.chain.common, request.original.deadline)
 
     def _exclusions(self, request: RoutedRequest, now: float) -> Iterator[frozenset[str]]:
-        """Instances to leave out: first all that had better not have it, last those that cannot."""
+        """Yield sets of instances to leave out, the largest first.
+
+        It holds all that should not have the request; later sets hold only those that cannot have
+        it.
+        """
         if not (self._odd or request.refused or request.avoid or request.tokens):
             yield NOBODY
             return

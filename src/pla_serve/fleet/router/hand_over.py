@@ -108,7 +108,7 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Count a hand-over that ended like this, or has begun."""
+    """Effect that counts how a hand-over has ended, or that it has begun."""
 
     name: str
 
@@ -188,12 +188,12 @@ def _offered(state: HandOver, offer: Offered) -> Transition:
 
 
 def _prefill_at_target(state: HandOver, why: str) -> Transition:
-    """The target, which was sent nothing yet, prefills the whole request."""
+    """Have the target, which was sent nothing yet, prefill the whole request."""
     return state.ended(Outcome(why), Effect.SEND_WHOLE)
 
 
 def _lent_source(state: HandOver, event: Event) -> Transition:
-    """The source lent KV, or was to lend it, and is of no use any more."""
+    """Handle the end of a source that lends KV: it refused, finished, or was lost."""
     if state.source is Source.GONE or event is Event.SOURCE_HANDED_OVER:
         return state, ()
     gone = replace(state, source=Source.GONE)
@@ -204,7 +204,7 @@ def _lent_source(state: HandOver, event: Event) -> Transition:
 
 
 def _source(state: HandOver, event: Event) -> Transition:
-    """The source prefills the request, or has done so."""
+    """Handle the end of the prefill on the source, or of the source."""
     if state.source in (Source.COMPLETE, Source.GONE):
         if event is not Event.SOURCE_LOST:
             return state, ()
@@ -239,7 +239,10 @@ def _search_ended(state: HandOver, *, found: bool) -> Transition:
 
 
 def _begun_target(state: HandOver, event: Event) -> Transition:
-    """All KV that the target will ever read it has read once anything comes from it."""
+    """Handle an event of a target that was sent `Begin`.
+
+    Once it sends output, it has read all KV that it will ever read.
+    """
     if event is Event.TARGET_REFUSED:
         return state.ended(Outcome("late"), Effect.SETTLE_TARGET, Effect.PLACE_TOGETHER)
     if event in (Event.TARGET_OUTPUT, Event.TARGET_LOST):
@@ -248,7 +251,7 @@ def _begun_target(state: HandOver, event: Event) -> Transition:
 
 
 def _target(state: HandOver, event: Event) -> Transition:
-    """The target was asked for memory, or (lent KV only) not even that."""
+    """Handle an event of a target that was not sent `Begin` yet."""
     if state.target is Target.CHOSEN:
         return state.ended(Effect.ORDINARY) if event is Event.TARGET_LOST else (state, ())
     if not state.reserved or event is Event.TARGET_OUTPUT:

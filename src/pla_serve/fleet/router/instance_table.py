@@ -10,7 +10,10 @@ from pla_serve.fleet.router.fleet_instance import FleetInstance
 
 
 class InstanceTable:
-    """Instances come before their links run, and stay."""
+    """All instances of a router, by link and by name.
+
+    An instance is attached before its link runs, and is never removed.
+    """
 
     def __init__(self, circuit: CircuitOptions) -> None:
         self._circuit = circuit
@@ -26,14 +29,18 @@ class InstanceTable:
         return list(self._by_name.values())
 
     def of(self, link: Link) -> FleetInstance:
-        """Raises:
-        KeyError: it was not attached.
+        """Return the instance of a link.
+
+        Raises:
+            KeyError: the link was not attached.
         """
         return self._by_link[id(link)]
 
     def attach(self, link: Link) -> FleetInstance:
-        """Raises:
-        ValueError: there is one with the same URL.
+        """Add the instance at the other end of a link.
+
+        Raises:
+            ValueError: there is an instance with the same URL.
         """
         if link.url in self._by_name:
             raise ValueError(f"the instance {link.url} was named twice")
@@ -42,12 +49,12 @@ class InstanceTable:
         return instance
 
     def alike(self, instance: FleetInstance) -> list[str]:
-        """Names of the instances that are servers of the same kind, this one among them."""
+        """Return the names of all instances of the same kind of server, with this one."""
         kind = instance.facts.kind if instance.facts else None
         return [one.name for one in self.all if one.facts and one.facts.kind == kind]
 
     def connected(self, instance: FleetInstance, facts: InstanceFacts) -> bool:
-        """A connection begins; returns whether it is to another life of the instance."""
+        """Note a new connection; return whether the engine has restarted since the last one."""
         instance.facts, instance.report = facts, None
         instance.connected = True
         instance.epoch += 1
@@ -57,7 +64,7 @@ class InstanceTable:
         return other
 
     def _unfit(self, instance: FleetInstance, facts: InstanceFacts) -> str:
-        """Why its tokens would mean something else than those of the others."""
+        """Return why an instance cannot serve beside the others; empty if it can."""
         for other in self._by_name.values():
             known = other.facts.vocab_size if other.facts else 0
             if other is instance or not other.connected or not known or not facts.vocab_size:

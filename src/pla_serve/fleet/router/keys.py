@@ -5,31 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 IDLE_SECONDS = 5.0
-"""A key without work for so long has no share."""
+"""A tenant without work for this long is no longer counted among those that share."""
 
 
 @dataclass(slots=True)
 class _Account:
     seconds: float = 0.0
-    """Predicted prefill of what it has sent and what has no first token yet."""
+    """Predicted prefill of the tenant's requests that have no first token yet."""
     last: float = 0.0
     requests: dict[str, float] = field(default_factory=dict)
 
 
 class KeyShares:
-    """Predicted seconds of waiting work by tenant.
+    """Predicted seconds of waiting prefill by tenant, by which a full fleet refuses requests.
 
-    While there is room nobody is counted out. When there is none, each tenant that was seen
-    lately is entitled to an equal part of the backlog that the fleet may have, and what goes beyond
-    is refused. So the one who floods is refused, and one who asks for less than its part is not.
-    The backlog stays bounded: by its limit, and one part more for each tenant that joins.
+    While the fleet has room, no tenant is limited. Beyond its limit, each tenant that had work
+    lately may have an equal part of the backlog, and requests beyond that part are refused. So a
+    tenant that floods the fleet is refused, and one that needs less than its part is not. The
+    backlog is at most the limit, and one part more for each tenant that joins.
     """
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
 
     def charge(self, tenant: str, id: str, seconds: float, now: float) -> None:
-        """Work of a request is on its way; a second charge takes the place of the first."""
+        """Add the predicted seconds of a request, in place of what it was charged before."""
         self.discharge(tenant, id, now)
         account = self._accounts.setdefault(tenant, _Account())
         account.requests[id] = seconds
@@ -47,14 +47,14 @@ class KeyShares:
             account.last = now
 
     def entitled(self, tenant: str, seconds: float, limit: float, now: float) -> bool:
-        """Whether so many seconds more are within its part of ``limit``, for all tenants."""
+        """Whether a tenant with so many seconds more has at most its part of ``limit``."""
         self._forget(now)
         account = self._accounts.setdefault(tenant, _Account())
         account.last = now
         return account.seconds + seconds <= limit / len(self._accounts)
 
     def outstanding(self, tenant: str) -> float:
-        """Seconds."""
+        """Return the seconds that a tenant is charged now."""
         account = self._accounts.get(tenant)
         return account.seconds if account else 0.0
 

@@ -44,9 +44,9 @@ _CIRCUIT = {CircuitState.CLOSED: 0, CircuitState.HALF_OPEN: 1, CircuitState.OPEN
 
 
 class FleetMetrics(Metrics):
-    """Metrics of the API, whose engine is a fleet, and ``pla_serve_router:*``.
+    """Metrics of a router's API and, named ``pla_serve_router:*``, those of its fleet.
 
-    Implements the fleet's `Observer`.
+    Implements `RoutingObserver`.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -95,7 +95,7 @@ class FleetMetrics(Metrics):
         )
 
     def watch(self, fleet: Fleet) -> None:
-        """Whose state `render` shows."""
+        """Set the fleet whose state `render` shows."""
         self._fleet = fleet
 
     def render(self) -> bytes:
@@ -129,10 +129,10 @@ class FleetMetrics(Metrics):
         self._hand_overs.labels(self._model, outcome).inc()
 
     def reported(self, link: Link, report: InstanceReport) -> None:
-        """`render` looks at the last one."""
+        """Do nothing: `render` reads the last report itself."""
 
     def gone(self, link: Link) -> None:
-        """`render` shows it."""
+        """Do nothing: `render` reads the connections itself."""
 
     # State
 

@@ -63,8 +63,8 @@ class PrefixMark:
     new: list[int]
     """Blocks that were not there before."""
     before: list[int]
-    """When the blocks that were there had been used last, by place; only as far as all of them had
-    been computed."""
+    """Times of last use of the leading blocks that were there before, in the order of the prompt.
+    The list ends at the first block that had not been computed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,11 +100,11 @@ class PrefixRecord:
         self._stamp = 0
 
     def __len__(self) -> int:
-        """Blocks, over all instances."""
+        """Return the number of blocks over all instances."""
         return sum(len(kept.blocks) for kept in self._instances.values())
 
     def join(self, name: str, capacity_tokens: int) -> None:
-        """A new instance, or another capacity for a known one (0: unknown)."""
+        """Add an instance, or change the capacity of a known one; 0 means unknown."""
         capacity = max(1, (capacity_tokens or DEFAULT_CAPACITY) // BLOCK)
         kept = self._instances.get(name)
         if kept is None:
@@ -126,7 +126,7 @@ class PrefixRecord:
             kept.pending.clear()
 
     def match(self, chain: Chain) -> dict[str, int]:
-        """Leading tokens by instance, in whole blocks; those that hold none are left out."""
+        """Return the leading tokens of a prompt that each instance holds, in whole blocks."""
         found: dict[str, int] = {}
         holders, here = self._holders, -1
         depth = 0
@@ -143,7 +143,7 @@ class PrefixRecord:
         return found
 
     def insert(self, name: str, chain: Chain) -> PrefixMark:
-        """The instance is given this prompt. `confirm` or `undo` must follow.
+        """Record that an instance is sent a prompt. `confirm` or `undo` must follow.
 
         Raises:
             KeyError: it has not joined.

@@ -64,7 +64,7 @@ class Suspects:
 
 
 def given_up(request: RoutedRequest, reason: str) -> Output:
-    """The last message of a request that instances are lost of."""
+    """Return the last message of a request that instances were lost of."""
     causes = "; ".join([*request.failures, reason])
     error = f"given up, because {request.lives} instances ended with it: {causes}"
     return Output(id=request.id, tokens=[], finish_reason="error", error=error, fault="request")

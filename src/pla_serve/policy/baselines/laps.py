@@ -52,7 +52,10 @@ class LapsOptions:
 
 
 class RawLengthBook(RequestBook):
-    """Classifies by new and cached tokens together; so a class never changes with the cache."""
+    """Request book that counts a prefill as short if its whole prompt, L + H, is at most L_m.
+
+    So the class of a request does not depend on how much of its prompt is cached.
+    """
 
     def is_short(self, new_tokens: int, history: int) -> bool:
         return new_tokens + history <= self.boundary(0)

@@ -53,7 +53,10 @@ class PlaServeOptions(AwdOptions):
 
 
 class PublishedBook(RequestBook):
-    """Classifies by the published L_m(H), unless the settings fix a boundary."""
+    """Request book that counts a prefill as short if L <= L_m(H), the published boundary.
+
+    A boundary that the settings fix takes the place of L_m(H).
+    """
 
     def __init__(
         self,

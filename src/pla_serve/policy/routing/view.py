@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     Counts = NDArray[np.int64]
 
 TIE = 1e-3
-"""Weight of long work where short work decides: of two equal express queues, the emptier
-instance."""
+"""Weight of the long work where the short work decides: of two instances with equal short work, the
+one with less long work is chosen."""
 
 
 ARRAYS = ("requests", "tokens", "assigned", "short_waiting", "ready", "express_ready")
@@ -27,13 +27,13 @@ ARRAYS = ("requests", "tokens", "assigned", "short_waiting", "ready", "express_r
 
 @dataclass(slots=True)
 class Charge:
-    """A dispatched request, on the account of its instance."""
+    """A dispatched request, as charged to the account of its instance."""
 
     entry: InstanceView
     tokens: int
     """New tokens."""
     seconds: float
-    """Predicted."""
+    """Predicted seconds of its prefill."""
     short: bool
     at: float
     """Time of dispatch."""
@@ -47,13 +47,13 @@ class InstanceView:
     index: int
     pool: Pool
     waiting: dict[str, Charge] = field(default_factory=dict)
-    """Without their first token, in order of dispatch."""
+    """Requests that have no first token yet, in order of dispatch."""
     running: set[str] = field(default_factory=set)
-    """With it, and not finished."""
+    """Requests that have their first token and are not finished."""
     work: float = 0.0
-    """Predicted seconds of all that waits."""
+    """Predicted seconds of the prefills of all waiting requests."""
     express_work: float = 0.0
-    """The short part of it."""
+    """Part of ``work`` that short requests make up."""
 
 
 class FleetView:
@@ -62,9 +62,9 @@ class FleetView:
     An instance is *ready* at the time at which all its prefills are predicted to be done;
     ``express_ready`` is the same for its short ones alone, when those do not wait for long ones
     (`FleetModel.express`). Work is charged at dispatch, taken off when it is done, and corrected by
-    reports. What should be done by now and is not takes longer than predicted: nobody knows how
-    much longer, so it is given as much time again as it is late; express queues only if they are
-    later than `FleetModel.grace_seconds`.
+    reports. If an instance should be ready by now and is not, its work takes longer than predicted.
+    The rest is then assumed to take as long as the instance is late already; for short work only
+    beyond `FleetModel.grace_seconds`.
     """
 
     def __init__(self, model: FleetModel) -> None:
@@ -92,8 +92,10 @@ class FleetView:
         return instance_id in self._by_id
 
     def entry(self, instance_id: str) -> InstanceView:
-        """Raises:
-        KeyError: there is no such instance; the message says so.
+        """Return the account of an instance.
+
+        Raises:
+            KeyError: the router knows no such instance.
         """
         try:
             return self._by_id[instance_id]
@@ -101,7 +103,7 @@ class FleetView:
             raise KeyError(f"the router knows no instance {instance_id!r}") from None
 
     def join(self, instance_id: str, pool: Pool, now: float) -> None:
-        """A new instance without work."""
+        """Add an instance without work."""
         entry = InstanceView(instance_id, len(self.entries), pool)
         self.entries.append(entry)
         self._by_id[instance_id] = entry
@@ -170,12 +172,12 @@ class FleetView:
                 yield entry.index, min(cached, most)
 
     def most_cached(self, request: RouteRequest, pool: Pool | None) -> int:
-        """Tokens of the prompt that the best holder among the members has."""
+        """Return the most leading tokens of the prompt that a member has cached."""
         everywhere = min(request.common, request.prompt_tokens - 1)
         return max((cached for _, cached in self.holders(request, pool)), default=everywhere)
 
     def least(self, values: Floats | Counts, pool: Pool | None) -> int:
-        """The member with the least value; the first of equals."""
+        """Return the member with the smallest value, the first one if several have it."""
         if pool is None:
             return int(values.argmin())
         members = self.members(pool)
@@ -191,8 +193,7 @@ class FleetView:
         return tied
 
     def soonest(self, short: bool, pool: Pool | None, now: float) -> int:
-        """The member that would begin soonest with such a request; of idle ones, the longest
-        idle."""
+        """Return the member that would begin a request first; of idle members the longest idle."""
         ready, waiting, grace = self._account(short)
         expected: Floats = np.where((waiting > 0) & (ready + grace < now), 2 * now - ready, ready)
         if ready is self.express_ready:
@@ -200,7 +201,7 @@ class FleetView:
         return self.least(expected, pool)
 
     def wait(self, index: int, short: bool, now: float) -> float:
-        """Predicted seconds until it begins with such a request."""
+        """Return the predicted seconds until an instance begins a short or a long request."""
         ready, waiting, grace = self._account(short)
         left = float(ready[index]) - now
         if left < -grace and waiting[index]:
@@ -208,8 +209,12 @@ class FleetView:
         return max(0.0, left)
 
     def _account(self, short: bool) -> tuple[Floats, Counts, float]:
-        """What such a request waits for: when that is done, how much of it waits, and by how many
-        seconds it may be late."""
+        """Return what delays a short or a long request, for each instance.
+
+        Returns:
+            The time at which the work before it is predicted to be done, the amount of that work
+            (requests or tokens; 0 if none), and the seconds that it may be late.
+        """
         if short and self.model.express:
             return self.express_ready, self.short_waiting, self.model.grace_seconds
         return self.ready, self.tokens, 0.0
@@ -240,7 +245,7 @@ class FleetView:
             self.express_ready[index] = max(float(self.express_ready[index]), now) + seconds
 
     def discharge(self, entry: InstanceView, charge: Charge, now: float) -> None:
-        """A request was prefilled, or will never be: what is left is what others wait for."""
+        """Take a request that was prefilled, or never will be, off the account of its instance."""
         index = entry.index
         self.waiting -= 1
         self.tokens[index] -= charge.tokens
@@ -270,5 +275,5 @@ class FleetView:
 
 
 def _corrected(ready: float, work: float, now: float) -> float:
-    """No earlier than now, and no later than all that is known to wait takes."""
+    """Limit ``ready`` to the range from now to the end of all work that is known to wait."""
     return min(max(ready, now), now + work)

@@ -34,8 +34,10 @@ class Header:
 
 
 async def whole(generation: Generation, form: Format, header: Header) -> Json:
-    """Raises:
-    ApiError: the generation failed.
+    """Run a generation to its end, and return the answer as one JSON object.
+
+    Raises:
+        ApiError: the generation failed.
     """
     pieces: dict[int, ChoicePart] = {}
     async with aclosing(generation.deltas()) as answer:

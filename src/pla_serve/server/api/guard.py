@@ -1,4 +1,4 @@
-"""Stands before the endpoints: API keys, draining, and clients that go away."""
+"""Middleware before the endpoints: API keys, draining, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pla_serve.server.records.metrics import Metrics
 log = logging.getLogger(__name__)
 
 TENANT = "pla_serve.tenant"
-"""Key in the ASGI scope."""
+"""Key of the tenant's name in the ASGI scope."""
 
 METRICS = "/metrics"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
@@ -36,13 +36,16 @@ def tenant_name(place: int) -> str:
 
 
 class Keys:
-    """The API keys, compared in constant time; without any, everybody may come in."""
+    """API keys, compared in constant time. Without any, every client is admitted."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [self._digest(key.encode()) for key in keys]
 
     def admit(self, authorization: bytes | None) -> str | None:
-        """Who it is, a text that does not give the key away; None: nobody who may come in."""
+        """Return the tenant that an ``Authorization`` header proves, or None if there is none.
+
+        The name does not reveal the key. On a server without keys it is empty.
+        """
         if not self._digests:
             return ""
         scheme, _, key = (authorization or b"").partition(b" ")
@@ -59,7 +62,7 @@ class Keys:
 
 
 class Traffic:
-    """Counts what is in flight, and closes the door for the drain."""
+    """Counts the requests that are being served, and refuses new ones while draining."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.draining = False
@@ -81,7 +84,10 @@ class Traffic:
             self._idle.set()
 
     async def drain(self, seconds: float) -> bool:
-        """Let nobody in any more; True once all are out, False if some are left after a while."""
+        """Refuse new requests from now on, and wait for the running ones.
+
+        Returns whether all have ended within ``seconds``.
+        """
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
@@ -130,7 +136,7 @@ class Guard:
 
 
 def name_answers(scope: Scope, send: Send) -> Send:
-    """Give the request its id, the client's if it sent a decent one, and answer with it."""
+    """Give the request an id, the client's own if it is usable, and send it with the answer."""
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
     id = given if ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
     request_id.set(id)
@@ -145,7 +151,7 @@ def name_answers(scope: Scope, send: Send) -> Send:
 
 
 def tenant(scope: Scope) -> str:
-    """Who makes this request, as `Keys.admit` calls it."""
+    """Return the tenant that makes this request, as `Keys.admit` named it."""
     who: str = scope.get(TENANT, "")
     return who
 

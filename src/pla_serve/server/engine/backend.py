@@ -9,11 +9,11 @@ from pla_serve.wire.engine import EngineReady
 
 
 class EngineStartError(Exception):
-    """There will never be an engine. The message is the engine's own and names the cure."""
+    """The engine cannot start. The message is the engine's own and names the cure."""
 
 
 class EngineUnavailableError(Exception):
-    """No engine within the time that a request may wait for one."""
+    """No engine became ready within the time that a request may wait."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -21,42 +21,45 @@ class EngineUnavailableError(Exception):
 
 
 class Backend(Protocol):
-    """All methods belong to one event loop. `run` must be running; sessions carry requests."""
+    """Makes tokens for the API.
+
+    All methods belong to one event loop, and `run` must be running. Requests go through sessions.
+    """
 
     @property
     def info(self) -> EngineReady | None:
-        """What may be asked of it, as last known; None until it was ready once."""
+        """Limits of requests, as last known; None before the backend was first ready."""
 
     @property
     def is_ready(self) -> bool:
-        """A request would be taken now."""
+        """Whether a request would be accepted now."""
 
     @property
     def status(self) -> str:
-        """One word for people: starting, ready, restarting, stopped."""
+        """State as one word for people: starting, ready, restarting or stopped."""
 
     async def run(self) -> None:
         """Serve until `stop`.
 
         Raises:
-            EngineStartError: it cannot.
+            EngineStartError: the engine cannot be started.
         """
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """End `run`; requests in flight fail with `EngineDiedError`."""
 
     async def ready(self) -> EngineReady:
-        """Waits for as long as it takes."""
+        """Wait, without a limit, until the backend is ready, and return its limits."""
 
     async def wait_ready(self, seconds: float) -> EngineReady:
-        """Its facts, once it takes requests.
+        """Wait until the backend is ready, and return its limits.
 
         Raises:
             EngineUnavailableError: not within ``seconds``, or too many requests wait already.
         """
 
     def session(self, max_unread_tokens: int, tenant: str = "") -> EngineSession:
-        """For one HTTP request.
+        """Return a new session for one HTTP request.
 
         Args:
             tenant: who asks: the same text for the same API key, and never the key itself. Empty

@@ -13,13 +13,14 @@ from pla_serve.grammar.tokenizer import decoder_types
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 MOST_LOOKED_AT = 256
-"""Tokens at the end of a prompt among which text is looked for; nearly always the last has some."""
+"""Most tokens at the end of a prompt that are searched for text; nearly always the last one has
+some."""
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """What a push made certain."""
+    """Text that has become certain with the last tokens."""
 
     text: str
     stopped_by: str | None = None
@@ -52,18 +53,18 @@ class TokenBytes:
         self._known: dict[int, bytes] = {}
 
     def is_special(self, token: int) -> bool:
-        """A control token such as EOS."""
+        """Whether a token is a control token such as EOS."""
         return token in self._special
 
     def within(self, token: int) -> bytes:
-        """What ``token`` stands for inside a text; nothing for ids that the tokenizer lacks."""
+        """Return the bytes of a token inside a text; none for ids that the tokenizer lacks."""
         known = self._known.get(token)
         if known is None:
             known = self._known[token] = self._find(token)
         return known
 
     def at_start(self, token: int) -> bytes:
-        """The same at the start of a text, where some tokenizers drop a leading space."""
+        """Return its bytes at the start of a text, where some tokenizers drop a leading space."""
         raw = self.within(token)
         if self._spelling is not None or not raw[:1].isascii():
             return raw
@@ -83,7 +84,7 @@ class TokenBytes:
         return self._decode([*self._anchor, token]).removeprefix(before).encode()
 
     def _find_anchor(self) -> list[int]:
-        """A token with text, so that the next one does not stand at the start."""
+        """Return a token to decode others after, so that they do not stand at the start."""
         for token in range(self._backend.get_vocab_size()):
             if token not in self._special and self._decode([token]).strip(f" {REPLACEMENT}"):
                 return [token]

@@ -1,4 +1,4 @@
-"""What became of each request of the API: a log entry, and spans where tracing is configured."""
+"""Records each request of the API: a log entry, and spans where tracing is configured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class JournalEntry:
     prefill_began: float | None = None
     first_token: float | None = None
     moved: tuple[float, float] | None = None
-    """From the last token of one instance to the first of another, if it went on there."""
+    """Times of the last token of one instance and the first of the next, if the request moved."""
     ended: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -36,13 +36,13 @@ class JournalEntry:
 
 
 class Journal(Protocol):
-    """Told of every request that ended, in whatever way. Must not block or raise."""
+    """Receives an entry for each request that has ended. `write` must not block or raise."""
 
     def write(self, entry: JournalEntry) -> None: ...
 
 
 class LogJournal:
-    """A log entry for each request, at level info."""
+    """Writes a log entry for each request, at level info."""
 
     def write(self, entry: JournalEntry) -> None:
         """One line; its numbers are fields of their own in JSON."""
@@ -62,7 +62,7 @@ class LogJournal:
 
 
 class Journals:
-    """Several as one."""
+    """Passes each entry to several journals."""
 
     def __init__(self, journals: Sequence[Journal]) -> None:
         self._journals = journals

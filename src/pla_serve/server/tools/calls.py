@@ -62,7 +62,11 @@ def _next_key(reader: ScriptReader) -> ScriptStep[str | None]:
 
 
 def read_call_array(reader: ScriptReader) -> ScriptStep[None]:
-    """Read ``[call, call, …]``; the text goes on behind the bracket that closes it."""
+    """Read calls from an array, ``[call, call, …]``, and emit each of them.
+
+    Reading stops behind the closing bracket, or at the first element that is no call. The opening
+    bracket may be missing.
+    """
     yield from reader.skip_space()
     if (yield from reader.next_is(["["])):
         reader.drop("[")

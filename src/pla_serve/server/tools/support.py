@@ -14,18 +14,18 @@ from pla_serve.server.tools.tool import Schema, ToolUse
 
 
 class ToolSupport:
-    """The format of a model's calls.
+    """Format in which a model writes tool calls, and the special tokens that belong to it.
 
-    A model whose template shows no tools is told of them and of the plain JSON format in a system
-    message, so it writes that one.
+    If the chat template does not render ``tools``, a system message describes the tools and asks
+    for calls in the plain JSON format.
 
     Args:
         tokenizer: fast tokenizer of transformers.
         template: chat template of requests with tools; None if the model has none.
-        name: format by name, or "auto" for the one that the template shows.
+        name: name of a format; "auto" recognises the format from the template.
 
     Raises:
-        ValueError: there is no such format, or the template cannot ask for it.
+        ValueError: no format has this name, or the template does not render tools for it.
 
     Example:
 
