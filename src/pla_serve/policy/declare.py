@@ -68,7 +68,7 @@ class Kind(Generic[Made]):
 
 
 def itself(options: Made) -> Made:
-    """``make`` of a dataclass that needs nothing but its own knobs."""
+    """Return the options: ``make`` of a dataclass that needs nothing but its own knobs."""
     return options
 
 

@@ -101,9 +101,9 @@ class TenantShares:
     """Decides when prefills enter the queues of a policy.
 
     Args:
-        enter: pushes a prefill into its queue.
+        enter: puts a prefill into its queue.
         leave: takes a prefill out of its queue.
-        window: how far tenants may be apart, seconds; may change with what is known of the machine.
+        window: returns the seconds that tenants may be apart, which may change with the cost model.
         price: predicted seconds that a prefill adds to a batch.
         waiting: unfinished prefills, in any order.
         apart: whether short and long prefills have queues of their own, which are let in
@@ -127,25 +127,25 @@ class TenantShares:
         self._apart = apart
         self._accounts: dict[str, Account] = {}
         self._order: list[tuple[float, str]] = []
-        """All accounts, lowest first; kept only while there are several."""
+        """All accounts, the lowest first. It is kept only while there are several."""
         self._ready: list[tuple[float, str]] = []
-        """Those that may let something in, lowest first."""
+        """Accounts from which a held prefill may enter a queue, the lowest first."""
         self._debts: dict[str, float] = {}
         """Accounts of tenants that left while they were ahead."""
         self._holding = False
-        """Something may be held."""
+        """Whether prefills may be held."""
 
     @property
     def tenants(self) -> int:
-        """Tenants with unfinished prefills."""
+        """Number of tenants with unfinished prefills."""
         return len(self._accounts)
 
     def charged(self, tenant: str) -> float:
-        """Account of a tenant with unfinished prefills, seconds."""
+        """Return the account of a tenant with unfinished prefills, in seconds."""
         return self._accounts[tenant].charged
 
     def add(self, request: Pending) -> None:
-        """Let a new prefill in, or hold it."""
+        """Queue a new prefill, or hold it."""
         account = self._accounts.get(request.tenant)
         if account is None:
             account = self._join(request.tenant)
@@ -158,9 +158,9 @@ class TenantShares:
         self.release()
 
     def served(self, request: Pending, seconds: float) -> None:
-        """A chunk of a prefill was computed, predicted at ``seconds``.
+        """Note that a chunk of a prefill was computed, which was predicted to take ``seconds``.
 
-        What is left of the prefill waits in its queue again; without any it is forgotten.
+        If the prefill is not complete, the rest is in its queue again. Otherwise it is forgotten.
         """
         account = self._accounts[request.tenant]
         if request.charge:
@@ -175,9 +175,9 @@ class TenantShares:
             self._part(account)
 
     def remove(self, request: Pending) -> None:
-        """Forget a prefill that was not computed to its end; what did not run is given back.
+        """Forget a prefill that is not complete, and refund the charge for what did not run.
 
-        A chunk of it that runs now counts as run.
+        A chunk that is in flight counts as run.
         """
         account = self._accounts[request.tenant]
         lane = self._lane(request)
@@ -192,7 +192,7 @@ class TenantShares:
         self._part(account)
 
     def release(self) -> None:
-        """Let in what may enter now. Call it after `served` and `remove`."""
+        """Queue the held prefills that may enter now. Call it after `served` and `remove`."""
         if not self._holding:
             return
         if len(self._accounts) <= 1:
@@ -213,7 +213,7 @@ class TenantShares:
         return self._apart and request.short
 
     def _join(self, tenant: str) -> Account:
-        """Open an account; with the second one, begin to hold."""
+        """Open the account of a tenant. From the second account on, prefills are held."""
         level = self._order[0][0] if self._order else 0.0
         if len(self._accounts) == 1:
             (alone,) = self._accounts.values()
@@ -229,7 +229,7 @@ class TenantShares:
         return account
 
     def _part(self, account: Account) -> None:
-        """One prefill less; the last one closes the account."""
+        """Count off one prefill of an account, and close the account after its last."""
         account.unfinished -= 1
         if account.unfinished:
             if self._holding:
@@ -286,7 +286,7 @@ class TenantShares:
         self._holding = False
 
     def _admit(self, account: Account, request: Pending) -> None:
-        """Charge a prefill that is, or will be, in its queue."""
+        """Charge a prefill that is in its queue or is about to enter it."""
         request.charge = self._price(request)
         account.unserved[self._lane(request)] += request.charge
         self._charge(account, request.charge)
@@ -299,7 +299,7 @@ class TenantShares:
         self._renew(account)
 
     def _renew(self, account: Account, open_: bool = True) -> None:
-        """Put an account where it belongs among those that may let something in."""
+        """Update the place of an account in ``_ready``."""
         if not self._holding and account.key is None:
             return
         if account.key is not None:

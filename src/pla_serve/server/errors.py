@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 
 class ApiError(Exception):
-    """Becomes an error response, or an error event if the stream has begun."""
+    """Error that is sent to the client: as a response, or as an event if the stream has begun."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def unsupported(param: str, message: str | None = None) -> ApiError:
-    """A field that would change the answer and that this server does not have."""
+    """Return the error for a field that would change the answer and is not supported."""
     return invalid(message or f"{param} is not supported", param, "unsupported_parameter")
 
 
 def too_long(tokens: int, limit: int, *, at_least: bool = False, output: int = 0) -> ApiError:
-    """``tokens`` of prompt and ``output`` requested do not fit into ``limit``."""
+    """Return the error for ``tokens`` of prompt and ``output`` that do not fit into ``limit``."""
     asked = f" and max_tokens asks for {output} more" if output else ""
     return invalid(
         f"This model's context is {limit} tokens, but the prompt has "
@@ -98,5 +98,5 @@ def unavailable(message: str, retry_after: float = 1.0) -> ApiError:
 
 
 def failed(message: str, status: int = 500) -> ApiError:
-    """``status``: 502 where the instances behind a router failed."""
+    """Return the error of a server that failed; status 502 if an instance behind a router did."""
     return ApiError(status, message, type="server_error", code="internal_error")

@@ -77,5 +77,5 @@ class DemandMeter:
 
 
 def _memory(instances: Sequence[PoolReport]) -> ClassDemand:
-    """KV memory in use, in instances that are full; the scaler leaves room above it."""
+    """Return the KV memory in use as a demand, in instances whose memory is full."""
     return ClassDemand(0.0, sum(report.kv_usage for report in instances))

@@ -27,30 +27,30 @@ class HeldQueue(RequestQueue):
         self._arrived: list[Request] = []
 
     def offer(self, requests: Iterable[Request]) -> None:
-        """Let a step admit these, in this order."""
+        """Let the next step admit these requests, in this order."""
         self._offers = deque(requests)
 
     def withdraw(self) -> None:
-        """The step is over."""
+        """Offer no requests any more, because the step is over."""
         self._offers.clear()
 
     def take_arrivals(self) -> list[Request]:
-        """Requests that came into the queue since this was last asked, urgent ones excepted."""
+        """Return the requests that were added since the last call, without urgent ones."""
         arrived = [request for request in self._arrived if request.request_id in self._held]
         self._arrived = []
         return [request for request in arrived if request.request_id not in self._urgent]
 
     @property
     def urgent(self) -> list[Request]:
-        """Last preempted first, as vLLM resumes them."""
+        """Urgent requests, the last preempted first, as vLLM resumes them."""
         return list(reversed(self._urgent.values())) if self._urgent else []
 
     def get(self, request_id: str) -> Request | None:
-        """A waiting request, on offer or not."""
+        """Return a waiting request, whether on offer or not; None if it is unknown."""
         return self._held.get(request_id)
 
     def holds(self, request: Request) -> bool:
-        """Whether this very request waits, and not another one of its id."""
+        """Whether this object waits, and not another request with the same id."""
         return self._held.get(request.request_id) is request
 
     def add_request(self, request: Request) -> None:
@@ -76,7 +76,7 @@ class HeldQueue(RequestQueue):
         self.add_request(request)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
-        """Requests that a step skipped come back to where they were."""
+        """Put back requests that a step has skipped."""
         for request in requests:
             self.add_request(request)
 
@@ -86,7 +86,7 @@ class HeldQueue(RequestQueue):
         self.remove_requests((request,))
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
-        """Absent ones are ignored: vLLM names the same requests to both of its queues."""
+        """Remove requests. Unknown ones are ignored: vLLM removes them from both of its queues."""
         gone = [request for request in requests if request.request_id in self._held]
         for request in gone:
             self._forget(request)
@@ -101,7 +101,7 @@ class HeldQueue(RequestQueue):
         return len(self._held)
 
     def __iter__(self) -> Iterator[Request]:
-        """All of them; those that a policy orders, in the order of their coming."""
+        """Yield all waiting requests, urgent ones first, the others in order of arrival."""
         urgent = self.urgent
         yield from urgent
         for request_id, request in self._held.items():

@@ -48,15 +48,15 @@ STATS_PREFIX = "pla_serve:"
 
 
 class Step(NamedTuple):
-    """A step that was laid out and has not ended."""
+    """A step that vLLM has scheduled and that has not ended."""
 
     output: SchedulerOutput
     plan: StepPlan
     batch: Batch | None
-    """None: a step of nothing but decodes that is no sample for the cost model."""
+    """Batch for the cost model. None for a step of decodes only that is not sampled."""
     started: float
     timed: bool
-    """Whether its time says something about its tokens."""
+    """Whether the time of the step can be explained by its tokens."""
 
 
 class LengthAwareScheduler(AsyncScheduler):
@@ -205,7 +205,7 @@ class LengthAwareScheduler(AsyncScheduler):
         return self.planner.plan(now, max(1, budget))
 
     def _open(self, plan: StepPlan, under_way: list[Request]) -> None:
-        """Tell the seams what the step may hold."""
+        """Pass the plan to the parts of vLLM's `schedule` that ask for it."""
         self._plan = plan
         self._caps = caps = {chunk.request_id: chunk.tokens for chunk in plan.chunks}
         if not self._blocked:
@@ -231,7 +231,7 @@ class LengthAwareScheduler(AsyncScheduler):
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
     def _close(self, plan: StepPlan, output: SchedulerOutput, now: float) -> None:
-        """Settle what the step came to be."""
+        """Compare the step that vLLM has scheduled with its plan, and settle it."""
         scheduled = output.num_scheduled_tokens
         self._count += 1
         if not plan.chunks and output.total_num_scheduled_tokens == len(scheduled):
@@ -249,7 +249,7 @@ class LengthAwareScheduler(AsyncScheduler):
     def _lay_out(
         self, plan: StepPlan, output: SchedulerOutput, left: dict[str, tuple[int, int]]
     ) -> Batch:
-        """The step as the cost model sees it; fills in what is ``left`` of its prefills."""
+        """Return the step as a batch, and fill in what is ``left`` of its prefills."""
         prefills: list[Chunk] = []
         decodes: list[Chunk] = []
         known, requests, decode_tokens = self.planner.known, self.requests, self._decode_tokens
@@ -268,7 +268,7 @@ class LengthAwareScheduler(AsyncScheduler):
         return Batch(kind, tuple(prefills), tuple(decodes))
 
     def _settle(self, plan: StepPlan, left: dict[str, tuple[int, int]], now: float) -> None:
-        """Tell the planner what became of its plan."""
+        """Report to the planner which planned prefills are in the step."""
         planned = [chunk.request_id for chunk in plan.chunks]
         self._blocked = any(self.waiting.get(request_id) for request_id in planned)
         self.planner.settle(plan, left, now)

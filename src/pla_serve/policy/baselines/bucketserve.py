@@ -59,22 +59,22 @@ class Bucket:
     high: int
     queue: SortedQueue = field(default_factory=lambda: SortedQueue(arrival_rank))
     tokens: int = 0
-    """Their new tokens together."""
+    """New tokens of all requests in the bucket."""
     below: int = 0
     """Number of requests below the midpoint."""
 
     @property
     def middle(self) -> int:
-        """Length at which the bucket would be split."""
+        """Length at which the bucket is split."""
         return (self.low + self.high) // 2
 
     def push(self, request: Pending) -> None:
-        """One more."""
+        """Add a request."""
         self.queue.push(request)
         self._count(request, 1)
 
     def left(self, request: Pending) -> None:
-        """A request is not in ``queue`` any more."""
+        """Count off a request that was taken out of ``queue``."""
         self._count(request, -1)
 
     def _count(self, request: Pending, sign: int) -> None:
@@ -83,10 +83,11 @@ class Bucket:
 
 
 class BucketQueue:
-    """One bucket at a time. Splits and merges at the begin of a round, which is a `drain`.
+    """Prefills in buckets of similar length, of which a batch takes one.
 
-    A request moves to another bucket at most once for each halving of the range between two merges,
-    and a merge moves fewer than ``batch_requests``; so a round costs O(buckets) on average.
+    Buckets are split and merged at the begin of each `drain`. A request moves to another bucket at
+    most once for each halving of the range between two merges, and a merge moves fewer than
+    ``batch_requests``; so a `drain` costs O(buckets) on average.
     """
 
     def __init__(self, options: BucketOptions, batch_requests: int, batch_tokens: int) -> None:
@@ -98,7 +99,7 @@ class BucketQueue:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """Ascending; together they cover every length."""
+        """All buckets, from short to long. Together they cover every length."""
         return self._buckets
 
     def __len__(self) -> int:
@@ -131,7 +132,7 @@ class BucketQueue:
         """Do nothing: no predicted time decides the order."""
 
     def seconds_ahead(self, request: Pending, total: float) -> float:
-        """All of it; under ``sjf`` what is in the request's bucket and in shorter ones."""
+        """Return ``total``; under ``sjf`` only the work in the same and in shorter buckets."""
         if self._options.order == "fcfs":
             return total
         count = bisect_right(self._lows, request.new_tokens)
@@ -139,7 +140,7 @@ class BucketQueue:
         return min(total, sum(ahead))
 
     def _next(self) -> Bucket | None:
-        """The bucket whose head is the most urgent, then by ``order``."""
+        """Return the bucket whose first request is the most urgent, then by ``order``."""
         best, best_rank = None, None
         for bucket in self._buckets:
             head = bucket.queue.first()
@@ -153,9 +154,9 @@ class BucketQueue:
         return best
 
     def _adjust(self) -> None:
-        """Merge all if one batch takes them; else split what is full and skewed, again and again.
+        """Merge all buckets if one batch takes all requests, else split full and skewed ones.
 
-        Every split halves a range, so it comes to an end.
+        Splitting ends, because each split halves a range.
         """
         if self._fits(self._size, sum(bucket.tokens for bucket in self._buckets)):
             if len(self._buckets) > 1:

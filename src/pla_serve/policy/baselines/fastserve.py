@@ -56,7 +56,7 @@ class FeedbackOptions:
 
 @dataclass(slots=True)
 class Place:
-    """Where a request stands among the levels."""
+    """Level of a request, and what it has used of that level's quantum."""
 
     level: int
     joined: float
@@ -68,10 +68,10 @@ class Place:
 
 
 class FeedbackQueue:
-    """Lower levels first; priority before level.
+    """Multi-level queue: orders by priority, then by level, the lowest level first.
 
-    The whole order is one static key, so a move is a removal and an insertion. Who may starve is
-    found at the front of a list in order of `Place.since`.
+    The order is a static key, so a request changes its level by a removal and an insertion. The
+    request that has waited longest is the first of a list in order of `Place.since`.
     """
 
     def __init__(self, options: FeedbackOptions) -> None:
@@ -86,12 +86,12 @@ class FeedbackQueue:
         return len(self._sorted)
 
     def level(self, request_id: str) -> int | None:
-        """Where a request is, counted from 0; None if it is unknown."""
+        """Return the level of a request, from 0; None if it is unknown."""
         place = self._places.get(request_id)
         return None if place is None else place.level
 
     def push(self, request: Pending) -> None:
-        """Back to its place, or into the first level whose quantum covers what it needs."""
+        """Queue a request: a new one in the first level whose quantum covers its prefill."""
         if request.id not in self._places:
             level = self._fitting(request.seconds)
             self._places[request.id] = Place(level, request.arrival, request.arrival)
@@ -110,7 +110,7 @@ class FeedbackQueue:
             yield request
 
     def resort(self) -> None:
-        """A level once joined is left only by its quantum or by starvation."""
+        """Do nothing: a request leaves its level by its quantum or by starvation only."""
 
     def seconds_ahead(self, request: Pending, total: float) -> float:
         return self._sorted.seconds_ahead(request, total)

@@ -63,10 +63,10 @@ class FlowOptions:
 
 
 class DeadlineQueue(SortedQueue):
-    """Priority, then who can make its deadline, then the earliest deadline.
+    """Orders by priority, then requests that can meet their deadline, then the earliest deadline.
 
-    That a deadline is out of reach is found when its request comes to the front, once for each, so
-    all of it is a static key. `drain` stops where a batch should: see `FlowPrefill`.
+    A request is found to be out of reach of its deadline when it comes to the front, at most once.
+    So the order is a static key. `drain` stops where a batch should end; see `FlowPrefill`.
     """
 
     def __init__(self, options: FlowOptions, cost: CostModel) -> None:
@@ -79,7 +79,7 @@ class DeadlineQueue(SortedQueue):
         super().push(request)
 
     def head(self, now: float) -> Pending | None:
-        """The most urgent request; those found out of reach step back before."""
+        """Return the most urgent request, after moving back those that must miss a deadline."""
         while (request := self.first()) is not None:
             if request.late or not self.out_of_reach(request, now):
                 return request
@@ -89,7 +89,7 @@ class DeadlineQueue(SortedQueue):
         return None
 
     def out_of_reach(self, request: Pending, now: float) -> bool:
-        """Whether the deadline passes before the request is done, were it alone from now on."""
+        """Whether a request would miss its deadline even if it ran alone from now on."""
         if self._options.order == "edf":
             return False
         return now + request.seconds > self._deadline(request)
@@ -112,11 +112,11 @@ class DeadlineQueue(SortedQueue):
             yield request
 
     def rank(self, request: Pending) -> Rank:
-        """The greatest goes first."""
+        """Return the key of the order; the greatest goes first."""
         return self.rank_running(request, -inf)
 
     def rank_running(self, request: Pending, began: float) -> Rank:
-        """Rank of a request that runs since ``began`` and would be done if it went on alone."""
+        """Return the key of a request as if it ran alone from ``began`` to its end."""
         late = request.late or self.out_of_reach(request, began)
         return (-request.priority, not late, -self._deadline(request))
 
@@ -128,7 +128,7 @@ class DeadlineQueue(SortedQueue):
         return request.arrival + slo
 
     def _added_seconds(self, request: Pending) -> float:
-        """Predicted time that it adds to a batch which runs anyway."""
+        """Return the predicted seconds that a request adds to a batch that runs anyway."""
         new, history = request.new_tokens, request.history
         return self._cost.work_seconds(new, new * (history + new / 2), history + new, 1, 0)
 
@@ -138,11 +138,11 @@ class Paused(NamedTuple):
 
     batch: Batch
     began: float
-    """Later than in truth by the pauses in it, but for the present one."""
+    """Time at which the batch began, plus all pauses so far except the present one."""
     since: float
 
     def resumed(self, now: float) -> tuple[Batch, float]:
-        """The batch as it goes on at ``now``, and its begin, later by this pause too."""
+        """Return the batch and its begin, plus the pause that ends at ``now``."""
         return self.batch, self.began + now - self.since
 
 
@@ -171,9 +171,9 @@ class FlowPrefill(ContinuousBatching):
         self._due = DeadlineQueue(options or FlowOptions(), cost)
         super().__init__(config, cost, self._due)
         self._paused: list[Paused] = []
-        """Each runs inside the one before it, and `_running` inside the last one."""
+        """Paused batches, each inside the one before it; `_running` is inside the last one."""
         self._event = False
-        """Something has arrived or completed since the last decision."""
+        """Whether a request has arrived or a batch was completed since the last decision."""
 
     def add(self, request: PrefillRequest, now: float) -> None:
         super().add(request, now)
@@ -207,10 +207,11 @@ class FlowPrefill(ContinuousBatching):
             self._running = self._paused.pop().resumed(now)
 
     def _skip_to(self, batch: Batch) -> None:
-        """Drop batches that were taken back as a whole: no time has passed in them.
+        """Drop the innermost batches until ``batch`` is the running one, or a part of it.
 
-        Nobody tells of that, but another batch is spoken of now. A part of one is still that one;
-        nothing at all is the part that is left of the running one.
+        The executor does not report a batch that was taken back as a whole. It shows when the
+        executor next names another batch. No time has passed in the dropped ones. An empty
+        ``batch`` is what is left of the running one.
         """
         while self._paused and self._running is not None:
             if _ids(batch) <= _ids(self._running[0]):
@@ -220,7 +221,7 @@ class FlowPrefill(ContinuousBatching):
             self._event = True
 
     def _gives_way(self, batch: Batch, began: float, head: Pending) -> bool:
-        """Whether ``head`` is more urgent than everyone in ``batch``, which is under way."""
+        """Whether ``head`` is more urgent than all requests in ``batch``, which has begun."""
         ranks = []
         for chunk in batch.prefills:
             pending = self._book.get(chunk.request_id)

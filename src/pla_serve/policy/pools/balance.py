@@ -73,23 +73,23 @@ class ClassDemand:
     """Demand of one class on its pool."""
 
     queued: float
-    """Seconds of prefill that wait or run."""
+    """Predicted seconds of the prefills that wait or run."""
     rate: float
-    """Seconds of prefill that arrive a second."""
+    """Predicted seconds of prefill that arrive per second."""
 
     def instances(self, horizon: float) -> float:
-        """Instances that keep up with the arrivals and clear the backlog in ``horizon`` seconds."""
+        """Return the instances that keep up and clear the backlog in ``horizon`` seconds."""
         return self.rate + self.queued / horizon
 
     def recovery(self, instances: int) -> float:
-        """Seconds until so many have cleared the backlog; infinite if they do not keep up."""
+        """Return the seconds in which so many instances clear the backlog; infinite if never."""
         if not self.queued:
             return 0.0
         return self.queued / (instances - self.rate) if instances > self.rate else inf
 
 
 class BalanceController:
-    """Goes straight to the split with the least worst demand an instance, and stays there.
+    """Moves at once to the split of instances that minimises the largest demand per instance.
 
     The demand of a class is ``d = rate + queued / horizon`` instances. Shorts ask for
     ``d / short_load``, but where the fleet keeps up with both classes they leave longs
@@ -184,7 +184,7 @@ class BalanceController:
         )
 
     def _asked(self, demands: dict[Pool, ClassDemand], total: int) -> tuple[float, float]:
-        """Instances that shorts ask for, and those that longs ask for."""
+        """Return the instances that short prefills ask for, and those that long ones ask for."""
         options, horizon = self._options, self._options.horizon_seconds
         short, long = (demands[pool].instances(horizon) for pool in (Pool.SHORT, Pool.LONG))
         wanted, least = short / options.short_load, float(options.min_instances)
@@ -211,7 +211,7 @@ class BalanceController:
 
 
 def _keeps_up(demands: dict[Pool, ClassDemand], short: int, long: int) -> bool:
-    """Whether so many instances do what arrives."""
+    """Whether so many instances keep up with the arrivals of both classes."""
     return demands[Pool.SHORT].rate <= short and demands[Pool.LONG].rate <= long
 
 

@@ -139,7 +139,7 @@ class PlaServe(TwoQueues):
 
     @property
     def awd(self) -> AdaptiveWaitDepth:
-        """W and D, to look at."""
+        """State of AWD, with W and D, for tests and experiments."""
         return self._awd
 
     def add(self, request: PrefillRequest, now: float) -> None:

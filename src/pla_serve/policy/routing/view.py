@@ -263,7 +263,7 @@ class FleetView:
     def correct(
         self, entry: InstanceView, seconds: float, express_seconds: float, at: float
     ) -> None:
-        """The instance itself says how much it had before it at ``at``; later dispatches add."""
+        """Take over the instance's own prediction of time ``at``; later dispatches are added."""
         for charge in reversed(entry.waiting.values()):
             if charge.at <= at:
                 break

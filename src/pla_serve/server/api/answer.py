@@ -56,7 +56,7 @@ async def whole(generation: Generation, form: Format, header: Header) -> Json:
 
 
 async def _choices(form: Format, pieces: list[ChoicePart]) -> list[Json] | list[msgspec.Raw]:
-    """All choices as JSON; those of a long answer are encoded one by one in a thread."""
+    """Return all choices as JSON; those of a long answer are encoded in a thread."""
     if sum(len(piece.tokens) + LOGPROB_COST * len(piece.logprobs) for piece in pieces) < LONG:
         return [form.whole(piece) for piece in pieces]
 
@@ -67,7 +67,10 @@ async def _choices(form: Format, pieces: list[ChoicePart]) -> list[Json] | list[
 
 
 class EventWriter:
-    """Turns deltas into events. Text that is still empty waits, and its logprobs with it."""
+    """Turns deltas into events.
+
+    A delta without text is kept, with its log probabilities, until text follows.
+    """
 
     def __init__(
         self, generation: Generation, form: Format, header: Header, options: StreamOptions | None
@@ -91,7 +94,7 @@ class EventWriter:
     async def events(
         self, keep_alive: float, clock: Callable[[], float] = time.monotonic
     ) -> AsyncGenerator[bytes, None]:
-        """Bytes to send; a comment whenever ``keep_alive`` seconds passed without any.
+        """Yield the bytes to send; a comment after ``keep_alive`` seconds without any.
 
         A failure becomes an event with an error and ends the stream, without ``[DONE]``.
         """

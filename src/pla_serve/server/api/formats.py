@@ -1,4 +1,4 @@
-"""The two shapes of an answer: chat completions and text completions."""
+"""Formats of an answer: chat completions and text completions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 
 class ChoicePart:
-    """A part of one choice, or all of it: what a format turns into JSON."""
+    """Part of one choice, or all of it, before it is turned into JSON."""
 
     __slots__ = ("finish_reason", "index", "logprobs", "stop_reason", "text", "tokens")
 
@@ -31,16 +31,16 @@ class ChoicePart:
 
 
 class Format(Protocol):
-    """How pieces are written. One object an answer: a format may count what it wrote."""
+    """Turns parts of choices into JSON. Each answer has its own object, which may keep counts."""
 
     object: str
     chunk_object: str
 
     def opening(self, index: int) -> Json | None:
-        """What a stream says of a choice before its first text."""
+        """Return the ``choice`` that a stream sends before the first text; None for none."""
 
     def chunks(self, piece: ChoicePart) -> Sequence[Json]:
-        """What a stream says of a part of a choice."""
+        """Return the ``choice`` objects that a stream sends for a part of a choice."""
 
     def whole(self, piece: ChoicePart) -> Json: ...
 
@@ -92,7 +92,7 @@ class CompletionFormat:
     chunk_object = "text_completion"
 
     def __init__(self, names: TokenNames, *, logprobs: bool, echoes: Sequence[str], n: int) -> None:
-        """``echoes``: the texts that the choices of each prompt begin with, or nothing."""
+        """``echoes`` has the text that the choices of each prompt begin with, or is empty."""
         self._names = names
         self._wants_logprobs = logprobs
         self._echoes = echoes

@@ -1,4 +1,4 @@
-"""Models of requests that take nothing they do not know: no coercion, no NaN, no unknown fields."""
+"""Strict models of requests: they refuse coercion, NaN and unknown fields."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Strict(BaseModel):
 
 
 def refuse(param: str, message: str) -> PydanticCustomError:
-    """Ends as `unsupported_parameter`."""
+    """Return a validation error that the client gets as `unsupported_parameter`."""
     return PydanticCustomError("unsupported", "{reason}", {"reason": message, "param": param})
 
 
 def wrong(param: str, message: str) -> PydanticCustomError:
-    """A fault that only several fields together show; ``param`` is the one to mend."""
+    """Return an error about fields that contradict each other; ``param`` is the one to correct."""
     return PydanticCustomError("wrong", "{reason}", {"reason": message, "param": param})
 
 
 def at_most(entries: int) -> Callable[[Any], Any]:
-    """Refuses a larger object before each of its entries is looked at."""
+    """Return a validator that refuses objects with more entries before it looks at them."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > entries:

@@ -52,11 +52,11 @@ class _Check:
     digest: bytes
     tenant: str
     done: asyncio.Future[str | None]
-    """None, or what is wrong with the grammar."""
+    """Result: None if the grammar can be used, or the error for the client."""
     context: Context
-    """Log lines about the check name its request."""
+    """Context of the request, so that log lines about the check carry its id."""
     tried: bool = False
-    """A worker was lost with it, which need not be the grammar's fault."""
+    """Whether a worker was lost during the check, which may not be the grammar's fault."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +67,7 @@ class _Place:
     check: _Check | None = None
     slow: bool = False
     timed: bool = False
-    """Its time has begun to count, which it does once the worker runs."""
+    """Whether the time of the check has begun to count: once the worker runs."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
@@ -104,13 +104,13 @@ class GrammarChecks:
 
     @property
     def busy_pids(self) -> list[int]:
-        """Processes that compile just now, for tests and people who want to see or kill them."""
+        """Process ids of workers that compile now, to look at or to kill."""
         busy = (place.worker.pid for place in self._places if place.check is not None)
         return [pid for pid in busy if pid is not None]
 
     @property
     def nursery_pid(self) -> int:
-        """The process that forks workers, for tests."""
+        """Process id of the nursery, for tests."""
         return self._host.nursery_pid
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class GrammarChecks:
             raise
 
     def _withdraw(self, check: _Check) -> None:
-        """Nobody waits for it any more."""
+        """Cancel a check, because its request has ended."""
         self._quick.remove(check.tenant, check)
         self._slow.remove(check.tenant, check)
         for place in list(self._places):
@@ -150,7 +150,7 @@ class GrammarChecks:
         self._work()
 
     def _work(self) -> None:
-        """Give waiting checks to workers."""
+        """Start waiting checks while workers are free."""
         lanes = ((self._quick, False, QUICK_WORKERS), (self._slow, True, SLOW_WORKERS))
         for queue, slow, most in lanes:
             while len(busy := self._tenants(slow)) < most:
@@ -160,7 +160,7 @@ class GrammarChecks:
                 self._begin(check, slow)
 
     def _tenants(self, slow: bool) -> list[str]:
-        """Those that have a check of this kind with a worker."""
+        """Return the tenants of the quick or the slow checks that run."""
         return [p.check.tenant for p in self._places if p.check is not None and p.slow is slow]
 
     def _begin(self, check: _Check, slow: bool) -> None:
@@ -185,13 +185,13 @@ class GrammarChecks:
             self._time(place)
 
     def _time(self, place: _Place) -> None:
-        """Have a check that a worker has begun be quick, or become slow."""
+        """Begin to count the time of a check: after QUICK_SECONDS it becomes slow."""
         place.timed = True
         loop = asyncio.get_running_loop()
         place.timers.append(loop.call_later(QUICK_SECONDS, self._becomes_slow, place))
 
     def _becomes_slow(self, place: _Place) -> None:
-        """Go on at a low priority, or later if enough others do."""
+        """Let a check go on as slow; or restart it later, if too many slow ones run."""
         check = place.check
         if check is None:
             return
@@ -228,7 +228,7 @@ class GrammarChecks:
             loop.add_writer(frames.socket.fileno(), self._flush, place)
 
     def _read(self, place: _Place) -> None:
-        """Take what a worker has answered."""
+        """Take the answers of a worker."""
         for message in place.worker.receive():
             check = place.check
             if check is None or not isinstance(message, (Advanced, Mask)):
@@ -242,7 +242,7 @@ class GrammarChecks:
         self._work()
 
     def _learn(self) -> None:
-        """Some worker runs, or has ended, or the nursery has."""
+        """Handle the start or end of workers, and the loss of the nursery."""
         self._host.poll()
         if self._host.control_lost and self._control is not None:
             asyncio.get_running_loop().remove_reader(self._control)
@@ -272,7 +272,7 @@ class GrammarChecks:
         self._drop(place)
 
     def _finish(self, place: _Place, error: str | None, *, certain: bool = True) -> None:
-        """The check with a worker has its result; ``certain`` if another try gives the same."""
+        """Set the result of a check. It is remembered if another try would give the same."""
         check, place.check = place.check, None
         assert check is not None
         for timer in place.timers:
@@ -304,7 +304,7 @@ class GrammarChecks:
 
 
 def refuse_grammars(reason: str) -> Callable[[Grammar, str], Awaitable[None]]:
-    """A check that no grammar passes."""
+    """Return a check that refuses every grammar for this reason."""
 
     async def refuse(grammar: Grammar, tenant: str) -> None:
         raise GrammarError(f"structured output is off for this model: {reason}")
