@@ -188,6 +188,8 @@ def test_fields_without_effect_are_accepted(live: Live) -> None:
         "store": True,
         "service_tier": "auto",
         "parallel_tool_calls": True,
+        "logprobs": False,
+        "top_logprobs": 0,
         "prompt_cache_key": "k",
         "safety_identifier": "s",
         "tool_choice": "auto",

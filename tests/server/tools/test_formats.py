@@ -10,11 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pla_serve.server.tools.events import CallArguments, ReadAnswer, read_whole
+from pla_serve.server.tools.formats.pythonic import CallEnd
 from tests.server.tools.answers import FAMILIES, Call, draw_answer
 
 
 def calls_of(answer: ReadAnswer) -> list[Call]:
     return [(call.name, json.loads(call.arguments)) for call in answer.calls]
+
+
+class CountingCallEnd(CallEnd):
+    looked_at = 0
+
+    def _closes(self, char: str) -> bool:
+        self.looked_at += 1
+        return super()._closes(char)
+
+
+def test_a_long_call_is_looked_at_once() -> None:
+    text, finder = f"f(a={'x' * 500})", CountingCallEnd()
+    found = [finder.find(text[:length]) for length in range(1, len(text) + 1)]
+    assert found == [None] * (len(text) - 1) + [len(text)]
+    assert finder.looked_at == len(text)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

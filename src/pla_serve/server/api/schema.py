@@ -227,7 +227,7 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _chats(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "top_logprobs needs logprobs: true")
         if self.continue_final_message and self.add_generation_prompt:
             raise wrong("continue_final_message", "set add_generation_prompt: false beside it")

@@ -13,6 +13,8 @@ from pla_serve.server.tools.events import CallArguments
 from pla_serve.server.tools.script import Script, ScriptReader, ScriptStep
 
 START, END = "<|python_start|>", "<|python_end|>"
+MOST_NAME = 256
+"""Characters of a function's name; what is longer is no call."""
 
 
 class PythonicReader(ScriptReader):
@@ -46,9 +48,9 @@ class PythonicReader(ScriptReader):
     def _call(self) -> ScriptStep[bool]:
         """Read one call and emit it; False, with nothing read, if the text is none."""
         yield from self.skip_space()
-        length = 0
+        length, finder = 0, CallEnd()
         while True:
-            end = _end_of_call(self._text)
+            end = finder.find(self._text)
             if end is not None:
                 break
             if self._over or not _may_be_call(self._text):
@@ -67,32 +69,49 @@ class PythonicReader(ScriptReader):
 
 
 def _may_be_call(text: str) -> bool:
-    name = text.partition("(")[0].strip()
+    name = text[: MOST_NAME + 1].partition("(")[0].strip()
+    if len(name) > MOST_NAME:
+        return False
     return not name or all(part.isidentifier() for part in name.rstrip(".").split("."))
 
 
-def _end_of_call(text: str) -> int | None:
-    """The place behind the parenthesis that closes the first one."""
-    depth, quote, escaped = 0, "", False
-    for place, char in enumerate(text):
-        if quote:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == quote:
-                quote = ""
-        elif char in "'\"":
-            quote = char
-        elif char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-            if depth == 0:
+class CallEnd:
+    """Finds the parenthesis that closes the first one, in a text that grows."""
+
+    def __init__(self) -> None:
+        self._place = 0
+        self._depth = 0
+        self._quote = ""
+        self._escaped = False
+
+    def find(self, text: str) -> int | None:
+        """Return the place behind it, or None if it has not come.
+
+        Args:
+            text: all of the text so far; what was looked at before is passed over.
+        """
+        for place in range(self._place, len(text)):
+            if self._closes(text[place]):
                 return place + 1
-            if depth < 0:
-                return None
-    return None
+        self._place = len(text)
+        return None
+
+    def _closes(self, char: str) -> bool:
+        if self._quote:
+            if self._escaped:
+                self._escaped = False
+            elif char == "\\":
+                self._escaped = True
+            elif char == self._quote:
+                self._quote = ""
+        elif char in "'\"":
+            self._quote = char
+        elif char in "([{":
+            self._depth += 1
+        elif char in ")]}":
+            self._depth -= 1
+            return self._depth == 0
+        return False
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]] | None:
