@@ -30,7 +30,8 @@ RENEWALS = 2
 """Times that one text may move to a freshly compiled grammar because the states of the old one are
 used up."""
 WHITESPACE = r"[ \n\t\r]{0,64}"
-"""Between the parts of JSON. Bounded, or a small model can write blanks until its last token."""
+"""White space that is allowed between parts of JSON. Without a bound, a small model may write
+blanks until its last token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,7 +24,7 @@ from pla_serve.grammar.worker import Worker, confine
 
 
 class Nursery:
-    """Has workers by the numbers that the other side gave them."""
+    """Forks, watches and ends workers, by the numbers that the other side gives them."""
 
     def __init__(
         self, control: socket.socket, compiler: GrammarCompiler, limits: GrammarLimits
@@ -41,7 +41,7 @@ class Nursery:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def run(self) -> None:
-        """Until the other side is gone."""
+        """Serve until the other side closes the socket."""
         descriptors: list[int] = []
         control = self._control.socket
         while True:

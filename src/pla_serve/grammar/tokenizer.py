@@ -1,4 +1,4 @@
-"""What a grammar worker has to know of a model's tokens."""
+"""Vocabulary of a model in the form that grammar workers need."""
 
 from __future__ import annotations
 

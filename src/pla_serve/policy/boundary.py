@@ -1,4 +1,4 @@
-"""Where a prefill stops being bound by memory and launches and starts being bound by compute."""
+"""Boundary between prefills bound by memory and launches, and prefills bound by compute."""
 
 from __future__ import annotations
 

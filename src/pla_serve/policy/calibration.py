@@ -25,7 +25,7 @@ PACE = 0.01
 """Change of the quantile that is taken for ``upper``, for each miss or hit."""
 LOWEST_LEVEL = 0.5
 BRIEF = 1e-3
-"""Seconds. Clocks and single batches decide what is shorter; it is counted as this long."""
+"""Seconds. Shorter waits depend on clocks and single batches, so they count as this long."""
 RECENT = 64
 """Forecasts over which errors and coverage are reported."""
 
@@ -126,11 +126,11 @@ class Calibration:
         self._classes[forecast.short].add(forecast, max(0.0, now - forecast.made))
 
     def gave_up(self, forecast: Forecast, now: float) -> None:
-        """The request left without a first token.
+        """Note that a request left without a first token.
 
-        That says nothing about its wait unless it had lasted longer than foreseen: then the wait
-        was at least so long, and is counted. Otherwise an overload in which all clients lose
-        patience would teach nothing.
+        That says nothing about its wait, unless it had waited for longer than predicted. Then the
+        time so far is counted as its wait, as a lower bound. Otherwise an overload in which all
+        clients lose patience would teach nothing.
         """
         if now - forecast.made > forecast.median:
             self.observe(forecast, now)

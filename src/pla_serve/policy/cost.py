@@ -203,10 +203,11 @@ class CostModel:
         return median([abs(ratio - 1) for ratio in self._last_ratios()]) > ALARM
 
     def _start_again(self) -> None:
-        """The machine has changed: go by its last samples, and scale to them what came before.
+        """Fit anew from the last samples, because the machine has changed.
 
-        All times change alike with a clock; what does not is found by the fits that follow, which
-        come as often as in the beginning.
+        Earlier samples are scaled to the speed of the last ones, as after a change of the clock
+        rate. Times that did not change alike are corrected by the next fits, which come as often as
+        at the start.
         """
         factor = 1 / max(median(self._last_ratios()), 1e-9)
         self._window.rescale_earlier(ALARM_WINDOW, factor)

@@ -54,7 +54,7 @@ class Kind(Generic[Made]):
 
     @property
     def knobs(self) -> dict[str, KnobField]:
-        """Everything that can be set about it, by name."""
+        """All knobs, by name."""
         return {} if self.options is None else knobs_of(self.options)
 
     def create(self, *given: Any, **knobs: Any) -> Made:

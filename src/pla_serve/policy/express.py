@@ -1,4 +1,4 @@
-"""When shorts that could run at a layer boundary are held back for the next one to arrive."""
+"""Decides when short prefills at a layer boundary wait for the next one to arrive."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class SortedQueue:
         return (entry[-1] for entry in reversed(self._entries))
 
     def requests(self) -> list[Pending]:
-        """All of them, last first."""
+        """All requests, the last one first."""
         return [entry[-1] for entry in self._entries]
 
     def resort(self) -> None:

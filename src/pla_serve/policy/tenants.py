@@ -274,7 +274,7 @@ class TenantShares:
         self._renew(account)
 
     def _release_alone(self) -> None:
-        """Let in a part of what the last tenant holds; when all of it is in, hold nothing more."""
+        """Queue some of the prefills that the last tenant holds; after the last, stop holding."""
         for account in self._accounts.values():
             for lane in (True, False):
                 held = account.held[lane]

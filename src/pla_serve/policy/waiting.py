@@ -88,7 +88,7 @@ class ArrivalRate:
 
 @dataclass(frozen=True, slots=True)
 class WaitPlan:
-    """For every depth, whether to wait for one more request."""
+    """Rule that says, for each number of pending requests, whether to wait for another one."""
 
     waits: tuple[bool, ...]
     """waits[n - 1] with n pending; the last one is False."""
@@ -257,10 +257,10 @@ class GainWindow:
         others: int = 0,
         idle: int = 0,
     ) -> float | None:
-        """Until when to hold the pending shorts back; None to go now.
+        """Return the time until which the pending shorts are held back; None if they go now.
 
-        Ask again at that time, or when a short arrives. Microseconds at light load, and for a
-        curve and a rate that were seen before.
+        Ask again at that time, or when a short arrives. A call takes microseconds at light load,
+        and for a curve and a rate that were seen before.
 
         Args:
             now: seconds.

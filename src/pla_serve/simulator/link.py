@@ -51,7 +51,7 @@ class VirtualLink:
 
     @property
     def connected(self) -> bool:
-        """Between `connect` and `cut`."""
+        """Whether messages can be sent: from `connect` to `cut`."""
         return self._connected
 
     @property

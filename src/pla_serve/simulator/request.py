@@ -1,4 +1,4 @@
-"""A request on its way through the simulated machine, and what became of it."""
+"""Request of a simulation, with the times that it got."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SimulatedRequest:
 
     @property
     def prompt_tokens(self) -> int:
-        """All of the prompt."""
+        """Number of tokens of the whole prompt."""
         return self.new_tokens + self.history
 
     @property

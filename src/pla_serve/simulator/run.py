@@ -100,7 +100,7 @@ def _solo(
 
 
 def _ignore(job: SimulatedRequest, now: float) -> None:
-    """Nobody waits for it."""
+    """Do nothing with a callback that nobody waits for."""
 
 
 def _cluster(

@@ -281,7 +281,7 @@ class SimulatedServer:
         self._timeline.at(ready, self._read, (message.id, self.life, int(offered)))
 
     def _read(self, what: tuple[str, int, int]) -> None:
-        """All KV that was offered has arrived."""
+        """Note that all KV that was offered has arrived."""
         id, life, offered = what
         reserved = self._reserved.get(id)
         if reserved is None or life != self.life:
@@ -371,7 +371,7 @@ class SimulatedServer:
         )
 
     def _send_made(self) -> None:
-        """Say all tokens that were made and not sent yet."""
+        """Send all tokens that were made and not sent yet."""
         for served in self._served.values():
             count = served.job.produced - served.sent
             if count > 0:
@@ -405,7 +405,7 @@ class SimulatedServer:
 
 
 def _with_output(request: wire.AddRequest, prompt: list[int], generated: int) -> wire.AddRequest:
-    """The request as it is once so many of its tokens have been made."""
+    """Return the request as it is after so many tokens of its answer."""
     return wire.AddRequest(
         id=request.id,
         prompt=prompt,

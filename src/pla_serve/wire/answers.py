@@ -1,4 +1,4 @@
-"""What an engine answers to a request: accepted or refused, then tokens."""
+"""Answers of an engine to a request: accepted or refused, then tokens."""
 
 from __future__ import annotations
 

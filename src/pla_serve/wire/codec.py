@@ -28,7 +28,7 @@ encode = _encoder.encode
 
 
 class WireError(ValueError):
-    """Bytes that are no message, or a message with a field out of range; the text says which."""
+    """The bytes are not a message, or a field of the message is out of range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,10 @@ class MessageDecoder(Generic[Message]):
         self._decode = msgspec.msgpack.Decoder(kind).decode
 
     def __call__(self, content: bytes | msgspec.Raw) -> Message:
-        """The message.
+        """Return the message.
 
         Raises:
-            WireError: the bytes are none, or a field is out of range.
+            WireError: the bytes are not a message, or a field is out of range.
         """
         try:
             message: Message = self._decode(content)
@@ -129,20 +129,20 @@ def range_fault(request: AddRequest) -> str | None:
 
 
 def engine_inbox() -> MessageDecoder[ToEngine]:
-    """For the process that hosts an engine."""
+    """Return the decoder of messages to an engine, for the process that hosts it."""
     return MessageDecoder(ToEngine)
 
 
 def engine_answers() -> MessageDecoder[FromEngine]:
-    """For the server of an engine."""
+    """Return the decoder of messages from an engine, for its server."""
     return MessageDecoder(FromEngine)
 
 
 def instance_frames() -> FrameDecoder[ToInstance]:
-    """For the instance's side of a link."""
+    """Return the decoder of frames from routers, for an instance."""
     return FrameDecoder(ToInstance)
 
 
 def router_frames() -> FrameDecoder[FromInstance]:
-    """For the router's side of a link."""
+    """Return the decoder of frames from instances, for a router."""
     return FrameDecoder(FromInstance)

@@ -38,7 +38,10 @@ Role = Literal["mixed", "short", "long", "decode"]
 
 
 class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
-    """What does not change in one life of an engine. Sent first, and after each restart."""
+    """Properties of an engine that are constant until it restarts.
+
+    They are the first message on a link, and are sent again after each restart.
+    """
 
     boot: Name
     """Differs for each life of the engine: its cache is empty after a change."""
@@ -96,13 +99,13 @@ class EngineLost(msgspec.Struct, frozen=True, tag="engine_lost"):
 
 
 class SetRole(msgspec.Struct, frozen=True, tag="role"):
-    """From now on the instance reports this role, to all routers."""
+    """Set the role that the instance reports to all routers."""
 
     role: Role
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
-    """From now on the instance reports that it wants no new requests, or wants them again."""
+    """Have the instance report that it wants no new requests, or that it wants them again."""
 
     on: bool
 

@@ -1,4 +1,4 @@
-"""A request for tokens, as it travels to an engine: from its own server, or from a router."""
+"""Requests for tokens, sent to an engine by its own server or by a router."""
 
 from __future__ import annotations
 

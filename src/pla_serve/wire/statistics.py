@@ -1,4 +1,4 @@
-"""What an engine says of its load, and counts for its metrics."""
+"""Load of an engine, for routers, and its counters, for metrics."""
 
 from __future__ import annotations
 

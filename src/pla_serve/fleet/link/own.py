@@ -290,7 +290,7 @@ class InstanceLink:
                 self._end(f"{self._url} does not read: {error}")
 
     def _timed(self, request: AddRequest) -> AddRequest:
-        """The request with times relative to now, because clocks of two machines differ."""
+        """Return the request with times relative to now, because two machines' clocks differ."""
         now, deadline = self._clock(), request.deadline
         return replace(
             request,

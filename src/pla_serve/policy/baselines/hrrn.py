@@ -75,7 +75,10 @@ class ResponseRatioQueue:
             self.push(request)
 
     def seconds_ahead(self, request: Pending, total: float) -> float:
-        """All of it: a newcomer has the lowest ratio there is. Too much for a small one."""
+        """Return ``total``: a newcomer has the lowest ratio.
+
+        That is too much for a small one, which soon passes others.
+        """
         return total
 
 

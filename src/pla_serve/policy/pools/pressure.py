@@ -68,7 +68,7 @@ class PressureController:
         """Not used by this algorithm."""
 
     def decide(self, now: float, instances: Sequence[PoolReport]) -> Sequence[Move]:
-        """None or one move."""
+        """Return no move or one."""
         if now - self._last_move < self._options.cooldown_seconds:
             return ()
         if any(report.draining for report in instances):

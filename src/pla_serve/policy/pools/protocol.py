@@ -62,7 +62,7 @@ class PoolReport:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """From now on this instance is given requests of ``target`` instead of ``source``."""
+    """Move of an instance: it is given requests of ``target`` from now on, not of ``source``."""
 
     instance_id: str
     source: Pool
@@ -76,7 +76,7 @@ class PoolController(Protocol):
     """
 
     def arrived(self, pool: Pool, seconds: float, now: float) -> None:
-        """A request of this class (SHORT or LONG) came, with ``seconds`` of predicted prefill."""
+        """Count a request of this class (SHORT or LONG), with ``seconds`` of predicted prefill."""
         ...
 
     def decide(self, now: float, instances: Sequence[PoolReport]) -> Sequence[Move]:

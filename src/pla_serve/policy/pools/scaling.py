@@ -43,7 +43,7 @@ class ScalingOptions:
 
 
 class Scaler:
-    """Up at once, down only after a calm while.
+    """Number of instances to ask for: it rises at once, and falls only after a calm time.
 
     A class with arrivals r and backlog q wants ``max(r / target_utilisation, r + q / horizon)``
     instances: room for chance under steady arrivals, or enough to clear what has piled up.

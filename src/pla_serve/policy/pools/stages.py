@@ -59,7 +59,7 @@ class StageController:
     def decide(
         self, instances: Sequence[PoolReport], demands: dict[Pool, ClassDemand]
     ) -> Sequence[Move]:
-        """None or one move.
+        """Return no move or one.
 
         Args:
             demands: of the classes SHORT and LONG.
@@ -81,7 +81,7 @@ class StageController:
     def _to_decode(
         self, pools: dict[Pool, list[PoolReport]], demands: dict[Pool, ClassDemand]
     ) -> Sequence[Move]:
-        """From the class that is least pressed, and there the one that drains first."""
+        """Return the move of the instance that drains first, of the least loaded class."""
         horizon, least = self._options.horizon_seconds, self._options.min_prefill
         donors = [pool for pool, members in pools.items() if len(members) > least]
         if not donors:
@@ -97,7 +97,7 @@ class StageController:
         pools: dict[Pool, list[PoolReport]],
         demands: dict[Pool, ClassDemand],
     ) -> Sequence[Move]:
-        """To the class that is most pressed; the one that holds least KV."""
+        """Return the move of the decode instance with the least KV to the most loaded class."""
         left = len(decoders) - 1
         if left < self._options.min_decode or load >= self._options.spare * left:
             return ()

@@ -245,7 +245,7 @@ class AdaptiveWaitDepth:
             self._window = self._clip(window)
 
     def _most_urgent(self, queue: LengthLevels, service: float) -> tuple[Pending | None, float]:
-        """The request with the earliest deadline, and when its slack is down to sigma."""
+        """Return the request with the earliest deadline, and when its slack is down to sigma."""
         urgent = queue.most_urgent() if self._options.mode == "deadline" else None
         if urgent is None or urgent.deadline is None:
             return None, inf

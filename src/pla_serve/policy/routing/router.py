@@ -49,7 +49,7 @@ class Router:
         self.view.join(instance_id, pool, now)
 
     def moved(self, instance_id: str, pool: Pool) -> None:
-        """From now on it takes requests of ``pool``; what it holds stays on its account.
+        """Move an instance to ``pool``. The requests that it has stay on its account.
 
         Raises:
             KeyError: it is not known.
@@ -95,7 +95,7 @@ class Router:
         return placement(request, self.view, self.view.entry(instance_id).id)
 
     def dispatched(self, request: RouteRequest, instance_id: str, now: float) -> Placement:
-        """The request was sent there: charge its work.
+        """Charge the work of a request that was sent to an instance.
 
         Raises:
             KeyError: the instance is not known.
@@ -123,14 +123,14 @@ class Router:
         return self._charges[request_id]
 
     def prefilled(self, request_id: str, now: float) -> None:
-        """A request has its first token."""
+        """Take the prefill of a request that has its first token off its account."""
         charge = self._charges.get(request_id)
         if charge is not None and charge.entry.waiting.pop(request_id, None) is not None:
             charge.entry.running.add(request_id)
             self.view.discharge(charge.entry, charge, now)
 
     def finished(self, request_id: str, now: float) -> None:
-        """A request has all its tokens, or was aborted."""
+        """Take a request that has all its tokens, or was aborted, off its account."""
         charge = self._charges.pop(request_id, None)
         if charge is None:
             return

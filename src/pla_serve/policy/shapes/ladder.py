@@ -69,7 +69,7 @@ class Fallback(StrEnum):
     TOO_MANY = "too_many"
     """More requests than any shape."""
     NOT_COVERED = "not_covered"
-    """Some shape has the tokens, another one the requests, none both."""
+    """Some shapes take the tokens and others the requests, but none takes both."""
     PADDING = "padding"
     """The nearest shape would be padding beyond the cap."""
     CHEAPER = "cheaper"
@@ -158,7 +158,7 @@ class Ladder:
         return next((shape for _, shape in self._by_cost if shape.covers(size)), None)
 
     def fit(self, lengths: Sequence[int]) -> Fit:
-        """Where a batch with these new-token lengths runs.
+        """Return where a batch with these numbers of new tokens runs.
 
         Raises:
             ValueError: there are no lengths, or one is below 1.
@@ -166,7 +166,7 @@ class Ladder:
         return self.fit_size(size_of(lengths, self._layout), sum(lengths))
 
     def fit_size(self, size: Shape, tokens: float) -> Fit:
-        """Where a batch of this size with so many real tokens in all runs."""
+        """Return where a batch of this size, with so many real tokens in all, runs."""
         eager = self._eager(tokens, size.batch) if self._eager is not None else None
         found = next(((cost, shape) for cost, shape in self._by_cost if shape.covers(size)), None)
         if found is None:

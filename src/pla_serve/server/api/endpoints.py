@@ -60,7 +60,7 @@ GrammarCheck = Callable[[Grammar, str], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the endpoints work with."""
+    """Objects that the endpoints use."""
 
     settings: ServerSettings
     engine: Backend

@@ -1,4 +1,4 @@
-"""From the fields of a request to the engine's `SamplingParams`."""
+"""Maps the fields of a request to the engine's `SamplingParams`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From texts and messages to token ids, off the event loop where it takes long."""
+"""Tokenises texts and messages, off the event loop if that takes long."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class PromptEncoder:
         return text
 
     def decode(self, tokens: list[int]) -> str:
-        """For ``echo`` of token prompts."""
+        """Return the text of a prompt given as tokens, for ``echo``."""
         text: str = self._tokenizer.decode(tokens)
         return text
 

@@ -213,7 +213,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().handle_websocket_upgrade()
 
     def send_400_response(self, msg: str) -> None:
-        """What cannot be parsed, or was stopped by `_stop`, is refused."""
+        """Refuse a request that cannot be parsed, or that `_stop` has stopped."""
         self._refuse(self._refusal or ApiError(400, msg))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:

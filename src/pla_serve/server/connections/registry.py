@@ -81,12 +81,12 @@ class ConnectionRegistry:
             del self._addresses[connection.address]
 
     def began(self, connection: Connection) -> None:
-        """The connection has a request now."""
+        """Note that a connection has a complete request."""
         self._new.pop(connection, None)
         self._idle.pop(connection, None)
 
     def ended(self, connection: Connection) -> None:
-        """Its request was answered, and it waits again."""
+        """Note that the request of a connection was answered: the connection waits again."""
         if connection in self._all:
             self._idle[connection] = None
 

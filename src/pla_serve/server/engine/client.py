@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineObserver(Protocol):
-    """Where the client reports what happens: the metrics, and the links to routers."""
+    """Receives the events of the engine client: the metrics, and the links to routers."""
 
     def ready(self, info: EngineReady) -> None: ...
 

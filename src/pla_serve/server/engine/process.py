@@ -28,7 +28,7 @@ LAST_WORDS_SECONDS = 0.2
 """How long the reason for an exit may come after the exit itself."""
 
 KEPT_BYTES = 2**30
-"""What the allocator keeps of memory that was freed, for the next pass to find it mapped."""
+"""Freed memory that the allocator keeps, so that the next forward pass finds it mapped."""
 
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "10000",
@@ -53,7 +53,7 @@ Other C libraries ignore the variable."""
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What to start, as often as needed."""
+    """Description of an engine process, from which it is started as often as needed."""
 
     config: EngineConfig
     factory: str = CORE

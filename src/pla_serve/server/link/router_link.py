@@ -181,7 +181,7 @@ class RouterLink:
         self._engine.send(message(name))
 
     def _timed(self, request: AddRequest, name: str) -> AddRequest:
-        """The request with the engine's id, and times on this machine's clock."""
+        """Return the request with the engine's id, and with times on this machine's clock."""
         now, deadline = self._clock(), request.deadline
         return replace(
             request,
