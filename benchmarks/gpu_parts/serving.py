@@ -20,7 +20,7 @@ from pla_serve.engine.build.warm_up import warm_up
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.loop.loop import EngineLoop
-from pla_serve.engine.requests.admission import Limits
+from pla_serve.engine.requests.admission import RequestLimits
 from pla_serve.engine.run.executor import BatchExecutor
 from pla_serve.engine.sampling import Sampler
 from pla_serve.policy.admission import Admission
@@ -81,7 +81,7 @@ class Service:
         device = bed.device.torch_device
         self.executor: BatchExecutor = bed.executor(graphs)
         self.observed = Observed(parse_policy(policy).create(config, bed.cost))
-        limits = Limits(bed.context, self._vocabulary, frozenset(), 0)
+        limits = RequestLimits(bed.context, self._vocabulary, frozenset(), 0)
         parts = build_parts(
             EngineConfig(block_tokens=BLOCK),
             KVPlan(bed.blocks, bed.blocks // 20, bed.context),

@@ -29,7 +29,7 @@ from pla_serve.engine.device.marks import HostDevice
 from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.loading import NoLoadingProgress, load_config, resolve
 from pla_serve.engine.loop.loop import EngineLoop
-from pla_serve.engine.requests.admission import Limits
+from pla_serve.engine.requests.admission import RequestLimits
 from pla_serve.engine.run.executor import Executed
 from pla_serve.engine.run.runner import AtBoundary
 from pla_serve.policy.cost import CostModel
@@ -110,7 +110,7 @@ class StandInCore:
         model = load_config(source)
         blocks = machine.kv_tokens // config.block_tokens
         plan = KVPlan(blocks, int(config.short_kv_reserve * blocks), model.max_position_embeddings)
-        limits = Limits(plan.max_model_len, model.vocab_size, frozenset(), config.seed)
+        limits = RequestLimits(plan.max_model_len, model.vocab_size, frozenset(), config.seed)
         cost = CostModel(machine.profile)
         parts = build_parts(
             config,

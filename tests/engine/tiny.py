@@ -37,7 +37,7 @@ from pla_serve.engine.layers import cpu
 from pla_serve.engine.loading import decoder_layers
 from pla_serve.engine.loop.loop import EngineLoop
 from pla_serve.engine.loop.parts import EngineParts
-from pla_serve.engine.requests.admission import Limits
+from pla_serve.engine.requests.admission import RequestLimits
 from pla_serve.engine.run.executor import BatchExecutor, Executor
 from pla_serve.engine.run.runner import ModelRunner
 from pla_serve.engine.sampling import Grammars, Sampler
@@ -206,7 +206,7 @@ def make_engine(
     """
     cost = cost or CostModel()
     longest = min(max_model_len, (blocks - short_reserve) * BLOCK)
-    limits = Limits(longest, vocabulary, frozenset({eos}), 0)
+    limits = RequestLimits(longest, vocabulary, frozenset({eos}), 0)
     parts = build_parts(
         EngineConfig(
             block_tokens=BLOCK, prefix_cache=prefix_cache, async_scheduling=async_scheduling

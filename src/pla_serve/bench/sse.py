@@ -27,7 +27,7 @@ class StreamedDelta(msgspec.Struct):
     reasoning_content: str | None = None
 
 
-class StreamedChoice(msgspec.Struct):
+class EventChoice(msgspec.Struct):
     """Choice of a chunk: ``delta`` in a chat, ``text`` in a completion."""
 
     delta: StreamedDelta | None = None
@@ -44,7 +44,7 @@ class StreamedChoice(msgspec.Struct):
 class StreamedEvent(msgspec.Struct):
     """Payload of one ``data:`` line, with the fields that are needed here."""
 
-    choices: list[StreamedChoice] = []
+    choices: list[EventChoice] = []
     usage: Usage | None = None
     error: Any = None
 

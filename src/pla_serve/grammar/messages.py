@@ -94,8 +94,8 @@ class NurseryLaunch(msgspec.Struct, frozen=True):
     limits: GrammarLimits
 
 
-ToWorker = Open | Advance | Close
-FromWorker = Advanced | Mask | Working
+ToWorker = OpenGrammar | Advance | Close
+FromWorker = Advanced | GrammarMask | Working
 ToNursery = Fork | Kill
 FromNursery = Forked | Exited
 

@@ -19,8 +19,8 @@ from pla_serve.grammar.messages import (
     Advanced,
     Close,
     Frames,
-    Mask,
-    Open,
+    GrammarMask,
+    OpenGrammar,
     ToWorker,
     Working,
 )
@@ -84,7 +84,7 @@ class Worker:
         return bool(select.select([self._frames.socket], [], [], 0)[0])
 
     def _take(self, message: ToWorker) -> None:
-        if isinstance(message, Open):
+        if isinstance(message, OpenGrammar):
             self._open(message)
         elif isinstance(message, Advance):
             matcher = self._matchers.get(message.id)
@@ -97,7 +97,7 @@ class Worker:
             self._matchers.pop(message.id, None)
             self._unmasked.pop(message.id, None)
 
-    def _open(self, message: Open) -> None:
+    def _open(self, message: OpenGrammar) -> None:
         self._begin(message.id)
         with cpu_limit(self._limits.replay_seconds(len(message.tokens))):
             try:
@@ -130,4 +130,4 @@ class Worker:
         else:
             with cpu_limit(self._limits.step_seconds):
                 bits = matcher.mask()
-        self._frames.send(Mask(id, matcher.error, matcher.must_stop, bits))
+        self._frames.send(GrammarMask(id, matcher.error, matcher.must_stop, bits))

@@ -26,10 +26,9 @@ from functools import lru_cache
 from math import exp, expm1, inf, isfinite, log
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import gammaln
 
-Array = NDArray[np.float64]
+from pla_serve.policy.arrays import Array
 
 MOST_DEPTH = 32
 """Deepest batch that a plan looks at; deeper ones are never held back."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from pla_serve.engine.build.rank import Rank, build_rank
+from pla_serve.engine.build.rank import BuiltRank, build_rank
 from pla_serve.engine.build.settings import build_settings
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.loading import NoLoadingProgress, resolve
@@ -26,7 +26,7 @@ SHAPES = {"captured": "1x1,4x4,16x4,32x8"}
 """Shapes of models that run short batches as a whole."""
 
 
-def load_all(config: EngineConfig, ranks: Ranks) -> dict[str, Rank]:
+def load_all(config: EngineConfig, ranks: Ranks) -> dict[str, BuiltRank]:
     """Each model in the folder ``config.model``, by name; the same on each rank."""
     loaded = {}
     for folder in sorted(Path(config.model).iterdir()):

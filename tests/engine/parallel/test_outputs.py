@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pla_serve.engine.batch.flat import SpanRequest
-from pla_serve.engine.build.rank import Rank
+from pla_serve.engine.build.rank import BuiltRank
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.kv.sizing import GIB
 from pla_serve.engine.parallel.commands import CommandSender, End
@@ -36,7 +36,7 @@ FEW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthC
 class Pair:
     """Two ranks that have loaded all models."""
 
-    loaded: dict[str, Rank]
+    loaded: dict[str, BuiltRank]
     executors: dict[str, LeadingExecutor]
 
     def engine(self, name: str, policy: object, **options: object) -> Engine:

@@ -16,7 +16,7 @@ from pla_serve.engine.transfer.credentials import (
 )
 from pla_serve.engine.transfer.layout import Copy, KVSource
 from pla_serve.engine.transfer.offers import PREFILL_SECONDS
-from pla_serve.engine.transfer.transport import Operation
+from pla_serve.engine.transfer.transport import TransferOperation
 from pla_serve.wire.engine import Begin, Output, Rejected, Release, Reserve
 from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE, SIGNATURE_BYTES, bind
 from pla_serve.wire.limits import MOST_OFFER_BYTES
@@ -277,11 +277,11 @@ def breaks(monkeypatch: pytest.MonkeyPatch, node: Node, when: str) -> Callable[[
         What to call so that running reads raise no longer.
     """
     transport = node.reader._transport
-    read: Callable[..., Operation] = transport.read
+    read: Callable[..., TransferOperation] = transport.read
     broken = [True]
 
     class Failing:
-        def __init__(self, operation: Operation) -> None:
+        def __init__(self, operation: TransferOperation) -> None:
             self._operation = operation
 
         def done(self) -> bool:
@@ -289,7 +289,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch, node: Node, when: str) -> Callable[[
                 raise Broken
             return self._operation.done()
 
-    def failing(agent: str, metadata: bytes, copies: Sequence[Copy]) -> Operation:
+    def failing(agent: str, metadata: bytes, copies: Sequence[Copy]) -> TransferOperation:
         if when == "begin":
             raise Broken
         return Failing(read(agent, metadata, copies))

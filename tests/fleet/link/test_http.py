@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pla_serve.fleet.link.http import Dialect, HttpLink
+from pla_serve.fleet.link.http import Dialect, HttpLink, HttpLinkTimes
 from pla_serve.fleet.link.mapping import Unmappable, failure, refusal, samples
 from pla_serve.fleet.link.protocol import LinkDown, LinkRefused
 from pla_serve.fleet.link.sglang import SglangDialect
@@ -50,10 +50,11 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 async def linked(kind: str, **options: Any) -> AsyncIterator[tuple[HttpLink, Recorder, FakeServer]]:
     dialect, events = DIALECTS[kind]
     recorder = Recorder()
-    limits = {"liveness_seconds": 1.0, "poll_seconds": 0.02, "backoff": FAST}
+    waits = {"liveness": 1.0, "poll": 0.02, "backoff": FAST}
+    waits |= {name: options.pop(name) for name in ("liveness", "stall") if name in options}
     fake = {name: options.pop(name) for name in list(options) if name in ("info", "metrics")}
     async with serving(FakeServer(events, **fake)) as server:
-        link = HttpLink(server.url, recorder, dialect, **{**limits, **options})
+        link = HttpLink(server.url, recorder, dialect, times=HttpLinkTimes(**waits), **options)
         async with running(link):
             await recorder.until(lambda: recorder.boots and recorder.reports)
             yield link, recorder, server
@@ -408,7 +409,7 @@ def test_health_decides_and_a_hang_is_its_silence() -> None:
                 link.send(add("a"))
             server.healthy = True
             await events.until(lambda: len(events.boots) == 2)
-        async with linked("vllm", liveness_seconds=0.2) as (link, events, server):
+        async with linked("vllm", liveness=0.2) as (link, events, server):
             server.hangs = True
             await events.until(lambda: len(events.losses) == 1)
             assert "no answer to /health" in events.losses[0]
@@ -434,7 +435,7 @@ def test_silence_on_all_streams_is_a_hang_whatever_health_says() -> None:
 
     async def main() -> None:
         nonlocal now
-        async with linked("vllm", stall_seconds=60.0, clock=lambda: now) as (link, events, server):
+        async with linked("vllm", stall=60.0, clock=lambda: now) as (link, events, server):
             now = 100.0
             server.gate.clear()
             link.send(add("a", PROMPT))
@@ -453,7 +454,13 @@ def test_silence_on_all_streams_is_a_hang_whatever_health_says() -> None:
 def test_a_wrong_key_is_refused_for_good() -> None:
     async def main() -> None:
         async with serving(FakeServer(vllm_events, key="right")) as server:
-            link = HttpLink(server.url, Recorder(), VllmDialect(), api_key="wrong", backoff=FAST)
+            link = HttpLink(
+                server.url,
+                Recorder(),
+                VllmDialect(),
+                api_key="wrong",
+                times=HttpLinkTimes(backoff=FAST),
+            )
             with pytest.raises(LinkRefused, match="401"):
                 await link.run()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pla_serve.fleet.link.http import HttpLink
+from pla_serve.fleet.link.http import HttpLink, HttpLinkTimes
 from pla_serve.fleet.link.mapping import Unmappable
 from pla_serve.wire.engine import AddRequest, Grammar, SamplingParams
 from tests.fleet.link.fake_http import FakeServer, Json, serving
@@ -44,7 +44,9 @@ def ask(dialect: Any, max_tokens: int) -> Recorder:
 
     async def main() -> None:
         async with serving(FakeServer(events)) as server:
-            link = HttpLink(server.url, recorder, dialect, poll_seconds=0.02, backoff=FAST)
+            link = HttpLink(
+                server.url, recorder, dialect, times=HttpLinkTimes(poll=0.02, backoff=FAST)
+            )
             async with running(link):
                 await recorder.until(lambda: recorder.boots and recorder.reports)
                 sampling = SamplingParams(max_tokens=max_tokens)

@@ -15,7 +15,7 @@ from pla_serve.fleet.router.hand_over import (
     Effect,
     Effects,
     Event,
-    HandOver,
+    HandOverState,
     Offered,
     Outcome,
     Source,
@@ -24,7 +24,7 @@ from pla_serve.fleet.router.hand_over import (
 )
 
 EVENTS: list[Event | Offered] = [*Event, Offered(b"address"), Offered(b"")]
-STARTS = [HandOver(), LENDING]
+STARTS = [HandOverState(), LENDING]
 TARGET_GAVE_UP = (Event.TARGET_REFUSED, Event.TARGET_LOST, Event.TARGET_UNREACHABLE)
 LAST = (Effect.FIND_TARGET, Effect.RESERVE)
 TERMINAL = (Effect.RELEASE, Effect.SEND_WHOLE, Effect.ORDINARY, Effect.PLACE_TOGETHER)
@@ -43,7 +43,7 @@ class Ledger:
     source_settled: bool = False
 
 
-def check_effects(before: HandOver, event: Event | Offered, ledger: Ledger) -> Ledger:
+def check_effects(before: HandOverState, event: Event | Offered, ledger: Ledger) -> Ledger:
     """Perform one transition on paper; asserts what must hold of its effects."""
     after, effects = advance(before, event)
     if event is Event.TARGET_FOUND and before.target is Target.NONE and before.address:
@@ -64,7 +64,7 @@ def check_effects(before: HandOver, event: Event | Offered, ledger: Ledger) -> L
     return ledger
 
 
-def performed(before: HandOver, effect: Effect | Outcome, ledger: Ledger) -> Ledger:
+def performed(before: HandOverState, effect: Effect | Outcome, ledger: Ledger) -> Ledger:
     if effect is Effect.RELEASE:
         return replace(ledger, releases=ledger.releases + 1)
     if effect is Effect.RESERVE:
@@ -92,7 +92,9 @@ def performed(before: HandOver, effect: Effect | Outcome, ledger: Ledger) -> Led
     return ledger
 
 
-def check_end(before: HandOver, event: Event | Offered, effects: Effects, ledger: Ledger) -> None:
+def check_end(
+    before: HandOverState, event: Event | Offered, effects: Effects, ledger: Ledger
+) -> None:
     source_gone = before.source is Source.GONE or event is Event.SOURCE_LOST
     source_gave_up = before.lent and event in (Event.SOURCE_ENDED, Offered(b""))
     assert ledger.releases == (0 if source_gone or source_gave_up else 1)
@@ -102,9 +104,9 @@ def check_end(before: HandOver, event: Event | Offered, effects: Effects, ledger
     assert not ledger.charged
 
 
-def explore() -> dict[tuple[HandOver, Ledger], set[HandOver | None]]:
+def explore() -> dict[tuple[HandOverState, Ledger], set[HandOverState | None]]:
     """All reachable states with their ledgers, and their successors; asserts on the way."""
-    seen: dict[tuple[HandOver, Ledger], set[HandOver | None]] = {}
+    seen: dict[tuple[HandOverState, Ledger], set[HandOverState | None]] = {}
     queue = deque((start, Ledger(charged=start.lent)) for start in STARTS)
     while queue:
         state, ledger = queue.popleft()
@@ -160,7 +162,7 @@ def test_a_message_that_comes_twice_changes_nothing(event: Event | Offered) -> N
 
 
 def test_a_hand_over_that_goes_well() -> None:
-    offered, effects = advance(HandOver(), Offered(b"address"))
+    offered, effects = advance(HandOverState(), Offered(b"address"))
     assert effects == (Effect.FIND_TARGET,)
     assert offered is not None
     reserving, effects = advance(offered, Event.TARGET_FOUND)
@@ -189,7 +191,7 @@ def test_lent_kv_that_is_lost_is_computed_by_the_target() -> None:
 
 
 @given(st.sampled_from(STARTS), st.lists(st.sampled_from(EVENTS), max_size=30))
-def test_any_order_of_events(start: HandOver, events: list[Event | Offered]) -> None:
+def test_any_order_of_events(start: HandOverState, events: list[Event | Offered]) -> None:
     state, ledger = start, Ledger(charged=start.lent)
     for event in events:
         ledger = check_effects(state, event, ledger)

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import torch
 
-from pla_serve.engine.build.rank import Rank, build_rank
+from pla_serve.engine.build.rank import BuiltRank, build_rank
 from pla_serve.engine.build.sampling import Sampling, build_sampling
 from pla_serve.engine.build.scheduling import Scheduling, build_scheduling
 from pla_serve.engine.build.settings import build_settings, device_of_rank, use_threads
@@ -31,7 +31,7 @@ from pla_serve.engine.parallel.leading import LeadingExecutor
 from pla_serve.engine.parallel.ranks import ALONE
 from pla_serve.engine.parallel.share import check_divides
 from pla_serve.engine.parallel.team import Team
-from pla_serve.engine.requests.admission import Intake, Limits
+from pla_serve.engine.requests.admission import Intake, RequestLimits
 from pla_serve.engine.requests.memory import MemoryGate
 from pla_serve.engine.run.executor import Executor
 from pla_serve.engine.transfer.credentials import Credentials, fleet_secret
@@ -122,7 +122,7 @@ def build_engine(rank: Rank, executor: Executor) -> tuple[EngineParts, EngineRea
         device=settings.device,
         clock=settings.clock,
     )
-    limits = Limits(
+    limits = RequestLimits(
         max_model_len=plan.max_model_len,
         vocab_size=rank.model.vocab_size,
         eos_token_ids=frozenset(eos_token_ids(settings.source)),

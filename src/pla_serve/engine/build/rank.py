@@ -13,7 +13,7 @@ from pla_serve.engine.parallel.ranks import agree
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
+class BuiltRank:
     """All stages of one rank."""
 
     settings: RankSettings
@@ -28,7 +28,7 @@ class Rank:
         return self.model.kv_shape.bytes_per_token * self.settings.ranks.size
 
 
-def build_rank(settings: RankSettings) -> Rank:
+def build_rank(settings: RankSettings) -> BuiltRank:
     """Build one rank. All ranks of an engine call this at the same time and wait for each other.
 
     Raises:
@@ -41,4 +41,4 @@ def build_rank(settings: RankSettings) -> Rank:
     device = build_device(settings, model)
     execution = build_execution(settings, model, memory, device)
     agree(settings.ranks, f"shapes {[tuple(s) for s in execution.shapes]}, {memory.plan}")
-    return Rank(settings, model, memory, device, execution)
+    return BuiltRank(settings, model, memory, device, execution)

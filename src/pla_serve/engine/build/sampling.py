@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pla_serve.engine.loading import ModelSource, load_tokenizer
-from pla_serve.engine.requests.admission import Limits
+from pla_serve.engine.requests.admission import RequestLimits
 from pla_serve.engine.sampling import Sampler
 from pla_serve.engine.sampling.grammar_workers import GrammarWorkers
 from pla_serve.grammar.tokenizer import vocabulary_of
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 class Sampling:
     """Limits of requests, and the sampler that honours their parameters."""
 
-    limits: Limits
+    limits: RequestLimits
     sampler: Sampler
 
 
-def build_sampling(source: ModelSource, limits: Limits, device: torch.device) -> Sampling:
+def build_sampling(source: ModelSource, limits: RequestLimits, device: torch.device) -> Sampling:
     """Make the sampler, with structured output if the tokenizer allows it.
 
     Args:
@@ -33,7 +33,7 @@ def build_sampling(source: ModelSource, limits: Limits, device: torch.device) ->
     return Sampling(limits, Sampler(limits.vocab_size, device, _grammars(source, limits)))
 
 
-def _grammars(source: ModelSource, limits: Limits) -> GrammarWorkers | None:
+def _grammars(source: ModelSource, limits: RequestLimits) -> GrammarWorkers | None:
     """Return None, and log the reason, if grammars cannot be built on the tokenizer."""
     tokenizer = load_tokenizer(source)
     if tokenizer is None:

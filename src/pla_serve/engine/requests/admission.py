@@ -17,7 +17,7 @@ from pla_serve.wire.engine import AddRequest, Rejected
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """Bounds of what a request may ask of the model that is served."""
 
     max_model_len: int
@@ -39,7 +39,7 @@ class Intake:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: RequestLimits,
         admission: Admission,
         kv: KVManager,
         sampler: Sampler,

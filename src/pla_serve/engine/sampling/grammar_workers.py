@@ -21,7 +21,7 @@ from pla_serve.engine.sampling.grammars import GrammarFollower, as_masks
 from pla_serve.grammar.errors import GrammarError
 from pla_serve.grammar.host import NOT_NEEDED, GrammarHost, GrammarWorker
 from pla_serve.grammar.limits import GRAMMARS_A_WORKER, GrammarLimits
-from pla_serve.grammar.messages import Advance, Advanced, Close, Mask, Open, Working
+from pla_serve.grammar.messages import Advance, Advanced, Close, GrammarMask, OpenGrammar, Working
 from pla_serve.grammar.structure import check_size
 from pla_serve.grammar.tokenizer import GrammarVocabulary
 from pla_serve.wire.engine import Grammar
@@ -185,9 +185,9 @@ class GrammarWorkers:
             desk.grammars.popitem(last=False)
         follower.desk = desk
         follower.unanswered = 1
-        self.tell(desk, Open(follower.id, follower.grammar, follower.tokens))
+        self.tell(desk, OpenGrammar(follower.id, follower.grammar, follower.tokens))
 
-    def tell(self, desk: Desk, message: Open | Advance | Close) -> None:
+    def tell(self, desk: Desk, message: OpenGrammar | Advance | Close) -> None:
         """Send a message to a worker."""
         desk.changed = self._clock()
         desk.worker.frames.send(message)
@@ -260,7 +260,7 @@ class GrammarWorkers:
             select.select([self._host.control, *_sockets(waiting)], [], [], left)
             self.poll()
 
-    def _take(self, desk: Desk, message: Working | Advanced | Mask) -> None:
+    def _take(self, desk: Desk, message: Working | Advanced | GrammarMask) -> None:
         if isinstance(message, Working):
             desk.working = message.id
             return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pla_serve.engine.kv.blocks import BlockRun
 from pla_serve.engine.transfer.layout import Copy, KVLayout, KVSource
 from pla_serve.engine.transfer.ledger import SLOT_BYTES, LedgerReading, Slots
-from pla_serve.engine.transfer.transport import KVTransport, Operation, TransportError
+from pla_serve.engine.transfer.transport import KVTransport, TransferOperation, TransportError
 
 READ_BYTES = 4 * 2**20
 """Most bytes in one read, and so the most that a cancelled pull still waits for."""
@@ -69,7 +69,7 @@ class Pull:
         self._looked: list[int] = []
         """Copy of ``_read`` from when the running look began."""
         self._seen: LedgerReading | None = None
-        self._operation: Operation | None = None
+        self._operation: TransferOperation | None = None
         self._reading: list[tuple[int, int]] = []
         """Layers of the running read, each with the leading tokens that it will have then."""
         self._bytes = 0
@@ -125,7 +125,7 @@ class Pull:
     def _over(self) -> bool:
         return self._cancelled or self.failure is not None or self.confirmed >= self._source.tokens
 
-    def _begin(self, transport: KVTransport) -> Operation:
+    def _begin(self, transport: KVTransport) -> TransferOperation:
         copies = self._next_copies()
         if not copies:
             self._looked = self._read.copy()

@@ -12,7 +12,7 @@ class TransportError(Exception):
     """The other engine cannot be reached, or has ended."""
 
 
-class Operation(Protocol):
+class TransferOperation(Protocol):
     """One running read."""
 
     def done(self) -> bool:
@@ -39,7 +39,7 @@ class KVTransport(Protocol):
         """Addresses and keys that others need to read this engine's memory."""
         ...
 
-    def read(self, agent: str, metadata: bytes, copies: Sequence[Copy]) -> Operation:
+    def read(self, agent: str, metadata: bytes, copies: Sequence[Copy]) -> TransferOperation:
         """Begin to read from the engine of that name, and connect to it first if necessary.
 
         Raises:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import httpx
@@ -96,6 +97,23 @@ class Dialect(Protocol):
         """Load of the server, as far as its metrics say."""
 
 
+@dataclass(frozen=True, slots=True)
+class HttpLinkTimes:
+    """How long a link to a server of another kind waits, in seconds.
+
+    Attributes:
+        liveness: longest time for an answer to ``/health``.
+        stall: silence on all streams of the server that means a hang.
+        poll: time between two looks at health and load.
+        backoff: pauses between attempts to connect.
+    """
+
+    liveness: float = LIVENESS_SECONDS
+    stall: float = STALL_SECONDS
+    poll: float = POLL_SECONDS
+    backoff: Backoff = field(default_factory=Backoff)
+
+
 class HttpLink:
     """A `Link` to a server of another kind, whose role is known to this router only.
 
@@ -105,8 +123,7 @@ class HttpLink:
     Args:
         url: of the server, ``http://host:port``.
         api_key: sent as a bearer token.
-        liveness_seconds: most time for an answer to ``/health``.
-        stall_seconds: of silence on all streams that mean a hang.
+        times: how long it waits for what.
     """
 
     def __init__(
@@ -116,19 +133,14 @@ class HttpLink:
         dialect: Dialect,
         *,
         api_key: str | None = None,
-        liveness_seconds: float = LIVENESS_SECONDS,
-        stall_seconds: float = STALL_SECONDS,
-        poll_seconds: float = POLL_SECONDS,
-        backoff: Backoff | None = None,
+        times: HttpLinkTimes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url.rstrip("/")
         self._events = events
         self._dialect = dialect
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._liveness = liveness_seconds
-        self._stall = stall_seconds
-        self._poll = poll_seconds
+        self._times = times = times or HttpLinkTimes()
         self._clock = clock
         self._closing = asyncio.Event()
         self._client: httpx.AsyncClient | None = None
@@ -137,7 +149,7 @@ class HttpLink:
         self._role: Role = "mixed"
         self._draining = False
         self._heard = 0.0
-        self._retries = Retries(self._url, backoff or Backoff(), self._closing)
+        self._retries = Retries(self._url, times.backoff, self._closing)
         self._facts: InstanceFacts | None = None
         self._report: InstanceReport | None = None
         self._connected = False
@@ -201,7 +213,7 @@ class HttpLink:
     async def _live(self) -> str:
         """Serve one connected period, from the first answer to the loss; return why it ended."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        timeout = httpx.Timeout(self._liveness, pool=None)
+        timeout = httpx.Timeout(self._times.liveness, pool=None)
         async with httpx.AsyncClient(
             base_url=self._url,
             headers=self._headers,
@@ -265,9 +277,9 @@ class HttpLink:
     async def _watch(self, client: httpx.AsyncClient, metrics: Mapping[str, float]) -> str:
         """Polls until the server is lost; returns why. ``metrics``: the last that are known."""
         while True:
-            await asyncio.sleep(self._poll)
-            if self._requests and self._clock() - self._heard > self._stall:
-                return f"nothing came for {len(self._requests)} requests in {self._stall:g} s"
+            await asyncio.sleep(self._times.poll)
+            if self._requests and self._clock() - self._heard > self._times.stall:
+                return f"nothing came for {len(self._requests)} requests in {self._times.stall:g} s"
             try:
                 (await client.get("/health")).raise_for_status()
                 with suppress(httpx.TimeoutException):  # it lives; its load is as it was
@@ -310,7 +322,7 @@ class HttpLink:
             self._dialect.path,
             content=body,
             headers={"Content-Type": "application/json"},
-            timeout=httpx.Timeout(self._liveness, read=None, pool=None),
+            timeout=httpx.Timeout(self._times.liveness, read=None, pool=None),
         )
         async with post as response:
             if not response.is_success:

@@ -37,7 +37,8 @@ def _own_link(url: str, events: LinkEvents, api_key: str | None, liveness: float
 
 def _speaking(dialect: Callable[[], Dialect]) -> ServerKind:
     def make(url: str, events: LinkEvents, api_key: str | None, liveness: float) -> Link:
-        return http.HttpLink(url, events, dialect(), api_key=api_key, liveness_seconds=liveness)
+        times = http.HttpLinkTimes(liveness=liveness)
+        return http.HttpLink(url, events, dialect(), api_key=api_key, times=times)
 
     return ServerKind(make, http.LIVENESS_SECONDS)
 

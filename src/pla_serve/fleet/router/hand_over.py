@@ -118,8 +118,8 @@ BEGUN = Outcome("begun")
 
 
 @dataclass(frozen=True, slots=True)
-class HandOver:
-    """State of one hand-over; the initial state of one with a prefill is ``HandOver()``.
+class HandOverState:
+    """State of one hand-over; the initial state of one with a prefill is ``HandOverState()``.
 
     With a prefill, ``CHOSEN`` never occurs. With lent KV, neither ``OFFERED``, ``NONE`` nor
     ``RESERVED`` does, since cached KV is complete and the target begins at once.
@@ -147,14 +147,14 @@ class HandOver:
         return None, (*self.releases, *effects)
 
 
-Transition = tuple[HandOver | None, Effects]
+Transition = tuple[HandOverState | None, Effects]
 """The next state, None once the hand-over is over, and the effects in order."""
 
-LENDING = HandOver(lent=True, target=Target.CHOSEN)
+LENDING = HandOverState(lent=True, target=Target.CHOSEN)
 """Initial state of a hand-over of cached KV."""
 
 
-def advance(state: HandOver, event: Event | Offered) -> Transition:
+def advance(state: HandOverState, event: Event | Offered) -> Transition:
     """Return the next state and the effects to perform, in order.
 
     An event that cannot happen in ``state`` (a message that comes late or twice) changes nothing.
@@ -175,7 +175,7 @@ def advance(state: HandOver, event: Event | Offered) -> Transition:
     return _target(state, event)
 
 
-def _offered(state: HandOver, offer: Offered) -> Transition:
+def _offered(state: HandOverState, offer: Offered) -> Transition:
     if state.source is not Source.WORKING or state.address:
         return state, ()
     if not state.lent:
@@ -228,7 +228,7 @@ def _source(state: HandOver, event: Event) -> Transition:
     return after.ended(Effect.SETTLE_SOURCE, Outcome("no target"), Effect.PLACE_TOGETHER)
 
 
-def _search_ended(state: HandOver, *, found: bool) -> Transition:
+def _search_ended(state: HandOverState, *, found: bool) -> Transition:
     if state.target is not Target.NONE or not state.address:
         return state, ()
     if found:

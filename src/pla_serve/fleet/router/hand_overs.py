@@ -13,7 +13,7 @@ from pla_serve.fleet.router.hand_over import (
     LENDING,
     Effect,
     Event,
-    HandOver,
+    HandOverState,
     Offered,
     Outcome,
     advance,
@@ -67,7 +67,9 @@ class HandOvers:
         order = wire.HandOver(lease_seconds=self._lease)
         sent = self._attempts.send(instance, request.message(attempt.id, order))
         if sent:
-            request.hand_over = OngoingHandOver(HandOver(), instance, attempt.id, attempt.epoch)
+            request.hand_over = OngoingHandOver(
+                HandOverState(), instance, attempt.id, attempt.epoch
+            )
         return sent
 
     def message(
@@ -234,7 +236,7 @@ def _source_event(message: RequestAnswer) -> Event | None:
     return Event.SOURCE_HANDED_OVER if handed_over else Event.SOURCE_ENDED
 
 
-def _target_event(state: HandOver, message: RequestAnswer) -> Event:
+def _target_event(state: HandOverState, message: RequestAnswer) -> Event:
     if isinstance(message, wire.Accepted):
         return Event.TARGET_ACCEPTED
     if isinstance(message, wire.Output) and not state.reserved:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from pla_serve.fleet.router.fleet_instance import FleetInstance
-from pla_serve.fleet.router.hand_over import HandOver
+from pla_serve.fleet.router.hand_over import HandOverState
 from pla_serve.fleet.router.prefixes import Chain, PrefixMark
 from pla_serve.server.engine.session import AnswerReceiver
 from pla_serve.wire import engine as wire
@@ -62,7 +62,7 @@ class Blame(NamedTuple):
 class OngoingHandOver:
     """A hand-over in progress: its state, and who takes part in it."""
 
-    state: HandOver
+    state: HandOverState
     source: FleetInstance
     source_id: str
     """Name of the request on the source."""

@@ -27,6 +27,7 @@ from math import floor, inf, prod
 import numpy as np
 from numpy.typing import NDArray
 
+from pla_serve.policy.arrays import Array
 from pla_serve.policy.shapes.histogram import SizeCount
 from pla_serve.policy.shapes.ladder import (
     EagerCost,
@@ -36,8 +37,6 @@ from pla_serve.policy.shapes.ladder import (
     Shape,
     ShapeCost,
 )
-
-Array = NDArray[np.float64]
 
 RESOLUTION = 64
 """Units that a budget of bytes or seconds is cut into where shapes differ in what they take."""

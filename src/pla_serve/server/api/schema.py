@@ -32,7 +32,7 @@ MAX_METADATA = 64
 INTS_AT_ONCE = 50_000
 
 Content = str | None
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenField = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 def read_prompts(value: object) -> list[str | list[int]]:
@@ -164,7 +164,7 @@ class GenerationRequest(Ignored):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: Biases | None = None
     stop: Stop = ()
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenField], Field(max_length=256, fail_fast=True)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pla_serve.grammar.errors import GrammarError
 from pla_serve.grammar.host import GrammarHost, GrammarWorker
 from pla_serve.grammar.limits import GrammarLimits
-from pla_serve.grammar.messages import Advanced, Close, Mask, Open
+from pla_serve.grammar.messages import Advanced, Close, GrammarMask, OpenGrammar
 from pla_serve.grammar.structure import check_size
 from pla_serve.grammar.tokenizer import GrammarVocabulary
 from pla_serve.server.generation.turns import Turns
@@ -173,7 +173,7 @@ class GrammarChecks:
             check.done.set_result(str(error))
             return
         place.check, place.slow, place.timed = check, slow, slow
-        place.worker.frames.send(Open(check.id, check.grammar, []))
+        place.worker.frames.send(OpenGrammar(check.id, check.grammar, []))
         self._flush(place)
         loop = asyncio.get_running_loop()
         wall = self._limits.compile_seconds + self._limits.wall_seconds
@@ -231,9 +231,9 @@ class GrammarChecks:
         """Take the answers of a worker."""
         for message in place.worker.receive():
             check = place.check
-            if check is None or not isinstance(message, (Advanced, Mask)):
+            if check is None or not isinstance(message, (Advanced, GrammarMask)):
                 continue
-            if message.error is not None or isinstance(message, Mask):
+            if message.error is not None or isinstance(message, GrammarMask):
                 place.worker.frames.send(Close(check.id))
                 self._finish(place, message.error)
                 break

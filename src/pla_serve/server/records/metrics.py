@@ -80,6 +80,14 @@ class Metrics:
         self._counters = {
             name: self._make(Counter, name, text) for name, (_, text) in COUNTERS.items()
         }
+        self._make_batches()
+        self._make_outcomes()
+        self._make_predictions()
+        self._transfer = TransferMetrics(self.registry, self._label)
+        self._make_histograms()
+        self._seen: EngineStats | None = None
+
+    def _make_batches(self) -> None:
         self._waiting = self._family(
             Gauge, "pla_serve:requests_waiting", "Queue depth by class.", "class"
         )
@@ -104,6 +112,8 @@ class Metrics:
             "Batches whose end was waited for before the next was enqueued, by reason.",
             "reason",
         )
+
+    def _make_outcomes(self) -> None:
         self._rejected = self._family(
             Counter, "pla_serve:requests_rejected", "Requests refused, by reason.", "reason"
         )
@@ -115,6 +125,11 @@ class Metrics:
         )
         for reason in ("stop", "length", "abort", "error"):
             self._by(self._success, reason)  # shown as 0 before the first one
+        self._restarts = self._make(
+            Counter, "pla_serve:engine_restarts", "Engine processes started again."
+        )
+
+    def _make_predictions(self) -> None:
         self._cost = self._family(
             Gauge,
             "pla_serve:cost_seconds",
@@ -135,12 +150,6 @@ class Metrics:
             "Share of recent first tokens that came by what was predicted for 90 in 100, by class.",
             "class",
         )
-        self._restarts = self._make(
-            Counter, "pla_serve:engine_restarts", "Engine processes started again."
-        )
-        self._transfer = TransferMetrics(self.registry, self._label)
-        self._make_histograms()
-        self._seen: EngineStats | None = None
 
     def _make_histograms(self) -> None:
         self._ttft = self._make(
