@@ -30,7 +30,7 @@ from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.registry import parse_policy
 from pla_serve.simulator.cluster import Cluster
-from pla_serve.simulator.cluster_options import ClusterOptions
+from pla_serve.simulator.cluster_options import ClusterOptions, SimulatedTraffic
 from pla_serve.simulator.machine import KnownCost, Machine, load_machine
 from pla_serve.simulator.turns import OpenLoop, SimulatedTurn
 
@@ -153,8 +153,7 @@ def _simulate(asks: Sequence[Ask], machine: Machine, routing: str, instances: in
         ClusterOptions(instances=instances, routing=routing, boundary_tokens=BOUNDARY),
         machine,
         lambda: spec.create(config, cost),
-        turns,
-        OpenLoop(turns, wait=False),
+        SimulatedTraffic(turns, OpenLoop(turns, wait=False)),
     ).run()
     return np.array([job.ttft for job in result.jobs])
 

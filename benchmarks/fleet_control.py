@@ -30,7 +30,7 @@ from pla_serve.policy.pools.protocol import PoolController
 from pla_serve.policy.pools.registry import parse_controller
 from pla_serve.policy.registry import parse_policy
 from pla_serve.simulator.cluster import Cluster
-from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
+from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult, SimulatedTraffic
 from pla_serve.simulator.machine import KnownCost, load_machine
 from pla_serve.simulator.turns import OpenLoop, SimulatedTurn
 
@@ -102,8 +102,7 @@ def simulate(instances: int, controller: str, routing: str, seed: int) -> dict[s
         options,
         machine,
         lambda: spec.create(config, cost),
-        turns,
-        OpenLoop(turns, wait=False),
+        SimulatedTraffic(turns, OpenLoop(turns, wait=False)),
         controller=made,
     ).run()
     lateness = [_late(job.ttft, cost.prefill_seconds(job.new_tokens, 0)) for job in result.jobs]

@@ -24,7 +24,7 @@ from pla_serve.environment import describe
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.registry import parse_policy
 from pla_serve.simulator.cluster import Cluster
-from pla_serve.simulator.cluster_options import ClusterOptions
+from pla_serve.simulator.cluster_options import ClusterOptions, SimulatedTraffic, Stopwatch
 from pla_serve.simulator.machine import KnownCost, load_machine
 from pla_serve.simulator.turns import OpenLoop, turns_of
 from pla_serve.simulator.workload import at_load
@@ -66,14 +66,14 @@ def main() -> None:
     )
     began = time.perf_counter()
     decisions: list[float] = []
+    timed = not options.no_decision_times
+    stopwatch = Stopwatch(time.perf_counter, decisions.append) if timed else None
     cluster = Cluster(
         fleet,
         machine,
         lambda: spec.create(config, cost),
-        turns,
-        OpenLoop(turns, wait=False),
-        timer=None if options.no_decision_times else time.perf_counter,
-        decided=decisions.append,
+        SimulatedTraffic(turns, OpenLoop(turns, wait=False)),
+        stopwatch=stopwatch,
     )
     processor = time.process_time()
     result = cluster.run()

@@ -26,7 +26,7 @@ from pla_serve.policy.registry import parse_policy
 from pla_serve.policy.shapes.ladder import Layout
 from pla_serve.simulator.captured import Captured
 from pla_serve.simulator.cluster import Cluster
-from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
+from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult, SimulatedTraffic
 from pla_serve.simulator.machine import KnownCost, Machine, load_machine
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.turns import OpenLoop, SimulatedTurn, TurnSource, turns_of
@@ -109,8 +109,7 @@ def run(
         ClusterOptions(**options),
         msgspec.structs.replace(machine, captured=system.captured),
         make,
-        turns,
-        source,
+        SimulatedTraffic(turns, source),
         controller=system.controller() if system.controller is not None else None,
     ).run()
 

@@ -9,7 +9,7 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.registry import parse_policy
 from pla_serve.simulator.cluster import Cluster
-from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
+from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult, SimulatedTraffic
 from pla_serve.simulator.machine import KnownCost, Machine, UnitSeconds
 from pla_serve.simulator.turns import OpenLoop, SimulatedTurn, TurnSource
 
@@ -47,11 +47,9 @@ def simulate(
         ClusterOptions(**options),
         MACHINE,
         policies(policy),
-        turns,
-        source or OpenLoop(turns),
+        SimulatedTraffic(turns, source or OpenLoop(turns), deadline),
         controller=controller,
         faults=faults,
-        deadline=deadline,
     )
     return cluster.run()
 

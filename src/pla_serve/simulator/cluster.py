@@ -21,7 +21,12 @@ from pla_serve.policy.pools.protocol import Pool, PoolController
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.routing.registry import parse_routing
 from pla_serve.simulator.caches import TurnCache, row_of
-from pla_serve.simulator.cluster_options import ClusterOptions, ClusterResult
+from pla_serve.simulator.cluster_options import (
+    ClusterOptions,
+    ClusterResult,
+    SimulatedTraffic,
+    Stopwatch,
+)
 from pla_serve.simulator.faults import Fault
 from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import Machine
@@ -29,7 +34,7 @@ from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.server import SimulatedServer
 from pla_serve.simulator.server_options import ServedEvents, ServerOptions
 from pla_serve.simulator.timeline import Timeline
-from pla_serve.simulator.turns import SimulatedTurn, TurnSource
+from pla_serve.simulator.turns import SimulatedTurn
 from pla_serve.wire.engine import AddRequest, Output, RequestAnswer, SamplingParams
 
 PATIENT = FleetOptions(patience_seconds=1e9, most_failures=10**9, most_lives=10**9)
@@ -46,11 +51,9 @@ class Cluster:
 
     Args:
         make_policy: a fresh policy for an instance.
-        turns: all requests, by row.
+        traffic: all requests, when they arrive, and when their first tokens are due.
         controller: moves instances between the pools, or None.
-        deadline: seconds after arrival by new tokens, as the workload counts them; None for none.
-        timer: measures routing decisions, for ``decided``.
-        decided: called with the seconds that a routing decision took.
+        stopwatch: measures routing decisions, or None.
     """
 
     def __init__(
@@ -58,21 +61,18 @@ class Cluster:
         options: ClusterOptions,
         machine: Machine,
         make_policy: Callable[[], PrefillPolicy],
-        turns: Sequence[SimulatedTurn],
-        source: TurnSource,
+        traffic: SimulatedTraffic,
         *,
         controller: PoolController | None = None,
         faults: Sequence[Fault] = (),
-        deadline: Callable[[SimulatedTurn], float | None] | None = None,
-        timer: Callable[[], float] | None = None,
-        decided: Callable[[float], None] = lambda seconds: None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         if controller is not None and not options.short_instances:
             raise ValueError("a pool controller needs short_instances of at least 1 to begin with")
         self._options = options
-        self._turns = turns
-        self._source = source
-        self._deadline = deadline
+        self._turns = turns = traffic.turns
+        self._source = traffic.source
+        self._deadline = traffic.deadline
         self._timeline = Timeline()
         self._jobs: list[SimulatedRequest | None] = [None] * len(turns)
         self._left = len(turns)
@@ -81,7 +81,7 @@ class Cluster:
         self._starting = 0
         """Instances that failed and will start again."""
         self._result = ClusterResult([], 0.0, {})
-        self._watch = _Watch(self._result, decided)
+        self._watch = _Watch(self._result, stopwatch)
         self._control = self._new_control(controller)
         observer: RoutingObserver = self._watch
         if self._control is not None:
@@ -92,7 +92,7 @@ class Cluster:
             observer,
             options=PATIENT,
             routing=parse_routing(options.routing),
-            timer=timer,
+            timer=None if stopwatch is None else stopwatch.clock,
             logger=logging.Logger(__name__, logging.CRITICAL),  # failures are simulated, not news
         )
         self._servers: dict[str, SimulatedServer] = {}
@@ -383,12 +383,15 @@ class _Client:
         raise RuntimeError(f"request {self.job.id} was given up: {failure}")
 
 
+def _ignore(seconds: float) -> None: ...
+
+
 class _Watch:
     """A `RoutingObserver` that counts what results are made of."""
 
-    def __init__(self, result: ClusterResult, decided: Callable[[float], None]) -> None:
+    def __init__(self, result: ClusterResult, stopwatch: Stopwatch | None) -> None:
         self._result = result
-        self.decided = decided
+        self.decided = _ignore if stopwatch is None else stopwatch.report
 
     def dispatched(self, instance: str, short: bool, seconds: float, now: float) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from pla_serve.policy.pools.protocol import Move
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.totals import Totals
+from pla_serve.simulator.turns import SimulatedTurn, TurnSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +88,26 @@ class ClusterResult:
     """Prompt tokens that were cached on the instance that needed them."""
     fetched_tokens: int = 0
     """Prompt tokens that were fetched from another instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedTraffic:
+    """Requests of one run.
+
+    Attributes:
+        turns: all requests, by row.
+        source: says when they arrive.
+        deadline: seconds after arrival until a first token is due, or None; None for none at all.
+    """
+
+    turns: Sequence[SimulatedTurn]
+    source: TurnSource
+    deadline: Callable[[SimulatedTurn], float | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stopwatch:
+    """Measures routing decisions: ``clock`` in seconds, and ``report`` called with each time."""
+
+    clock: Callable[[], float]
+    report: Callable[[float], None]

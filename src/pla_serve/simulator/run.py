@@ -12,7 +12,7 @@ from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.registry import parse_policy
 from pla_serve.policy.temporal import PrefillFirst
 from pla_serve.simulator.cluster import Cluster
-from pla_serve.simulator.cluster_options import ClusterOptions
+from pla_serve.simulator.cluster_options import ClusterOptions, SimulatedTraffic
 from pla_serve.simulator.faults import Fault, draw_faults
 from pla_serve.simulator.instance import SimulatedInstance
 from pla_serve.simulator.machine import KnownCost
@@ -130,8 +130,7 @@ def _cluster(
         options,
         setting.machine,
         make,
-        turns,
-        _source(setting, turns),
+        SimulatedTraffic(turns, _source(setting, turns)),
         controller=_controller(setting),
         faults=_faults(setting, workload),
     )
