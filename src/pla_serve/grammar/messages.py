@@ -12,7 +12,7 @@ from pla_serve.grammar.limits import GrammarLimits
 from pla_serve.wire.engine import Grammar
 
 
-class Open(msgspec.Struct, frozen=True, array_like=True, tag=0):
+class OpenGrammar(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """Compile a grammar, replay tokens of a text, and compute the mask after them."""
 
     id: int
@@ -34,7 +34,7 @@ class Close(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Advanced(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """Answer to `Open` and to each `Advance`: the effect of the tokens."""
+    """Answer to `OpenGrammar` and to each `Advance`: the effect of the tokens."""
 
     id: int
     error: str | None
@@ -42,7 +42,7 @@ class Advanced(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """Whether the text is complete, so that nothing can follow."""
 
 
-class Mask(msgspec.Struct, frozen=True, array_like=True, tag=1):
+class GrammarMask(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Mask after the last token, or an error. One mask may answer several `Advance` messages."""
 
     id: int

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import torch
 
-from pla_serve.engine.build.rank import BuiltRank, build_rank
+from pla_serve.engine.build.rank import build_rank
 from pla_serve.engine.build.sampling import Sampling, build_sampling
 from pla_serve.engine.build.scheduling import Scheduling, build_scheduling
 from pla_serve.engine.build.settings import build_settings, device_of_rank, use_threads
@@ -101,7 +101,7 @@ class EngineCore:
             return self._team.at_most(self._loop.step())
 
 
-def build_engine(rank: Rank, executor: Executor) -> tuple[EngineParts, EngineReady]:
+def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, EngineReady]:
     """Warm up rank 0, and build the parts of the engine's loop around ``executor``.
 
     Args:

@@ -187,12 +187,12 @@ def _offered(state: HandOverState, offer: Offered) -> Transition:
     return asked, (Effect.RESERVE,)
 
 
-def _prefill_at_target(state: HandOver, why: str) -> Transition:
+def _prefill_at_target(state: HandOverState, why: str) -> Transition:
     """Have the target, which was sent nothing yet, prefill the whole request."""
     return state.ended(Outcome(why), Effect.SEND_WHOLE)
 
 
-def _lent_source(state: HandOver, event: Event) -> Transition:
+def _lent_source(state: HandOverState, event: Event) -> Transition:
     """Handle the end of a source that lends KV: it refused, finished, or was lost."""
     if state.source is Source.GONE or event is Event.SOURCE_HANDED_OVER:
         return state, ()
@@ -203,7 +203,7 @@ def _lent_source(state: HandOver, event: Event) -> Transition:
     return gone, ()  # the target computes what it could not read
 
 
-def _source(state: HandOver, event: Event) -> Transition:
+def _source(state: HandOverState, event: Event) -> Transition:
     """Handle the end of the prefill on the source, or of the source."""
     if state.source in (Source.COMPLETE, Source.GONE):
         if event is not Event.SOURCE_LOST:
@@ -238,7 +238,7 @@ def _search_ended(state: HandOverState, *, found: bool) -> Transition:
     return state.ended(Outcome("no target"), Effect.PLACE_TOGETHER)
 
 
-def _begun_target(state: HandOver, event: Event) -> Transition:
+def _begun_target(state: HandOverState, event: Event) -> Transition:
     """Handle an event of a target that was sent `Begin`.
 
     Once it sends output, it has read all KV that it will ever read.
@@ -250,7 +250,7 @@ def _begun_target(state: HandOver, event: Event) -> Transition:
     return state, ()
 
 
-def _target(state: HandOver, event: Event) -> Transition:
+def _target(state: HandOverState, event: Event) -> Transition:
     """Handle an event of a target that was not sent `Begin` yet."""
     if state.target is Target.CHOSEN:
         return state.ended(Effect.ORDINARY) if event is Event.TARGET_LOST else (state, ())
