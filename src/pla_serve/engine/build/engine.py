@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import torch
 
-from pla_serve.engine.build.rank import build_rank
+from pla_serve.engine.build.rank import BuiltRank, build_rank
 from pla_serve.engine.build.sampling import Sampling, build_sampling
 from pla_serve.engine.build.scheduling import Scheduling, build_scheduling
 from pla_serve.engine.build.settings import build_settings, device_of_rank, use_threads
