@@ -219,7 +219,7 @@ class GrammarWorkers:
                 self._take(desk, message)
             if desk.worker.end is not None:
                 self._ended(desk)
-            elif desk.busy:
+            elif desk.busy and desk.worker.pid is not None:
                 self._watch(desk, now - desk.changed)
 
     def leave(self, follower: WorkerFollower) -> None:

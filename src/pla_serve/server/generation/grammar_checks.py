@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
@@ -30,7 +31,7 @@ from pla_serve.wire.engine import Grammar
 log = logging.getLogger(__name__)
 
 QUICK_SECONDS = 0.05
-"""A check that takes longer is slow."""
+"""A check that takes more CPU time is slow."""
 QUICK_WORKERS, SLOW_WORKERS = 2, 2
 """Checks at once of either kind; of one tenant, one of each."""
 MOST_WAITING = 64
@@ -68,6 +69,8 @@ class _Place:
     slow: bool = False
     timed: bool = False
     """Whether the time of the check has begun to count: once the worker runs."""
+    cpu_seconds: float = 0.0
+    """CPU time that the worker had taken then."""
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
@@ -83,7 +86,9 @@ class GrammarChecks:
         any_object = Grammar("json_object")
         self._known: OrderedDict[bytes, str | None] = OrderedDict({_digest(any_object): None})
         self._count = 0
-        self._control: int | None = None
+        self._control: socket.socket | None = None
+        """The nursery's socket that the event loop watches."""
+        self._watched = -1
 
     async def __call__(self, grammar: Grammar, tenant: str) -> None:
         """Return if a text of this grammar can be begun.
@@ -119,8 +124,7 @@ class GrammarChecks:
             check.done.cancel()
         for place in list(self._places):
             self._drop(place)
-        if self._control is not None:
-            asyncio.get_running_loop().remove_reader(self._control)
+        self._unwatch()
         self._host.close()
 
     # Inside
@@ -172,29 +176,35 @@ class GrammarChecks:
         except (GrammarError, OSError) as error:
             check.done.set_result(str(error))
             return
-        place.check, place.slow, place.timed = check, slow, slow
+        place.check, place.slow, place.timed = check, slow, False
         place.worker.frames.send(OpenGrammar(check.id, check.grammar, []))
         self._flush(place)
+        if slow:
+            self._host.lower_priority(place.worker)
+        if place.worker.pid is not None:
+            self._time(place)
+
+    def _time(self, place: _Place) -> None:
+        """Have the time of a check count, whose worker runs."""
+        place.timed, place.cpu_seconds = True, self._host.cpu_seconds(place.worker)
         loop = asyncio.get_running_loop()
         wall = self._limits.compile_seconds + self._limits.wall_seconds
         reason = f"it takes more than {wall:g} s; simplify it"
         place.timers = [loop.call_later(wall, self._host.kill, place.worker, reason)]
-        if slow:
-            self._host.lower_priority(place.worker)
-        elif place.worker.pid is not None:
-            self._time(place)
+        if not place.slow:
+            place.timers.append(loop.call_later(QUICK_SECONDS, self._look, place))
 
-    def _time(self, place: _Place) -> None:
-        """Begin to count the time of a check: after QUICK_SECONDS it becomes slow."""
-        place.timed = True
-        loop = asyncio.get_running_loop()
-        place.timers.append(loop.call_later(QUICK_SECONDS, self._becomes_slow, place))
+    def _look(self, place: _Place) -> None:
+        """See whether a check is slow by now, or only waits for a processor."""
+        left = QUICK_SECONDS - (self._host.cpu_seconds(place.worker) - place.cpu_seconds)
+        if left > 0:
+            again = asyncio.get_running_loop().call_later(left, self._look, place)
+            place.timers[-1] = again
+        elif place.check is not None:
+            self._becomes_slow(place, place.check)
 
-    def _becomes_slow(self, place: _Place) -> None:
+    def _becomes_slow(self, place: _Place, check: _Check) -> None:
         """Let a check go on as slow; or restart it later, if too many slow ones run."""
-        check = place.check
-        if check is None:
-            return
         busy = self._tenants(True)
         if len(busy) < SLOW_WORKERS and check.tenant not in busy:
             place.slow = True
@@ -212,12 +222,18 @@ class GrammarChecks:
         place = _Place(self._host.fork())
         self._places.append(place)
         loop = asyncio.get_running_loop()
-        control = self._host.control.fileno()
-        if control != self._control:  # the first nursery, or another one
-            self._control = control
-            loop.add_reader(control, self._learn)
+        if self._host.control is not self._control:  # the first nursery, or another one
+            self._unwatch()
+            self._control, self._watched = self._host.control, self._host.control.fileno()
+            loop.add_reader(self._watched, self._learn)
         loop.add_reader(place.worker.frames.socket.fileno(), self._read, place)
         return place
+
+    def _unwatch(self) -> None:
+        """Stop watching a nursery that is gone. Its descriptor may have another use already."""
+        if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._watched)
+            self._control = None
 
     def _flush(self, place: _Place) -> None:
         """Send what the socket did not take, when it takes more."""
@@ -244,9 +260,8 @@ class GrammarChecks:
     def _learn(self) -> None:
         """Handle the start or end of workers, and the loss of the nursery."""
         self._host.poll()
-        if self._host.control_lost and self._control is not None:
-            asyncio.get_running_loop().remove_reader(self._control)
-            self._control = None
+        if self._host.control_lost:
+            self._unwatch()
         for place in list(self._places):
             if place.worker.end is None:
                 if place.check is not None and not place.timed and place.worker.pid is not None:
