@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--history", action="store_true", help="print all of each history")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
+    environment = describe()  # of the code that runs, whatever is committed meanwhile
     began = time.perf_counter()
     counts: Counter[str] = Counter()
     failed: list[int] = []
@@ -56,7 +57,7 @@ def main() -> None:
         "faults": {kind: counts.pop(kind, 0) for kind in FAULTS},
         "others": dict(sorted(counts.items())),
         "seconds": round(time.perf_counter() - began, 1),
-        "environment": describe(),
+        "environment": environment,
     }
     print(json.dumps(content, indent=1))
     if options.output is not None:

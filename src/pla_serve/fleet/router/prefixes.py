@@ -131,13 +131,16 @@ class PrefixRecord:
         holders, here = self._holders, -1
         depth = 0
         for depth, block in enumerate(chain.hashes):
-            now = here & holders.get(block, 0)
+            known = holders.get(block, 0)
+            if known is here:
+                continue
+            now = here & known
             if now != here:
                 if here != -1:
                     self._note(found, here & ~now, depth)
                 if not now:
                     return found
-                here = now
+                here = known if now == known else now
         if here != -1:
             self._note(found, here, depth + 1)
         return found
@@ -212,7 +215,8 @@ class PrefixRecord:
         new = [block for block in hashes if block not in blocks]
         holders, bit = self._holders, kept.bit
         for block in new:
-            holders[block] = holders.get(block, 0) | bit
+            known = holders.get(block)  # of a thousand instances a mask is large: one is shared
+            holders[block] = bit if known is None else known | bit
         blocks.update(dict.fromkeys(hashes, stamp))
         if hashes:
             kept.uses.append((stamp, hashes, len(hashes)))
@@ -253,11 +257,11 @@ class PrefixRecord:
         kept.used = len(blocks)
 
     def _drop(self, kept: _Kept, block: int) -> None:
-        left = self._holders[block] & ~kept.bit
-        if left:
-            self._holders[block] = left
-        else:
+        known = self._holders[block]
+        if known == kept.bit:
             del self._holders[block]
+        else:
+            self._holders[block] = known & ~kept.bit
 
     def _note(self, found: dict[str, int], bits: int, blocks: int) -> None:
         while bits:
