@@ -105,6 +105,23 @@ def test_a_crash_of_the_library_is_a_refusal_of_that_grammar(run: Callable[..., 
     run(body, GrammarLimits(definitions=10**6))
 
 
+def test_a_grammar_does_not_pay_for_what_others_left_in_its_worker(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker keeps what it compiled. Some quick grammars of another key, of 8 MiB each, and the
+    next schema was refused for want of memory, for good."""
+    monkeypatch.setattr(module, "QUICK_SECONDS", 10.0)  # however busy this machine is
+
+    async def body(checks: GrammarChecks) -> None:
+        for number in range(12):
+            await checks(Grammar("regex", f"{number}(a{{150}}){{150}}"), "attacker")
+            texts = [f"{number}-{entry}-{'abcdefgh' * 4}" for entry in range(1500)]
+            schema = json.dumps({"enum": texts})
+            await checks(Grammar("json_schema", schema), "other")
+
+    run(body, GrammarLimits(memory_bytes=32 * 2**20))
+
+
 @pytest.mark.parametrize("attacker", ["another key", "the same key"])
 def test_others_are_answered_while_attackers_compile(
     run: Callable[..., None], attacker: str

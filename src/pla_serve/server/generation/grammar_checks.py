@@ -57,7 +57,8 @@ class _Check:
     context: Context
     """Context of the request, so that log lines about the check carry its id."""
     tried: bool = False
-    """Whether a worker was lost during the check, which may not be the grammar's fault."""
+    """Whether a worker was lost during the check, which may not be the grammar's fault. The next
+    worker is a fresh one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +67,8 @@ class _Place:
 
     worker: GrammarWorker
     check: _Check | None = None
+    checks: int = 0
+    """Checks that the worker was given. Earlier ones, of any tenant, have left memory behind."""
     slow: bool = False
     timed: bool = False
     """Whether the time of the check has begun to count: once the worker runs."""
@@ -172,11 +175,12 @@ class GrammarChecks:
             check.done.set_result(self._known[check.digest])
             return
         try:
-            place = self._free_place()
+            place = self._free_place(fresh=check.tried)
         except (GrammarError, OSError) as error:
             check.done.set_result(str(error))
             return
         place.check, place.slow, place.timed = check, slow, False
+        place.checks += 1
         place.worker.frames.send(OpenGrammar(check.id, check.grammar, []))
         self._flush(place)
         if slow:
@@ -215,8 +219,8 @@ class GrammarChecks:
             self._slow.add(check.tenant, check)
         self._work()
 
-    def _free_place(self) -> _Place:
-        for place in self._places:
+    def _free_place(self, *, fresh: bool) -> _Place:
+        for place in () if fresh else self._places:
             if place.check is None and place.worker.end is None:
                 return place
         place = _Place(self._host.fork())
@@ -276,14 +280,15 @@ class GrammarChecks:
         end = place.worker.end
         assert end is not None
         check = place.check
-        if check is not None and not (end.certain or end.killed_for or check.tried):
+        certain = end.certain and place.checks == 1
+        if check is not None and not (certain or end.killed_for or check.tried):
             place.check, check.tried = None, True
             (self._slow if place.slow else self._quick).add(check.tenant, check)
         elif check is not None:
             cause = end.cause(self._limits, self._limits.replay_seconds(0))
             check.context.run(log.warning, "a grammar was refused: %s", cause)
             error = f"the grammar cannot be compiled: {cause}"
-            self._finish(place, error, certain=end.certain)
+            self._finish(place, error, certain=certain)
         self._drop(place)
 
     def _finish(self, place: _Place, error: str | None, *, certain: bool = True) -> None:
