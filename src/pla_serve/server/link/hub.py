@@ -43,6 +43,16 @@ ROUTER_SILENCE_SECONDS = 10.0
 BAD_FRAME = 1007
 BUG = 1011
 TRY_LATER = 1013
+CHANGE_SECONDS = 0.02
+"""Shortest time between two changes of the role, or of a drain, that are reported one by one."""
+TURN_MESSAGES = 32
+"""Messages of one frame that are taken before the event loop does something else."""
+FRAME_BYTES = 2 << 20
+"""Largest frame, beside the tokens of one prompt: a frame takes no message beyond 1 MiB."""
+TOKEN_BYTES = 6
+"""Most bytes of a prompt's token, and of the KV that is offered for it."""
+LEAST_CONTEXT = 1 << 17
+"""Prompts of so many tokens fit a frame in any case, so that the engine can say why it refuses."""
 CLOSE_SECONDS = 1.0
 """Longest time that a router may take to answer a close frame."""
 
@@ -87,6 +97,9 @@ class LinkHub:
         self._stats: EngineStats | None = None
         self._stats_at = 0.0
         self._beat: asyncio.TimerHandle | None = None
+        self._change: asyncio.TimerHandle | None = None
+        """Set while a change has yet to be reported."""
+        self._most_frame = FRAME_BYTES + TOKEN_BYTES * LEAST_CONTEXT
         self._pinged = False
         """True from a ping until the engine has answered it."""
         self._pinged_at = 0.0
@@ -134,6 +147,7 @@ class LinkHub:
             transfer=info.transfer,
             transfer_agent=info.transfer_agent,
         )
+        self._most_frame = FRAME_BYTES + TOKEN_BYTES * max(info.max_model_len, LEAST_CONTEXT)
         self._pinged = False
         self._inform()
 
@@ -233,8 +247,12 @@ class LinkHub:
             while True:
                 async with asyncio.timeout(ROUTER_SILENCE_SECONDS):
                     frame = await socket.receive_bytes()
-                for message in self._decode(frame):
+                if len(frame) > self._most_frame:
+                    raise WireError(f"{len(frame)} bytes, more than {self._most_frame}")
+                for number, message in enumerate(self._decode(frame), 1):
                     self._handle(link, message)
+                    if number % TURN_MESSAGES == 0:
+                        await asyncio.sleep(0)
         except WebSocketDisconnect as error:
             end(error.code, error.reason or "the router closed it")
         except TimeoutError:
@@ -247,10 +265,10 @@ class LinkHub:
     def _handle(self, link: RouterLink, message: ToInstance | BadMessage) -> None:
         if isinstance(message, SetRole):
             self._role = message.role
-            self._inform()
+            self._inform_soon()
         elif isinstance(message, Drain):
             self._draining = message.on
-            self._inform()
+            self._inform_soon()
         elif isinstance(message, BadMessage):
             link.refuse(message)
         elif not isinstance(message, Alive):
@@ -263,6 +281,16 @@ class LinkHub:
                 await socket.send_bytes(await link.outbox.take())
         except (WebSocketDisconnect, RuntimeError) as error:
             end(TRY_LATER, f"cannot be written to: {error}")
+
+    def _inform_soon(self) -> None:
+        """Report a change. Many of them are one report, or one router could flood the others."""
+        if self._change is None:
+            loop = asyncio.get_running_loop()
+            self._change = loop.call_later(CHANGE_SECONDS, self._inform_of_change)
+
+    def _inform_of_change(self) -> None:
+        self._change = None
+        self._inform()
 
     def _inform(self) -> None:
         """Send a report to all routers, and facts first to those that have none."""
