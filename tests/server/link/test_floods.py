@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -59,16 +60,17 @@ def reports_of(router: Router) -> list[InstanceReport]:
 
 def test_others_get_their_turn_within_a_frame() -> None:
     async def body(engine: FakeEngine, hub: LinkHub, attacker: Router, other: Router) -> None:
+        names = [str(number) for number in range(900)]
         attacker.frame(
-            frame([AddRequest(id=str(n), prompt=[1], sampling=ONE, arrival=0.0) for n in range(900)])
+            frame([AddRequest(id=n, prompt=[1], sampling=ONE, arrival=0.0) for n in names])
         )
         seen: list[int] = []
         while len(engine.sent) < 900:
             seen.append(len(engine.sent))
             await asyncio.sleep(0)
-        steps = [after - before for before, after in zip(seen, seen[1:], strict=False)]
+        steps = [after - before for before, after in pairwise(seen)]
         assert max(steps) < 100
-        attacker.frame(frame([AbortRequest(str(n)) for n in range(900)]))
+        attacker.frame(frame([AbortRequest(n) for n in names]))
         await attacker.quiet()
 
     with_two_routers(body)
