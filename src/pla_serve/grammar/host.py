@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 
 LOW_PRIORITY = 10
 """Niceness of slow workers. Beside one of them the engine gets nine tenths of a core."""
+LOWEST_PRIORITY = 15
+"""Niceness of workers that compute all the time: eight of them leave the engine three quarters of
+their processor."""
 NOT_NEEDED = "it is needed no longer"
 MOST_FAILED_STARTS = 3
 """Nurseries in a row that may end without forking a worker, before no other one is started."""
@@ -95,7 +98,7 @@ class GrammarWorker:
         self.end: WorkerEnd | None = None
         """How the worker ended; None until then. Its last messages can still be read."""
         self.killed_for: str | None = None
-        self.low_priority = False
+        self.niceness = 0
 
     def receive(self) -> Iterator[Any]:
         """Yield the messages that the worker has sent so far."""
@@ -164,12 +167,12 @@ class GrammarHost:
             worker.killed_for = reason
             self._control.send(Kill(worker.id))
 
-    def lower_priority(self, worker: GrammarWorker) -> None:
+    def lower_priority(self, worker: GrammarWorker, niceness: int = LOW_PRIORITY) -> None:
         """Run a worker at low priority from now on."""
-        worker.low_priority = True
+        worker.niceness = max(worker.niceness, niceness)
         if worker.pid is not None:
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, worker.pid, LOW_PRIORITY)
+                os.setpriority(os.PRIO_PROCESS, worker.pid, worker.niceness)
 
     def cpu_seconds(self, worker: GrammarWorker) -> float:
         """Return the CPU time that a worker has taken so far.
@@ -204,8 +207,8 @@ class GrammarHost:
             self._failed_starts = 0
             worker = self.workers[message.id]
             worker.pid = message.pid
-            if worker.low_priority:
-                self.lower_priority(worker)
+            if worker.niceness:
+                self.lower_priority(worker, worker.niceness)
             return
         worker = self.workers.pop(message.id)
         worker.end = WorkerEnd(message.status, worker.killed_for)

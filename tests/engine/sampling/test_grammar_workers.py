@@ -186,6 +186,24 @@ def test_cohabitants_of_a_hostile_grammar_go_on(
     assert not any(one.grammar_error for one in sane)
 
 
+def test_costly_tokens_are_computed_at_the_lowest_priority(
+    make: Callable[..., GrammarWorkers], vocab_size: int
+) -> None:
+    """Each takes less than the limits, and sixteen such workers took the engine's processors."""
+    workers = make()
+    sampler = Sampler(vocab_size, torch.device("cpu"), workers)
+    sane = begin(sampler, Grammar("regex", "[a-z]{200}"), "sane")
+    costly = begin(sampler, Grammar("regex", "(a{150}){150}"), "costly")
+    follow(sampler, [sane, costly], vocab_size, steps=3 * module.HEAVY_TOKENS)
+    until(workers, lambda: sane.can_go_on and costly.can_go_on)
+    assert os.getpriority(os.PRIO_PROCESS, pid_of(sane)) == os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, pid_of(costly)) == module.LOWEST_PRIORITY
+    costly_pid = pid_of(costly)
+    costly.close()
+    sane.close()
+    until(workers, lambda: all(desk.worker.pid != costly_pid for desk in workers.desks))
+
+
 def test_nobody_waits_for_a_worker_that_stands_still(
     workers: GrammarWorkers, vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from pla_serve.engine.sampling.grammars import GrammarFollower, as_masks
 from pla_serve.grammar.errors import GrammarError
-from pla_serve.grammar.host import NOT_NEEDED, GrammarHost, GrammarWorker
+from pla_serve.grammar.host import LOWEST_PRIORITY, NOT_NEEDED, GrammarHost, GrammarWorker
 from pla_serve.grammar.limits import GRAMMARS_A_WORKER, GrammarLimits
 from pla_serve.grammar.messages import Advance, Advanced, Close, GrammarMask, OpenGrammar, Working
 from pla_serve.grammar.structure import check_size
@@ -37,6 +37,11 @@ and one in eleven is not."""
 SLOW_SECONDS = 0.02
 """A worker that computes for longer than this without an answer is slow: it goes on at low
 priority."""
+HEAVY_SECONDS, HEAVY_TOKENS = 0.002, 16
+"""CPU time for a token above which a worker is heavy, on average over so many tokens. A sane
+grammar takes 0.1 ms; 16 workers that take 10 ms each would keep the engine from running."""
+HEAVY_COMPILE_SECONDS = 0.1
+"""CPU time that a sequence may take on top of that to begin."""
 MOST_WORKERS = 16
 MOST_IDLE_WORKERS = 2
 MOST_TRIES = 2
@@ -112,6 +117,14 @@ class Desk:
         self.cpu_seconds: float | None = None
         """CPU time of the worker when its present work was first seen to exceed SLOW_SECONDS."""
         self.slow = False
+        self.heavy = False
+        """Whether its tokens are costly. The worker goes on at the lowest priority."""
+        self.weighed: float | None = None
+        """CPU time that the worker had taken when it was last looked at for that."""
+        self.allowance = 0.0
+        """CPU time that the worker may have taken since then."""
+        self.answered = 0
+        """Number of tokens since then."""
 
     @property
     def busy(self) -> bool:
@@ -185,6 +198,7 @@ class GrammarWorkers:
             desk.grammars.popitem(last=False)
         follower.desk = desk
         follower.unanswered = 1
+        desk.allowance += HEAVY_COMPILE_SECONDS + len(follower.tokens) * HEAVY_SECONDS
         self.tell(desk, OpenGrammar(follower.id, follower.grammar, follower.tokens))
 
     def tell(self, desk: Desk, message: OpenGrammar | Advance | Close) -> None:
@@ -217,6 +231,8 @@ class GrammarWorkers:
             for message in desk.worker.receive():
                 desk.changed, desk.cpu_seconds = now, None
                 self._take(desk, message)
+            if desk.answered >= HEAVY_TOKENS and desk.worker.end is None:
+                self._weigh(desk)
             if desk.worker.end is not None:
                 self._ended(desk)
             elif desk.busy and desk.worker.pid is not None:
@@ -270,12 +286,22 @@ class GrammarWorkers:
             return
         if isinstance(message, Advanced):
             follower.unanswered -= 1
+            desk.answered += 1
             follower.finished = message.finished
             follower.must_stop = message.finished
         elif not follower.unanswered:  # else tokens have come after this mask
             follower.bits, follower.must_stop = message.bits, message.must_stop
         if message.error is not None:
             follower.fail(message.error)
+
+    def _weigh(self, desk: Desk) -> None:
+        """Lower the priority of a worker whose tokens are costly."""
+        cpu = self._host.cpu_seconds(desk.worker)
+        allowed = desk.allowance + desk.answered * HEAVY_SECONDS
+        if desk.weighed is not None and cpu - desk.weighed > allowed and not desk.heavy:
+            desk.heavy = True
+            self._host.lower_priority(desk.worker, LOWEST_PRIORITY)
+        desk.weighed, desk.allowance, desk.answered = cpu, 0.0, 0
 
     def _watch(self, desk: Desk, seconds: float) -> None:
         if seconds > SLOW_SECONDS and not desk.slow:
@@ -327,18 +353,18 @@ class GrammarWorkers:
                 if follower.grammar in desk.grammars:
                     return desk
             for desk in desks:
-                if desk.idle:
+                if desk.idle and not desk.heavy:
                     return desk
         if len(self._desks) < self._most_workers:
             desk = Desk(self._host.fork(), self._clock())
             self._desks.append(desk)
             return desk
-        return min(desks or self._desks, key=lambda desk: len(desk.followers))
+        return min(desks or self._desks, key=lambda desk: (desk.heavy, len(desk.followers)))
 
     def _retire(self, desk: Desk) -> None:
         """Keep a worker without followers for later; end one if it is slow or many are idle."""
         idle = [one for one in self._desks if one.idle]
-        if desk.slow:
+        if desk.slow or desk.heavy:
             self._host.kill(desk.worker)
         elif len(idle) > MOST_IDLE_WORKERS:
             self._host.kill(idle[0].worker)

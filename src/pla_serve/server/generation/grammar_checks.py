@@ -303,7 +303,7 @@ class GrammarChecks:
                 self._known.popitem(last=False)
         if not check.done.done():
             check.done.set_result(error)
-        if place.worker.low_priority:
+        if place.worker.niceness:
             self._drop(place)  # what comes next shall not pay for it
 
     def _drop(self, place: _Place) -> None:
