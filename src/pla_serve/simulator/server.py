@@ -199,7 +199,11 @@ class SimulatedServer:
     # Messages
 
     def receive(self, message: Inbound) -> None:
-        """Obey a message of the router. Answers leave before time goes on."""
+        """Obey a message of the router.
+
+        Answers leave before time goes on, but for `Accepted` if not every token is sent: it leaves
+        with the first token, since routers decide nothing by it.
+        """
         if isinstance(message, wire.AddRequest):
             self._add(message)
         elif isinstance(message, wire.AbortRequest):
@@ -210,7 +214,7 @@ class SimulatedServer:
             self._begin(message)
         elif isinstance(message, wire.Lend):
             self._lend(message)
-        if self._outbox:
+        if self._outbox and (self._options.every_token or not isinstance(message, wire.AddRequest)):
             self._timeline.at(self._timeline.now, self._flush)
         self._schedule()
 

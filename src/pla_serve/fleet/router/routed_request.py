@@ -123,6 +123,8 @@ class RoutedRequest:
 
         One that is connected again with the same life only lost its connection.
         """
+        if not self.losses:
+            return 0
         return sum(not (one.connected and one.boot == boot) for one, boot in self.losses)
 
     @property
