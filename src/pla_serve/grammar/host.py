@@ -60,6 +60,8 @@ class WorkerEnd:
     """Exit status, or minus the signal that ended the worker; None if unknown."""
     killed_for: str | None = None
     """Reason for which this process killed the worker; None if it did not."""
+    working: int = 0
+    """Text that the worker computed for; 0 for none, or if unknown."""
 
     @property
     def certain(self) -> bool:
@@ -211,7 +213,7 @@ class GrammarHost:
                 self.lower_priority(worker, worker.niceness)
             return
         worker = self.workers.pop(message.id)
-        worker.end = WorkerEnd(message.status, worker.killed_for)
+        worker.end = WorkerEnd(message.status, worker.killed_for, message.working)
 
     def _lose(self) -> None:
         """End all workers of a nursery that is gone, which would not be ended otherwise."""

@@ -53,12 +53,6 @@ class GrammarMask(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Bit ``i % 8`` of byte ``i // 8`` allows token i; a multiple of 4 bytes."""
 
 
-class Working(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Sent before work begins: until the next message the worker computes for this text."""
-
-    id: int
-
-
 class Fork(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """Fork a worker. The worker's end of a socket pair is attached."""
 
@@ -84,6 +78,8 @@ class Exited(msgspec.Struct, frozen=True, array_like=True, tag=1):
     id: int
     status: int
     """Exit status, or minus the signal that ended the worker."""
+    working: int
+    """Text that the worker computed for when it ended; 0 for none."""
 
 
 class NurseryLaunch(msgspec.Struct, frozen=True):
@@ -95,7 +91,7 @@ class NurseryLaunch(msgspec.Struct, frozen=True):
 
 
 ToWorker = OpenGrammar | Advance | Close
-FromWorker = Advanced | GrammarMask | Working
+FromWorker = Advanced | GrammarMask
 ToNursery = Fork | Kill
 FromNursery = Forked | Exited
 
@@ -119,14 +115,18 @@ class Frames:
         self._in = bytearray()
         self._out = bytearray()
 
+    def put(self, message: msgspec.Struct) -> None:
+        """Keep a message for `flush`, so that several messages take one call to the system."""
+        body = _encoder.encode(message)
+        self._out += len(body).to_bytes(4, "little") + body
+
     def send(self, message: msgspec.Struct, descriptor: int | None = None) -> None:
         """Send a message. What a non-blocking socket does not take now is kept for `flush`.
 
         Args:
             descriptor: a file that goes with the message; the other side gets them in order.
         """
-        body = _encoder.encode(message)
-        self._out += len(body).to_bytes(4, "little") + body
+        self.put(message)
         if descriptor is not None:
             # Kept bytes go first: the descriptor travels with the first byte of what is sent here.
             sent = socket.send_fds(self.socket, [bytes(self._out)], [descriptor])

@@ -9,6 +9,7 @@ closed, however that process ended. SIGINT and SIGTERM are ignored, as the engin
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ from pla_serve.grammar.compiler import GrammarCompiler
 from pla_serve.grammar.limits import GRAMMARS_A_WORKER, GrammarLimits
 from pla_serve.grammar.messages import Exited, Fork, Forked, Frames, Kill, NurseryLaunch, ToNursery
 from pla_serve.grammar.tokenizer import GrammarVocabulary
-from pla_serve.grammar.worker import Worker, confine
+from pla_serve.grammar.worker import NOTE, Worker, confine
 
 
 class Nursery:
@@ -34,6 +35,7 @@ class Nursery:
         self._limits = limits
         self._pids: dict[int, int] = {}
         self._ids: dict[int, int] = {}
+        self._notes: dict[int, mmap.mmap] = {}
         self._wake_read, self._wake_write = os.pipe()
         for end in (self._wake_read, self._wake_write):
             os.set_blocking(end, False)
@@ -64,19 +66,21 @@ class Nursery:
                     os.kill(self._pids[message.id], signal.SIGKILL)
 
     def _fork(self, id: int, descriptor: int) -> None:
+        note = mmap.mmap(-1, NOTE.size)  # shared with the worker
         try:
             pid = os.fork()
         except OSError:
             os.close(descriptor)
-            self._control.send(Exited(id, os.EX_OSERR))
+            self._control.send(Exited(id, os.EX_OSERR, 0))
             return
         if pid == 0:
-            self._become_worker(descriptor)
+            self._become_worker(descriptor, note)
+        self._notes[id] = note
         os.close(descriptor)
         self._pids[id], self._ids[pid] = pid, id
         self._control.send(Forked(id, pid))
 
-    def _become_worker(self, descriptor: int) -> None:
+    def _become_worker(self, descriptor: int, note: mmap.mmap) -> None:
         status = os.EX_SOFTWARE
         try:
             signal.set_wakeup_fd(-1)
@@ -87,7 +91,7 @@ class Nursery:
             gc.enable()
             confine(self._limits)
             with socket.socket(fileno=descriptor) as sock:
-                Worker(sock, self._compiler, self._limits).serve()
+                Worker(sock, self._compiler, self._limits, note).serve()
             status = os.EX_OK
         except MemoryError:
             os.kill(os.getpid(), signal.SIGABRT)  # as the library ends without memory
@@ -101,7 +105,9 @@ class Nursery:
                 return
             id = self._ids.pop(pid)
             del self._pids[id]
-            self._control.send(Exited(id, os.waitstatus_to_exitcode(status)))
+            with self._notes.pop(id) as note:
+                (working,) = NOTE.unpack_from(note)
+            self._control.send(Exited(id, os.waitstatus_to_exitcode(status), working))
 
 
 def main() -> int:

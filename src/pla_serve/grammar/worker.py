@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import select
 import signal
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +24,6 @@ from pla_serve.grammar.messages import (
     GrammarMask,
     OpenGrammar,
     ToWorker,
-    Working,
 )
 
 
@@ -52,11 +53,19 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
+NOTE = struct.Struct("<q")
+"""Text that a worker computes for, in memory that it shares with the nursery."""
+
+
 class Worker:
     """Answers one socket until it is closed."""
 
     def __init__(
-        self, sock: socket.socket, compiler: GrammarCompiler, limits: GrammarLimits
+        self,
+        sock: socket.socket,
+        compiler: GrammarCompiler,
+        limits: GrammarLimits,
+        note: mmap.mmap,
     ) -> None:
         sock.setblocking(True)
         self._frames = Frames(sock, ToWorker)
@@ -65,6 +74,7 @@ class Worker:
         self._matchers: dict[int, GrammarMatcher] = {}
         self._unmasked: dict[int, None] = {}
         """Texts whose mask is to be computed, in order."""
+        self._note = note
 
     def serve(self) -> None:
         """Go past all tokens that have come before any mask is computed: masks take longer."""
@@ -75,6 +85,7 @@ class Worker:
                     return
                 for message in self._frames.messages():
                     self._take(message)
+                self._frames.flush()
             if self._unmasked:
                 id = next(iter(self._unmasked))
                 del self._unmasked[id]
@@ -88,24 +99,24 @@ class Worker:
             self._open(message)
         elif isinstance(message, Advance):
             matcher = self._matchers.get(message.id)
-            if matcher is not None:
-                self._begin(message.id)
-                with cpu_limit(self._limits.step_seconds):
-                    matcher.advance(message.token)
-                self._advanced(message.id, matcher)
+            if matcher is None:  # it has failed meanwhile
+                self._frames.put(Advanced(message.id, None, False))
+                return
+            with self._work(message.id, self._limits.step_seconds):
+                matcher.advance(message.token)
+            self._advanced(message.id, matcher)
         elif isinstance(message, Close):
             self._matchers.pop(message.id, None)
             self._unmasked.pop(message.id, None)
 
     def _open(self, message: OpenGrammar) -> None:
-        self._begin(message.id)
-        with cpu_limit(self._limits.replay_seconds(len(message.tokens))):
+        with self._work(message.id, self._limits.replay_seconds(len(message.tokens))):
             try:
                 matcher = self._compiler.start(message.grammar)
                 if not message.tokens:
                     matcher.first_mask()
             except GrammarError as error:
-                self._frames.send(Advanced(message.id, str(error), False))
+                self._frames.put(Advanced(message.id, str(error), False))
                 return
             for token in message.tokens:
                 if matcher.advance(token) is not None:
@@ -113,21 +124,24 @@ class Worker:
         self._matchers[message.id] = matcher
         self._advanced(message.id, matcher)
 
-    def _begin(self, id: int) -> None:
-        """Say whom the next piece of work is for, in case that it is the last one."""
-        self._frames.send(Working(id))
+    @contextmanager
+    def _work(self, id: int, seconds: float) -> Iterator[None]:
+        """Note whom the work is for, in case that it is the last one, and bound its CPU time."""
+        NOTE.pack_into(self._note, 0, id)
+        with cpu_limit(seconds):
+            yield
+        NOTE.pack_into(self._note, 0, 0)
 
     def _advanced(self, id: int, matcher: GrammarMatcher) -> None:
-        self._frames.send(Advanced(id, matcher.error, matcher.finished))
+        self._frames.put(Advanced(id, matcher.error, matcher.finished))
         if matcher.error is None:
             self._unmasked[id] = None
 
     def _mask(self, id: int) -> None:
         matcher = self._matchers[id]
-        self._begin(id)
         if matcher.must_stop:
             bits = self._compiler.eos_mask.to_bytes(self._compiler.mask_bytes, "little")
         else:
-            with cpu_limit(self._limits.step_seconds):
+            with self._work(id, self._limits.step_seconds):
                 bits = matcher.mask()
         self._frames.send(GrammarMask(id, matcher.error, matcher.must_stop, bits))

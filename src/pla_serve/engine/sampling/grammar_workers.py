@@ -21,7 +21,7 @@ from pla_serve.engine.sampling.grammars import GrammarFollower, as_masks
 from pla_serve.grammar.errors import GrammarError
 from pla_serve.grammar.host import LOWEST_PRIORITY, NOT_NEEDED, GrammarHost, GrammarWorker
 from pla_serve.grammar.limits import GRAMMARS_A_WORKER, GrammarLimits
-from pla_serve.grammar.messages import Advance, Advanced, Close, GrammarMask, OpenGrammar, Working
+from pla_serve.grammar.messages import Advance, Advanced, Close, GrammarMask, OpenGrammar
 from pla_serve.grammar.structure import check_size
 from pla_serve.grammar.tokenizer import GrammarVocabulary
 from pla_serve.wire.engine import Grammar
@@ -89,7 +89,7 @@ class WorkerFollower:
         self.late = max(0, self.late - 1)
         if self.desk is not None:
             self.unanswered += 1
-            self._owner.tell(self.desk, Advance(self.id, token))
+            self._owner.ask(self.desk, Advance(self.id, token))
 
     def close(self) -> None:
         """See `GrammarFollower`."""
@@ -110,8 +110,8 @@ class Desk:
         self.followers: dict[int, WorkerFollower] = {}
         self.grammars: OrderedDict[Grammar, None] = OrderedDict()
         """Grammars that the worker keeps compiled, the least recently used first."""
-        self.working: int | None = None
-        """Id of the follower that the worker computes for; None while it computes for none."""
+        self.owed = 0
+        """Number of `Advanced` messages that the worker has still to send."""
         self.changed = now
         """Time of the last message from or to the worker."""
         self.cpu_seconds: float | None = None
@@ -129,12 +129,12 @@ class Desk:
     @property
     def busy(self) -> bool:
         """Whether the worker computes, or owes an answer to a follower."""
-        return self.working is not None or any(not one.ready for one in self.followers.values())
+        return self.owed > 0 or any(not one.ready for one in self.followers.values())
 
     @property
     def idle(self) -> bool:
         """Whether the worker has neither work nor followers, and is not being killed."""
-        return not self.followers and self.working is None and self.worker.killed_for is None
+        return not self.followers and not self.owed and self.worker.killed_for is None
 
 
 class GrammarWorkers:
@@ -199,12 +199,14 @@ class GrammarWorkers:
         follower.desk = desk
         follower.unanswered = 1
         desk.allowance += HEAVY_COMPILE_SECONDS + len(follower.tokens) * HEAVY_SECONDS
-        self.tell(desk, OpenGrammar(follower.id, follower.grammar, follower.tokens))
+        self.ask(desk, OpenGrammar(follower.id, follower.grammar, follower.tokens))
+        desk.worker.frames.flush()
 
-    def tell(self, desk: Desk, message: OpenGrammar | Advance | Close) -> None:
-        """Send a message to a worker."""
+    def ask(self, desk: Desk, message: OpenGrammar | Advance) -> None:
+        """Put a message to a worker. It is sent with others, by the next `poll` at the latest."""
         desk.changed = self._clock()
-        desk.worker.frames.send(message)
+        desk.owed += 1
+        desk.worker.frames.put(message)
 
     def settle(self, followers: Sequence[GrammarFollower]) -> None:
         """See `Grammars`."""
@@ -240,14 +242,15 @@ class GrammarWorkers:
 
     def leave(self, follower: WorkerFollower) -> None:
         """Release the worker of a follower that has ended."""
+        computing = not follower.ready
         desk, follower.desk = follower.desk, None
         if desk is None:
             return
         desk.followers.pop(follower.id, None)
         if desk.worker.end is not None:
             return
-        self.tell(desk, Close(follower.id))
-        if desk.slow and desk.working == follower.id:
+        desk.worker.frames.send(Close(follower.id))
+        if desk.slow and computing:
             self._host.kill(desk.worker)  # it would compute on for nobody
         elif not desk.followers:
             self._retire(desk)
@@ -276,11 +279,9 @@ class GrammarWorkers:
             select.select([self._host.control, *_sockets(waiting)], [], [], left)
             self.poll()
 
-    def _take(self, desk: Desk, message: Working | Advanced | GrammarMask) -> None:
-        if isinstance(message, Working):
-            desk.working = message.id
-            return
-        desk.working = None
+    def _take(self, desk: Desk, message: Advanced | GrammarMask) -> None:
+        if isinstance(message, Advanced):
+            desk.owed -= 1
         follower = desk.followers.get(message.id)
         if follower is None:
             return
@@ -311,14 +312,14 @@ class GrammarWorkers:
             elif cpu - desk.cpu_seconds > SLOW_SECONDS:
                 desk.slow = True
                 self._host.lower_priority(desk.worker)
-        follower = desk.followers.get(desk.working or 0)
-        most = self.limits.wall_seconds + self._cpu_seconds(follower)
+        waiting = [self._cpu_seconds(one) for one in desk.followers.values() if not one.ready]
+        most = self.limits.wall_seconds + max(waiting, default=self.limits.compile_seconds)
         if seconds > most:
             self._host.kill(desk.worker, f"it takes more than {most:g} s; simplify it")
 
-    def _cpu_seconds(self, follower: WorkerFollower | None) -> float:
+    def _cpu_seconds(self, follower: WorkerFollower) -> float:
         """Return the CPU seconds that the present work for a follower may take."""
-        if follower is None or (not follower.unanswered and follower.bits is None):
+        if not follower.unanswered:
             return self.limits.step_seconds
         return self.limits.replay_seconds(len(follower.tokens))
 
@@ -328,7 +329,7 @@ class GrammarWorkers:
         end = desk.worker.end
         assert end is not None
         desk.worker.frames.socket.close()
-        culprit = desk.followers.get(desk.working or 0)
+        culprit = desk.followers.get(end.working)
         for follower in list(desk.followers.values()):
             follower.desk = None
             follower.bits = None
