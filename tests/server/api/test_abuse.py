@@ -188,3 +188,16 @@ def test_many_at_once_all_get_their_own_answer(live: Live) -> None:
                 text = json.loads(answer.read(length))["choices"][0]["text"]
                 assert text == f"number {index}"
         assert client.get(f"{live.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_that_would_be_held_are_bounded(roomy: Live, stream: bool) -> None:
+    """128 choices of 4,000 tokens with 20 alternatives were 2 GB in the server."""
+    asked = {"prompt": "x", "n": 128, "max_tokens": 4000, "logprobs": 20, "stream": stream}
+    if not stream:
+        response = httpx.post(f"{roomy.url}/v1/completions", json=asked)
+        assert response.status_code == 400
+        assert "stream it, or lower n" in response.json()["error"]["message"]
+        return
+    with httpx.stream("POST", f"{roomy.url}/v1/completions", json=asked) as response:
+        assert response.status_code == 200

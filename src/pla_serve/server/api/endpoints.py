@@ -21,7 +21,7 @@ from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.api.guard import tenant
 from pla_serve.server.api.logprobs import TokenNames
-from pla_serve.server.api.params import sampling_params
+from pla_serve.server.api.params import check_held_logprobs, sampling_params
 from pla_serve.server.api.prompts import PromptEncoder
 from pla_serve.server.api.schema import (
     MAX_SEQUENCES,
@@ -227,6 +227,7 @@ class Endpoints:
             raise invalid(f"at most {MAX_SEQUENCES} choices in one request, over all prompts", "n")
         limits = [output_limit(len(each), max_tokens, info.max_model_len) for each in prompts]
         shared = sampling_params(body, min(limits), info.vocab_size)
+        check_held_logprobs(body, shared.logprobs, n * sum(limits))
         sampling = [msgspec.structs.replace(shared, max_tokens=limit) for limit in limits]
         return GenerationPlan(
             id=id,

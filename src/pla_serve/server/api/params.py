@@ -12,6 +12,8 @@ from pla_serve.server.errors import invalid
 from pla_serve.wire.engine import Grammar, SamplingParams
 from pla_serve.wire.limits import GREEDY_BELOW
 
+MOST_HELD_LOGPROBS = 2_000_000
+"""Log probabilities of one answer that is not streamed; each takes about 100 bytes meanwhile."""
 MOST_CONSTRAINT = 2**17
 """Characters of a schema, a regular expression or a grammar; each sequence carries its own."""
 
@@ -50,6 +52,28 @@ def logprobs_wanted(request: ChatRequest | CompletionRequest) -> int | None:
     if isinstance(request, CompletionRequest):
         return request.logprobs
     return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def check_held_logprobs(request: GenerationRequest, logprobs: int | None, most_tokens: int) -> None:
+    """Check that a whole answer does not make the server hold too many log probabilities.
+
+    A stream gives them away as they come, so it may have any number.
+
+    Args:
+        most_tokens: output tokens of all choices together, at most.
+
+    Raises:
+        ApiError: 400: it asks for more than `MOST_HELD_LOGPROBS` at once.
+    """
+    if request.stream or logprobs is None:
+        return
+    held = most_tokens * (1 + logprobs)
+    if held > MOST_HELD_LOGPROBS:
+        raise invalid(
+            f"the answer may have {held} log probabilities, more than the {MOST_HELD_LOGPROBS} "
+            "that are held for one answer: stream it, or lower n, max_tokens or logprobs",
+            "logprobs",
+        )
 
 
 def grammar(request: GenerationRequest) -> Grammar | None:
