@@ -217,11 +217,14 @@ def test_servers_without_a_heartbeat_have_longer_to_answer(
 ) -> None:
     found = []
 
-    def link(*args: Any, liveness_seconds: float, **kwargs: Any) -> None:
+    def own_link(*args: Any, liveness_seconds: float, **kwargs: Any) -> None:
         found.append(liveness_seconds)
 
-    monkeypatch.setattr(own, "InstanceLink", link)
-    monkeypatch.setattr(http, "HttpLink", link)
+    def http_link(*args: Any, times: http.HttpLinkTimes, **kwargs: Any) -> None:
+        found.append(times.liveness)
+
+    monkeypatch.setattr(own, "InstanceLink", own_link)
+    monkeypatch.setattr(http, "HttpLink", http_link)
     settings = RouteSettings(
         instances=("http://a:1", "vllm+http://b:1", "sglang+http://c:1"),
         instance_key=None,
