@@ -61,6 +61,13 @@ async def check_grammar(grammar: Grammar, tenant: str) -> None:
         raise ValueError("nonsense is not a type")
 
 
+def children_that_run(pid: int, module: str) -> list[int]:
+    """Child processes of ``pid`` that run a module; others may be there, such as for grammars."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(word) for task in tasks for word in task.read_text().split()]
+    return [child for child in children if module in Path(f"/proc/{child}/cmdline").read_text()]
+
+
 def until(condition: Callable[[], Any], what: str = "it") -> Any:
     """Polls, so that a test waits for a fact and not for a time; returns the truthy value."""
     end = time.monotonic() + DEADLINE

@@ -17,7 +17,7 @@ import openai
 import pytest
 from transformers import LlamaConfig
 
-from tests.server.server_harness import DEADLINE, make_tokenizer, until
+from tests.server.server_harness import DEADLINE, children_that_run, make_tokenizer, until
 
 NAME = "tiny"
 OTHER_KEY = "of another tenant"
@@ -233,17 +233,11 @@ def test_killed_engine_comes_back(server: Server, client: openai.OpenAI) -> None
         model=NAME, prompt="x", stream=True, max_tokens=500, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    os.kill(child_of(server.child.pid), signal.SIGKILL)
+    (engine,) = children_that_run(server.child.pid, "pla_serve.engine.host.process")
+    os.kill(engine, signal.SIGKILL)
     with pytest.raises(openai.APIError, match="killed by SIGKILL"):
         list(stream)
     assert httpx.get(f"{server.url}/ready").status_code == 503
     answer = client.completions.create(model=NAME, prompt="x", max_tokens=3)  # waits for it
     assert answer.usage.completion_tokens >= 1
     assert server.metric("pla_serve:engine_restarts_total") == 1
-
-
-def child_of(pid: int) -> int:
-    """The only child process of ``pid``."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    (child,) = [int(word) for task in tasks for word in task.read_text().split()]
-    return child

@@ -14,7 +14,9 @@ import openai
 import pytest
 from transformers import LlamaConfig
 
-from tests.server.server_harness import DEADLINE, make_tokenizer, until
+from tests.server.server_harness import DEADLINE, children_that_run, make_tokenizer, until
+
+ENGINE, FOLLOWER = "pla_serve.engine.host.process", "pla_serve.engine.host.follower"
 
 START_SECONDS = 120.0
 STREAM = {"stream": True, "max_tokens": 500, "extra_body": {"ignore_eos": True}}
@@ -45,11 +47,6 @@ def serve(folder: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "pla_serve", *words.split(), *flags]
 
 
-def children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(word) for task in tasks for word in task.read_text().split()]
-
-
 def is_alive(pid: int) -> bool:
     """A process that was killed and not yet waited for is not."""
     try:
@@ -78,8 +75,8 @@ def test_two_ranks_serve_and_die_together(folder: Path) -> None:
 def use(client: openai.OpenAI, url: str, server: int) -> None:
     answers = {client.completions.create(**GREEDY).choices[0].text for _ in range(2)}
     assert len(answers) == 1
-    (engine,) = children(server)
-    (follower,) = children(engine)
+    (engine,) = children_that_run(server, ENGINE)
+    (follower,) = children_that_run(engine, FOLLOWER)
 
     stream = client.completions.create(model="tiny", prompt="x", **STREAM)
     next(iter(stream))
@@ -90,8 +87,8 @@ def use(client: openai.OpenAI, url: str, server: int) -> None:
     assert len(answers) == 1
     assert "engine_restarts_total{" in httpx.get(f"{url}/metrics").text
 
-    (engine,) = children(server)
-    (follower,) = children(engine)
+    (engine,) = children_that_run(server, ENGINE)
+    (follower,) = children_that_run(engine, FOLLOWER)
     stream = client.completions.create(model="tiny", prompt="x", **STREAM)
     next(iter(stream))
     os.kill(engine, signal.SIGKILL)
