@@ -6,15 +6,19 @@ history, and replayed by its number.
 
     python benchmarks/fleet_seeds.py --seeds 10000 -o benchmarks/results/fleet_seeds.json
     python benchmarks/fleet_seeds.py --seed 4711 --history
+
+Ctrl-C or SIGTERM ends a run early; what ran until then is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from pla_serve.environment import describe
@@ -32,6 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, help="the only one, or the first one", default=0)
     parser.add_argument("--seeds", type=int, help="how many", default=1)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--history", action="store_true", help="print all of each history")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
@@ -40,18 +45,25 @@ def main() -> None:
     counts: Counter[str] = Counter()
     failed: list[int] = []
     requests = 0
-    for seed in range(options.seed, options.seed + options.seeds):
-        outcome = play(seed)
-        counts += outcome.counts
-        requests += outcome.requests
-        if outcome.error:
-            failed.append(seed)
-        if outcome.error or options.history:
-            _show(outcome, whole=options.history)
+    ran = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ProcessPoolExecutor(options.processes, initializer=_ignore_interrupts) as pool:
+        seeds = range(options.seed, options.seed + options.seeds)
+        try:
+            for outcome in pool.map(play, seeds, chunksize=10):
+                ran += 1
+                counts += outcome.counts
+                requests += outcome.requests
+                if outcome.error:
+                    failed.append(outcome.seed)
+                if outcome.error or options.history:
+                    _show(outcome, whole=options.history)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
     content = {
         "kind": "random histories of a fleet on virtual time",
         "first_seed": options.seed,
-        "seeds": options.seeds,
+        "seeds": ran,
         "failed_seeds": failed,
         "requests": requests,
         "faults": {kind: counts.pop(kind, 0) for kind in FAULTS},
@@ -63,7 +75,13 @@ def main() -> None:
     if options.output is not None:
         options.output.write_text(json.dumps(content, indent=1) + "\n")
     if failed:
-        raise SystemExit(f"{len(failed)} of {options.seeds} seeds failed")
+        raise SystemExit(f"{len(failed)} of {ran} seeds failed")
+
+
+def _ignore_interrupts() -> None:
+    """Leave it to the parent to end a run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _show(outcome: Outcome, *, whole: bool) -> None:
