@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.engine.tiny import CONFIGS, SIZES, expected, reference_model, write_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from pla_serve.engine.build.engine import EngineCore
@@ -27,6 +26,7 @@ from pla_serve.wire.engine import (
     Output,
     SamplingParams,
 )
+from tests.engine.tiny import CONFIGS, SIZES, expected, reference_model, write_tokenizer
 
 CPU = torch.device("cpu")
 SHAPE = KVShape(layers=2, heads=2, head_dim=8, dtype=torch.float32)

@@ -9,7 +9,6 @@ from math import isfinite
 
 import pytest
 import torch
-from tests.engine.tiny import SIZES, reference_model
 
 from pla_serve.engine.build.roofline import (
     COPY_BYTES,
@@ -23,6 +22,7 @@ from pla_serve.engine.build.roofline import (
 )
 from pla_serve.engine.loading import decoder_layers
 from pla_serve.policy.cost import CostModel
+from tests.engine.tiny import SIZES, reference_model
 
 CPU = torch.device("cpu")
 SIZE = ModelSize(
