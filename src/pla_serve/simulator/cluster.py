@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from math import isfinite, isnan
@@ -116,7 +118,8 @@ class Cluster:
         self._progress = progress
         self._next_arrival()
         if self._left:
-            self._timeline.run()
+            with _rare_collections():
+                self._timeline.run()
         return self._finish()
 
     # Building
@@ -348,6 +351,17 @@ def _server_options(
         report_seconds=options.report_seconds,
         whole_answers=options.decode == "none",
     )
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let Python look for cycles rarely: a run keeps millions of objects, and makes few cycles."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _KnownHistory(Chain):
