@@ -86,7 +86,7 @@ class Account:
     )
     """Prefills that wait outside the queues; by lane."""
     key: tuple[float, str] | None = None
-    """Its place among the accounts that may let something in."""
+    """Place of the account among those that may admit a request."""
 
     def lane(self, window: float) -> bool | None:
         """Lane from which a prefill may enter; short ones first. None if nothing may."""

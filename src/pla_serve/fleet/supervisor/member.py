@@ -82,7 +82,7 @@ class FleetMember:
         self._worked = False
         self._renewing = False
         self._leaving = False
-        """It drains: connections wait for the next life, so it answers nobody any more."""
+        """The process drains: it answers nobody, and connections wait for the next process."""
         self._end_asked = asyncio.Event()
         key = recipe.env.get(LINK_KEY_VARIABLE)
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}

@@ -15,6 +15,7 @@ yields, and goes on when more is there or the answer is over:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
@@ -176,8 +177,6 @@ class ScriptReader:
 
 def json_or_none(text: str) -> Any:
     """The value that ``text`` is JSON of, or None."""
-    import json
-
     try:
         return json.loads(text)
     except ValueError:
