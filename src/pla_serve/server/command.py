@@ -22,7 +22,7 @@ from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, s
 
 if TYPE_CHECKING:
     from pla_serve.engine.loading import ModelSource
-    from pla_serve.server.api.endpoints import GrammarCheck
+    from pla_serve.server.api.service import GrammarCheck
     from pla_serve.wire.engine import EngineReady
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pla_serve.server.api.endpoints import GrammarCheck
+    from pla_serve.server.api.service import GrammarCheck
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from typing import Any
 import uvicorn
 
 from pla_serve.server.api.app import build_app
-from pla_serve.server.api.endpoints import Service
 from pla_serve.server.api.guard import Traffic
 from pla_serve.server.api.link_access import LinkAccess, operator_keys
 from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.api.prompts import PromptEncoder
 from pla_serve.server.api.routes import ApiRoute
+from pla_serve.server.api.service import Service
 from pla_serve.server.connections.acceptor import Acceptor
 from pla_serve.server.connections.descriptors import RESERVED, raise_limit
 from pla_serve.server.connections.protocol import BoundedHttp

@@ -11,12 +11,14 @@ from starlette.types import ASGIApp
 
 from pla_serve import __version__
 from pla_serve.server.api.body import BodyReader
-from pla_serve.server.api.endpoints import Endpoints, Service
+from pla_serve.server.api.endpoints import Endpoints
+from pla_serve.server.api.generations import Generations
 from pla_serve.server.api.guard import DETOKENIZE, TOKENIZE, Guard, Keys, Traffic
 from pla_serve.server.api.link_access import operator_keys
 from pla_serve.server.api.openapi import openapi, page
 from pla_serve.server.api.routes import Api, ApiRoute, Operation
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
+from pla_serve.server.api.service import Service
 from pla_serve.server.api.tokenize import DetokenizeRequest, TokenEndpoints, TokenizeRequest
 from pla_serve.server.errors import json_response
 
@@ -35,7 +37,7 @@ def build_app(
     settings = service.settings
     bodies = BodyReader(settings.max_body_bytes, settings.limits)
     routes = [
-        *_openai(Endpoints(service, bodies)),
+        *_openai(Endpoints(service, bodies, Generations(service))),
         *_tokens(TokenEndpoints(service, bodies)),
         *_operations(service, traffic),
         *more,

@@ -30,6 +30,8 @@ MAX_BIASES = 300
 """Entries of ``logit_bias``, as OpenAI has it."""
 MAX_METADATA = 64
 INTS_AT_ONCE = 50_000
+COMPLETION_TOKENS = 16
+"""Default max_tokens of /v1/completions, as OpenAI and vLLM have it."""
 
 Content = str | None
 TokenField = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -205,6 +207,11 @@ class CompletionRequest(GenerationRequest):
             raise refuse("echo", "echo with logprobs is not supported: prompts have no logprobs")
         return self
 
+    @property
+    def output_limit(self) -> int:
+        """Most output tokens of a choice."""
+        return self.max_tokens or COMPLETION_TOKENS
+
 
 class ChatRequest(GenerationRequest):
     messages: Annotated[
@@ -248,6 +255,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def output_limit(self) -> int | None:
+        """Most output tokens of a choice; None: what fits in the context."""
         return self.max_completion_tokens or self.max_tokens
 
     def tool_use(self) -> ToolUse | None:

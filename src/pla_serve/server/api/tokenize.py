@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pla_serve.server.api.body import BodyReader, Upload, validate
-from pla_serve.server.api.endpoints import Service, client_of
+from pla_serve.server.api.generations import client_of
 from pla_serve.server.api.messages import MAX_MESSAGES
 from pla_serve.server.api.schema import ChatRequest, all_ints
+from pla_serve.server.api.service import Service
 from pla_serve.server.api.strict import Strict, refuse, wrong
 from pla_serve.server.api.tool_schema import MAX_TOOLS
 from pla_serve.server.errors import ApiError, invalid, json_response

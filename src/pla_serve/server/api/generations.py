@@ -1,0 +1,208 @@
+"""From a validated body to a generation that the engine has admitted.
+
+Every endpoint that makes text goes this way. Those that speak another API than chat completions
+translate their bodies into a `ChatRequest` first.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import msgspec
+from starlette.requests import Request
+
+from pla_serve.logs import request_id
+from pla_serve.server.api.body import Upload
+from pla_serve.server.api.cache_scope import CacheScopes
+from pla_serve.server.api.guard import tenant
+from pla_serve.server.api.params import check_held_logprobs, sampling_params
+from pla_serve.server.api.schema import (
+    MAX_SEQUENCES,
+    ChatRequest,
+    CompletionRequest,
+)
+from pla_serve.server.api.service import Service
+from pla_serve.server.api.tool_constraint import Check, with_tool_grammar
+from pla_serve.server.errors import invalid, over_capacity, too_long
+from pla_serve.server.generation.generation import Generation, GenerationPlan
+from pla_serve.server.generation.grammar_checks import TooManyChecks
+from pla_serve.server.records.journal import JournalEntry
+from pla_serve.server.records.tracing import TRACE_HEADERS
+from pla_serve.server.tools.events import AnswerReader
+from pla_serve.wire.engine import EngineReady, Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Circumstances of one HTTP request.
+
+    Attributes:
+        request: the request itself.
+        upload: its body.
+        arrival: monotonic seconds.
+    """
+
+    request: Request
+    upload: Upload
+    arrival: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRun:
+    """A chat request that only has to be generated.
+
+    Attributes:
+        plan: what the engine is asked for.
+        make_reader: returns a fresh reader for one choice; None: the text is the answer.
+        parallel: False to leave out all calls of an answer but the first.
+    """
+
+    plan: GenerationPlan
+    make_reader: Callable[[], AnswerReader] | None = None
+    parallel: bool = True
+
+
+class Generations:
+    """Plans and admits the generations of one server."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        settings = service.settings
+        self._cache_scopes = CacheScopes(settings.api_keys, shared=settings.share_prefix_cache)
+
+    async def chat(self, asked: Asked, body: ChatRequest, id: str) -> ChatRun:
+        """Render and tokenise a conversation, and check everything that it asks for.
+
+        Raises:
+            ApiError: the request cannot be served, or not now.
+        """
+        service = self._service
+        info = await service.ready_engine()
+        size = asked.upload.size
+        prompt = await service.encoder.chat(body, limit=info.max_model_len, size=size)
+        plan = await self.plan(asked, body, id, [prompt], info)
+        use = body.tool_use()
+        if use is None:
+            await self.check_grammar(asked.request, plan)
+            return ChatRun(plan)
+        plan = replace(plan, keep_special=service.tools.keep)
+        check = self._checker(asked.request, "tools")
+        plan = await with_tool_grammar(plan, use, service.tools, check)
+        return ChatRun(plan, service.tools.reader(use), use.parallel)
+
+    async def plan(
+        self,
+        asked: Asked,
+        body: ChatRequest | CompletionRequest,
+        id: str,
+        prompts: list[list[int]],
+        info: EngineReady,
+    ) -> GenerationPlan:
+        """Return what the engine is asked for, in a thread if the body is large.
+
+        Raises:
+            ApiError: 400, a field is out of range for this model or contradicts another.
+        """
+        scope = self._cache_scopes.of(tenant(asked.request.scope), body.cache_salt)
+        return await asked.upload.run(
+            lambda: self._plan(body, id, asked.arrival, prompts, info, scope)
+        )
+
+    async def check_grammar(self, request: Request, plan: GenerationPlan) -> None:
+        """Check the grammar that the request names, if it names one.
+
+        Raises:
+            ApiError: 400, it cannot be used; 429, too many of this client's are being checked.
+        """
+        if (grammar := plan.sampling[0].grammar) is not None:
+            await self._checker(request)(grammar)
+
+    def start(self, request: Request, plan: GenerationPlan) -> Generation:
+        """Return a generation that is not yet admitted. Whoever takes it has to close it."""
+        service = self._service
+        session = service.engine.session(service.settings.max_unread_tokens, tenant(request.scope))
+        trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
+        entry = JournalEntry(request_id.get() or plan.id, plan.arrival, trace)
+        return Generation(
+            plan, session, service.token_bytes, service.metrics, entry, service.journal
+        )
+
+    def _plan(
+        self,
+        body: ChatRequest | CompletionRequest,
+        id: str,
+        arrival: float,
+        prompts: list[list[int]],
+        info: EngineReady,
+        cache_scope: str,
+    ) -> GenerationPlan:
+        n = body.n or 1
+        if body.priority and not self._service.settings.enable_priority:
+            raise invalid(
+                "priorities are not enabled on this server: leave out priority, or start the "
+                "server with --enable-priority",
+                "priority",
+            )
+        if len(prompts) * n > MAX_SEQUENCES:
+            raise invalid(f"at most {MAX_SEQUENCES} choices in one request, over all prompts", "n")
+        limits = [
+            output_limit(len(each), body.output_limit, info.max_model_len) for each in prompts
+        ]
+        shared = sampling_params(body, min(limits), info.vocab_size)
+        check_held_logprobs(body, shared.logprobs, n * sum(limits))
+        sampling = [msgspec.structs.replace(shared, max_tokens=limit) for limit in limits]
+        return GenerationPlan(
+            id=id,
+            prompts=prompts,
+            sampling=sampling,
+            n=n,
+            arrival=arrival,
+            ttft_slo=body.ttft_slo_ms / 1000 if body.ttft_slo_ms else None,
+            priority=body.priority,
+            cache_scope=cache_scope,
+            stop=body.stop,
+            include_stop=body.include_stop_str_in_output,
+            skip_special=body.skip_special_tokens,
+        )
+
+    def _checker(self, request: Request, param: str = "response_format") -> Check:
+        """Return the check of grammars of this client; ``param`` is what errors name."""
+        who = client_of(request)
+
+        async def check(grammar: Grammar) -> None:
+            try:
+                await self._service.check_grammar(grammar, who)
+            except ValueError as error:
+                raise invalid(f"the constraint cannot be used: {error}", param) from None
+            except TooManyChecks as error:
+                raise over_capacity(str(error), 1.0) from None
+
+        return check
+
+
+def client_of(request: Request) -> str:
+    """Whom uploads are charged to: the API key's owner, or an address where there are no keys."""
+    address = request.client.host if request.client else ""
+    return tenant(request.scope) or address
+
+
+def new_id(prefix: str) -> str:
+    """Return the id of a new answer: ``chatcmpl-…``."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def output_limit(prompt: int, asked: int | None, context: int) -> int:
+    """How many tokens a prompt of so many may make.
+
+    Raises:
+        ApiError: an empty prompt, or one that leaves too little of the context.
+    """
+    if prompt == 0:
+        raise invalid("the prompt is empty", "prompt")
+    if prompt >= context:
+        raise too_long(prompt, context)
+    if asked is not None and prompt + asked > context:
+        raise too_long(prompt, context, output=asked)
+    return asked or context - prompt
