@@ -123,7 +123,7 @@ def test_the_leader_speaks_before_it_computes() -> None:
 
     class Checked(Recorder):
         def forward(self, requests: Sequence[SpanRequest], at_boundary: AtBoundary) -> Executed:
-            assert commands == [BeginPass(0, list(requests))]
+            assert commands == [BeginPass.of(0, requests)]
             at_boundary()
             assert commands[1:] == [Go(0, 0)]
             return Executed(torch.empty(0), False)
@@ -135,11 +135,11 @@ def test_the_leader_speaks_before_it_computes() -> None:
     ("commands", "message"),
     [
         ([Go(0, 0)], "between batches"),
-        ([BeginPass(1, [request(0)])], "at depth 0"),
-        ([BeginPass(0, [request(0)]), Go(0, 1)], "before layer 0 at depth 0"),
-        ([BeginPass(0, [request(0)]), Abandon(1)], "before layer 0 at depth 0"),
-        ([BeginPass(0, [request(0)]), BeginPass(0, [request(1)])], "at depth 1"),
-        ([BeginPass(0, [request(0)]), End()], "before layer 0"),
+        ([BeginPass.of(1, [request(0)])], "at depth 0"),
+        ([BeginPass.of(0, [request(0)]), Go(0, 1)], "before layer 0 at depth 0"),
+        ([BeginPass.of(0, [request(0)]), Abandon(1)], "before layer 0 at depth 0"),
+        ([BeginPass.of(0, [request(0)]), BeginPass.of(0, [request(1)])], "at depth 1"),
+        ([BeginPass.of(0, [request(0)]), End()], "before layer 0"),
     ],
 )
 def test_what_does_not_fit_is_not_guessed_at(commands: list[Command], message: str) -> None:
@@ -160,7 +160,7 @@ def test_ranks_with_other_layers_are_found_out(layers: int) -> None:
 def test_commands_arrive_in_order_at_each_rank(tmp_path: Path) -> None:
     receivers = [CommandReceiver(tmp_path, rank) for rank in (1, 2)]
     send = CommandSender(tmp_path, 3)
-    sent: list[Command] = [BeginPass(0, [request(i)]) for i in range(500)] + [End()]
+    sent: list[Command] = [BeginPass.of(0, [request(i)]) for i in range(500)] + [End()]
     for command in sent:
         send(command)
     for receive in receivers:

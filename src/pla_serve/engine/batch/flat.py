@@ -9,9 +9,12 @@ second.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pla_serve.engine.kv.blocks import BlockRun
 
@@ -37,9 +40,19 @@ class SpanRequest:
     carried: int | None = None
     """Row of the single new token among the carried tokens (see `Executor.forward`), if the host
     does not know the token yet. ``tokens`` then has any one number in its place."""
+    numbers: NDArray[np.int32] | None = field(default=None, compare=False)
+    """(blocks,): the blocks of ``runs`` one by one, if the caller keeps them
+    (`BlockTable.numbers`). None: they are made from ``runs``."""
+
+    def block_numbers(self, count: int) -> NDArray[np.int32]:
+        """Return the first ``count`` blocks as (count,) int32."""
+        if self.numbers is None:
+            parts = [np.arange(first, end, dtype=np.int32) for first, end in self.runs]
+            return np.concatenate(parts)[:count]
+        return self.numbers[:count]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Span:
     """Consecutive new tokens of one sequence in a flat batch."""
 
@@ -49,8 +62,18 @@ class Span:
     """Number of new tokens."""
     history: int
     """Number of tokens before the new ones. Their KV is in the cache."""
-    runs: tuple[BlockRun, ...]
-    """KV slots of history and new tokens, in order, as runs (first, end) of neighbours."""
+    blocks: Sequence[BlockRun]
+    """KV blocks of history and new tokens, in order, as runs of neighbours. More may follow."""
+    block_tokens: int
+    """Number of tokens in a block."""
+
+    @cached_property
+    def runs(self) -> tuple[BlockRun, ...]:
+        """KV slots of history and new tokens, in order, as runs (first, end) of neighbours.
+
+        Kernels that read block tables on the device never ask for it.
+        """
+        return slot_runs(self.blocks, self.history + self.length, self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)

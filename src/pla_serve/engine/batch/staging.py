@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pla_serve.engine.batch.flat import FlatBatch, Paged, Span, SpanRequest, slot_runs
+from pla_serve.engine.batch.flat import FlatBatch, Paged, Span, SpanRequest
 from pla_serve.engine.device.marks import Device, DeviceMark
 
 RING = 4
@@ -135,26 +135,22 @@ def pack(
     Raises:
         ValueError: the requests exceed the capacity.
     """
-    need = capacity_of(requests, block_tokens)
+    spans, flat, blocks, entries, outputs = _lay_out(requests, block_tokens)
+    need = Capacity(len(flat), len(spans), len(outputs), sum(entries))
     room = (capacity.tokens, capacity.sequences, capacity.outputs, capacity.entries)
     wanted = (need.tokens, need.sequences, need.outputs, need.entries)
     if any(a > b for a, b in zip(wanted, room, strict=True)):
         raise ValueError(f"a batch of {need} does not fit into {capacity}")
     numbers = np.zeros(capacity.table_at + need.entries, dtype=np.int32)
-    tokens, positions, slots, outputs, starts, contexts, table_starts = _parts(numbers, capacity)
+    tokens, positions, slots, rows, starts, contexts, table_starts = _parts(numbers, capacity)
     slots[need.tokens :] = scratch.first + np.arange(capacity.tokens - need.tokens) % scratch.count
     starts[need.sequences :] = need.tokens
     if not requests:
         return numbers, ()
-    spans, flat, blocks, entries = _lay_out(requests, block_tokens)
     table = numbers[capacity.table_at :]
     np.concatenate(blocks, out=table)
     tokens[: need.tokens] = flat
-    outputs[: need.outputs] = [
-        span.start + span.length - 1
-        for span, request in zip(spans, requests, strict=True)
-        if request.wants_logits
-    ]
+    rows[: need.outputs] = outputs
     lengths = np.array([span.length for span in spans])
     history = np.array([span.history for span in spans])
     first, entry = np.cumsum(lengths) - lengths, np.cumsum(entries) - entries
@@ -169,27 +165,29 @@ def pack(
 
 def _lay_out(
     requests: Sequence[SpanRequest], block_tokens: int
-) -> tuple[list[Span], list[int], list[NDArray[np.int32]], list[int]]:
-    """Return spans, new tokens, runs of block numbers, and the number of blocks of each request."""
+) -> tuple[list[Span], list[int], list[NDArray[np.int32]], list[int], list[int]]:
+    """Return spans, new tokens, block numbers, the number of blocks of each request, and outputs.
+
+    Outputs are the flat positions whose logits are wanted.
+    """
     spans: list[Span] = []
     tokens: list[int] = []
     blocks: list[NDArray[np.int32]] = []
     entries: list[int] = []
+    outputs: list[int] = []
     for request in requests:
-        length = len(request.tokens)
-        runs = slot_runs(request.runs, request.history + length, block_tokens)
-        spans.append(Span(len(tokens), length, request.history, runs))
+        length, history = len(request.tokens), request.history
+        spans.append(Span(len(tokens), length, history, request.runs, block_tokens))
         if request.carried is None:
             tokens.extend(request.tokens)
         else:
             tokens.append(-1 - request.carried)
-        count = 0
-        for start, end in runs:
-            first, last = start // block_tokens, -(-end // block_tokens)
-            blocks.append(np.arange(first, last, dtype=np.int32))
-            count += last - first
+        count = -(-(history + length) // block_tokens)
+        blocks.append(request.block_numbers(count))
         entries.append(count)
-    return spans, tokens, blocks, entries
+        if request.wants_logits:
+            outputs.append(len(tokens) - 1)
+    return spans, tokens, blocks, entries, outputs
 
 
 def put_carried(buffer: torch.Tensor, capacity: Capacity, carried: torch.Tensor) -> None:

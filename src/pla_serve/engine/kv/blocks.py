@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-import numpy as np
+from pla_serve.engine.kv.holes import Holes
 
 BlockRun = tuple[int, int]
 """Neighbouring blocks (first, end), without ``end``: (4, 7) is blocks 4, 5 and 6."""
@@ -26,24 +26,25 @@ class BlockPool:
     """``count`` blocks, each with a number of holders; a block without holders is free.
 
     Blocks are allocated such that a sequence lies in few runs of neighbours: attention reads a run
-    in place, without gathering it first.
+    in place, without gathering it first. The time of a call grows with the blocks that it takes or
+    gives back, and not with the size of the pool.
     """
 
     def __init__(self, count: int) -> None:
         if count < 1:
             raise ValueError(f"a pool needs at least one block, not {count}")
         self.count = count
-        self._holders = np.zeros(count, dtype=np.int32)
-        self._free = count
+        self._holders = [0] * count
+        self._holes = Holes(count)
 
     @property
     def free(self) -> int:
         """Number of blocks without holders."""
-        return self._free
+        return self._holes.total
 
     def holders(self, block: int) -> int:
         """Return the number of holders of this block."""
-        return int(self._holders[block])
+        return self._holders[block]
 
     def allocate(self, count: int, *, after: int | None = None, room: int = 0) -> list[int]:
         """Take ``count`` free blocks; the caller becomes their only holder.
@@ -56,46 +57,30 @@ class BlockPool:
         Raises:
             ValueError: fewer than ``count`` blocks are free.
         """
-        if count > self._free:
-            raise ValueError(f"{count} blocks wanted, {self._free} free")
-        if count == 0:
-            return []
+        if count > self.free:
+            raise ValueError(f"{count} blocks wanted, {self.free} free")
         chosen: list[int] = []
-        if after is not None:
-            chosen = self._run_from(after + 1, count)
-        if len(chosen) < count:
-            chosen += self._from_runs(count - len(chosen), room, taken=chosen)
-        self._holders[chosen] = 1
-        self._free -= count
+        if after is not None and count:
+            chosen = self._take(after + 1, min(count, self._holes.length(after + 1)))
+        while len(chosen) < count:
+            chosen += self._next_run(count - len(chosen), room)
+        for block in chosen:
+            self._holders[block] = 1
         return chosen
 
-    def _run_from(self, start: int, count: int) -> list[int]:
-        """Return up to ``count`` free blocks from ``start`` on, without a gap."""
-        end = start
-        limit = min(start + count, self.count)
-        while end < limit and self._holders[end] == 0:
-            end += 1
-        return list(range(start, end))
-
-    def _from_runs(self, count: int, room: int, taken: list[int]) -> list[int]:
-        free = self._holders == 0
-        free[taken] = False
-        edges = np.flatnonzero(np.diff(np.concatenate(([0], free.view(np.int8), [0]))))
-        starts, lengths = edges[0::2], edges[1::2] - edges[0::2]
-        # The first hole with room on both sides, else one with room behind, else any that fits.
+    def _next_run(self, count: int, room: int) -> list[int]:
+        """Take up to ``count`` free blocks: as one run if there is a hole for it."""
         for lead, wanted in ((room, count + 2 * room), (0, count + room), (0, count)):
-            fitting = np.flatnonzero(lengths >= wanted)
-            if fitting.size:
-                start = int(starts[fitting[0]])
-                start += lead if start > 0 else 0
-                return list(range(start, start + count))
-        chosen: list[int] = []
-        for index in np.argsort(-lengths, kind="stable"):
-            start, length = int(starts[index]), int(lengths[index])
-            chosen += range(start, start + min(length, count - len(chosen)))
-            if len(chosen) == count:
-                break
-        return chosen
+            start = self._holes.find(wanted)
+            if start is not None:
+                return self._take(start + (lead if start > 0 else 0), count)
+        start = self._holes.longest()
+        return self._take(start, min(count, self._holes.length(start)))
+
+    def _take(self, start: int, count: int) -> list[int]:
+        if count:
+            self._holes.take(start, count)
+        return list(range(start, start + count))
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Add a holder to each of these blocks, which must have one already."""
@@ -103,10 +88,10 @@ class BlockPool:
             assert self._holders[block] > 0, f"block {block} is free"
             self._holders[block] += 1
 
-    def release(self, blocks: Iterable[int]) -> None:
+    def release(self, blocks: Sequence[int]) -> None:
         """Take one holder from each of these blocks."""
         for block in blocks:
             assert self._holders[block] > 0, f"block {block} is free already"
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                self._free += 1
+                self._holes.give(block)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pla_serve.engine.kv.blocks import BlockPool, BlockRun, extend_runs
 from pla_serve.engine.kv.prefix import PrefixTree
 
@@ -24,6 +27,10 @@ class BlockTable:
     _runs: list[BlockRun] = field(default_factory=list)
     _in_runs: int = 0
     """Number of leading blocks that ``_runs`` covers."""
+    _numbers: NDArray[np.int32] = field(default_factory=lambda: np.empty(16, dtype=np.int32))
+    """The blocks as numbers, with room for more."""
+    _in_numbers: int = 0
+    """Number of leading blocks that ``_numbers`` holds."""
 
     def runs(self) -> list[BlockRun]:
         """Return the blocks as few runs of neighbours, in time that grows with new blocks only."""
@@ -31,10 +38,25 @@ class BlockTable:
         self._in_runs = len(self.blocks)
         return self._runs
 
-    def forget_runs(self) -> None:
-        """Build the runs anew at the next call: some blocks have been replaced."""
+    def numbers(self) -> NDArray[np.int32]:
+        """Return the blocks as (blocks,) int32, in time that grows with new blocks only.
+
+        It is a view: it stays true until blocks are replaced or given back.
+        """
+        count, known = len(self.blocks), self._in_numbers
+        if count > len(self._numbers):
+            wider = np.empty(2 * count, dtype=np.int32)
+            wider[:known] = self._numbers[:known]
+            self._numbers = wider
+        if count > known:
+            self._numbers[known:count] = self.blocks[known:]
+            self._in_numbers = count
+        return self._numbers[:count]
+
+    def forget_layout(self) -> None:
+        """Build runs and numbers anew at the next call: some blocks have been replaced."""
         self._runs = []
-        self._in_runs = 0
+        self._in_runs = self._in_numbers = 0
 
 
 class KVManager:
@@ -146,7 +168,7 @@ class KVManager:
         if in_use:
             whole = self._tree.first_known(tokens, table.blocks, table.inserted, whole, table.scope)
         if self._tree.insert(tokens, table.blocks, table.inserted, whole, table.scope):
-            table.forget_runs()
+            table.forget_layout()
         table.inserted = whole
 
     def pin(self, blocks: Sequence[int]) -> None:
@@ -166,7 +188,7 @@ class KVManager:
         self._tree.release(table.blocks)
         table.blocks = []
         table.inserted = 0
-        table.forget_runs()
+        table.forget_layout()
 
     def _ensure_free(self, count: int) -> None:
         short = count - self._pool.free

@@ -35,7 +35,8 @@ class BatchMember:
         if len(tokens) < self.tokens:
             tokens, carried = [0], sequence.chosen_row
             assert carried is not None
-        return SpanRequest(tokens, history, sequence.table.runs(), self.yields, carried)
+        table = sequence.table
+        return SpanRequest(tokens, history, table.runs(), self.yields, carried, table.numbers())
 
 
 @dataclass(slots=True)

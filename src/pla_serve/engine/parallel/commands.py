@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 import zmq
 
 from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.kv.blocks import BlockRun
+
+
+class SpanCommand(msgspec.Struct, frozen=True, array_like=True):
+    """A `SpanRequest` for another rank, with its KV blocks as runs only."""
+
+    tokens: list[int]
+    history: int
+    runs: list[BlockRun]
+    wants_logits: bool
+
+    @classmethod
+    def of(cls, request: SpanRequest) -> Self:
+        """Return what other ranks need of a request, which carries no token."""
+        assert request.carried is None
+        return cls(list(request.tokens), request.history, list(request.runs), request.wants_logits)
+
+    def request(self) -> SpanRequest:
+        """Return the request for the executor of this rank."""
+        return SpanRequest(self.tokens, self.history, self.runs, self.wants_logits)
 
 
 class BeginPass(msgspec.Struct, frozen=True, tag=0, array_like=True):
     """Run this batch, inside ``depth`` other batches that are at a layer boundary."""
 
     depth: int
-    requests: list[SpanRequest]
+    requests: list[SpanCommand]
+
+    @classmethod
+    def of(cls, depth: int, requests: Sequence[SpanRequest]) -> Self:
+        """Return the command to run these requests."""
+        return cls(depth, [SpanCommand.of(request) for request in requests])
 
 
 class Go(msgspec.Struct, frozen=True, tag=1, array_like=True):

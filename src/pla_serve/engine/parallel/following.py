@@ -60,7 +60,7 @@ def _run(executor: Executor, receive: ReceiveCommand, begin: BeginPass, depth: i
                 raise _unexpected(command, f"before layer {layer} at depth {depth}")
 
     with suppress(PassAbandoned):
-        executor.forward(begin.requests, at_boundary)
+        executor.forward([span.request() for span in begin.requests], at_boundary)
 
 
 def _unexpected(command: Command, where: str) -> OutOfStep:

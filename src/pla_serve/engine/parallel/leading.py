@@ -48,7 +48,7 @@ class LeadingExecutor:
             self._send(Go(depth, layer))
             layer += 1
 
-        self._send(BeginPass(depth, list(requests)))
+        self._send(BeginPass.of(depth, requests))
         self._depth = depth + 1
         try:
             return self._executor.forward(requests, decide)
