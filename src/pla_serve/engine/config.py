@@ -12,6 +12,7 @@ from pla_serve.policy.knobs import check_knobs
 AttentionBackendName = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16"]
+CpuKernelsName = Literal["auto", "amx", "avx512-bf16", "avx512", "avx2", "torch"]
 NO_SHAPES = "none"
 
 MODEL, CACHE, SCHEDULE = "Model", "KV cache", "Scheduling"
@@ -158,6 +159,15 @@ class EngineConfig:
         Flag(
             "Kernels of attention. auto takes the first that gives what the reference gives, tried "
             "at start; all but sdpa need a GPU.",
+            panel=DEVICE,
+        ),
+    ] = "auto"
+    cpu_kernels: Annotated[
+        CpuKernelsName,
+        Flag(
+            "Instructions that kernels on the CPU use. auto takes the highest level of this "
+            "processor that gives what torch gives, tried at start; torch uses no kernels of this "
+            "project.",
             panel=DEVICE,
         ),
     ] = "auto"

@@ -23,6 +23,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     dtype: str
     policy: str
     """Name and knobs, as ``--policy`` takes them."""
+    cpu_kernels: str = ""
+    """Level of the kernels that an engine on a CPU computes with; empty on other devices."""
     capabilities: Capabilities = Capabilities()
     """Capabilities of the policy."""
     transfer: str | None = None

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
 import pytest
 import torch
 
-from pla_serve.engine.kernels import amx as module
-from pla_serve.engine.kernels.amx import NEEDED, Tiles, TileWeight
+from pla_serve.engine.kernels.amx import Tiles, TileWeight
 from pla_serve.engine.layers.cpu import FusedRMSNorm, PackedLinear
 from pla_serve.engine.layers.cpu.linear import FEW_TOKENS
+from tests.engine.levels import kernels_of
 
 
 @pytest.fixture(scope="module")
-def tiles(tmp_path_factory: pytest.TempPathFactory) -> Tiles:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLA_SERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        found = Tiles.open()
-    if found is None:
-        pytest.skip("no AMX, or no C++ compiler")
+def tiles() -> Tiles:
+    found = kernels_of("amx").tiles
+    assert found is not None
     return found
 
 
@@ -88,27 +82,6 @@ def test_norm_before_and_gate_beside(
     assert error <= 2 * usual + 1e-6
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 70])
-@pytest.mark.parametrize("heads", [(4, 4, 32), (9, 3, 64), (5, 1, 80)])
-def test_rotary_and_cache(tiles: Tiles, heads: tuple[int, int, int], tokens: int) -> None:
-    queries, kv_heads, dim = heads
-    torch.manual_seed(tokens)
-    given = torch.randn(tokens, queries + 2 * kv_heads, dim)
-    turn = torch.polar(torch.ones(tokens, 1, dim // 2), torch.randn(tokens, 1, dim // 2) * 50)
-    slots = torch.randperm(100)[:tokens]
-    keys, values = torch.full((2, 100, kv_heads, dim), torch.nan)
-    turned = torch.view_as_complex(given[:, :-kv_heads].reshape(tokens, -1, dim // 2, 2)) * turn
-    expected = torch.view_as_real(turned).reshape(tokens, -1, dim)
-    original = given.clone()
-    tiles.rotary(given, turn, slots, keys, values)
-    torch.testing.assert_close(given[:, :queries], expected[:, :queries])
-    torch.testing.assert_close(keys[slots], expected[:, queries:])
-    assert torch.equal(values[slots], original[:, -kv_heads:])
-    others = torch.ones(100, dtype=torch.bool).index_fill(0, slots, False)
-    assert keys[others].isnan().all()
-    assert values[others].isnan().all()
-
-
 def test_a_row_does_not_depend_on_the_others(tiles: Tiles) -> None:
     x, weight = torch.randn(200, 576), TileWeight(torch.randn(64, 576))
     together = tiles.linear(x, weight, None)
@@ -135,23 +108,6 @@ def test_only_sizes_that_fit_take_it(tiles: Tiles) -> None:
     assert linear.tiled is not None
     x = torch.randn(1, FEW_TOKENS + 1, 64)
     assert linear(x).shape == x.shape
-
-
-def test_without_a_compiler_or_a_processor(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(module, "_processor_flags", lambda: NEEDED - {"amx_bf16"})
-    assert Tiles.open() is None
-    assert not caplog.records, "nothing is amiss"
-    monkeypatch.setattr(module, "_processor_flags", lambda: NEEDED)
-    monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with caplog.at_level(logging.WARNING):
-        assert Tiles.open() is None
-    assert "compiler" in caplog.text
-    monkeypatch.setenv("CXX", "/bin/false")
-    assert Tiles.open() is None
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -23,7 +23,7 @@ from pla_serve.engine.batch.flat import FlatBatch, SpanRequest
 from pla_serve.engine.batch.staging import Capacity, Scratch, capacity_of, pack, unpack
 from pla_serve.engine.device.capture import Capturer
 from pla_serve.engine.device.marks import device_of
-from pla_serve.engine.kernels.amx import Tiles
+from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kv.cache import KVCache, KVShape
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def choose_backend(
     query_heads: int,
     block_tokens: int,
     device: torch.device,
-    tiles: Tiles | None = None,
+    kernels: CpuKernels = TORCH_ALONE,
     capturer: Capturer | None = None,
 ) -> tuple[str, AttentionBackend]:
     """Return the name and the backend: the one asked for, or for ``auto`` the first that works.
@@ -53,7 +53,7 @@ def choose_backend(
     Args:
         name: as given to ``--attention-backend``.
         query_heads: query heads of this rank.
-        tiles: matrix unit kernels, for backends on the CPU.
+        kernels: for backends on the CPU.
         capturer: captures batches as graphs; None if no shapes will be captured.
 
     Raises:
@@ -65,7 +65,7 @@ def choose_backend(
                 f"the attention backend {name} needs a CUDA device, and this engine runs on the "
                 "CPU; leave out --attention-backend"
             )
-        return "sdpa", SdpaCpu(tiles)
+        return "sdpa", SdpaCpu(kernels)
     reasons: list[str] = []
     for candidate in ON_CUDA if name == "auto" else (name,):
         made = _make(candidate, device)

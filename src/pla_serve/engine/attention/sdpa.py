@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pla_serve.engine.batch.flat import FlatBatch, Span
-from pla_serve.engine.kernels.amx import Tiles
+from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kv.blocks import BlockRun
 from pla_serve.engine.kv.cache import KVCache
 
@@ -52,12 +52,12 @@ class SdpaCpu:
     product, so the head is read once; with the causal mask they share it through a stride of zero.
 
     Args:
-        tiles: kernels for the matrix unit, used for many float32 tokens if heads have a shape that
-            they support.
+        kernels: those for the matrix unit are used for many float32 tokens, if heads have a shape
+            that they support.
     """
 
-    def __init__(self, tiles: Tiles | None = None) -> None:
-        self._tiles = tiles
+    def __init__(self, kernels: CpuKernels = TORCH_ALONE) -> None:
+        self._tiles = kernels.tiles
 
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float

@@ -155,6 +155,7 @@ def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, Engi
         device=str(settings.device),
         dtype=str(settings.dtype).removeprefix("torch."),
         policy=config.policy,
+        cpu_kernels=rank.model.kernels.level if settings.device.type == "cpu" else "",
         capabilities=parts.policy.capabilities,
         transfer=transfer,
         transfer_agent=transfer_agent,

@@ -76,7 +76,7 @@ def _choose_attention(settings: RankSettings, model: RankModel) -> tuple[str, At
         model.query_heads,
         settings.config.block_tokens,
         settings.device,
-        model.tiles,
+        model.kernels,
         CudaCapture(settings.device) if settings.on_cuda and settings.pads else None,
     )
     if settings.pads and isinstance(backend, SdpaCpu):

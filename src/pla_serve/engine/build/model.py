@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from pla_serve.engine.attention.interface import APART, IMPLEMENTATION
 from pla_serve.engine.build.roofline import ModelSize
 from pla_serve.engine.build.settings import RankSettings
-from pla_serve.engine.kernels.amx import Tiles
+from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels, open_kernels
 from pla_serve.engine.kv.cache import KVShape
 from pla_serve.engine.layers import cpu, gpu
 from pla_serve.engine.loading import (
@@ -48,8 +47,8 @@ class RankModel:
     vocab_size: int
     weights: str
     """Fingerprint of the weights (see `fingerprint`). Empty unless KV is exchanged."""
-    tiles: Tiles | None
-    """Matrix unit of the CPU, for float32 linears and attention. None if there is none."""
+    kernels: CpuKernels
+    """Kernels for the CPU. On other devices there are none."""
 
 
 def build_model(settings: RankSettings) -> RankModel:
@@ -57,7 +56,8 @@ def build_model(settings: RankSettings) -> RankModel:
 
     Raises:
         LoadingError: the model cannot be had, or is not supported.
-        ValueError: its heads or layers cannot be divided over the ranks.
+        ValueError: its heads or layers cannot be divided over the ranks, or the CPU kernels that
+            were asked for do not work here.
     """
     config, dtype = settings.config, settings.dtype
     model_config = load_config(settings.source)
@@ -77,8 +77,8 @@ def build_model(settings: RankSettings) -> RankModel:
     )
     weights = fingerprint(module) if config.kv_transfer else ""
     on_cpu = settings.device.type == "cpu"
-    tiles = Tiles.open() if on_cpu and dtype == torch.float32 else None
-    _fuse(settings, module, layers, tiles)
+    kernels = open_kernels(config.cpu_kernels) if on_cpu else TORCH_ALONE
+    _fuse(settings, module, layers, kernels)
     return RankModel(
         module=module,
         layers=layers,
@@ -88,7 +88,7 @@ def build_model(settings: RankSettings) -> RankModel:
         positions=most_positions(model_config),
         vocab_size=int(model_config.vocab_size),
         weights=weights,
-        tiles=tiles,
+        kernels=kernels,
     )
 
 
@@ -120,13 +120,13 @@ def _load(settings: RankSettings, whole: AttentionShape) -> nn.Module:
 
 
 def _fuse(
-    settings: RankSettings, module: nn.Module, layers: nn.ModuleList, tiles: Tiles | None
+    settings: RankSettings, module: nn.Module, layers: nn.ModuleList, kernels: CpuKernels
 ) -> None:
     """Replace decoder layers by fused ones, unless ``torch.compile`` is to have the stock ones."""
     compiles = settings.config.compile_layers
     fused = 0
     if settings.device.type == "cpu":
-        fused = cpu.optimise(module, tiles, keep=layers if compiles else None)
+        fused = cpu.optimise(module, kernels, keep=layers if compiles else None)
     elif not compiles:
         fused = gpu.optimise(module, gpu.best_operations())
     if not compiles:

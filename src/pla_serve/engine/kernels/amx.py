@@ -1,41 +1,18 @@
 """Float32 linears and attention on the matrix unit of a CPU (AMX), which multiplies bfloat16.
 
 A float32 number is the sum of three bfloat16 numbers, so a float32 product is a sum of bfloat16
-products. The kernels are the C++ files in `kernels/`; they are compiled at the first start and kept
-in the user's cache.
+products. The kernels are the C++ files in `sources/amx/`; `open` compiles and loads them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 
-from pla_serve.engine.loading.cache import cache_root
-
-log = logging.getLogger(__name__)
-
 After = Literal["none", "swish", "add", "mul"]
 
-NEEDED = frozenset({"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
-"""Features of the processor that the kernels use, as Linux names them."""
-FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mavx512f", "-mavx512bw"),
-    *("-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-)
-COMPILERS = ("c++", "g++", "clang++")
-BUILD_SECONDS = 120.0
 MULTIPLE = 32
 """Numbers of inputs and outputs of a linear must be multiples of this."""
 PARTS = 3
@@ -84,9 +61,17 @@ class Norm(Protocol):
 
 
 class Tiles:
-    """Calls into the compiled AMX kernels. Use `open` to make one."""
+    """Calls into the compiled AMX kernels. `open.open_kernels` makes one.
+
+    Raises:
+        OSError: the system does not grant the use of AMX, or the library is of another version.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        if library.tiles_open() != 0:
+            raise OSError("the system does not grant the use of AMX")
+        if library.tiles_keys() != KEYS:
+            raise OSError("the kernel and its caller disagree about scratch memory")
         pointer, count = ctypes.c_void_p, ctypes.c_long
         self._linear = library.tiles_linear
         self._linear.restype = None
@@ -96,29 +81,6 @@ class Tiles:
         self._attention.restype = None
         self._attention.argtypes = [pointer, count, count, pointer, pointer, *[count] * 7]
         self._attention.argtypes += [ctypes.c_float, pointer, pointer]
-        self._rotary = library.tiles_rotary
-        self._rotary.restype = None
-        self._rotary.argtypes = [pointer, *[count] * 4, *[pointer] * 4]
-
-    @classmethod
-    def open(cls) -> Tiles | None:
-        """Compile and check the kernels; log the reason and return None if they cannot be used."""
-        if not _processor_flags() >= NEEDED:
-            return None
-        try:
-            library = ctypes.CDLL(str(_build(cache_root() / "kernels")))
-            if library.tiles_open() != 0:
-                raise OSError("the system does not grant the use of AMX")
-            if library.tiles_keys() != KEYS:
-                raise OSError("the kernel and its caller disagree about scratch memory")
-            tiles = cls(library)
-        except (OSError, subprocess.SubprocessError) as error:
-            log.warning("float32 prefill is slower than it could be: no AMX kernel (%s)", error)
-            return None
-        if not _is_right(tiles):
-            log.warning("the AMX kernel computes wrong results on this machine; it is not used")
-            return None
-        return tiles
 
     def linear(
         self,
@@ -158,47 +120,6 @@ class Tiles:
             outputs.data_ptr(),
         )
         return outputs
-
-    def rotary(
-        self,
-        heads: torch.Tensor,
-        turn: torch.Tensor,
-        slots: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> None:
-        """Apply the rotary embedding, and write keys and values to their slots.
-
-        Args:
-            heads: (tokens, query heads + 2 * KV heads, head dim): queries, keys and values. Queries
-                are rotated in place.
-            turn: (tokens, 1, head dim / 2), complex: factor of each pair of neighbouring elements.
-            slots: (tokens,) int64.
-            keys: memory of the layer (slots, KV heads, head dim), as is ``values``.
-
-        All tensors are contiguous.
-        """
-        tokens, count, dim = heads.shape
-        kv_heads = keys.shape[1]
-        assert turn.shape[-1] * 2 == dim
-        assert slots.dtype == torch.int64
-        assert all(part.is_contiguous() for part in (heads, turn, slots, keys, values))
-        self._rotary(
-            heads.data_ptr(),
-            tokens,
-            count - 2 * kv_heads,
-            kv_heads,
-            dim,
-            turn.data_ptr(),
-            slots.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-        )
-
-    @staticmethod
-    def turns(head_dim: int, dtype: torch.dtype) -> bool:
-        """Whether `rotary` supports heads of this size."""
-        return dtype == torch.float32 and head_dim % 16 == 0
 
     def attention(
         self,
@@ -248,65 +169,19 @@ class Tiles:
         fits = head_dim % MULTIPLE == 0 and heads // kv_heads <= MOST_GROUPS
         return dtype == torch.float32 and fits
 
-
-def _processor_flags() -> frozenset[str]:
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return frozenset()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    found = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(found.partition(":")[2].split())
-
-
-def _build(folder: Path) -> Path:
-    """Return the path of the library; compile it if this source, compiler or torch is new.
-
-    Raises:
-        OSError: there is no compiler, or the folder cannot be written.
-        subprocess.SubprocessError: the compiler failed, or took too long.
-    """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
-        raise OSError(f"no C++ compiler; install one of {', '.join(COMPILERS)}, or set CXX")
-    sources = {entry.name: entry.read_bytes() for entry in _sources()}
-    # Linked with torch's own OpenMP, so that both use the same threads.
-    libraries = sorted(Path(torch.__file__).parent.rglob("libgomp*.so*"))[:1]
-    command = [compiler, *FLAGS]
-    identity = repr((sorted(sources.items()), command, libraries, torch.__version__)).encode()
-    target = folder / f"tiles-{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            for name, content in sources.items():
-                Path(scratch, name).write_bytes(content)
-            made = Path(scratch, "tiles.so")
-            units = [str(Path(scratch, name)) for name in sources if name.endswith(".cpp")]
-            words = [*command, "-o", str(made), *units, *map(str, libraries)]
-            subprocess.run(words, check=True, capture_output=True, timeout=BUILD_SECONDS)
-            made.replace(target)
-    return target
-
-
-def _sources() -> list[Traversable]:
-    folder = files(__package__).joinpath("sources")
-    return [entry for entry in folder.iterdir() if entry.name.endswith((".cpp", ".h"))]
-
-
-def _is_right(tiles: Tiles) -> bool:
-    """Whether small linears and a small attention agree with float64."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, weight, gate = (torch.randn(n, 96, generator=generator) for n in (40, 64, 64))
-    product = inputs.double() @ weight.double().t()
-    linear = tiles.linear(inputs, TileWeight(weight), None)
-    gated = tiles.linear(inputs, TileWeight(weight), None, gate=TileWeight(gate))
-    swish = torch.nn.functional.silu(inputs.double() @ gate.double().t())
-    query = torch.randn(2, 40, 32, generator=generator)
-    keys, values = torch.randn(2, KEYS + 40, 1, 32, generator=generator)
-    q, k, v = (part.double() for part in (query, keys[:, 0], values[:, 0]))
-    mask = torch.ones(40, KEYS + 40, dtype=torch.bool).tril(KEYS)
-    truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5)
-    attended = tiles.attention(query, keys, values, KEYS, 0.5).transpose(0, 1)
-    pairs = ((linear, product), (gated, product * swish), (attended, truth))
-    return all(torch.allclose(got, exact.float(), 1e-4, 1e-3) for got, exact in pairs)
+    def is_right(self) -> bool:
+        """Whether small linears and a small attention agree with float64."""
+        generator = torch.Generator().manual_seed(0)
+        inputs, weight, gate = (torch.randn(n, 96, generator=generator) for n in (40, 64, 64))
+        product = inputs.double() @ weight.double().t()
+        linear = self.linear(inputs, TileWeight(weight), None)
+        gated = self.linear(inputs, TileWeight(weight), None, gate=TileWeight(gate))
+        swish = torch.nn.functional.silu(inputs.double() @ gate.double().t())
+        query = torch.randn(2, 40, 32, generator=generator)
+        keys, values = torch.randn(2, KEYS + 40, 1, 32, generator=generator)
+        q, k, v = (part.double() for part in (query, keys[:, 0], values[:, 0]))
+        mask = torch.ones(40, KEYS + 40, dtype=torch.bool).tril(KEYS)
+        truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5)
+        attended = self.attention(query, keys, values, KEYS, 0.5).transpose(0, 1)
+        pairs = ((linear, product), (gated, product * swish), (attended, truth))
+        return all(torch.allclose(got, exact.float(), 1e-4, 1e-3) for got, exact in pairs)

@@ -18,6 +18,7 @@ import zmq
 from pla_serve.engine.child import PrivateFolder, tell
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.process import CORE, Launch
+from pla_serve.engine.kernels.levels import limits_of_torch
 from pla_serve.logs import LogFormat
 from pla_serve.wire.codec import WireError, encode, engine_answers, named_request
 from pla_serve.wire.engine import EngineFailed, FromEngine, Output, Shutdown, ToEngine
@@ -66,10 +67,11 @@ class EngineSpec:
 
 def spawn(spec: EngineSpec) -> subprocess.Popen[bytes]:
     """A child that imports what it needs and then waits to be told what to serve."""
+    limits = limits_of_torch(spec.config.cpu_kernels)
     return subprocess.Popen(
         [sys.executable, "-m", "pla_serve.engine.host.process", spec.factory],
         stdin=subprocess.PIPE,
-        env={**ENVIRONMENT, **os.environ, **spec.env},
+        env={**ENVIRONMENT, **limits, **os.environ, **spec.env},
     )
 
 

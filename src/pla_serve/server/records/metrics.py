@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    generate_latest,
+)
 
 from pla_serve.server.records.transfer_metrics import TransferMetrics
 from pla_serve.wire.engine import EngineReady, EngineStats, FinishReason, Rejected
@@ -85,6 +92,9 @@ class Metrics:
         self._make_predictions()
         self._transfer = TransferMetrics(self.registry, self._label)
         self._make_histograms()
+        self._kernels = self._make(
+            Info, "pla_serve:cpu_kernels", "Level of the kernels that the engine computes with."
+        )
         self._seen: EngineStats | None = None
 
     def _make_batches(self) -> None:
@@ -193,6 +203,8 @@ class Metrics:
         self._transfer.restarted()
         self.set("pla_serve:engine_up", 1)
         self.set("pla_serve:layers", info.layers)
+        if info.cpu_kernels:
+            self._kernels.info({"level": info.cpu_kernels})
         self.set("pla_serve:kv_tokens", info.kv_tokens)
         self.set("pla_serve:kv_bytes_per_token", info.kv_bytes_per_token)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION
-from pla_serve.engine.kernels.amx import Tiles
+from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
 from pla_serve.engine.layers.cpu.linear import PackedLinear, packs
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
@@ -18,23 +18,25 @@ from pla_serve.engine.loading.stock import rotary_owner
 __all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
 
 
-def optimise(model: nn.Module, tiles: Tiles | None = None, keep: nn.Module | None = None) -> int:
+def optimise(
+    model: nn.Module, kernels: CpuKernels = TORCH_ALONE, keep: nn.Module | None = None
+) -> int:
     """Replace modules of ``model``, which is on the CPU, by faster ones.
 
     Args:
-        tiles: kernels for the matrix unit; used for float32 linears of many tokens.
+        kernels: used where they support the shapes and types of the model.
         keep: a submodule that stays as it is.
 
     Returns:
         The number of decoder layers that were replaced as a whole.
     """
     with torch.inference_mode(False), torch.no_grad():
-        fused = _fuse_layers(model, tiles) if keep is None else 0
-        _replace(model, tiles, keep)
+        fused = _fuse_layers(model, kernels) if keep is None else 0
+        _replace(model, kernels, keep)
     return fused
 
 
-def _fuse_layers(model: nn.Module, tiles: Tiles | None) -> int:
+def _fuse_layers(model: nn.Module, kernels: CpuKernels) -> int:
     """Replace each decoder layer whose fused form gives the same results; return how many."""
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
@@ -46,27 +48,27 @@ def _fuse_layers(model: nn.Module, tiles: Tiles | None) -> int:
     replaced = 0
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for index, stock in enumerate(layers):
-            fused = _fused(stock, tiles)
+            fused = _fused(stock, kernels)
             if fused is not None and same_results(stock, fused, rotary):
                 layers[index] = fused
                 replaced += 1
     return replaced
 
 
-def _fused(stock: nn.Module, tiles: Tiles | None) -> FusedLayer | None:
+def _fused(stock: nn.Module, kernels: CpuKernels) -> FusedLayer | None:
     try:
-        return FusedLayer(stock, tiles)
+        return FusedLayer(stock, kernels)
     except (AttributeError, TypeError, ValueError):
         return None
 
 
-def _replace(parent: nn.Module, tiles: Tiles | None, keep: nn.Module | None) -> None:
+def _replace(parent: nn.Module, kernels: CpuKernels, keep: nn.Module | None) -> None:
     for name, child in parent.named_children():
         if child is keep or isinstance(child, FusedLayer):
             continue
         if type(child) is nn.Linear and packs(child.weight.dtype):
-            setattr(parent, name, PackedLinear.of(child, tiles=tiles))
+            setattr(parent, name, PackedLinear.of(child, tiles=kernels.tiles))
         elif (epsilon := rms_epsilon(child)) is not None:
             setattr(parent, name, FusedRMSNorm(cast("torch.Tensor", child.weight), epsilon))
         else:
-            _replace(child, tiles, keep)
+            _replace(child, kernels, keep)

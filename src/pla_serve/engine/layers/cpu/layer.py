@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pla_serve.engine.attention.interface import ForwardContext
-from pla_serve.engine.kernels.amx import Tiles
+from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.layers.cpu.linear import GatedLinear, PackedLinear
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.loading.stock import require_children
@@ -54,13 +54,13 @@ class FusedLayer(nn.Module):
 
     Args:
         stock: layer of transformers whose weights are taken over.
-        tiles: kernels for the matrix unit; used where they support these shapes.
+        kernels: used where they support these shapes.
 
     Raises:
         AttributeError, TypeError, ValueError: the stock layer is built in another way.
     """
 
-    def __init__(self, stock: Any, tiles: Tiles | None = None) -> None:
+    def __init__(self, stock: Any, kernels: CpuKernels = TORCH_ALONE) -> None:
         super().__init__()
         attention = stock.self_attn
         mlp = stock.mlp
@@ -70,8 +70,9 @@ class FusedLayer(nn.Module):
         self.layer_idx: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
-        turns = tiles is not None and tiles.turns(self.head_dim, attention.q_proj.weight.dtype)
-        self._tiles = tiles if turns else None
+        tiles, vectors = kernels.tiles, kernels.vectors
+        turns = vectors is not None and vectors.turns(self.head_dim, attention.q_proj.weight.dtype)
+        self._vectors = vectors if turns else None
         self.query_heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         order = _neighbours(self.head_dim)
@@ -133,9 +134,9 @@ class FusedLayer(nn.Module):
         """Write keys and values to the cache; return rotated queries (tokens, query heads, dim)."""
         cache, slots = context.cache, context.batch.slots
         heads = self._normed(heads)
-        if self._tiles is not None:
+        if self._vectors is not None:
             keys, values = cache.keys[self.layer_idx], cache.values[self.layer_idx]
-            self._tiles.rotary(heads, turn, slots, keys, values)
+            self._vectors.rotary(heads, turn, slots, keys, values)
             return heads[:, : self.query_heads]
         count = self.query_heads + self.kv_heads
         paired = heads[:, :count].float().view(len(heads), count, -1, 2)
