@@ -8,7 +8,7 @@ from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.device.marks import DeviceMark
 from pla_serve.engine.requests.sequence import Sequence
 from pla_serve.engine.sampling import TokenChoice
-from pla_serve.policy.protocol import Batch
+from pla_serve.policy.protocol import Batch, Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +22,25 @@ class BatchMember:
     """Whether this is a decode step, and not a prefill."""
     yields: bool
     """Whether the next token is chosen from the logits of the last new token."""
+    span: SpanRequest
+    """The new tokens with their KV blocks, for the executor."""
 
-    def span(self) -> SpanRequest:
-        """Return the new tokens with their KV blocks, for the executor.
 
-        A token that only the device knows is named by its row in the dispatched batch.
-        """
-        sequence = self.sequence
-        history = sequence.enqueued
-        tokens = sequence.tokens[history : history + self.tokens]
-        carried = None
-        if len(tokens) < self.tokens:
-            tokens, carried = [0], sequence.chosen_row
-            assert carried is not None
-        table = sequence.table
-        return SpanRequest(tokens, history, table.runs(), self.yields, carried, table.numbers())
+def member_of(sequence: Sequence, chunk: Chunk, *, decodes: bool) -> BatchMember:
+    """Return what a batch computes of ``sequence``, which has KV blocks for it.
+
+    A token that only the device knows is named by its row in the dispatched batch.
+    """
+    yields = decodes or chunk.completes
+    history = sequence.enqueued
+    tokens = sequence.tokens[history : history + chunk.tokens]
+    carried = None
+    if len(tokens) < chunk.tokens:
+        tokens, carried = [0], sequence.chosen_row
+        assert carried is not None
+    table = sequence.table
+    span = SpanRequest(tokens, history, table.runs(), yields, carried, table.numbers())
+    return BatchMember(sequence, chunk.tokens, decodes, yields, span)
 
 
 @dataclass(slots=True)

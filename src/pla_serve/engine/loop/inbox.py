@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
+from pla_serve.engine.loop.faults import RequestFaults, fault_text
 from pla_serve.engine.loop.parts import LoopContext
 from pla_serve.engine.loop.requests import RequestTable
 from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.sampling import NOT_OF_ONE_REQUEST
 from pla_serve.engine.transfer.protocol import TransferMessage, receive
 from pla_serve.wire.engine import (
     AbortRequest,
@@ -17,6 +20,8 @@ from pla_serve.wire.engine import (
     Rejected,
     Reserve,
 )
+
+log = logging.getLogger(__name__)
 
 
 class RequestInbox:
@@ -30,10 +35,12 @@ class RequestInbox:
         self,
         context: LoopContext,
         requests: RequestTable,
+        faults: RequestFaults,
         messages: Callable[[], Iterable[Inbound]],
     ) -> None:
         self._context = context
         self._requests = requests
+        self._faults = faults
         self._messages = messages
         self._intake = context.parts.intake
         self._policy = context.parts.policy
@@ -42,13 +49,31 @@ class RequestInbox:
     def take(self) -> None:
         """Act on the messages that have arrived, and on KV that has arrived from other engines."""
         for message in self._messages():
-            if isinstance(message, AbortRequest):
-                self._abort(message.id)
-            elif isinstance(message, AddRequest):
-                self._add(message)
-            else:
-                self._transfer(message)
+            try:
+                self._take(message)
+            except NOT_OF_ONE_REQUEST:
+                raise
+            except Exception as error:
+                self._fail(message, error)
         self._take_arrivals()
+
+    def _take(self, message: Inbound) -> None:
+        if isinstance(message, AbortRequest):
+            self._abort(message.id)
+        elif isinstance(message, AddRequest):
+            self._add(message)
+        else:
+            self._transfer(message)
+
+    def _fail(self, message: Inbound, error: Exception) -> None:
+        """End or refuse the request of a message that raised an exception."""
+        request_id = message.request.id if isinstance(message, Reserve) else message.id
+        sequence = self._requests.get(request_id)
+        if sequence is not None:
+            self._faults.end(sequence, error)
+        else:
+            log.error("request %s failed inside the engine", request_id, exc_info=error)
+            self._context.emit(Rejected(id=request_id, reason=fault_text(error), retry_after=None))
 
     def _add(self, request: AddRequest) -> None:
         refusal = self._refuse_taken_id(request.id) or self._exchange.refuses(request)
@@ -94,7 +119,8 @@ class RequestInbox:
         now = self._context.clock()
         for sequence, end in self._exchange.poll(now):
             if end is None:
-                self._go_on(sequence, now)
+                with self._faults.of(sequence):
+                    self._go_on(sequence, now)
             else:
                 self._context.emit(end)
                 self._requests.remove(sequence)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pla_serve.engine.loop.batches import BatchMember, BatchTimes, EnqueuedBatch
+from pla_serve.engine.loop.faults import RequestFaults
 from pla_serve.engine.loop.inbox import RequestInbox
 from pla_serve.engine.loop.parts import EngineParts, LoopContext
 from pla_serve.engine.loop.prepare import BatchPreparation
@@ -26,6 +27,7 @@ from pla_serve.engine.loop.reports import EngineReports
 from pla_serve.engine.loop.requests import RequestTable
 from pla_serve.engine.loop.settle import BatchSettlement
 from pla_serve.engine.loop.telemetry import Telemetry
+from pla_serve.engine.requests.sequence import Sequence
 from pla_serve.engine.run.executor import Executed
 from pla_serve.engine.run.runner import PassAbandoned
 from pla_serve.engine.sampling import TokenChoice
@@ -61,9 +63,10 @@ class EngineLoop:
         self._telemetry = Telemetry()
         context = LoopContext(parts, emit, clock, self._telemetry)
         self._requests = RequestTable(context)
-        self._inbox = RequestInbox(context, self._requests, inbox)
-        self._settlement = BatchSettlement(context, self._requests)
-        self._preparation = BatchPreparation(context, self._requests, self._settlement)
+        self._faults = faults = RequestFaults(context, self._requests)
+        self._inbox = RequestInbox(context, self._requests, faults, inbox)
+        self._settlement = BatchSettlement(context, self._requests, faults)
+        self._preparation = BatchPreparation(context, self._requests, self._settlement, faults)
         self._reports = EngineReports(context)
         self._times = BatchTimes(0.0)
         """Times of the batch that is being enqueued. Between batches nobody reads them."""
@@ -158,7 +161,7 @@ class EngineLoop:
         )
 
     def _forward(self, batch: Batch, members: list[BatchMember]) -> Executed:
-        spans = [member.span() for member in members]
+        spans = [member.span for member in members]
         carries = any(span.carried is not None for span in spans)
         carried = self._settlement.dispatched_tokens if carries else None
         handing_over = [
@@ -171,11 +174,17 @@ class EngineLoop:
         def at_boundary() -> None:
             nonlocal layers
             if layers and handing_over:
-                self._parts.exchange.layers_computed(handing_over, layers)
+                self._publish(handing_over, layers)
             layers += 1
             self._at_layer_boundary(batch, members)
 
         return self._executor.forward(spans, at_boundary, carried)
+
+    def _publish(self, handing_over: list[tuple[Sequence, int]], layers: int) -> None:
+        """Tell other engines how many layers have the KV of these sequences' first tokens."""
+        for sequence, tokens in handing_over:
+            with self._faults.of(sequence):
+                self._parts.exchange.layers_computed([(sequence, tokens)], layers)
 
     def _at_layer_boundary(self, batch: Batch, members: list[BatchMember]) -> None:
         """Take messages, and run what the policy puts before the next layer of ``batch``.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from pla_serve.engine.loop.batches import BatchMember
+from pla_serve.engine.loop.batches import BatchMember, member_of
+from pla_serve.engine.loop.faults import RequestFaults
 from pla_serve.engine.loop.parts import LoopContext
 from pla_serve.engine.loop.requests import RequestTable
 from pla_serve.engine.loop.settle import BatchSettlement
@@ -16,7 +18,11 @@ class BatchPreparation:
     """Reserves the KV memory of batches, and takes it from others where that has to be."""
 
     def __init__(
-        self, context: LoopContext, requests: RequestTable, settlement: BatchSettlement
+        self,
+        context: LoopContext,
+        requests: RequestTable,
+        settlement: BatchSettlement,
+        faults: RequestFaults,
     ) -> None:
         self._context = context
         self._policy = context.parts.policy
@@ -24,6 +30,7 @@ class BatchPreparation:
         self._gate = context.parts.gate
         self._requests = requests
         self._settlement = settlement
+        self._faults = faults
 
     def prepare(self, batch: Batch) -> tuple[Batch, list[BatchMember]]:
         """Return the part of ``batch`` that has its KV memory, and its members.
@@ -32,28 +39,45 @@ class BatchPreparation:
         flight from here on, prefills first.
         """
         preempted: set[str] = set()
-        decodes = [c for c in batch.decodes if self._grow(c, preempted)]
+        decodes = [c for c in batch.decodes if self._try(c, lambda c: self._grow(c, preempted))]
         # A decode step that grew may have taken the memory of another one in this batch, or
         # settled a batch with which that one has ended.
         decodes = [
             c for c in decodes if c.request_id not in preempted and self._find(c) is not None
         ]
-        prefills = [c for c in batch.prefills if c.request_id not in preempted and self._reserve(c)]
-        members = [self._member(chunk, decodes=False) for chunk in prefills]
-        members += [self._member(chunk, decodes=True) for chunk in decodes]
+        prefills = [
+            c
+            for c in batch.prefills
+            if c.request_id not in preempted and self._try(c, self._reserve)
+        ]
+        members: list[BatchMember] = []
+        prefills = [c for c in prefills if self._try(c, lambda c: self._join(c, members, False))]
+        decodes = [c for c in decodes if self._try(c, lambda c: self._join(c, members, True))]
         for member in members:
             member.sequence.in_flight += 1
         return replace(batch, prefills=tuple(prefills), decodes=tuple(decodes)), members
+
+    def _try(self, chunk: Chunk, prepare: Callable[[Chunk], bool]) -> bool:
+        """Return what ``prepare`` does, or False if it raises: the request of the chunk ends."""
+        sequence = self._find(chunk)
+        if sequence is None:
+            return False
+        prepared = False
+        with self._faults.of(sequence):
+            prepared = prepare(chunk)
+        return prepared  # noqa: RET504 - the block may end early, by an exception
 
     def _find(self, chunk: Chunk) -> Sequence | None:
         """Return the sequence of a chunk, or None if it has ended."""
         sequence = self._requests.get(chunk.request_id)
         return None if sequence is None or sequence.over else sequence
 
-    def _member(self, chunk: Chunk, *, decodes: bool) -> BatchMember:
+    def _join(self, chunk: Chunk, members: list[BatchMember], decodes: bool) -> bool:
+        """Add a chunk whose KV memory is there to the members of the batch. Returns True."""
         sequence = self._requests.get(chunk.request_id)
         assert sequence is not None
-        return BatchMember(sequence, chunk.tokens, decodes, decodes or chunk.completes)
+        members.append(member_of(sequence, chunk, decodes=decodes))
+        return True
 
     def _reserve(self, chunk: Chunk) -> bool:
         """Return whether a chunk of a prefill can run: with its first one, reserve KV for all."""

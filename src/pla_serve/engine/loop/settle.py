@@ -19,6 +19,7 @@ from collections import deque
 import torch
 
 from pla_serve.engine.loop.batches import BatchMember, EnqueuedBatch
+from pla_serve.engine.loop.faults import RequestFaults
 from pla_serve.engine.loop.output import ends_with_next, failure, take_token
 from pla_serve.engine.loop.parts import LoopContext
 from pla_serve.engine.loop.requests import RequestTable
@@ -33,7 +34,7 @@ MOST_NESTED = 4
 class BatchSettlement:
     """Holds the enqueued batches of one loop, and settles them in the order of the device."""
 
-    def __init__(self, context: LoopContext, requests: RequestTable) -> None:
+    def __init__(self, context: LoopContext, requests: RequestTable, faults: RequestFaults) -> None:
         parts = context.parts
         self._context = context
         self._policy = parts.policy
@@ -42,6 +43,7 @@ class BatchSettlement:
         self._intake = parts.intake
         self._sampler = parts.sampler
         self._requests = requests
+        self._faults = faults
         self._telemetry = context.telemetry
         self._enqueued: deque[EnqueuedBatch] = deque()
 
@@ -99,7 +101,8 @@ class BatchSettlement:
             if not member.yields:
                 continue
             if not member.sequence.over:
-                self._expect_token(member, row, now)
+                with self._faults.of(member.sequence):
+                    self._expect_token(member, row, now)
             row += 1
         batch.dispatched = True
         self._enqueued.append(batch)
@@ -128,13 +131,19 @@ class BatchSettlement:
             return
         self._sampler.poll()
         for sequence in self._requests.take_answered():
-            error = sequence.sampling.grammar_error
-            if error is None:
-                now, arrival = self._context.clock(), sequence.request.arrival
-                self._policy.start_decode(sequence.id, sequence.computed, arrival, now)
-            else:
-                self._context.emit(failure(sequence, error, of_request=True))
-                self._requests.end(sequence)
+            with self._faults.of(sequence):
+                self._resume(sequence)
+
+    def _resume(self, sequence: Sequence) -> None:
+        error = sequence.sampling.grammar_error
+        if error is None:
+            now, request = self._context.clock(), sequence.request
+            self._policy.start_decode(
+                sequence.id, sequence.computed, request.arrival, now, request.tenant
+            )
+        else:
+            self._context.emit(failure(sequence, error, of_request=True))
+            self._requests.end(sequence)
 
     def settle(self, batch: EnqueuedBatch) -> None:
         """Wait until the device has finished ``batch``, and settle it."""
@@ -149,7 +158,8 @@ class BatchSettlement:
         self._tell_policy(batch, max(0.0, seconds - batch.times.nested_seconds), now)
         batch.outer_times.nested_seconds += seconds
         for member, token in zip(batch.members, sampled, strict=True):
-            self._settle_member(member, token, now, dispatched=batch.dispatched)
+            with self._faults.of(member.sequence):
+                self._settle_member(member, token, now, dispatched=batch.dispatched)
 
     def _expect_token(self, member: BatchMember, row: int, now: float) -> None:
         """Go on with a sequence whose next token only the device knows."""

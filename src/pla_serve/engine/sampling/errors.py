@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from pla_serve.grammar.errors import GrammarError
 
-__all__ = ["GrammarError", "SamplingError"]
+__all__ = ["NOT_OF_ONE_REQUEST", "GrammarError", "SamplingError"]
+
+NOT_OF_ONE_REQUEST = (torch.AcceleratorError,)
+"""Exceptions after which the device computes nothing any more, for whomever."""
 
 
 class SamplingError(ValueError):

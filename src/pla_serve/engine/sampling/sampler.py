@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from pla_serve.engine.sampling.draw import draw
-from pla_serve.engine.sampling.errors import GrammarError, SamplingError
+from pla_serve.engine.sampling.errors import (
+    NOT_OF_ONE_REQUEST,
+    GrammarError,
+    SamplingError,
+)
 from pla_serve.engine.sampling.grammars import GrammarFollower, Grammars, forbid
 from pla_serve.engine.sampling.logprobs import token_logprobs
 from pla_serve.engine.sampling.noise import seed_key
@@ -18,10 +23,14 @@ from pla_serve.engine.sampling.sequence import LATE, Sampled, SequenceSampling
 from pla_serve.engine.sampling.transfer import to_device, to_host
 from pla_serve.wire.engine import SamplingParams, TokenLogprob
 
+log = logging.getLogger(__name__)
+
 NOT_FINITE = -1
 NOTHING_LEFT = -2
 NOT_READY = -3
 """The mask of the row is late, or its token is chosen already."""
+RAISED = -4
+"""The choice for this row raised an exception."""
 ERRORS = {
     NOT_FINITE: "the model produced logits that are NaN or infinite; "
     "its weights may be damaged or its dtype too narrow",
@@ -35,10 +44,30 @@ class TokenChoice:
 
     sequences: Sequence[SequenceSampling]
     chosen: torch.Tensor
-    """(n,) int64 on the device; NOT_FINITE or NOTHING_LEFT in rows without a token."""
+    """(n,) int64 on the device; an error code below 0 in rows without a token."""
     tokens: torch.Tensor
     """Copy of ``chosen`` on the host, valid once the device has finished the copy."""
     logprobs: dict[int, TokenLogprob]
+    faults: dict[int, str] = field(default_factory=dict)
+    """Message for the client of each row for which the choice raised an exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Tokens of some rows before they are copied to the host; see `TokenChoice`."""
+
+    chosen: torch.Tensor
+    logprobs: dict[int, TokenLogprob]
+    faults: dict[int, str]
+
+    def followed_by(self, other: _Rows) -> _Rows:
+        """Return these rows and then the ``other`` ones."""
+        size = len(self.chosen)
+        return _Rows(
+            torch.cat((self.chosen, other.chosen)),
+            self.logprobs | {size + row: value for row, value in other.logprobs.items()},
+            self.faults | {size + row: fault for row, fault in other.faults.items()},
+        )
 
 
 class Sampler:
@@ -142,6 +171,51 @@ class Sampler:
         if not sequences:
             nothing = torch.empty(0, dtype=torch.int64)
             return TokenChoice(sequences, nothing, nothing, {})
+        rows = self._choose_rows(logits, sequences)
+        return TokenChoice(sequences, rows.chosen, to_host(rows.chosen), rows.logprobs, rows.faults)
+
+    def accept(self, choice: TokenChoice) -> list[Sampled]:
+        """Advance each sequence by its token; the device must have finished the choice.
+
+        Waits a few milliseconds at most for grammars; sequences whose is later get `LATE`.
+        """
+        tokens = choice.tokens.tolist()
+        faults = dict(choice.faults)
+        for row, (token, sequence) in enumerate(zip(tokens, choice.sequences, strict=True)):
+            if token >= 0:
+                try:
+                    sequence.propose(token, choice.logprobs.get(row))
+                except NOT_OF_ONE_REQUEST:
+                    raise
+                except Exception as error:
+                    faults[row] = _fault(error)
+        self._settle_grammars(choice.sequences, faults)
+        return [
+            self._result(row, token, sequence, faults)
+            for row, (token, sequence) in enumerate(zip(tokens, choice.sequences, strict=True))
+        ]
+
+    def _choose_rows(self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]) -> _Rows:
+        """Choose for all rows at once, or for halves of them if that raises an exception.
+
+        So each row that raises one by itself fails alone. The others get the same tokens as
+        without it, because a token depends on its own row and sequence only.
+        """
+        try:
+            return self._choose_together(logits, sequences)
+        except NOT_OF_ONE_REQUEST:
+            raise
+        except Exception as error:
+            if len(sequences) == 1:
+                code = torch.full((1,), RAISED, dtype=torch.int64, device=self._device)
+                return _Rows(code, {}, {0: _fault(error)})
+        half = len(sequences) // 2
+        first = self._choose_rows(logits[:half], sequences[:half])
+        return first.followed_by(self._choose_rows(logits[half:], sequences[half:]))
+
+    def _choose_together(
+        self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]
+    ) -> _Rows:
         top, tokens = row_max(logits)
         tokens = torch.where(top.isfinite(), tokens, NOT_FINITE)
         special = [row for row, sequence in enumerate(sequences) if not sequence.plain]
@@ -153,30 +227,45 @@ class Sampler:
                 [sequences[row] for row in special],
             )
             tokens[index] = chosen
-        logprobs = self._logprobs(logits, tokens, sequences)
-        return TokenChoice(sequences, tokens, to_host(tokens), logprobs)
+        return _Rows(tokens, self._logprobs(logits, tokens, sequences), {})
 
-    def accept(self, choice: TokenChoice) -> list[Sampled]:
-        """Advance each sequence by its token; the device must have finished the choice.
+    def _settle_grammars(
+        self, sequences: Sequence[SequenceSampling], faults: dict[int, str]
+    ) -> None:
+        """Wait for the grammars that a token was passed to; see `accept`."""
+        if self._grammars is None:
+            return
+        moved = {
+            row: s.grammar
+            for row, s in enumerate(sequences)
+            if s.chosen and s.grammar is not None and row not in faults
+        }
+        if not moved:
+            return
+        try:
+            self._grammars.settle(list(moved.values()))
+        except Exception:
+            log.exception("grammars could not be followed together; each is tried alone")
+            for row, follower in moved.items():
+                try:
+                    self._grammars.settle([follower])
+                except Exception as error:
+                    faults[row] = _fault(error)
 
-        Waits a few milliseconds at most for grammars; sequences whose is later get `LATE`.
-        """
-        tokens = choice.tokens.tolist()
-        for row, (token, sequence) in enumerate(zip(tokens, choice.sequences, strict=True)):
-            if token >= 0:
-                sequence.propose(token, choice.logprobs.get(row))
-        if self._grammars is not None:
-            moved = [s.grammar for s in choice.sequences if s.chosen and s.grammar is not None]
-            if moved:
-                self._grammars.settle(moved)
-        return [
-            sequence.settle()
-            if sequence.chosen
-            else LATE
-            if token == NOT_READY
-            else self._failed(token, sequence)
-            for token, sequence in zip(tokens, choice.sequences, strict=True)
-        ]
+    def _result(
+        self, row: int, token: int, sequence: SequenceSampling, faults: dict[int, str]
+    ) -> Sampled:
+        """Return what came of one row, whose grammar has answered or is late."""
+        if row not in faults:
+            try:
+                if sequence.chosen:
+                    return sequence.settle()
+                return LATE if token == NOT_READY else self._failed(token, sequence)
+            except NOT_OF_ONE_REQUEST:
+                raise
+            except Exception as error:
+                faults[row] = _fault(error)
+        return Sampled(-1, error=faults[row], of_request=True)
 
     def _choose(
         self, logits: torch.Tensor, tokens: torch.Tensor, sequences: Sequence[SequenceSampling]
@@ -256,3 +345,12 @@ class Sampler:
         if code == NOTHING_LEFT and grammar is not None and grammar.error is not None:
             return Sampled(-1, error=grammar.error, of_request=True)
         return Sampled(-1, error=ERRORS[code], of_request=code == NOTHING_LEFT)
+
+
+def _fault(error: Exception) -> str:
+    """Log an exception that belongs to one row, and return the message for its client."""
+    log.error("choosing a token failed for one request", exc_info=error)
+    return (
+        f"no token could be chosen with the parameters of this request ({type(error).__name__}); "
+        "the log of the engine says more"
+    )

@@ -25,6 +25,7 @@ from pla_serve.wire.engine import (
     Output,
     Ping,
     Pong,
+    RequestAnswer,
 )
 
 log = logging.getLogger(__name__)
@@ -267,7 +268,16 @@ class EngineClient:
                 self._failures = 0
             session = self._routes.get(message.id)
             if session is not None:
-                session.take(message)
+                self._pass_on(message, session)
+
+    def _pass_on(self, message: RequestAnswer, session: AnswerReceiver) -> None:
+        """Give an answer to its session; one that cannot take it fails, and no other one."""
+        try:
+            session.take(message)
+        except Exception as error:
+            log.exception("an answer could not be taken")
+            what = f"the server failed on this answer ({type(error).__name__}); its log says more"
+            session.fail(EngineDiedError(what, answered=True))
 
     def _lose(self, reason: str) -> None:
         """Fail everything in flight; later requests wait for the next process."""
