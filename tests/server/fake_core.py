@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from pla_serve.engine.config import EngineConfig
 from pla_serve.policy.cost import CostProfile
 from pla_serve.wire.engine import (
@@ -26,6 +28,7 @@ from pla_serve.wire.engine import (
     LatencySample,
     Outbound,
     Output,
+    PromptLogprobs,
     Rejected,
     TokenLogprob,
 )
@@ -142,6 +145,13 @@ class FakeCore:
             del self.running[request.id]
             self.emit(Output(id=request.id, tokens=[], finish_reason="error", error="told to fail"))
             return
+        if not sampling.max_tokens:
+            del self.running[request.id]
+            scores = self.prompt_scores(request)
+            self.emit(
+                Output(id=request.id, tokens=[], finish_reason="length", prompt_logprobs=scores)
+            )
+            return
         count = min(self.tokens_per_step, sampling.max_tokens - running.made)
         if not sampling.ignore_eos:
             count = min(count, len(running.script) - running.made)
@@ -169,10 +179,27 @@ class FakeCore:
             logprobs=None
             if sampling.logprobs is None
             else [self.logprob(t, sampling.logprobs) for t in tokens],
+            prompt_logprobs=self.prompt_scores(request) if first else None,
             finish_reason=finish,
             stop_token=tokens[-1] if stopped else None,
             cached_tokens=running.cached if first else None,
             queued=0.0 if first else None,
+        )
+
+    @staticmethod
+    def prompt_scores(request: AddRequest) -> PromptLogprobs | None:
+        """The i-th token from the second on has -i and rank 2; likelier are the ids after it."""
+        top = request.sampling.prompt_logprobs
+        if top is None or request.generated:
+            return None
+        tokens = np.array(request.prompt[1:], "<i4")
+        ids = (tokens[:, None] + 1 + np.arange(top, dtype="<i4")) % VOCAB
+        return PromptLogprobs(
+            top=top,
+            logprobs=(-1 - np.arange(len(tokens), dtype="<f4")).tobytes(),
+            ranks=np.full(len(tokens), 2, "<i4").tobytes(),
+            top_ids=ids.astype("<i4").tobytes(),
+            top_logprobs=np.full(ids.shape, -0.5, "<f4").tobytes(),
         )
 
     @staticmethod

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
-from pla_serve.wire.limits import Count, Duration, Id, Seconds, Text, TokenId, Tokens
+from pla_serve.wire.limits import MOST_LOGPROBS, Count, Duration, Id, Seconds, Text, TokenId, Tokens
 
 FinishReason = Literal["stop", "length", "abort", "error", "handed_over"]
 """``handed_over``: another instance makes the tokens after these; no client ever sees it."""
@@ -45,6 +47,62 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Token ids and log probabilities, the most likely first."""
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log probabilities of the tokens of a prompt from the second one on, n tokens.
+
+    They may be hundreds of thousands, so they are packed: each field is an array of little-endian
+    numbers, row by row.
+
+    Raises:
+        ValueError: the fields do not have the same number of rows.
+    """
+
+    top: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)]
+    """Most likely tokens of each row."""
+    logprobs: bytes
+    """(n,) float32: of the prompt's own tokens."""
+    ranks: bytes
+    """(n,) int32: 1 for the most likely token."""
+    top_ids: bytes
+    """(n, top) int32: the most likely tokens, the likeliest first."""
+    top_logprobs: bytes
+    """(n, top) float32."""
+
+    def __post_init__(self) -> None:
+        size = len(self.logprobs)
+        table = size * self.top
+        if size % 4 or (len(self.ranks), len(self.top_ids), len(self.top_logprobs)) != (
+            size,
+            table,
+            table,
+        ):
+            raise ValueError("the log probabilities of a prompt have fields of different lengths")
+
+    def __len__(self) -> int:
+        """Return the number of tokens, one less than the prompt has."""
+        return len(self.logprobs) // 4
+
+    def entries(self, most: int = MOST_LOGPROBS) -> Iterator[TokenLogprob]:
+        """Yield the log probabilities of one token after the other.
+
+        Args:
+            most: most likely tokens that are wanted of each, if there are more.
+        """
+        rows = zip(
+            np.frombuffer(self.logprobs, "<f4").tolist(),
+            np.frombuffer(self.ranks, "<i4").tolist(),
+            np.frombuffer(self.top_ids, "<i4").reshape(-1, self.top).tolist()
+            if self.top
+            else [[]] * len(self),
+            np.frombuffer(self.top_logprobs, "<f4").reshape(-1, self.top).tolist()
+            if self.top
+            else [[]] * len(self),
+            strict=True,
+        )
+        for logprob, rank, ids, values in rows:
+            yield TokenLogprob(logprob, rank, list(zip(ids, values, strict=True))[:most])
+
+
 class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defaults=True):
     """New tokens of one request; the last one carries ``finish_reason``."""
 
@@ -52,6 +110,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defau
     tokens: Tokens
     logprobs: list[TokenLogprob] | None = None
     """One for each token, if they were asked for."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """On the first output, if they were asked for."""
     finish_reason: FinishReason | None = None
     stop_token: TokenId | None = None
     """The last of ``tokens``, if generation ended because of it (EOS or a stop id)."""

@@ -17,7 +17,14 @@ lists what else they say to each other.
 
 from __future__ import annotations
 
-from pla_serve.wire.answers import Accepted, FinishReason, Output, Rejected, TokenLogprob
+from pla_serve.wire.answers import (
+    Accepted,
+    FinishReason,
+    Output,
+    PromptLogprobs,
+    Rejected,
+    TokenLogprob,
+)
 from pla_serve.wire.lifecycle import EngineFailed, EngineReady, Ping, Pong, Shutdown
 from pla_serve.wire.requests import AbortRequest, AddRequest, Grammar, HandOver, SamplingParams
 from pla_serve.wire.statistics import EngineLoad, EngineStats, LatencySample, TransferStats
@@ -44,6 +51,7 @@ __all__ = [
     "Output",
     "Ping",
     "Pong",
+    "PromptLogprobs",
     "Rejected",
     "Release",
     "RequestAnswer",

@@ -16,6 +16,9 @@ MOST_TOKENS = 1 << 24
 """Tokens of one sequence: far beyond any context, and 128 MiB as a Python list."""
 MOST_LOGPROBS = 20
 """Most likely tokens that may be asked for beside the chosen one, as in OpenAI's API."""
+MOST_PROMPT_LOGPROBS = 300_000
+"""Log probabilities that one prompt may be given: its tokens times one more than the likeliest
+tokens that are wanted of each. They are one message of at most 2.4 MB."""
 MOST_BIASES = 300
 """Entries of ``logit_bias``, as in OpenAI's API."""
 MOST_STOP_IDS = 1024

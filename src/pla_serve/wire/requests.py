@@ -37,7 +37,9 @@ class Grammar(msgspec.Struct, frozen=True, tag_field=None, omit_defaults=True):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one sequence is sampled. Token ids are checked against the vocabulary by the engine."""
 
-    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    max_tokens: TokenCount
+    """0: the prompt is computed, for its log probabilities or for the prefix cache, and the output
+    is empty."""
     min_tokens: TokenCount = 0
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     """0 is greedy."""
@@ -61,6 +63,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
     """None: no log probabilities. 0: of the chosen token. k: of the k most likely ones as well,
     before sampling filters."""
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
+    """As ``logprobs``, of the tokens of the prompt from the second one on. They come with the first
+    output, so a request of which some output was ``generated`` elsewhere gets none. No prefix that
+    is cached is used, and such a request is not handed over."""
     grammar: Grammar | None = None
 
 
@@ -99,6 +105,14 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     an engine shares its time between tenants. Empty: nobody in particular."""
     request_id: Annotated[str, Meta(max_length=128)] = ""
     """Id of the HTTP request that this is part of, for logs; the client may have chosen it."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of the prompt are to be computed.
+
+        They come with the first output, so the engine that makes that one computes them.
+        """
+        return self.sampling.prompt_logprobs is not None and not self.generated
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):

@@ -24,6 +24,7 @@ from pla_serve.policy.registry import create_policy
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.parallel.peer import command_folder, load_all
 from tests.engine.test_outputs import assert_at_rest, serve_at_random
+from tests.engine.test_scoring import assert_scores
 from tests.engine.tiny import BLOCK, Engine, expected, make_engine, reference_model, write_tokenizer
 
 MODELS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "captured": "llama"}
@@ -134,6 +135,18 @@ def test_policies(pair: Pair, policy: str, seed: int, tight: bool) -> None:
         short_reserve=2,
     )
     serve_at_random(engine, "llama", rng, count=6, aborts=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "captured"])
+def test_prompts_are_scored_on_both_ranks(pair: Pair, name: str) -> None:
+    engine = pair.engine(name, ChaosPolicy(4))
+    prompt = tuple(1 + (7 * i) % 90 for i in range(40))
+    engine.add("scored", prompt, prompt_logprobs=2)
+    engine.add("other", prompt[:9])
+    engine.run()
+    assert_scores(MODELS[name], prompt, engine.outputs("scored")[0], 2)
+    assert engine.tokens("other") == expected(MODELS[name], prompt[:9], 8)
+    assert_at_rest(engine)
 
 
 def test_shapes_are_captured_on_both_ranks_while_serving(pair: Pair) -> None:

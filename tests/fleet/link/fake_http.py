@@ -162,6 +162,8 @@ def vllm_events(body: Json) -> Iterator[Json]:
                 "tokens": [f"token_id:{token}"],
                 "top_logprobs": [top],
             }
+            if body.get("echo") and not index:
+                _echo_scores(logprobs, body["prompt"])
         choice = {
             "index": 0,
             "text": "?",
@@ -174,6 +176,16 @@ def vllm_events(body: Json) -> Iterator[Json]:
         yield {"id": "cmpl-1", "object": "text_completion", "choices": [choice]}
         if last:
             return
+
+
+def _echo_scores(logprobs: Json, prompt: list[int]) -> None:
+    """Put log probabilities of the prompt before those of the first token, the i-th being -i."""
+    names = [f"token_id:{token}" for token in prompt]
+    values = [None, *(-1.0 * i for i in range(1, len(prompt)))]
+    tops = [None, *({names[i]: values[i], "token_id:7": -0.25} for i in range(1, len(prompt)))]
+    logprobs["tokens"][:0] = names
+    logprobs["token_logprobs"][:0] = values
+    logprobs["top_logprobs"][:0] = tops
 
 
 def sglang_events(body: Json, *, incremental: bool = False, step: int = 2) -> Iterator[Json]:

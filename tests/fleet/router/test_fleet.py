@@ -402,6 +402,16 @@ def test_a_reservation_that_expired_is_computed_again() -> None:
     bench.assert_nothing_left()
 
 
+def test_a_scored_prompt_stays_on_one_instance() -> None:
+    """Wherever its KV may be cached, and whatever decode instances there are."""
+    bench = apart()
+    client = bench.submit(PROMPT, 6, prompt_logprobs=1)
+    bench.run()
+    assert client.tokens == oracle(PROMPT, client.request.sampling)
+    assert bench.seen.hand_overs == []
+    bench.assert_nothing_left()
+
+
 # Fetches of cached KV
 
 
@@ -429,6 +439,23 @@ def test_a_prompt_is_fetched_to_where_there_is_room_if_that_is_faster(scope: str
     bench.run()
     assert client.tokens == oracle([*prefix, 1, 2, 3], client.request.sampling)
     assert bench.seen.hand_overs == ["begun"]
+    bench.assert_nothing_left()
+
+
+def test_nothing_is_fetched_for_a_prompt_that_is_scored() -> None:
+    bench = Bench(2, transfer=True)
+    cost = CostProfile(1e-3, 0, 0, 0, 0)
+    prefix = list(range(800))
+    home = bench.where(bench.submit(prefix))
+    bench.run()
+    bench.clock.advance(2)
+    home.report(cost=cost, queued_long_seconds=30.0)
+    other = next(link for link in bench.links if link is not home)
+    other.report(cost=cost)
+    scored = bench.submit([*prefix, 1, 2, 3], 4, prompt_logprobs=1)
+    assert bench.where(scored) is other
+    assert not any(isinstance(message, Lend) for message in home.received)
+    bench.run()
     bench.assert_nothing_left()
 
 

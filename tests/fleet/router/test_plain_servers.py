@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -85,6 +86,41 @@ def test_token_ids_are_checked_against_the_routers_own_vocabulary(kind: str) -> 
             assert "257" in refused.json()["error"]["message"]
 
     run(kind, check)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 2])
+def test_vllm_scores_prompts(stream: bool, max_tokens: int) -> None:
+    async def check(client: httpx.AsyncClient, fake: FakeServer) -> None:
+        answer = await complete(
+            client, echo=True, logprobs=1, max_tokens=max_tokens, stream=stream, temperature=0
+        )
+        assert answer.status_code == 200, answer.text
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        choices = [json.loads(line)["choices"][0] for line in lines] or answer.json()["choices"]
+        parts = [choice["logprobs"] for choice in choices]
+        values = [value for part in parts for value in part["token_logprobs"]]
+        assert values == [None, -1.0, *[-0.5] * max_tokens]
+        assert parts[0]["top_logprobs"][:2] == [None, {"i": -1.0, "\x07": -0.25}]
+        assert "".join(choice["text"] for choice in choices) == "Hi" + "Hi"[:max_tokens]
+        assert fake.bodies[-1]["echo"] is True
+        scored = await complete(client, prompt_logprobs=1, max_tokens=max_tokens)
+        [entry] = scored.json()["choices"][0]["prompt_logprobs"][1:]
+        assert entry["105"] == {"logprob": -1.0, "rank": 2, "decoded_token": "i"}
+
+    run("vllm", check)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 0}, {"max_tokens": 0}]
+)
+def test_sglang_scores_no_prompts(fields: dict[str, Any]) -> None:
+    async def check(client: httpx.AsyncClient, fake: FakeServer) -> None:
+        refused = await complete(client, **fields)
+        assert refused.status_code == 400
+        assert "scored on SGLang" in refused.json()["error"]["message"]
+
+    run("sglang", check)
 
 
 @BOTH

@@ -20,6 +20,22 @@ from pla_serve.engine.kv.blocks import BlockRun
 
 
 @dataclass(frozen=True, slots=True)
+class SpanScores:
+    """Log probabilities that are wanted of tokens of a prompt.
+
+    Example: of a prompt (5, 8, 2, 9), of which a span computes the last three tokens, the scores of
+    tokens 2 and 9 come after its first two: ``SpanScores(first=0, targets=[2, 9], top=1)``.
+    """
+
+    first: int
+    """New token of the span after which the first target comes."""
+    targets: Sequence[int]
+    """Tokens that come after this new token, and after those that follow it."""
+    top: int
+    """Number of likeliest tokens that are wanted besides each target."""
+
+
+@dataclass(frozen=True, slots=True)
 class SpanRequest:
     """New tokens of one sequence in a batch.
 
@@ -40,6 +56,8 @@ class SpanRequest:
     carried: int | None = None
     """Row of the single new token among the carried tokens (see `Executor.forward`), if the host
     does not know the token yet. ``tokens`` then has any one number in its place."""
+    scores: SpanScores | None = None
+    """Log probabilities of the prompt that this batch computes; None for none."""
     numbers: NDArray[np.int32] | None = field(default=None, compare=False)
     """(blocks,): the blocks of ``runs`` one by one, if the caller keeps them
     (`BlockTable.numbers`). None: they are made from ``runs``."""

@@ -100,23 +100,34 @@ class KVManager:
         """Number that changes whenever `cached_prefix` may return something else than before."""
         return self._tree.version
 
-    def cached_prefix(self, tokens: Sequence[int], scope: str) -> int:
+    def cached_prefix(self, tokens: Sequence[int], scope: str, most: int | None = None) -> int:
         """Return the number of leading tokens whose KV is cached in this scope.
 
-        The last token never counts: it is always computed, because its logits are needed.
+        Args:
+            most: tokens that may count. None for all but the last one, which is always computed,
+                because its logits are needed.
         """
         if not self._prefix_cache:
             return 0
-        return len(self._tree.match(tokens, len(tokens) - 1, scope)) * self.block_tokens
+        most = len(tokens) - 1 if most is None else most
+        return len(self._tree.match(tokens, most, scope)) * self.block_tokens
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that hold this many tokens."""
         return -(-tokens // self.block_tokens)
 
-    def reserve(self, tokens: Sequence[int], table: BlockTable, *, spare: int = 0) -> int | None:
+    def reserve(
+        self,
+        tokens: Sequence[int],
+        table: BlockTable,
+        *,
+        spare: int = 0,
+        most_cached: int | None = None,
+    ) -> int | None:
         """Give an empty ``table`` blocks for all of ``tokens``: cached ones first, then new ones.
 
         Args:
+            most_cached: tokens that may have cached blocks; None for all but the last.
             spare: blocks that have to be left for others.
 
         Returns:
@@ -126,7 +137,8 @@ class KVManager:
         assert not table.blocks
         shared: list[int] = []
         if self._prefix_cache:
-            shared = self._tree.hold(tokens, len(tokens) - 1, table.scope)
+            most = len(tokens) - 1 if most_cached is None else most_cached
+            shared = self._tree.hold(tokens, most, table.scope)
         wanted = self.blocks_for(len(tokens)) - len(shared)
         if wanted + spare > self.available:
             self._tree.release(shared)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.flat import SpanRequest, SpanScores
 from pla_serve.engine.device.marks import DeviceMark
 from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.run.scoring import ScoredTokens
 from pla_serve.engine.sampling import TokenChoice
 from pla_serve.policy.protocol import Batch, Chunk
 
@@ -39,8 +40,31 @@ def member_of(sequence: Sequence, chunk: Chunk, *, decodes: bool) -> BatchMember
         tokens, carried = [0], sequence.chosen_row
         assert carried is not None
     table = sequence.table
-    span = SpanRequest(tokens, history, table.runs(), yields, carried, table.numbers())
+    span = SpanRequest(
+        tokens,
+        history,
+        table.runs(),
+        yields,
+        carried,
+        _scores(sequence, history, chunk.tokens),
+        table.numbers(),
+    )
     return BatchMember(sequence, chunk.tokens, decodes, yields, span)
+
+
+def _scores(sequence: Sequence, history: int, tokens: int) -> SpanScores | None:
+    """Return the scores of the prompt that ``tokens`` after ``history`` are the first to allow.
+
+    The logits after token i score token i + 1.
+    """
+    if not sequence.scoring:
+        return None
+    prompt, top = sequence.request.prompt, sequence.request.sampling.prompt_logprobs
+    first = max(history, sequence.scored)
+    end = min(history + tokens, len(prompt) - 1)
+    if top is None or first >= end:
+        return None
+    return SpanScores(first - history, prompt[first + 1 : end + 1], top)
 
 
 @dataclass(slots=True)
@@ -61,6 +85,8 @@ class EnqueuedBatch:
     members: list[BatchMember]
     choice: TokenChoice | None
     """Tokens that the batch chooses. None if it was abandoned at a layer boundary."""
+    scored: list[ScoredTokens | None]
+    """Log probabilities of prompts, for each member; None where it wants none."""
     times: BatchTimes
     outer_times: BatchTimes
     """Times of the batch around it. A batch of its own has times here that nobody reads."""

@@ -30,6 +30,7 @@ from pla_serve.engine.loop.telemetry import Telemetry
 from pla_serve.engine.requests.sequence import Sequence
 from pla_serve.engine.run.executor import Executed
 from pla_serve.engine.run.runner import PassAbandoned
+from pla_serve.engine.run.scoring import ScoredTokens
 from pla_serve.engine.sampling import TokenChoice
 from pla_serve.policy.protocol import Batch, Idle, Run, Wait
 from pla_serve.wire.engine import Inbound, Outbound
@@ -141,9 +142,13 @@ class EngineLoop:
         outer_times, self._times = self._times, BatchTimes(self._clock())
         began = self._device.record()
         whole, choice = False, None
+        scored: list[ScoredTokens | None] = [None] * len(members)
         try:
             executed = self._forward(batch, members)
             whole, choice = executed.whole, self._choose_tokens(members, executed)
+            if executed.scoring is not None:
+                scored = list(executed.scoring.scored)
+                self._times.nested_seconds += executed.scoring.seconds
         except PassAbandoned:
             pass
         finally:
@@ -152,6 +157,7 @@ class EngineLoop:
             batch=batch,
             members=members,
             choice=choice,
+            scored=scored,
             times=times,
             outer_times=outer_times,
             nested=nested,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.run.scoring import join
 from pla_serve.engine.sampling import Sampled
-from pla_serve.wire.engine import FinishReason, Output
+from pla_serve.wire.engine import FinishReason, Output, PromptLogprobs
 
 
 def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Output:
     """Append the token to ``sequence`` and return the message that carries it.
 
     The message has a finish reason if the sequence ends with the token. Without a token, because
-    the logits were broken or a grammar excludes all tokens, the reason is "error".
+    the logits were broken or a grammar excludes all tokens, the reason is "error". If no output is
+    wanted (``max_tokens`` 0), the token is dropped.
 
     Args:
         max_model_len: most tokens of prompt and output together.
@@ -19,16 +24,49 @@ def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Outp
     if sampled.error is not None:
         return failure(sequence, sampled.error, of_request=sampled.of_request)
     first = sequence.made == 0
+    if not sequence.request.sampling.max_tokens:
+        return Output(
+            id=sequence.id,
+            tokens=[],
+            prompt_logprobs=_prompt_logprobs(sequence),
+            finish_reason="length",
+            cached_tokens=sequence.cached_tokens,
+            queued=sequence.queued_seconds,
+        )
+    scores = _prompt_logprobs(sequence) if first else None
     sequence.tokens.append(sampled.token)
     return Output(
         id=sequence.id,
         tokens=[sampled.token],
+        prompt_logprobs=scores,
         logprobs=None if sampled.logprob is None else [sampled.logprob],
         finish_reason=_finish_reason(sequence, sampled, max_model_len),
         stop_token=sampled.token if sampled.stopped else None,
         cached_tokens=sequence.cached_tokens if first else None,
         queued=sequence.queued_seconds if first else None,
     )
+
+
+def _prompt_logprobs(sequence: Sequence) -> PromptLogprobs | None:
+    """Return the scores of the whole prompt, packed, and take them from the sequence."""
+    if not sequence.request.scores_prompt:
+        return None
+    if not sequence.scores:
+        return PromptLogprobs(top=0, logprobs=b"", ranks=b"", top_ids=b"", top_logprobs=b"")
+    scored = join(sequence.scores)
+    assert len(scored) == len(sequence.request.prompt) - 1
+    sequence.scores = []
+    return PromptLogprobs(
+        top=scored.top_ids.shape[1],
+        logprobs=_packed(scored.logprobs),
+        ranks=_packed(scored.ranks),
+        top_ids=_packed(scored.top_ids),
+        top_logprobs=_packed(scored.top_logprobs),
+    )
+
+
+def _packed(numbers: NDArray[np.float32] | NDArray[np.int32]) -> bytes:
+    return numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()
 
 
 def failure(sequence: Sequence, error: str, *, of_request: bool) -> Output:

@@ -112,7 +112,9 @@ class RequestTable:
     def look_up(self, sequence: Sequence) -> int:
         """Return how many leading tokens are in the prefix cache now, and note it."""
         sequence.seen_version = self._kv.version
-        sequence.seen_cached = self._kv.cached_prefix(sequence.tokens, sequence.table.scope)
+        sequence.seen_cached = self._kv.cached_prefix(
+            sequence.tokens, sequence.table.scope, sequence.reusable
+        )
         return sequence.seen_cached
 
     def preempt(self, sequence: Sequence) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import msgspec
 import zmq
 
-from pla_serve.engine.batch.flat import SpanRequest
+from pla_serve.engine.batch.flat import SpanRequest, SpanScores
 from pla_serve.engine.kv.blocks import BlockRun
 
 
@@ -20,16 +20,25 @@ class SpanCommand(msgspec.Struct, frozen=True, array_like=True):
     history: int
     runs: list[BlockRun]
     wants_logits: bool
+    scores: SpanScores | None = None
 
     @classmethod
     def of(cls, request: SpanRequest) -> Self:
         """Return what other ranks need of a request, which carries no token."""
         assert request.carried is None
-        return cls(list(request.tokens), request.history, list(request.runs), request.wants_logits)
+        return cls(
+            list(request.tokens),
+            request.history,
+            list(request.runs),
+            request.wants_logits,
+            request.scores,
+        )
 
     def request(self) -> SpanRequest:
         """Return the request for the executor of this rank."""
-        return SpanRequest(self.tokens, self.history, self.runs, self.wants_logits)
+        return SpanRequest(
+            self.tokens, self.history, self.runs, self.wants_logits, scores=self.scores
+        )
 
 
 class BeginPass(msgspec.Struct, frozen=True, tag=0, array_like=True):

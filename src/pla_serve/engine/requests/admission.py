@@ -14,6 +14,9 @@ from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
 from pla_serve.wire.codec import range_fault
 from pla_serve.wire.engine import AddRequest, Rejected
+from pla_serve.wire.limits import MOST_PROMPT_LOGPROBS
+
+SCORES_STAY = "a request for log probabilities of its prompt is not handed over between instances"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Intake:
         fault = self._fault(request)
         if fault is not None:
             return Rejected(id=request.id, reason=fault, retry_after=None)
-        cached = self._kv.cached_prefix(request.prompt, request.cache_scope)
+        cached = self._cached_prefix(request)
         prefill = prefill_request(
             request, len(request.prompt), cached, first=request.generated == 0
         )
@@ -82,11 +85,19 @@ class Intake:
     def take_over(self, request: AddRequest) -> Sequence | Rejected:
         """Admit a request that another engine prefills. It waits in no queue here."""
         fault = self._fault(request)
+        if fault is None and request.scores_prompt:
+            fault = SCORES_STAY
         if fault is not None:
             return Rejected(id=request.id, reason=fault, retry_after=None)
-        cached = self._kv.cached_prefix(request.prompt, request.cache_scope)
+        cached = self._cached_prefix(request)
         short = self._policy.waits_as_short(len(request.prompt) - cached, cached)
         return self._sequence(request, short, cached)
+
+    def _cached_prefix(self, request: AddRequest) -> int:
+        """Return how many tokens need no prefill; all of a prompt need it that is to be scored."""
+        if request.scores_prompt:
+            return 0
+        return self._kv.cached_prefix(request.prompt, request.cache_scope)
 
     @property
     def calibration(self) -> Calibration:
@@ -160,16 +171,31 @@ class Intake:
             return f"invalid request: {out_of_range}"
         if not request.prompt:
             return "the prompt is empty; give at least one token"
-        if len(request.prompt) >= limits.max_model_len:
+        if len(request.prompt) + bool(request.sampling.max_tokens) > limits.max_model_len:
             return (
                 f"the prompt has {len(request.prompt)} tokens; with at least one of output that is "
                 f"more than this model's {limits.max_model_len}"
             )
         if not (min(request.prompt) >= 0 and max(request.prompt) < limits.vocab_size):
             return f"the prompt has a token id outside 0 to {limits.vocab_size - 1}"
-        if request.generated >= request.sampling.max_tokens:
+        if request.sampling.max_tokens and request.generated >= request.sampling.max_tokens:
             return (
                 f"nothing is left to make: {request.generated} of "
                 f"{request.sampling.max_tokens} tokens were made already"
             )
+        return _scoring_fault(request)
+
+
+def _scoring_fault(request: AddRequest) -> str | None:
+    """Return why the prompt of a request cannot be scored, or None if it can or need not."""
+    top = request.sampling.prompt_logprobs
+    if top is None or not request.scores_prompt:
         return None
+    if request.hand_over is not None:
+        return SCORES_STAY
+    if (wanted := len(request.prompt) * (1 + top)) > MOST_PROMPT_LOGPROBS:
+        return (
+            f"{wanted} log probabilities of the prompt are wanted, more than the "
+            f"{MOST_PROMPT_LOGPROBS} that one prompt may be given; ask for fewer of each token"
+        )
+    return None

@@ -172,7 +172,9 @@ class MemoryGate:
     def _take(self, sequence: Sequence, short: bool) -> bool:
         """Reserve blocks for all tokens of ``sequence``. Returns False if too few are available."""
         spare = 0 if short else self._short_reserve
-        cached = self._kv.reserve(sequence.tokens, sequence.table, spare=spare)
+        cached = self._kv.reserve(
+            sequence.tokens, sequence.table, spare=spare, most_cached=sequence.reusable
+        )
         if cached is None:
             return False
         self._holders[sequence.id] = sequence

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pla_serve.engine.kv.manager import BlockTable
+from pla_serve.engine.run.scoring import ScoredTokens
 from pla_serve.engine.sampling import SequenceSampling
 from pla_serve.policy.calibration import Forecast
 from pla_serve.policy.protocol import PrefillRequest
@@ -48,6 +49,9 @@ class Sequence:
     """Tokens found in the prefix cache when KV was first reserved."""
     started: float | None = None
     """Time at which the first chunk began."""
+    scores: list[ScoredTokens] = field(default_factory=list)
+    """Log probabilities of the prompt's tokens so far, without gaps, from the second token on; they
+    are given away with the first output."""
     forecast: Forecast | None = None
     """Predicted time of the first token, until it is compared with the real one."""
 
@@ -75,6 +79,27 @@ class Sequence:
     def generated(self) -> int:
         """Output tokens so far, including those that another engine made before a hand-over."""
         return self.made + self.request.generated
+
+    @property
+    def scored(self) -> int:
+        """Tokens of the prompt that have their log probabilities."""
+        return sum(map(len, self.scores))
+
+    @property
+    def scoring(self) -> bool:
+        """Whether some token of the prompt still needs its log probabilities."""
+        if self.made or not self.request.scores_prompt:
+            return False
+        return self.scored < len(self.request.prompt) - 1
+
+    @property
+    def reusable(self) -> int:
+        """Most leading tokens that may come from the prefix cache.
+
+        The last token is always computed, for its logits. Where log probabilities of the prompt are
+        wanted, every token is that comes before one that has none yet.
+        """
+        return self.scored if self.scoring else len(self.tokens) - 1
 
     @property
     def queued_seconds(self) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from pla_serve.engine.device.marks import Device
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.graphs.grid import ShapeGrid
 from pla_serve.engine.run.runner import AtBoundary, ModelRunner
+from pla_serve.engine.run.scoring import Scoring, score_spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class Executed:
     whole: bool
     """True if the batch ran as one captured graph, without layer boundaries. The device may then
     still have all of it to do."""
+    scoring: Scoring | None = None
+    """Log probabilities of prompts; None if no request asked for any."""
 
 
 class Executor(Protocol):
@@ -43,8 +47,9 @@ class Executor(Protocol):
         """Enqueue one forward pass.
 
         Args:
-            at_boundary: called before each decoder layer. It may call `forward` for other batches.
-                An exception that it raises leaves the pass and is raised from here.
+            at_boundary: called before each decoder layer, and before each slice of scores. It may
+                call `forward` for other batches. An exception that it raises leaves the pass and
+                is raised from here.
             carried: (rows,) int64 on the device: tokens that requests name by their row. None
                 unless the executor ``carries``.
         """
@@ -80,8 +85,10 @@ class BatchExecutor:
         device: Device,
         block_tokens: int,
         counts: GridCounts | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device = device
+        self._clock = clock
         self._runner = runner
         self._grid = grid
         self._uploader = uploader
@@ -96,12 +103,30 @@ class BatchExecutor:
         carried: torch.Tensor | None = None,
     ) -> Executed:
         """See `Executor`."""
+        if any(request.scores is not None for request in requests):
+            return self._score(requests, at_boundary, carried)
         if self._grid is not None:
             logits = self._grid.forward(requests, carried)
             if logits is not None:
                 return Executed(logits, True)
         batch = stage(requests, self._block_tokens, self._uploader, carried)
         return Executed(self._runner.forward(batch, at_boundary), False)
+
+    def _score(
+        self,
+        requests: Sequence[SpanRequest],
+        at_boundary: AtBoundary,
+        carried: torch.Tensor | None,
+    ) -> Executed:
+        """Run a batch layer by layer, and score tokens of prompts from its last hidden states."""
+        batch = stage(requests, self._block_tokens, self._uploader, carried)
+        hidden = self._runner.hidden(batch, at_boundary)
+        logits = self._runner.logits(hidden[batch.outputs])
+        self.device.record().wait()  # the time of the layers does not count as that of scoring
+        scoring = score_spans(
+            requests, batch.spans, hidden, self._runner.logits, at_boundary, self._clock
+        )
+        return Executed(logits, False, scoring)
 
     def use_idle_time(self) -> bool:
         """See `Executor`: captures one shape that batches have often missed."""

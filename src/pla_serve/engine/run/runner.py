@@ -12,6 +12,7 @@ from pla_serve.engine.attention.interface import AttentionBackend, ForwardContex
 from pla_serve.engine.batch.flat import FlatBatch
 from pla_serve.engine.device.marks import RunAhead
 from pla_serve.engine.kv.cache import KVCache
+from pla_serve.engine.run.head import ModelHead
 
 AtBoundary = Callable[[], None]
 """Called before each decoder layer. It may run other batches. An exception leaves the pass."""
@@ -51,6 +52,7 @@ class ModelRunner:
         run_ahead: RunAhead | None = None,
     ) -> None:
         self._model = model
+        self._head = ModelHead(model)
         self._run_ahead = run_ahead
         self._cache = cache
         self._backend = backend
@@ -75,6 +77,28 @@ class ModelRunner:
             )
         logits: torch.Tensor = result.logits
         return logits[0]
+
+    @torch.inference_mode()
+    def hidden(self, batch: FlatBatch, at_boundary: AtBoundary) -> torch.Tensor:
+        """Write the KV of all tokens like `forward`; return their last hidden states.
+
+        Returns (tokens, hidden size), for `logits`.
+        """
+        context = ForwardContext(batch, self._cache, self._backend)
+        with self._boundary(at_boundary):
+            result = self._head.decoder(
+                input_ids=batch.tokens.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                forward_context=context,
+            )
+        states: torch.Tensor = result.last_hidden_state
+        return states[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits (rows, vocabulary) of some of the rows of `hidden`."""
+        return self._head(hidden)
 
     @contextmanager
     def _boundary(self, at_boundary: AtBoundary | None) -> Iterator[None]:

@@ -6,8 +6,9 @@ from contextlib import suppress
 
 import httpx
 import msgspec
+import numpy as np
 
-from pla_serve.wire.engine import AddRequest, Output, Rejected, TokenLogprob
+from pla_serve.wire.engine import AddRequest, Output, PromptLogprobs, Rejected, TokenLogprob
 
 RETRY_SECONDS = 1.0
 """``retry_after`` of a refusal for want of room, if the server does not give one."""
@@ -52,6 +53,25 @@ def rank_among(logprob: float, others: list[tuple[int, float]], most: int) -> To
     likely = sorted(others, key=lambda item: -item[1])
     rank = 1 + sum(value > logprob for _, value in likely)
     return TokenLogprob(logprob, rank, likely[:most])
+
+
+def packed_scores(scores: list[TokenLogprob], top: int) -> PromptLogprobs:
+    """Pack the scores of a prompt, from its second token on.
+
+    Args:
+        top: likeliest tokens that each place may have. If some place has fewer, all are cut to
+            that, because rows are equally long.
+    """
+    top = min([top, *(len(each.top) for each in scores)])
+    ids = [[token for token, _ in each.top[:top]] for each in scores]
+    values = [[value for _, value in each.top[:top]] for each in scores]
+    return PromptLogprobs(
+        top=top,
+        logprobs=np.array([each.logprob for each in scores], "<f4").tobytes(),
+        ranks=np.array([each.rank for each in scores], "<i4").tobytes(),
+        top_ids=np.array(ids, "<i4").tobytes(),
+        top_logprobs=np.array(values, "<f4").tobytes(),
+    )
 
 
 def failure(id: str, message: str, code: int | None, begun: bool) -> Output | Rejected:

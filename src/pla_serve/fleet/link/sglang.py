@@ -75,6 +75,11 @@ class SglangDialect:
         sampling = request.sampling
         if request.hand_over is not None:
             raise Unmappable("SGLang servers have no KV transfer with instances (hand_over)")
+        if request.scores_prompt or not sampling.max_tokens:
+            raise Unmappable(
+                "prompts are not scored on SGLang servers (echo with logprobs, prompt_logprobs, "
+                "max_tokens 0)"
+            )
         if request.priority:
             raise Unmappable("SGLang orders requests in its own way (priority)")
         check_continuation("SGLang", request)

@@ -14,7 +14,13 @@ import httpx
 import msgspec
 
 from pla_serve.fleet.link.http import Broken
-from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
+from pla_serve.fleet.link.mapping import (
+    Unmappable,
+    check_continuation,
+    failure,
+    packed_scores,
+    rank_among,
+)
 from pla_serve.fleet.link.protocol import InstanceFacts
 from pla_serve.wire.engine import (
     AddRequest,
@@ -22,8 +28,8 @@ from pla_serve.wire.engine import (
     FinishReason,
     Grammar,
     Output,
+    PromptLogprobs,
     Rejected,
-    SamplingParams,
     TokenLogprob,
 )
 
@@ -78,7 +84,7 @@ class VllmDialect:
         body: dict[str, Any] = {
             "model": model,
             "prompt": request.prompt,
-            "max_tokens": sampling.max_tokens - request.generated,
+            "max_tokens": max(1, sampling.max_tokens - request.generated),
             "min_tokens": max(0, sampling.min_tokens - request.generated),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -100,14 +106,17 @@ class VllmDialect:
             body["seed"] = sampling.seed
         if sampling.logit_bias:
             body["logit_bias"] = {str(id): bias for id, bias in sampling.logit_bias.items()}
-        if sampling.logprobs is not None:
-            body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
+        logprobs = _most_logprobs(request)
+        if logprobs is not None:
+            body |= {"logprobs": logprobs, "return_tokens_as_token_ids": True}
+        if request.scores_prompt:
+            body["echo"] = True  # with logprobs: vLLM streams no prompt_logprobs
         if sampling.grammar is not None:
             body["structured_outputs"] = _structured(sampling.grammar)
         return body
 
     def answer(self, request: AddRequest) -> VllmAnswer:
-        return VllmAnswer(request.id, request.sampling)
+        return VllmAnswer(request)
 
     async def facts(
         self, client: httpx.AsyncClient, model: Mapping[str, Any], metrics: Mapping[str, float]
@@ -135,9 +144,10 @@ class VllmDialect:
 class VllmAnswer:
     """See `Answer`."""
 
-    def __init__(self, id: str, sampling: SamplingParams) -> None:
-        self._id = id
-        self._logprobs = sampling.logprobs
+    def __init__(self, request: AddRequest) -> None:
+        self._id = request.id
+        self._sampling = request.sampling
+        self._awaits_scores = request.scores_prompt
         self._begun = False
 
     def read(self, event: bytes) -> Output | Rejected | None:
@@ -164,24 +174,53 @@ class VllmAnswer:
         reason: FinishReason | None = None
         if choice.finish_reason is not None:
             reason = "stop" if choice.finish_reason == "stop" else "length"
+        scores = None
+        if self._awaits_scores:
+            self._awaits_scores = False
+            scores = self._read_scores(choice.logprobs, len(tokens))
+        if not self._sampling.max_tokens:
+            # vLLM makes at least one token, which nobody has asked for.
+            return Output(id=self._id, tokens=[], prompt_logprobs=scores, finish_reason="length")
+        wanted, logprobs = self._sampling.logprobs, None
+        if wanted is not None and choice.logprobs is not None:
+            first = len(choice.logprobs.tokens) - len(tokens)
+            logprobs = _read_logprobs(choice.logprobs, first, wanted)
         return Output(
             id=self._id,
             tokens=tokens,
-            logprobs=None if choice.logprobs is None else self._read_logprobs(choice.logprobs),
+            logprobs=logprobs,
+            prompt_logprobs=scores,
             finish_reason=reason,
             stop_token=tokens[-1] if reason == "stop" and tokens else None,
         )
 
-    def _read_logprobs(self, logprobs: _Logprobs) -> list[TokenLogprob]:
-        tops = logprobs.top_logprobs or [None] * len(logprobs.tokens)
-        return [
-            rank_among(
-                float("-inf") if logprob is None else logprob,
-                [(_token(name), value) for name, value in (top or {}).items()],
-                self._logprobs or 0,
-            )
-            for logprob, top in zip(logprobs.token_logprobs, tops, strict=True)
-        ]
+    def _read_scores(self, logprobs: _Logprobs | None, made: int) -> PromptLogprobs:
+        """Return the scores of the prompt, which stand before those of ``made`` tokens."""
+        wanted = self._sampling.prompt_logprobs or 0
+        if logprobs is None:
+            raise Broken("no log probabilities of an echoed prompt")
+        found = _read_logprobs(logprobs, 1, wanted)
+        return packed_scores(found[: len(found) - made], wanted)
+
+
+def _most_logprobs(request: AddRequest) -> int | None:
+    """Return the likeliest tokens that are wanted in any place, of output or prompt."""
+    sampling = request.sampling
+    wanted = [sampling.logprobs, sampling.prompt_logprobs if request.scores_prompt else None]
+    return max((each for each in wanted if each is not None), default=None)
+
+
+def _read_logprobs(logprobs: _Logprobs, first: int, most: int) -> list[TokenLogprob]:
+    """Return the log probabilities from place ``first`` on, each with the ``most`` likeliest."""
+    tops = logprobs.top_logprobs or [None] * len(logprobs.tokens)
+    return [
+        rank_among(
+            float("-inf") if logprob is None else logprob,
+            [(_token(name), value) for name, value in (top or {}).items()],
+            most,
+        )
+        for logprob, top in zip(logprobs.token_logprobs[first:], tops[first:], strict=True)
+    ]
 
 
 def _token(name: str) -> int:

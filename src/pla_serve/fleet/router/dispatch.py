@@ -257,7 +257,7 @@ class Dispatcher:
 
     def _route_request(self, request: RoutedRequest, id: str) -> RouteRequest:
         request.extend_chain()
-        cached = self.prefixes.match(request.chain)
+        cached = {} if request.scoring else self.prefixes.match(request.chain)
         for name, tokens in cached.items():
             facts = self._instances(name).facts
             if facts is not None and facts.block_tokens > 1:

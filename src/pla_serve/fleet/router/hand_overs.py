@@ -125,7 +125,7 @@ class HandOvers:
     def _decodes_elsewhere(self, request: RoutedRequest, source: FleetInstance) -> bool:
         """Whether another instance should decode the request."""
         facts = source.facts
-        if request.together or source.pool is Pool.DECODE:
+        if request.together or request.scoring or source.pool is Pool.DECODE:
             return False
         if facts is None or facts.transfer is None:
             return False

@@ -118,6 +118,14 @@ class RoutedRequest:
     """Next placement of a parked request."""
 
     @property
+    def scoring(self) -> bool:
+        """Whether the first token is to come with log probabilities of the prompt.
+
+        An instance then computes all of the prompt, and no other one takes part.
+        """
+        return not self.tokens and self.original.scores_prompt
+
+    @property
     def lives(self) -> int:
         """Engines that ended, as far as is known, with this request and without a token of it.
 

@@ -49,21 +49,30 @@ async def whole(generation: Generation, form: Format, header: Header) -> Json:
         "object": form.object,
         "created": header.created,
         "model": header.model,
-        "choices": await _choices(form, [pieces[index] for index in sorted(pieces)]),
+        **await _choices(form, [pieces[index] for index in sorted(pieces)]),
         "usage": generation.usage(),
         "system_fingerprint": None,
     }
 
 
-async def _choices(form: Format, pieces: list[ChoicePart]) -> list[Json] | list[msgspec.Raw]:
-    """Return all choices as JSON; those of a long answer are encoded in a thread."""
-    if sum(len(piece.tokens) + LOGPROB_COST * len(piece.logprobs) for piece in pieces) < LONG:
-        return [form.whole(piece) for piece in pieces]
+async def _choices(form: Format, pieces: list[ChoicePart]) -> Json:
+    """Return ``choices`` and what goes beside them; a long answer is encoded in a thread."""
 
-    def encode() -> list[msgspec.Raw]:
-        return [msgspec.Raw(msgspec.json.encode(form.whole(piece))) for piece in pieces]
+    def fields() -> Json:
+        return {"choices": [form.whole(piece) for piece in pieces], **form.beside(pieces[0])}
 
+    def encode() -> Json:
+        return {name: msgspec.Raw(msgspec.json.encode(each)) for name, each in fields().items()}
+
+    if sum(map(_cost, pieces)) < LONG:
+        return fields()
     return await asyncio.to_thread(encode)
+
+
+def _cost(piece: ChoicePart | ChoiceDelta) -> int:
+    """Return the tokens that take as long to encode as this part of an answer."""
+    scores = len(piece.prompt_logprobs) if piece.prompt_logprobs is not None else 0
+    return len(piece.tokens) + LOGPROB_COST * (len(piece.logprobs) + scores)
 
 
 class EventWriter:
@@ -102,7 +111,7 @@ class EventWriter:
         try:
             async with aclosing(self._generation.deltas(keep_alive)) as answer:
                 async for deltas in answer:
-                    block = b"".join(map(self._write, deltas))
+                    block = await self._block(deltas)
                     if not block and clock() - sent >= keep_alive:
                         block = KEEP_ALIVE
                     if block:
@@ -112,6 +121,12 @@ class EventWriter:
             yield self._event(error.body())
             return
         yield self._ending()
+
+    async def _block(self, deltas: list[ChoiceDelta]) -> bytes:
+        """Return the events of some deltas; those of a long scored prompt are made in a thread."""
+        if any(delta.prompt_logprobs is not None and _cost(delta) >= LONG for delta in deltas):
+            return await asyncio.to_thread(lambda: b"".join(map(self._write, deltas)))
+        return b"".join(map(self._write, deltas))
 
     def _write(self, delta: ChoiceDelta) -> bytes:
         piece = _add(self._held, delta)
@@ -150,6 +165,8 @@ def _add(pieces: dict[int, ChoicePart], delta: ChoiceDelta) -> ChoicePart:
     piece.text += delta.text
     piece.tokens += delta.tokens
     piece.logprobs += delta.logprobs
+    if delta.prompt_logprobs is not None:
+        piece.prompt_logprobs = delta.prompt_logprobs
     piece.finish_reason = delta.finish_reason
     piece.stop_reason = delta.stop_reason
     return piece

@@ -38,11 +38,13 @@ class Endpoints:
             header = self._header("chatcmpl", body)
             run = await self._generations.chat(asked, body, header.id)
             names, logprobs = self._service.names, bool(body.logprobs)
-            form: Format = ChatFormat(names, logprobs=logprobs)
+            scored = None if body.prompt_logprobs is None else run.plan.prompts[0]
+            form: Format = ChatFormat(names, logprobs=logprobs, scored_prompt=scored)
             if run.make_reader is not None:
                 form = ToolChatFormat(
                     names,
                     logprobs=logprobs,
+                    scored_prompt=scored,
                     make_reader=run.make_reader,
                     parallel=run.parallel,
                 )
@@ -60,8 +62,15 @@ class Endpoints:
             plan = await self._generations.plan(asked, body, header.id, prompts, info)
             echoes = await service.encoder.texts(body.prompt) if body.echo else []
             await self._generations.check_grammar(request, plan)
-            wants = body.logprobs is not None
-            form = CompletionFormat(service.names, logprobs=wants, echoes=echoes, n=plan.n)
+            form = CompletionFormat(
+                service.names,
+                prompts=prompts,
+                logprobs=body.logprobs,
+                prompt_logprobs=body.prompt_logprobs,
+                echoes=echoes,
+                n=plan.n,
+                skip_special=plan.skip_special,
+            )
             return await self._answer(asked, body, plan, form, header)
 
     async def models(self, request: Request) -> Response:

@@ -10,8 +10,9 @@ from pla_serve.server.api.logprobs import (
     TokenNames,
     chat_logprobs,
     completion_logprobs,
+    prompt_logprobs,
 )
-from pla_serve.wire.engine import FinishReason, TokenLogprob
+from pla_serve.wire.engine import FinishReason, PromptLogprobs, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -19,13 +20,22 @@ Json = dict[str, Any]
 class ChoicePart:
     """Part of one choice, or all of it, before it is turned into JSON."""
 
-    __slots__ = ("finish_reason", "index", "logprobs", "stop_reason", "text", "tokens")
+    __slots__ = (
+        "finish_reason",
+        "index",
+        "logprobs",
+        "prompt_logprobs",
+        "stop_reason",
+        "text",
+        "tokens",
+    )
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.text = ""
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
 
@@ -44,14 +54,21 @@ class Format(Protocol):
 
     def whole(self, piece: ChoicePart) -> Json: ...
 
+    def beside(self, piece: ChoicePart) -> Json:
+        """Return fields beside ``choices`` of an answer whose first choice is ``piece``."""
+
 
 class ChatFormat:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, names: TokenNames, *, logprobs: bool) -> None:
+    def __init__(
+        self, names: TokenNames, *, logprobs: bool, scored_prompt: Sequence[int] | None = None
+    ) -> None:
+        """``scored_prompt`` has the tokens of the prompt, if their log probabilities are wanted."""
         self._names = names
         self._wants_logprobs = logprobs
+        self._scored_prompt = scored_prompt
 
     def opening(self, index: int) -> Json:
         return {
@@ -81,6 +98,13 @@ class ChatFormat:
             "stop_reason": piece.stop_reason,
         }
 
+    def beside(self, piece: ChoicePart) -> Json:
+        if self._scored_prompt is None or piece.prompt_logprobs is None:
+            return {}
+        entries = piece.prompt_logprobs.entries()
+        scores = prompt_logprobs(self._scored_prompt, entries, self._names)
+        return {"prompt_logprobs": scores}
+
     def _logprobs(self, piece: ChoicePart) -> Json | None:
         if not self._wants_logprobs:
             return None
@@ -88,19 +112,44 @@ class ChatFormat:
 
 
 class CompletionFormat:
+    """Text completions.
+
+    Args:
+        prompts: tokens of each prompt.
+        logprobs: likeliest tokens that are wanted in each place of the output, and of the prompt if
+            it is echoed; None for no log probabilities.
+        prompt_logprobs: the same for those of the prompt in vLLM's form.
+        echoes: the text that the choices of each prompt begin with; empty for none.
+        n: choices of each prompt.
+        skip_special: whether texts leave special tokens out.
+    """
+
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, names: TokenNames, *, logprobs: bool, echoes: Sequence[str], n: int) -> None:
-        """``echoes`` has the text that the choices of each prompt begin with, or is empty."""
+    def __init__(
+        self,
+        names: TokenNames,
+        *,
+        prompts: Sequence[list[int]],
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        echoes: Sequence[str],
+        n: int,
+        skip_special: bool,
+    ) -> None:
         self._names = names
-        self._wants_logprobs = logprobs
+        self._prompts = prompts
+        self._top = logprobs
+        self._prompt_top = prompt_logprobs
         self._echoes = echoes
         self._n = n
+        self._skip_special = skip_special
         self._offsets: dict[int, TextOffsets] = {}
 
     def opening(self, index: int) -> Json | None:
-        if not self._echoes:
+        """See `Format`: the echo, unless it comes with log probabilities, in the first chunk."""
+        if not self._echoes or self._top is not None:
             return None
         return {
             "index": index,
@@ -110,9 +159,10 @@ class CompletionFormat:
         }
 
     def chunks(self, piece: ChoicePart) -> Sequence[Json]:
+        echo = self._echo(piece) if self._top is not None and not self._begun(piece) else ""
         choice = {
             "index": piece.index,
-            "text": piece.text,
+            "text": echo + piece.text,
             "logprobs": self._logprobs(piece),
             "finish_reason": piece.finish_reason,
         }
@@ -121,17 +171,41 @@ class CompletionFormat:
         return (choice,)
 
     def whole(self, piece: ChoicePart) -> Json:
-        echo = self._echoes[piece.index // self._n] if self._echoes else ""
-        return {
+        choice = {
             "index": piece.index,
-            "text": echo + piece.text,
+            "text": self._echo(piece) + piece.text,
             "logprobs": self._logprobs(piece),
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
+        if self._prompt_top is not None and piece.prompt_logprobs is not None:
+            prompt, entries = self._prompt(piece), piece.prompt_logprobs.entries(self._prompt_top)
+            choice["prompt_logprobs"] = prompt_logprobs(prompt, entries, self._names)
+        return choice
+
+    def beside(self, piece: ChoicePart) -> Json:
+        return {}
+
+    def _echo(self, piece: ChoicePart) -> str:
+        return self._echoes[piece.index // self._n] if self._echoes else ""
+
+    def _prompt(self, piece: ChoicePart) -> list[int]:
+        return self._prompts[piece.index // self._n]
+
+    def _begun(self, piece: ChoicePart) -> bool:
+        return piece.index in self._offsets
 
     def _logprobs(self, piece: ChoicePart) -> Json | None:
-        if not self._wants_logprobs:
+        if self._top is None:
             return None
-        offsets = self._offsets.setdefault(piece.index, TextOffsets(self._names))
-        return completion_logprobs(piece.tokens, piece.logprobs, self._names, offsets)
+        begun, prompt = self._begun(piece), self._prompt(piece)
+        if not begun:
+            self._offsets[piece.index] = self._names.offsets(
+                prompt, self._echo(piece) if self._echoes else None, self._skip_special
+            )
+        offsets = self._offsets[piece.index]
+        tokens, entries = piece.tokens, list[TokenLogprob | None](piece.logprobs)
+        if self._echoes and not begun and piece.prompt_logprobs is not None:
+            tokens = [*prompt, *tokens]
+            entries = [None, *piece.prompt_logprobs.entries(self._top), *entries]
+        return completion_logprobs(tokens, entries, self._names, offsets)

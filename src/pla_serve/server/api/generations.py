@@ -151,7 +151,7 @@ class Generations:
             output_limit(len(each), body.output_limit, info.max_model_len) for each in prompts
         ]
         shared = sampling_params(body, min(limits), info.vocab_size)
-        check_held_logprobs(body, shared.logprobs, n * sum(limits))
+        check_held_logprobs(body, shared, n * sum(limits), [len(each) for each in prompts] * n)
         sampling = [msgspec.structs.replace(shared, max_tokens=limit) for limit in limits]
         return GenerationPlan(
             id=id,
@@ -201,8 +201,8 @@ def output_limit(prompt: int, asked: int | None, context: int) -> int:
     """
     if prompt == 0:
         raise invalid("the prompt is empty", "prompt")
-    if prompt >= context:
+    if prompt + (asked != 0) > context:
         raise too_long(prompt, context)
     if asked is not None and prompt + asked > context:
         raise too_long(prompt, context, output=asked)
-    return asked or context - prompt
+    return context - prompt if asked is None else asked

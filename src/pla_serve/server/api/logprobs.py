@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pla_serve.server.generation.detokenize import TokenBytes
+from pla_serve.server.generation.detokenize import Detokenizer, TokenBytes
 from pla_serve.wire.engine import TokenLogprob
 
 LOWEST = -9999.0
@@ -34,19 +34,51 @@ class TokenNames:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def offsets(self, prompt: Sequence[int], echo: str | None, skip_special: bool) -> TextOffsets:
+        """Return the counter of a text that continues ``prompt``, or begins with its ``echo``.
+
+        Special tokens that the tokenizer has put before a text are not in its echo.
+
+        Args:
+            echo: text of the prompt. None if the prompt is not part of the text; then the first
+                token to count is that of the output.
+            skip_special: whether the output leaves special tokens out.
+        """
+        if echo is None:
+            text = Detokenizer(self._bytes, skip_special_tokens=skip_special, prompt=prompt)
+            return TextOffsets(text)
+        added = {
+            token: max(0, prompt.count(token) - echo.count(self[token][0]))
+            for token in set(filter(self._bytes.is_special, prompt))
+        }
+        kept = frozenset(token for token in prompt if self._bytes.is_special(token))
+        text = Detokenizer(self._bytes, skip_special_tokens=skip_special, keep=kept)
+        return TextOffsets(text, unseen=added)
+
 
 class TextOffsets:
-    """Counts the characters of one text, token by token, so that each token has a place in it."""
+    """Counts the characters of one text, token by token, so that each token has a place in it.
 
-    def __init__(self, names: TokenNames) -> None:
-        self._names = names
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._length = 0
+    Args:
+        text: makes text of the tokens.
+        length: characters before the first token.
+        unseen: how many of the first occurrences of some tokens are not in the text.
+    """
+
+    def __init__(
+        self, text: Detokenizer, length: int = 0, unseen: Mapping[int, int] | None = None
+    ) -> None:
+        self._text = text
+        self._length = length
+        self._unseen = dict(unseen or {})
 
     def push(self, token: int) -> int:
         """Where the token begins, in characters; one inside a character begins where that does."""
         place = self._length
-        self._length += len(self._decoder.decode(bytes(self._names[token][1])))
+        if self._unseen.get(token):
+            self._unseen[token] -= 1
+        else:
+            self._length += len(self._text.push([token]).text)
         return place
 
 
@@ -64,18 +96,43 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    tokens: list[int], logprobs: list[TokenLogprob], names: TokenNames, offsets: TextOffsets
+    tokens: list[int],
+    logprobs: list[TokenLogprob | None],
+    names: TokenNames,
+    offsets: TextOffsets,
 ) -> dict[str, Any]:
-    """The ``logprobs`` of a completion choice; ``offsets`` counts on from the tokens before."""
+    """The ``logprobs`` of a completion choice; ``offsets`` counts on from the tokens before.
+
+    The first token of an echoed prompt has none, which is null.
+    """
     return {
         "tokens": [names.spelled(token) for token in tokens],
-        "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
+        "token_logprobs": [entry and _finite(entry.logprob) for entry in logprobs],
         "top_logprobs": [
-            _by_text([(token, entry.logprob), *entry.top], names)
+            entry and _by_text([(token, entry.logprob), *entry.top], names)
             for token, entry in zip(tokens, logprobs, strict=True)
         ],
         "text_offset": [offsets.push(token) for token in tokens],
     }
+
+
+def prompt_logprobs(
+    prompt: Sequence[int], entries: Iterable[TokenLogprob], names: TokenNames
+) -> list[dict[str, Any] | None]:
+    """Return vLLM's ``prompt_logprobs``: for each token the log probabilities by token id.
+
+    The first token has none. Each entry has the token itself first, then the likeliest ones.
+    """
+    found: list[dict[str, Any] | None] = [None]
+    for token, entry in zip(prompt[1:], entries, strict=True):
+        ranked = [(token, entry.logprob, entry.rank)]
+        ranked += [(other, value, rank) for rank, (other, value) in enumerate(entry.top, 1)]
+        values: dict[str, Any] = {}
+        for id, value, rank in ranked:
+            shown = {"logprob": _finite(value), "rank": rank, "decoded_token": names[id][0]}
+            values.setdefault(str(id), shown)
+        found.append(values)
+    return found
 
 
 def _by_text(values: list[tuple[int, float]], names: TokenNames) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pla_serve.server.api.schema import ChatRequest, CompletionRequest, Generati
 from pla_serve.server.bounded_json import decode
 from pla_serve.server.errors import invalid
 from pla_serve.wire.engine import Grammar, SamplingParams
-from pla_serve.wire.limits import GREEDY_BELOW
+from pla_serve.wire.limits import GREEDY_BELOW, MOST_PROMPT_LOGPROBS
 
 MOST_HELD_LOGPROBS = 2_000_000
 """Log probabilities of one answer that is not streamed; each takes about 100 bytes meanwhile."""
@@ -44,6 +44,7 @@ def sampling_params(
         stop_token_ids=_stop_ids(request.stop_token_ids, vocab_size),
         ignore_eos=request.ignore_eos,
         logprobs=logprobs_wanted(request),
+        prompt_logprobs=request.scores_prompt,
         grammar=grammar(request),
     )
 
@@ -54,24 +55,37 @@ def logprobs_wanted(request: ChatRequest | CompletionRequest) -> int | None:
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
-def check_held_logprobs(request: GenerationRequest, logprobs: int | None, most_tokens: int) -> None:
-    """Check that a whole answer does not make the server hold too many log probabilities.
+def check_held_logprobs(
+    request: GenerationRequest, sampling: SamplingParams, most_tokens: int, prompts: list[int]
+) -> None:
+    """Check that an answer does not make the server hold too many log probabilities.
 
-    A stream gives them away as they come, so it may have any number.
+    A stream gives those of the output away as they come, so of these it may have any number.
 
     Args:
         most_tokens: output tokens of all choices together, at most.
+        prompts: tokens of the prompt of each choice.
 
     Raises:
-        ApiError: 400: it asks for more than `MOST_HELD_LOGPROBS` at once.
+        ApiError: 400: it asks for more than `MOST_HELD_LOGPROBS` at once, or for more than
+            `MOST_PROMPT_LOGPROBS` of one prompt.
     """
-    if request.stream or logprobs is None:
-        return
-    held = most_tokens * (1 + logprobs)
+    held = 0
+    if sampling.prompt_logprobs is not None:
+        longest = max(prompts) * (1 + sampling.prompt_logprobs)
+        if longest > MOST_PROMPT_LOGPROBS:
+            raise invalid(
+                f"one prompt would be given {longest} log probabilities, more than "
+                f"{MOST_PROMPT_LOGPROBS}: shorten it, or lower logprobs or prompt_logprobs",
+                "prompt_logprobs",
+            )
+        held = sum(prompts) * (1 + sampling.prompt_logprobs)
+    if sampling.logprobs is not None and not request.stream:
+        held += most_tokens * (1 + sampling.logprobs)
     if held > MOST_HELD_LOGPROBS:
         raise invalid(
             f"the answer may have {held} log probabilities, more than the {MOST_HELD_LOGPROBS} "
-            "that are held for one answer: stream it, or lower n, max_tokens or logprobs",
+            "that are held for one answer: ask for fewer at once, or stream those of the output",
             "logprobs",
         )
 

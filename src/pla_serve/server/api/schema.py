@@ -147,6 +147,9 @@ class Ignored(Strict):
     include_reasoning: bool | None = None
 
 
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
 class GenerationRequest(Ignored):
     """What both endpoints share. Fields that OpenAI lacks are vLLM's where it has them."""
 
@@ -178,6 +181,8 @@ class GenerationRequest(Ignored):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
+    prompt_logprobs: TopLogprobs | None = None
+    """Log probabilities of the prompt's tokens, and of so many of the likeliest in each place."""
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     """The prefix cache is shared only between requests of one API key with the same salt."""
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1)
@@ -191,26 +196,30 @@ class GenerationRequest(Ignored):
             raise refuse("best_of", "best_of is only supported if it equals n")
         if self.stream_options is not None and not self.stream:
             raise wrong("stream_options", "stream_options needs stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise wrong("prompt_logprobs", "prompt_logprobs are not given with stream: true")
         return self
 
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    """0: nothing is generated; the prompt is scored, with ``echo`` and ``logprobs``."""
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: TopLogprobs | None = None
     add_special_tokens: bool = True
     """Whether the tokenizer adds its own (BOS) to text prompts."""
 
-    @model_validator(mode="after")
-    def _echoes(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise refuse("echo", "echo with logprobs is not supported: prompts have no logprobs")
-        return self
+    @property
+    def scores_prompt(self) -> int | None:
+        """Likeliest tokens that are wanted in each place of the prompt; None for no scores."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((each for each in wanted if each is not None), default=None)
 
     @property
     def output_limit(self) -> int:
         """Most output tokens of a choice."""
-        return self.max_tokens or COMPLETION_TOKENS
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
 
 class ChatRequest(GenerationRequest):
@@ -219,7 +228,7 @@ class ChatRequest(GenerationRequest):
     ]
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: TopLogprobs | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -252,6 +261,11 @@ class ChatRequest(GenerationRequest):
         if isinstance(self.tool_choice, NamedFunction) and self.tool_choice.name not in names:
             raise wrong("tool_choice", f"there is no tool {self.tool_choice.name[:128]!r}")
         return self
+
+    @property
+    def scores_prompt(self) -> int | None:
+        """As `CompletionRequest.scores_prompt`."""
+        return self.prompt_logprobs
 
     @property
     def output_limit(self) -> int | None:

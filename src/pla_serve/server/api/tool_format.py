@@ -41,10 +41,11 @@ class ToolChatFormat(ChatFormat):
         names: TokenNames,
         *,
         logprobs: bool,
+        scored_prompt: Sequence[int] | None,
         make_reader: Callable[[], AnswerReader],
         parallel: bool,
     ) -> None:
-        super().__init__(names, logprobs=logprobs)
+        super().__init__(names, logprobs=logprobs, scored_prompt=scored_prompt)
         self._make_reader = make_reader
         self._parallel = parallel
         self._choices: dict[int, StreamedChoice] = {}

@@ -15,6 +15,7 @@ from pla_serve.wire.engine import (
     Inbound,
     Offer,
     Output,
+    PromptLogprobs,
     Rejected,
     RequestAnswer,
     TokenLogprob,
@@ -47,6 +48,7 @@ class Update:
         "finish_reason",
         "id",
         "logprobs",
+        "prompt_logprobs",
         "queued",
         "rejected",
         "stop_token",
@@ -57,6 +59,7 @@ class Update:
         self.id = id
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_token: int | None = None
         self.cached_tokens: int | None = None
@@ -69,6 +72,8 @@ class Update:
         self.tokens += output.tokens
         if output.logprobs:
             self.logprobs += output.logprobs
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         self.finish_reason = output.finish_reason
         self.stop_token = output.stop_token
         self.error = output.error

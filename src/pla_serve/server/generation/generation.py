@@ -19,6 +19,7 @@ from pla_serve.server.records.metrics import Metrics
 from pla_serve.wire.engine import (
     AddRequest,
     FinishReason,
+    PromptLogprobs,
     Rejected,
     SamplingParams,
     TokenLogprob,
@@ -59,6 +60,8 @@ class ChoiceDelta:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     """The stop string or stop token id that ended the choice; None for EOS and length."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first delta of a choice, if they were asked for."""
 
 
 @dataclass(slots=True)
@@ -71,6 +74,8 @@ class AnswerChoice:
     detokenizer: Detokenizer
     tokens: int = 0
     last_tokens_at: float = 0.0
+    begun: bool = False
+    """Its first delta was given."""
     done: bool = False
 
 
@@ -109,6 +114,8 @@ class Generation:
         self._followers: deque[AnswerChoice] = deque()
         """Choices to be submitted now that the first one of their prompt has a token."""
         self._cached: dict[int, int] = {}
+        self._scores: dict[int, PromptLogprobs] = {}
+        """Log probabilities of each prompt, for the first delta of each of its choices."""
         self._retries: set[asyncio.TimerHandle] = set()
 
     @property
@@ -206,6 +213,8 @@ class Generation:
         if place and sampling.seed is not None:
             sampling = msgspec.structs.replace(sampling, seed=_wrap(sampling.seed + place))
         first = place == 0
+        if not first and sampling.prompt_logprobs is not None:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         request = AddRequest(
             id=choice.id,
             prompt=plan.prompts[choice.prompt],
@@ -244,6 +253,9 @@ class Generation:
 
     def _take(self, choice: AnswerChoice, update: Update) -> ChoiceDelta:
         self._time(choice, len(update.tokens))
+        if update.prompt_logprobs is not None:
+            self._scores[choice.prompt] = update.prompt_logprobs
+        begun, choice.begun = choice.begun, True
         if choice.tokens == 0 and choice.index % self.plan.n == 0:
             for follower in self._choices.values():
                 if follower.prompt == choice.prompt and follower is not choice:
@@ -264,7 +276,8 @@ class Generation:
         if finish is not None:
             self._finish(choice, finish)
         stop_reason = stopped_by if stopped_by is not None else self._stop_id(choice, update)
-        return ChoiceDelta(choice.index, text, tokens, logprobs, finish, stop_reason)
+        scores = None if begun else self._scores.get(choice.prompt)
+        return ChoiceDelta(choice.index, text, tokens, logprobs, finish, stop_reason, scores)
 
     def _decode(self, choice: AnswerChoice, update: Update) -> tuple[str, str | None, int]:
         """Text, the stop string that ended it, and how many of the tokens it took.
