@@ -30,7 +30,8 @@ from pla_serve.engine.build.device import RankDevice
 from pla_serve.engine.build.roofline import ModelSize, measure, starting_profile
 from pla_serve.engine.build.shapes import capture_all
 from pla_serve.engine.device.capture import Capturer, CudaCapture, NoCapture
-from pla_serve.engine.device.marks import Device, RunAhead, device_of
+from pla_serve.engine.device.marks import Device, device_of
+from pla_serve.engine.device.run_ahead import RunAhead
 from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.layers import gpu
 from pla_serve.engine.layers.gpu.operations import TorchOperations

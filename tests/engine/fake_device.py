@@ -9,6 +9,21 @@ import torch
 from pla_serve.engine.device.marks import DeviceMark
 
 
+@dataclass
+class HostClock:
+    """Time of a host that only waits: it passes when somebody sleeps."""
+
+    now: float = 0.0
+    least: float = 0.0
+    """Shortest time that passes: layers of a `FakeDevice` take a second each."""
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, self.least)
+
+
 class WouldWait(Exception):
     """The host waited for work that the test has not let finish."""
 

@@ -18,7 +18,7 @@ import torch
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import DirectUploader, Scratch
 from pla_serve.engine.device.capture import NoCapture
-from pla_serve.engine.device.marks import RunAhead
+from pla_serve.engine.device.run_ahead import RunAhead
 from pla_serve.engine.kv.manager import BlockTable
 from pla_serve.engine.run.executor import BatchExecutor, Executed
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
@@ -26,7 +26,7 @@ from pla_serve.engine.run.runner import AtBoundary, ModelRunner
 from pla_serve.engine.sampling import Sampled, Sampler, SequenceSampling, TokenChoice
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.shapes.ladder import Shape
-from tests.engine.fake_device import FakeDevice
+from tests.engine.fake_device import FakeDevice, HostClock
 from tests.engine.tiny import (
     BLOCK,
     MAX_BLOCKS,
@@ -203,7 +203,8 @@ def late_engine(
     """No block is given to anybody while a batch that uses it is not finished."""
     device = LateDevice()
     runner = late_runner()
-    runner._run_ahead = RunAhead(device, depth)
+    clock = HostClock(least=1.0)
+    runner._run_ahead = RunAhead(device, depth, clock=clock, sleep=clock.sleep)
     limits = GridLimits(BLOCK, Scratch(MAX_BLOCKS * BLOCK, BLOCK), 512, 64, 1.0)
     shapes = [Shape(4, 4), Shape(16, 4), Shape(MOST_TOKENS, MOST_REQUESTS)]
     cpu = torch.device("cpu")

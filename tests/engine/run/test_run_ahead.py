@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from random import Random
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from pla_serve.engine.batch.staging import DirectUploader, Scratch
 from pla_serve.engine.device.capture import NoCapture
-from pla_serve.engine.device.marks import HostDevice, RunAhead
+from pla_serve.engine.device.marks import DeviceMark, HostDevice
+from pla_serve.engine.device.run_ahead import RunAhead
 from pla_serve.engine.run.executor import BatchExecutor
 from pla_serve.engine.run.graphs.grid import GridLimits, ShapeGrid
 from pla_serve.engine.run.runner import ModelRunner
@@ -21,11 +23,16 @@ from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.registry import create_policy
 from pla_serve.policy.shapes.ladder import Shape
 from tests.engine.chaos import ChaosPolicy
-from tests.engine.fake_device import FakeDevice
+from tests.engine.fake_device import FakeDevice, HostClock
 from tests.engine.test_outputs import serve_at_random
 from tests.engine.tiny import BLOCK, Engine, make_engine, padded_runner
 
 LAYERS = 12
+
+
+def on_host_clock(device: FakeDevice, depth: int) -> RunAhead:
+    clock = HostClock(least=1.0)
+    return RunAhead(device, depth, clock=clock, sleep=clock.sleep)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -34,7 +41,7 @@ def test_never_more_than_depth_layers_ahead(depth: int, seed: int) -> None:
     """Whatever runs between the layers, and however slow the device is."""
     rng = Random(seed)
     device = FakeDevice()
-    ahead = RunAhead(device, depth)
+    ahead = on_host_clock(device, depth)
 
     def assert_bound() -> None:
         waiting = [work for work in device.unfinished if work.startswith("layer")]
@@ -62,11 +69,80 @@ def test_never_more_than_depth_layers_ahead(depth: int, seed: int) -> None:
 def test_a_layer_runs_while_the_host_enqueues_the_next() -> None:
     """With a depth of 2 the device has work at every moment but the first."""
     device = FakeDevice()
-    ahead = RunAhead(device, 2)
+    ahead = on_host_clock(device, 2)
     for layer in range(LAYERS):
         ahead.before_layer(lambda: None)
         assert layer == 0 or device.unfinished
         device.enqueue(f"layer {layer}")
+
+
+@dataclass
+class TimedDevice:
+    """Computes for as long as it is told, on the host's clock."""
+
+    clock: HostClock
+    free_at: float = 0.0
+    idle_seconds: float = 0.0
+    asynchronous: bool = True
+    torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def enqueue(self, seconds: float) -> None:
+        self.idle_seconds += max(0.0, self.clock.now - self.free_at)
+        self.free_at = max(self.free_at, self.clock.now) + seconds
+
+    def record(self) -> TimedMark:
+        return TimedMark(self.clock, self.free_at)
+
+
+@dataclass
+class TimedMark:
+    clock: HostClock
+    at: float
+
+    def done(self) -> bool:
+        return self.clock.now >= self.at
+
+    def wait(self) -> None:
+        self.clock.now = max(self.clock.now, self.at)
+
+    def seconds_since(self, earlier: DeviceMark) -> float | None:
+        assert isinstance(earlier, TimedMark)
+        return self.at - earlier.at
+
+
+@pytest.mark.parametrize("enqueueing", [0.0, 0.01, 0.1, 0.2])
+def test_an_arrival_waits_for_the_layer_that_runs(enqueueing: float) -> None:
+    """In layers of one second, from its arrival to the moment at which it could begin to run."""
+    clock = HostClock()
+    device = TimedDevice(clock)
+    ahead = RunAhead(device, 2, clock=clock, sleep=clock.sleep)
+    rng = Random(0)
+    arrivals = sorted(rng.uniform(5, 290) for _ in range(2000))
+    waits: list[float] = []
+
+    def ask() -> None:
+        while arrivals and arrivals[0] <= clock.now:
+            waits.append(device.free_at - arrivals.pop(0))
+
+    for _ in range(300):
+        ahead.before_layer(ask)
+        clock.now += enqueueing
+        device.enqueue(1.0)
+    assert not arrivals
+    assert sum(waits) / len(waits) <= max(1.1, 0.5 + 3 * enqueueing)
+    assert max(waits) <= 1 + 2 * enqueueing + 0.01
+    assert device.idle_seconds < 0.3, "the device never waits for the host"
+
+
+def test_layers_that_become_shorter_cost_a_nap_at_most() -> None:
+    clock = HostClock()
+    device = TimedDevice(clock)
+    ahead = RunAhead(device, 2, clock=clock, sleep=clock.sleep)
+    for seconds in (1.0, 1.0, 0.01, 0.01, 0.01, 1.0, 0.002) * 20:
+        ahead.before_layer(lambda: None)
+        clock.now += 0.0001
+        device.enqueue(seconds)
+    assert device.idle_seconds < 140 * 0.0003
 
 
 def test_a_host_that_computes_itself_is_not_held_up() -> None:

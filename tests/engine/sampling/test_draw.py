@@ -24,6 +24,8 @@ from pla_serve.engine.sampling.draw import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    nucleus_floor_by_halving,
+    nucleus_floor_by_sorting,
     pick,
     scale,
     to_weights,
@@ -139,8 +141,22 @@ def test_a_narrow_first_sort_finds_the_same_nucleus(seed, top_p, width) -> None:
     logits = random_logits(seed, 4, 300)
     logits[1] *= 0.001  # flat: needs the widest sort
     expected = surviving(logits, top_p=top_p)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "NUCLEUS_WIDTH", width)
+        patch.setattr(nucleus_floor_by_sorting, "__defaults__", (width,))
+        assert torch.equal(surviving(logits, top_p=top_p), expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=seeds, top_p=st.floats(0.001, 0.9999), rows=st.sampled_from([1, 3, 70]))
+def test_halving_finds_the_same_nucleus_as_sorting(seed, top_p, rows) -> None:
+    """Also with ties, which logits of bfloat16 have, and with one token that has all the mass."""
+    logits = random_logits(seed, rows, 300).bfloat16().float()
+    logits[0] *= 0.001
+    logits[-1] *= 100
+    expected = surviving(logits, top_p=top_p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "nucleus_floor_by_sorting", nucleus_floor_by_halving)
         assert torch.equal(surviving(logits, top_p=top_p), expected)
 
 

@@ -10,7 +10,8 @@ from pla_serve.engine.batch.staging import DirectUploader, PinnedUploader, Uploa
 from pla_serve.engine.build.model import RankModel
 from pla_serve.engine.build.roofline import measure, starting_profile
 from pla_serve.engine.build.settings import RankSettings
-from pla_serve.engine.device.marks import Device, RunAhead, device_of
+from pla_serve.engine.device.marks import Device, device_of
+from pla_serve.engine.device.run_ahead import RunAhead
 from pla_serve.policy.cost import CostModel, CostProfile
 
 

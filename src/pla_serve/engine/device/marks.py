@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -99,48 +97,3 @@ class CudaDevice:
 def device_of(device: torch.device) -> Device:
     """Return what records marks on a torch device."""
     return CudaDevice(device) if device.type == "cuda" else HostDevice()
-
-
-class RunAhead:
-    """Bounds the number of layers that the host has enqueued and the device has not finished.
-
-    Without a bound, a host that enqueues the layers of a long prefill in a millisecond each would
-    have enqueued all of them before the first is done, and nothing would be left to preempt. With a
-    depth of 1 the device would idle while the host enqueues. With 2 it runs one layer meanwhile.
-
-    Args:
-        depth: most unfinished layers once the next one is enqueued, at least 1.
-
-    Raises:
-        ValueError: ``depth`` is less than 1.
-    """
-
-    def __init__(self, device: Device, depth: int = 2) -> None:
-        if depth < 1:
-            raise ValueError(f"the host must be allowed at least 1 layer ahead, not {depth}")
-        self._device = device
-        self._depth = depth
-        self._marks: deque[DeviceMark] = deque()
-        self._held = 0
-
-    def before_layer(self, ask: Callable[[], None]) -> None:
-        """Wait until the next layer may be enqueued, and call ``ask``, which may run other passes.
-
-        ``ask`` is called when fewer than ``depth`` of the enqueued layers are unfinished, and the
-        same holds when this returns.
-        """
-        if not self._device.asynchronous:
-            ask()
-            return
-        self._hold()
-        held = self._held
-        ask()
-        if self._held != held:  # layers of other passes have been enqueued meanwhile
-            self._hold()
-
-    def _hold(self) -> None:
-        """Mark the end of the last layer and of passes after it, and wait for an earlier mark."""
-        self._held += 1
-        self._marks.append(self._device.record())
-        while len(self._marks) >= self._depth:
-            self._marks.popleft().wait()

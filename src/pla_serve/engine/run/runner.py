@@ -10,7 +10,7 @@ import torch
 
 from pla_serve.engine.attention.interface import AttentionBackend, ForwardContext
 from pla_serve.engine.batch.flat import FlatBatch
-from pla_serve.engine.device.marks import RunAhead
+from pla_serve.engine.device.run_ahead import RunAhead
 from pla_serve.engine.kv.cache import KVCache
 from pla_serve.engine.run.head import ModelHead
 

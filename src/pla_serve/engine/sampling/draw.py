@@ -25,6 +25,10 @@ BLOCK = 128
 """Tokens whose weights are summed before the search looks at single tokens."""
 NUCLEUS_WIDTH = 256
 """Tokens that are sorted first to find the top-p set; most sets are far smaller."""
+HALVED_ROWS = 64
+"""Rows that are halved together, which bounds the memory that it takes."""
+UNREACHED_BITS = 0x420C0000
+"""Bits of 35.0 as float32. Tokens whose scaled logit is below -34 have the weight 0."""
 
 
 def draw(
@@ -103,17 +107,60 @@ def keep_top_p(scaled: torch.Tensor, weights: torch.Tensor, top_p: Sequence[floa
     need = share * mass.sum(-1, dtype=torch.float64)
     floor = torch.full(scaled.shape[:1], -torch.inf, device=scaled.device)
     # On CUDA the host would have to wait to learn whether a narrow sort was enough.
-    width = wanted.shape[1] if wanted.is_cuda else NUCLEUS_WIDTH
-    floor[index] = _nucleus_floor(wanted, mass, need, width)
+    find = nucleus_floor_by_halving if wanted.is_cuda else nucleus_floor_by_sorting
+    floor[index] = find(wanted, mass, need)
     weights.masked_fill_(scaled < floor.unsqueeze(1), 0.0)
 
 
-def _nucleus_floor(
-    scaled: torch.Tensor, weights: torch.Tensor, need: torch.Tensor, width: int
+def nucleus_floor_by_halving(
+    scaled: torch.Tensor, weights: torch.Tensor, need: torch.Tensor
+) -> torch.Tensor:
+    """Return a bound (n,) such that tokens of at least this scaled logit are the top-p set.
+
+    It halves, for each row, the range of float32 numbers in which the bound may lie, until one is
+    left: 31 passes over the weights, without sorting and without waiting for the device. Absolute
+    values of floats have the order of their bits as whole numbers.
+
+    Args:
+        scaled: (n, vocab) float32, at most 0.
+        weights: (n, vocab) float32, of the same tokens (`to_weights`).
+        need: (n,) float64, above 0 and at most the sum of the weights.
+    """
+    return torch.cat(
+        [
+            _halve(*part)
+            for part in zip(
+                scaled.split(HALVED_ROWS),
+                weights.split(HALVED_ROWS),
+                need.split(HALVED_ROWS),
+                strict=True,
+            )
+        ]
+    )
+
+
+def _halve(scaled: torch.Tensor, weights: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
+    distance = scaled.abs().view(torch.int32)
+    low = torch.zeros_like(need, dtype=torch.int32)
+    high = torch.full_like(low, UNREACHED_BITS)
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        likelier = torch.where(distance < middle.unsqueeze(1), weights, 0.0)
+        enough = likelier.sum(1, dtype=torch.float64) >= need
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return -low.view(torch.float32)
+
+
+def nucleus_floor_by_sorting(
+    scaled: torch.Tensor,
+    weights: torch.Tensor,
+    need: torch.Tensor,
+    width: int = NUCLEUS_WIDTH,
 ) -> torch.Tensor:
     """Return the smallest scaled logit (n,) in each top-p set.
 
-    Sorts the ``width`` likeliest tokens, and more in rows in which these lack mass.
+    Sorts the ``width`` likeliest tokens, and more in rows in which these lack mass. Arguments are
+    those of `nucleus_floor_by_halving`.
     """
     width = min(width, scaled.shape[1])
     values, ids = scaled.topk(width)
@@ -125,7 +172,9 @@ def _nucleus_floor(
         return floor
     wider = (mass[:, -1] < need).nonzero().squeeze(1)
     if len(wider):
-        floor[wider] = _nucleus_floor(scaled[wider], weights[wider], need[wider], 16 * width)
+        floor[wider] = nucleus_floor_by_sorting(
+            scaled[wider], weights[wider], need[wider], 16 * width
+        )
     return floor
 
 
