@@ -51,6 +51,9 @@ class ThreadRanks:
     def exchange(self, text: str) -> list[str]:
         return [str(each) for each in self._all(text)]
 
+    def before_leaving(self, release: Callable[[], None]) -> None:
+        """Threads never leave."""
+
 
 def on_each(size: int, work: Callable[[ThreadRanks], T]) -> list[T]:
     """``work`` of all ranks at the same time; what each one gave."""

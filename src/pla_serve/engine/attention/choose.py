@@ -22,6 +22,7 @@ from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
 from pla_serve.engine.batch.flat import FlatBatch, SpanRequest
 from pla_serve.engine.batch.staging import Capacity, Scratch, capacity_of, pack, unpack
 from pla_serve.engine.device.capture import Capturer
+from pla_serve.engine.device.errors import first_line
 from pla_serve.engine.device.marks import device_of
 from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kv.cache import KVCache, KVShape
@@ -153,19 +154,14 @@ def probe(
         if reason is not None:
             return f"its {reason}"
     except Exception as error:  # libraries raise anything on a device that they do not support
-        return _first_line(error)
+        return first_line(error)
     if capturer is None:
         return None
     try:
         reason = differs(capturer.capture(attend))
     except Exception as error:
-        return f"it cannot be captured ({_first_line(error)}); --no-graphs does without"
+        return f"it cannot be captured ({first_line(error)}); --no-graphs does without"
     return reason and f"captured and replayed, its {reason}; --no-graphs does without"
-
-
-def _first_line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
 
 
 def _fill(cache: KVCache, batch: FlatBatch, generator: torch.Generator) -> None:

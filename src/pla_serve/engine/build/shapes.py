@@ -55,6 +55,7 @@ def build_shapes(
     )
     capturer: Capturer = CudaCapture(settings.device) if settings.on_cuda else NoCapture()
     if settings.ranks.size > 1:
+        settings.ranks.before_leaving(capturer.release)
         capturer = AgreedCapture(capturer, settings.ranks)
     grid = ShapeGrid(
         runner,

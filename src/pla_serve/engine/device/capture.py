@@ -30,6 +30,10 @@ class Capturer(Protocol):
         """Return the bytes of device memory that all captures so far keep."""
         ...
 
+    def release(self) -> None:
+        """Give up all captures, which nobody may replay any more."""
+        ...
+
 
 class NoCapture:
     """Runs the fixed pass uncaptured, with the same shapes, padding and buffers, on any device."""
@@ -41,6 +45,9 @@ class NoCapture:
     def bytes_held(self) -> int:
         """See `Capturer`."""
         return 0
+
+    def release(self) -> None:
+        """See `Capturer`."""
 
 
 class CudaCapture:
@@ -59,6 +66,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._held = 0
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, run: FixedPass) -> FixedPass:
         """See `Capturer`."""
@@ -78,6 +86,7 @@ class CudaCapture:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             output = run()
         torch.cuda.synchronize(self._device)
+        self._graphs.append(graph)
         self._held += max(0, free - torch.cuda.mem_get_info(self._device)[0])
 
         def replay() -> torch.Tensor:
@@ -89,3 +98,10 @@ class CudaCapture:
     def bytes_held(self) -> int:
         """See `Capturer`."""
         return self._held
+
+    def release(self) -> None:
+        """See `Capturer`."""
+        torch.cuda.synchronize(self._device)
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()

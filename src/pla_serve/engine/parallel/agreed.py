@@ -41,3 +41,7 @@ class AgreedCapture:
     def bytes_held(self) -> int:
         """See `Capturer`."""
         return self._capturer.bytes_held()
+
+    def release(self) -> None:
+        """See `Capturer`."""
+        self._capturer.release()

@@ -45,6 +45,13 @@ class Ranks(Protocol):
         """Return the texts of all ranks, in order. Slow, so for use at start only."""
         ...
 
+    def before_leaving(self, release: Callable[[], None]) -> None:
+        """Have ``release`` called before this rank leaves the others.
+
+        Captured graphs are given up there: NCCL waits for those that use its communicator.
+        """
+        ...
+
 
 class Alone:
     """The only rank of a model that is not divided."""
@@ -64,6 +71,9 @@ class Alone:
     def exchange(self, text: str) -> list[str]:
         """See `Ranks`."""
         return [text]
+
+    def before_leaving(self, release: Callable[[], None]) -> None:
+        """See `Ranks`. This rank never leaves."""
 
 
 ALONE = Alone()
@@ -91,6 +101,7 @@ class TorchRanks:
         self.size = size
         self._watch = watch
         self._exchanges = 0
+        self._releases: list[Callable[[], None]] = []
         self._store = FileStore(str(folder / "store"), size)
         self._cuda = cuda = device.type == "cuda"
         if cuda:
@@ -143,10 +154,17 @@ class TorchRanks:
             found.append(self._store.get(key).decode())
         return found
 
+    def before_leaving(self, release: Callable[[], None]) -> None:
+        """See `Ranks`."""
+        self._releases.append(release)
+
     def close(self, alone: bool = False) -> None:
         """Leave the process group; ``alone`` says that the other ranks have ended already."""
-        if not (alone and self._cuda):  # NCCL would wait for them
-            dist.destroy_process_group()
+        if alone and self._cuda:
+            return  # NCCL would wait for them, and so would graphs that wait for their sums
+        while self._releases:
+            self._releases.pop()()
+        dist.destroy_process_group()
 
 
 def least(ranks: Ranks, number: int) -> int:

@@ -126,17 +126,9 @@ def nucleus_floor_by_halving(
         weights: (n, vocab) float32, of the same tokens (`to_weights`).
         need: (n,) float64, above 0 and at most the sum of the weights.
     """
-    return torch.cat(
-        [
-            _halve(*part)
-            for part in zip(
-                scaled.split(HALVED_ROWS),
-                weights.split(HALVED_ROWS),
-                need.split(HALVED_ROWS),
-                strict=True,
-            )
-        ]
-    )
+    starts = range(0, len(need), HALVED_ROWS)
+    parts = [slice(start, start + HALVED_ROWS) for start in starts]
+    return torch.cat([_halve(scaled[part], weights[part], need[part]) for part in parts])
 
 
 def _halve(scaled: torch.Tensor, weights: torch.Tensor, need: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from random import Random
 
 import pytest
@@ -58,6 +59,25 @@ def test_a_layer_that_is_built_otherwise_stays() -> None:
     stock = list(layers)
     assert gpu.optimise(model, TorchOperations()) == 1
     assert [now is then for now, then in zip(layers, stock, strict=True)] == [False, True, True]
+
+
+class NoCompiler(TorchOperations):
+    """Triton where there is no C compiler."""
+
+    def rms_norm(self, inputs: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nmore")
+
+
+def test_kernels_that_do_not_run_are_replaced_by_torch(caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation=IMPLEMENTATION)
+    layers = decoder_layers(model, 3)
+    with caplog.at_level(logging.WARNING):
+        assert gpu.optimise(model, NoCompiler()) == 3
+    assert all(type(layer._operations) is TorchOperations for layer in layers)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the kernels of fused layers do not run here, torch's are used: "
+        "RuntimeError: Failed to find C compiler. Please specify via CC"
+    ]
 
 
 @settings(max_examples=25, deadline=None)

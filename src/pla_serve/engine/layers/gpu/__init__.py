@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.device.errors import first_line
 from pla_serve.engine.layers.gpu.layer import GpuLayer
 from pla_serve.engine.layers.gpu.operations import Operations, TorchOperations
 from pla_serve.engine.layers.gpu.probe import same_results
@@ -34,7 +35,8 @@ def optimise(model: nn.Module, operations: Operations) -> int:
     """Replace decoder layers of ``model`` by fused ones; return how many were replaced.
 
     Each fused layer is compared with the stock one first. A layer that is built in another way, or
-    whose results differ, stays as it is.
+    whose results differ, stays as it is. If the kernels of ``operations`` do not run here (Triton
+    needs a C compiler at run time, for example), torch's operations take their place.
     """
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != IMPLEMENTATION:
         return 0
@@ -42,6 +44,7 @@ def optimise(model: nn.Module, operations: Operations) -> int:
     if owner is None:
         return 0
     rotary = owner.rotary_emb
+    operations = _that_run(operations, model, rotary)
     replaced = 0
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for index, stock in enumerate(layers):
@@ -50,10 +53,39 @@ def optimise(model: nn.Module, operations: Operations) -> int:
             except (AttributeError, TypeError, ValueError) as error:
                 log.info("layer %d stays as it is: %s", index, error)
                 continue
-            difference = same_results(stock, fused, rotary)
+            difference = _difference(stock, fused, rotary)
             if difference is not None:
                 log.warning("layer %d stays as it is: fused, it differs by %s", index, difference)
                 continue
             layers[index] = fused  # the stock weights are freed layer by layer
             replaced += 1
     return replaced
+
+
+def _that_run(operations: Operations, model: nn.Module, rotary: Any) -> Operations:
+    """Return ``operations`` if a first layer runs with them, or else those of torch."""
+    for stock in (
+        m for layers in model.modules() if isinstance(layers, nn.ModuleList) for m in layers
+    ):
+        try:
+            fused = GpuLayer(stock, operations)
+        except (AttributeError, TypeError, ValueError):
+            continue
+        try:
+            same_results(stock, fused, rotary)
+        except Exception as error:  # a compiler, a driver or a library may raise anything
+            log.warning(
+                "the kernels of fused layers do not run here, torch's are used: %s",
+                first_line(error),
+            )
+            return TorchOperations()
+        return operations
+    return operations
+
+
+def _difference(stock: nn.Module, fused: GpuLayer, rotary: Any) -> str | None:
+    """Return how the results of both layers differ, as text; None if they do not."""
+    try:
+        return same_results(stock, fused, rotary)
+    except Exception as error:  # as above
+        return f"an error, {first_line(error)}"
