@@ -118,6 +118,7 @@ def report(plan: campaign.Plan, result: campaign.Result) -> dict[str, Any]:
         "seconds": round(result.seconds, 1),
         "answered": tally.answered,
         "tokens": tally.tokens,
+        "given_up_as_two_instances_were_killed_under_it": len(tally.given_up),
         "problems": tally.problems,
         "leaks": result.leaks,
         "connections_broken_by_the_routers_death": tally.broken,

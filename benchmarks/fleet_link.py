@@ -22,7 +22,13 @@ from typing import Any
 from pla_serve.bench.save import write_json
 from pla_serve.environment import describe
 from pla_serve.fleet.link.own import InstanceLink
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, RequestAnswer
+from pla_serve.fleet.link.protocol import (
+    InstanceFacts,
+    InstanceReport,
+    Link,
+    LossCause,
+    RequestAnswer,
+)
 from pla_serve.wire.engine import AddRequest, Output, Rejected, SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +48,7 @@ class Owner:
 
     def report(self, link: Link, report: InstanceReport) -> None: ...
 
-    def lost(self, link: Link, reason: str) -> None:
+    def lost(self, link: Link, reason: str, cause: LossCause) -> None:
         if self.waiting:
             raise SystemExit(f"the link was lost: {reason}")
 

@@ -10,6 +10,7 @@ from pla_serve.fleet.link.protocol import (
     InstanceReport,
     LinkDown,
     LinkEvents,
+    LossCause,
     RequestAnswer,
     Role,
 )
@@ -95,10 +96,10 @@ class VirtualLink:
         self._connected, self._facts, self._last_report = True, facts, None
         self._owner.connected(self, facts)
 
-    def cut(self, reason: str) -> None:
+    def cut(self, reason: str, cause: LossCause = LossCause.BROKEN) -> None:
         """Break the connection; the router moves the requests."""
         self._connected, self._last_report = False, None
-        self._owner.lost(self, reason)
+        self._owner.lost(self, reason, cause)
 
     def report(self, report: InstanceReport) -> None:
         """Deliver a report; ignored without a connection."""

@@ -12,6 +12,7 @@ from pla_serve.fleet.link.protocol import (
     InstanceFacts,
     InstanceReport,
     LinkEvents,
+    LossCause,
     RequestAnswer,
     Role,
 )
@@ -129,7 +130,7 @@ class SimulatedServer:
         self.engine = self._options.make_instance(self)
         self._scheduled = inf
         self._cache.clear()
-        self.link.cut(reason)
+        self.link.cut(reason, LossCause.ENDED)
 
     def drop_all(self) -> None:
         """Forget all requests, and what was to be said of them."""

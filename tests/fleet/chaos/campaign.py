@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fleet.chaos.deaths import unexplained
 from tests.fleet.chaos.faults import Fault, Injector, draw
 from tests.fleet.chaos.leaks import count_descriptors, find_leaks
 from tests.fleet.chaos.load import Load, Question, Tally, learn, make_questions
@@ -65,19 +66,22 @@ def run(plan: Plan, folder: Path, *words: str) -> Result:
 
 async def _break(plan: Plan, fleet: TinyFleet, questions: list[Question]) -> Result:
     # Everything that is opened once is open before descriptors are counted.
-    warm = Load(fleet.url, questions, plan.clients, plan.seed, lambda since: False)
+    tally = Tally()
+    warm = Load(fleet.url, questions, plan.clients, plan.seed, lambda since: False, tally=tally)
     warm.start()
     await asyncio.sleep(3)
     await warm.stop()
     before = await asyncio.to_thread(count_descriptors, fleet)
     began = time.monotonic()
-    tally = Tally(problems=list(warm.tally.problems))
+    tally.answered = tally.tokens = 0
+    tally.first_seconds.clear()
     injector = Injector(fleet, plan.instances, questions, tally, time.monotonic)
     load = Load(fleet.url, questions, plan.clients, plan.seed + 1, injector.excused, tally=tally)
     load.start()
     faults = draw(plan.seed, plan.faults, decodes=plan.decodes, pause=plan.pause)
     await injector.run(faults, until=began + plan.seconds)
     await load.stop()
+    tally.problems += unexplained(tally.given_up, injector.deaths, fleet.log())
     leaks = await asyncio.to_thread(find_leaks, fleet, before, plan.instances)
     return Result(
         tally,

@@ -14,6 +14,7 @@ from random import Random
 
 import httpx
 
+from tests.fleet.chaos.deaths import Death
 from tests.fleet.chaos.load import Question, Tally, ask
 from tests.fleet.chaos.tiny_fleet import Process, TinyFleet, is_ready
 
@@ -99,6 +100,7 @@ class Injector:
         self._hangs: set[asyncio.Task[None]] = set()
         self._stopped: set[int] = set()
         """Processes that stand still."""
+        self.deaths: list[Death] = []
         self.done: list[tuple[float, Fault]] = []
         self.recovered: list[float] = []
 
@@ -160,10 +162,10 @@ class Injector:
         victim = instances[fault.victim % len(instances)]
         assert victim.engine is not None
         if kind is Kind.KILL_INSTANCE:
-            os.kill(victim.pid, signal.SIGKILL)
+            self._kill(victim, victim.pid)
             await self._gone(victim)
         elif kind is Kind.KILL_ENGINE:
-            os.kill(victim.engine, signal.SIGKILL)
+            self._kill(victim, victim.engine)
         else:
             pids = [victim.engine] if kind is Kind.HANG_ENGINE else victim.pids
             self._hang(pids, fault.seconds)
@@ -203,8 +205,13 @@ class Injector:
             )
             await asyncio.sleep(after)
             if victim.engine is not None:
-                os.kill(victim.engine, signal.SIGKILL)
+                self._kill(victim, victim.engine)
             await asking
+
+    def _kill(self, victim: Process, pid: int) -> None:
+        """Kill an instance or its engine."""
+        self.deaths.append(Death(victim.port, self._clock()))
+        os.kill(pid, signal.SIGKILL)
 
     async def _gone(self, process: Process) -> None:
         async with asyncio.timeout(60):

@@ -27,6 +27,17 @@ class Question:
     answer: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A request that was ended because instances ended with it."""
+
+    id: str
+    """Its name in the fleet's log."""
+    began: float
+    ended: float
+    error: str
+
+
 @dataclass(slots=True)
 class Tally:
     """What became of the load."""
@@ -37,6 +48,10 @@ class Tally:
     """Connections that the death of the router cut; each was tried again."""
     refused: int = 0
     """429, or 503 while the router leaves, with Retry-After; each was tried again."""
+    asked: int = 0
+    """Requests so far, tries included; the number of each is its id in the fleet's log."""
+    given_up: list[GivenUp] = field(default_factory=list)
+    """Each is a problem unless it is by design: see `deaths`."""
     problems: list[str] = field(default_factory=list)
     """Failed, cut short, or wrong: each is a fault of the fleet."""
     first_seconds: list[float] = field(default_factory=list)
@@ -88,8 +103,8 @@ class Failed(Exception):
     """An error that the server told."""
 
 
-async def stream(client: httpx.AsyncClient, question: Question):  # type: ignore[no-untyped-def]
-    """Yields tokens as they come.
+async def stream(client: httpx.AsyncClient, question: Question, id: str = "question"):  # type: ignore[no-untyped-def]
+    """Yields tokens as they come. ``id``: name of the request in the server's log.
 
     Raises:
         Refused, Failed: what the server said; httpx.HTTPError: what the network did.
@@ -102,7 +117,8 @@ async def stream(client: httpx.AsyncClient, question: Question):  # type: ignore
         "stream": True,
     }
     ended = False
-    async with client.stream("POST", "/v1/completions", json=body) as response:
+    headers = {"X-Request-Id": id}
+    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
         if response.status_code in (429, 503) and "retry-after" in response.headers:
             seconds = float(response.headers["retry-after"])
             raise Refused(seconds, draining=response.status_code == 503)
@@ -184,9 +200,11 @@ async def ask(
     """One request to its end; again where the client was told, or the router died under it."""
     for _ in range(TRIES):
         began = clock()
+        tally.asked += 1
+        id = f"chaos-{tally.asked}"
         got: list[int] = []
         try:
-            async for token in stream(client, question):
+            async for token in stream(client, question, id):
                 if not got:
                     tally.first_seconds.append(clock() - began)
                 got.append(token)
@@ -197,6 +215,9 @@ async def ask(
             await asyncio.sleep(refused.seconds)
             continue
         except Failed as failed:
+            if "instances ended with it" in str(failed):
+                tally.given_up.append(GivenUp(id, began, clock(), str(failed)))
+                return
             tally.problems.append(f"after {len(got)} of {question.max_tokens} tokens: {failed}")
             return
         except httpx.HTTPError as error:

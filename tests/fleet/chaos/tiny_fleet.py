@@ -105,13 +105,13 @@ class TinyFleet:
         end = time.monotonic() + seconds
         while not self.ready(count):
             if self._child.poll() is not None:
-                raise TimeoutError(f"the fleet ended with {self._child.returncode}\n{self.log()}")
+                raise TimeoutError(f"the fleet ended with {self._child.returncode}\n{self.log(40)}")
             if time.monotonic() > end:
-                raise TimeoutError(f"not all are ready after {seconds:.0f} s\n{self.log()}")
+                raise TimeoutError(f"not all are ready after {seconds:.0f} s\n{self.log(40)}")
             time.sleep(0.1)
 
-    def log(self, lines: int = 40) -> str:
-        """The end of it."""
+    def log(self, lines: int = 0) -> str:
+        """The last lines of it; 0: all."""
         self._log.flush()
         text = Path(self._log.name).read_text(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
@@ -195,7 +195,7 @@ def start_fleet(
             yield fleet
             child.send_signal(signal.SIGTERM)
             status = child.wait(60)
-            assert status == 0, f"the fleet left with status {status}\n{fleet.log()}"
+            assert status == 0, f"the fleet left with status {status}\n{fleet.log(40)}"
         finally:
             _end(child)
 

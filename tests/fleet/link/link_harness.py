@@ -19,6 +19,7 @@ from pla_serve.fleet.link.protocol import (
     InstanceReport,
     Link,
     LinkEvents,
+    LossCause,
     RequestAnswer,
 )
 from pla_serve.wire.engine import Accepted, AddRequest, Output, Rejected, SamplingParams
@@ -34,6 +35,7 @@ class Recorder:
         self.boots: list[str] = []
         self.reports: list[InstanceReport] = []
         self.losses: list[str] = []
+        self.causes: list[LossCause] = []
         self.messages: list[RequestAnswer] = []
         self._changed = asyncio.Event()
 
@@ -47,9 +49,10 @@ class Recorder:
         self.reports.append(report)
         self._changed.set()
 
-    def lost(self, link: Link, reason: str) -> None:
+    def lost(self, link: Link, reason: str, cause: LossCause) -> None:
         assert len(self.boots) == len(self.losses) + 1
         self.losses.append(reason)
+        self.causes.append(cause)
         self._changed.set()
 
     def message(self, link: Link, message: RequestAnswer) -> None:

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from pla_serve.fleet.link.own import InstanceLink
-from pla_serve.fleet.link.protocol import LinkDown, LinkRefused
+from pla_serve.fleet.link.protocol import LinkDown, LinkRefused, LossCause
 from pla_serve.server.run import listen
 from pla_serve.wire.engine import AbortRequest, Begin, Release
 from tests.fleet.link.link_harness import FAST, Process, Recorder, add, linked, running
@@ -206,6 +206,7 @@ def test_kill_is_told_at_once_and_the_next_life_has_another_boot(
             os.kill(server.engine, signal.SIGKILL)
             await events.until(lambda: len(events.losses) == 1)
             assert "SIGKILL" in events.losses[0]
+            assert events.causes == [LossCause.ENDED]
             await events.until(lambda: len(events.boots) == 2)
             assert events.boots[0] != events.boots[1]
             link.send(add("b"))
@@ -231,6 +232,7 @@ def test_a_hang_is_silence_and_what_wakes_up_is_the_same_life(
             os.kill(getattr(server, who), signal.SIGSTOP)
             await events.until(lambda: events.losses)
             assert events.losses == ["nothing was heard for 1.5 s"]
+            assert events.causes == [LossCause.SILENT]
             os.kill(getattr(server, who), signal.SIGCONT)
             await events.until(lambda: len(events.boots) == 2)
             assert events.boots[0] == events.boots[1]

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any
 from zlib import crc32
 
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, LinkDown
+from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, LinkDown, LossCause
 from pla_serve.fleet.router.contract import FleetOptions
 from pla_serve.fleet.router.fleet import Fleet
 from pla_serve.wire.engine import (
@@ -143,7 +143,7 @@ class FakeLink:
         self.last_report = report
         self.fleet.report(self, report)
 
-    def cut(self, *, restart: bool = False) -> None:
+    def cut(self, *, restart: bool = False, cause: LossCause = LossCause.BROKEN) -> None:
         """The connection ends; the instance drops what is in flight."""
         self.connected = False
         self.jobs.clear()
@@ -151,7 +151,7 @@ class FakeLink:
         self.offers.clear()
         if restart:
             self.boot += 1
-        self.fleet.lost(self, "cut")
+        self.fleet.lost(self, "cut", cause)
 
     def send(self, message: Any) -> None:
         if not self.connected:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 import pytest
 
@@ -81,7 +79,7 @@ def test_an_instance_that_failed_it_is_left_out_although_it_is_back() -> None:
     assert bench.where(client) is first, "the only one left, on a new connection"
 
 
-def test_it_waits_for_an_instance_and_then_fails_by_name() -> None:
+def test_it_waits_for_an_instance_and_then_fails_without_its_name() -> None:
     bench = Bench(1, patience_seconds=10)
     client = bench.submit(PROMPT)
     bench.links[0].cut()
@@ -89,7 +87,7 @@ def test_it_waits_for_an_instance_and_then_fails_by_name() -> None:
     bench.clock.advance(9)
     assert not client.ended
     bench.clock.advance(2)
-    assert client.ends[0].startswith("failed: no instance is ready (i0 was lost: cut)")
+    assert client.ends == ["failed: no instance is ready"]
     bench.assert_nothing_left()
 
 
@@ -109,7 +107,7 @@ def test_a_request_that_breaks_every_instance_is_given_up() -> None:
     client = bench.submit(PROMPT)
     for _ in range(3):
         bench.where(client).cut()
-    assert client.ends[0].startswith("failed: given up after 3 failures")
+    assert client.ends == ["failed: given up after 3 failures; the router's log has them"]
     assert sum(link.connected for link in bench.links) == 3
     bench.assert_nothing_left()
 
@@ -503,69 +501,3 @@ def test_a_fault_of_the_request_ends_it_and_says_nothing_of_the_instance() -> No
     bench.run()
     assert other.tokens == oracle(PROMPT, other.request.sampling)
     bench.assert_nothing_left()
-
-
-def step_others(bench: Bench, poison: Any) -> None:
-    """Every job but those of ``poison`` makes a token."""
-    for link in bench.links:
-        for id, job in list(link.jobs.items()):
-            if job.begun and id.partition("~")[0] != poison.id:
-                link._make(id, job, 1)
-        link.flush()
-
-
-def dies(bench: Bench, poison: Any) -> bool:
-    """Whether the instance that has ``poison`` died of it, and is back; it may be nowhere."""
-    for link in bench.links:
-        if any(id.partition("~")[0] == poison.id for id in link.jobs):
-            link.cut(restart=True)
-            link.connect()
-            return True
-    return False
-
-
-def test_a_request_that_ended_two_instances_is_not_given_to_a_third() -> None:
-    bench = Bench(4)
-    streams = [bench.submit([*PROMPT, i], 20) for i in range(6)]
-    poison = bench.submit(PROMPT)
-    for _ in range(2):
-        step_others(bench, poison)
-        assert dies(bench, poison)
-    assert poison.ends == ["error"]
-    assert "2 instances ended with it" in poison.errors[0]
-    bench.run()
-    for stream in streams:
-        assert stream.tokens == oracle(list(stream.request.prompt), stream.request.sampling)
-    bench.assert_nothing_left()
-
-
-def test_of_several_suspects_only_the_guilty_one_is_given_up() -> None:
-    """None of them has a token when the instances end; then they are tried one at a time."""
-    bench = Bench(3)
-    poison = bench.submit(PROMPT)
-    innocents = [bench.submit([*PROMPT, i]) for i in range(20)]
-    deaths = 0
-    while not poison.ends:
-        if dies(bench, poison):
-            deaths += 1
-        else:
-            step_others(bench, poison)
-        bench.clock.advance(0.3)
-        assert deaths < 5
-    bench.run()
-    assert poison.ends == ["error"]
-    for one in innocents:
-        assert one.tokens == oracle(list(one.request.prompt), one.request.sampling)
-    bench.assert_nothing_left()
-
-
-def test_a_cut_connection_is_no_end_of_an_instance() -> None:
-    bench = Bench(3)
-    client = bench.submit(PROMPT)
-    for _ in range(3):
-        link = bench.where(client)
-        link.cut()
-        link.connect()
-        bench.clock.advance(1.1)
-    bench.run()
-    assert client.tokens == oracle(PROMPT, client.request.sampling)

@@ -13,6 +13,7 @@ from pla_serve.fleet.link.protocol import (
     InstanceReport,
     LinkDown,
     LinkEvents,
+    LossCause,
     RequestAnswer,
     Role,
 )
@@ -63,10 +64,10 @@ class FaultyLink(VirtualLink):
         super().connect(facts)
         self._timeline.at(self._timeline.now + WATCH_SECONDS, self._watch, self._connection)
 
-    def cut(self, reason: str) -> None:
+    def cut(self, reason: str, cause: LossCause = LossCause.BROKEN) -> None:
         self._connection += 1
         if self._connected:
-            super().cut(reason)
+            super().cut(reason, cause)
 
     def abandon(self) -> None:
         """Break the connection; there is no router any more that could be told."""
@@ -111,7 +112,7 @@ class FaultyLink(VirtualLink):
             return
         now = self._timeline.now
         if now - self._last_message > LIVENESS_SECONDS:
-            self.cut(f"silent for {LIVENESS_SECONDS:g} s")
+            self.cut(f"silent for {LIVENESS_SECONDS:g} s", LossCause.SILENT)
         else:
             self._timeline.at(now + WATCH_SECONDS, self._watch, connection)
 

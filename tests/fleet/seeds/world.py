@@ -58,6 +58,7 @@ FAULTS = {
     "death": 4,
     "death at once again": 1,
     "hang": 2,
+    "stall": 1,
     "silence": 2,
     "broken connection": 3,
     "late reports": 3,
@@ -68,7 +69,7 @@ FAULTS = {
     "router restart": 1,
     "recall": 3,
 }
-"""Kinds, and how often each is drawn."""
+"""Kinds, and how often each is drawn. A stall is a hang of all instances at once."""
 
 
 def next_token(digest: int) -> int:
@@ -122,6 +123,9 @@ class Client:
     tries: int = 1
     got: list[int] = field(default_factory=list)
     accepted: bool = False
+    asked: float = 0.0
+    """Time of its current try."""
+    ended: float = 0.0
     end: str = ""
 
     @property
@@ -131,7 +135,7 @@ class Client:
 
     def ask(self) -> None:
         world = self.world
-        self.got, self.accepted = [], False
+        self.got, self.accepted, self.asked = [], False, world.timeline.now
         request = AddRequest(
             id=self.name,
             prompt=self.prompt,
@@ -143,7 +147,7 @@ class Client:
 
     def finish(self, end: str) -> None:
         assert not self.end, f"{self.name} was ended twice: {self.end}, {end}"
-        self.end = end
+        self.end, self.ended = end, self.world.timeline.now
         self.world.note(f"{self.name} ended: {end}, {len(self.got)} tokens")
 
 
@@ -243,6 +247,8 @@ class World:
         self.servers: list[FaultyServer] = []
         self.by_id: dict[str, Client] = {}
         self.cancelled: set[str] = set()
+        self.deaths: list[float] = []
+        """Times at which instances died."""
         self.unlimited = rng.random() < 0.6
         """No request may be given up; otherwise the limits of real fleets hold."""
         self.fleet_options = FleetOptions(
@@ -407,6 +413,10 @@ class World:
         elif kind == "hang":
             server.hang()
             self.timeline.at(now + rng.uniform(0.2, 5.0), lambda _: self._wake_up(server))
+        elif kind == "stall":
+            for each in self.servers:
+                each.hang()
+                self.timeline.at(now + 3.0, lambda _, each=each: self._wake_up(each))
         elif kind == "silence":
             link: Any = server.link
             link.silent = True
@@ -436,6 +446,7 @@ class World:
         if not server.alive:
             return
         server.hung = False
+        self.deaths.append(self.timeline.now)
         server.fail("it died")
         for other in self.servers:
             if other is not server and other.alive:
@@ -532,6 +543,9 @@ class World:
             given_up = ("error: given up", "failed: given up", "failed: no instance")
             assert client.end.startswith(given_up), client.end
             assert not self.unlimited, f"{client.name} was given up: {client.end}"
+            if client.end.startswith("error: given up, because 2 instances ended"):
+                deaths = [at for at in self.deaths if client.asked <= at <= client.ended]
+                assert len(deaths) >= 2, f"{client.name} was given up, but nothing had ended twice"
 
     def _check_nothing_left(self) -> None:
         fleet, now = self.fleet, self.timeline.now

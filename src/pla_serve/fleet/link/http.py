@@ -22,6 +22,7 @@ from pla_serve.fleet.link.protocol import (
     LinkDown,
     LinkEvents,
     LinkRefused,
+    LossCause,
     RequestAnswer,
     Role,
 )
@@ -382,7 +383,7 @@ class HttpLink:
             self._url,
             reason,
         )
-        self._events.lost(self, reason)
+        self._events.lost(self, reason, LossCause.BROKEN)
 
 
 def _id(message: RequestAnswer) -> str:

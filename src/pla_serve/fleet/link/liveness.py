@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
+MOST_INTERVALS = 1.25
+"""Time between two looks at a peer that counts as its silence, in intervals; more is our own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
@@ -62,8 +65,9 @@ class PeerSilence:
     """Measures for how many seconds a peer has sent nothing.
 
     Time in which this process did not run does not count. `tick` should be called every
-    ``interval`` seconds. If it comes much later, this process was stopped or busy, and messages of
-    the peer may wait to be read; so at most two intervals are counted.
+    ``interval`` seconds. If it comes later, this process was stopped, busy, or starved by others on
+    the machine, and messages of the peer may wait to be read; so little more than an interval is
+    counted.
 
     Args:
         seconds: of silence that mean that the peer is lost.
@@ -86,6 +90,6 @@ class PeerSilence:
 
     def tick(self, now: float) -> bool:
         """Count the time until ``now``, and return whether the peer counts as lost."""
-        self._silent += min(now - self._last, 2 * self.interval)
+        self._silent += min(now - self._last, MOST_INTERVALS * self.interval)
         self._last = now
         return self._silent > self.seconds

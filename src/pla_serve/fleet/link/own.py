@@ -23,6 +23,7 @@ from pla_serve.fleet.link.protocol import (
     LinkDown,
     LinkEvents,
     LinkRefused,
+    LossCause,
     Role,
 )
 from pla_serve.wire.codec import BadMessage, WireError, router_frames
@@ -85,7 +86,7 @@ class InstanceLink:
         self._decode = router_frames()
         self._outbox: Outbox | None = None
         self._opening: asyncio.Future[ClientConnection] | None = None
-        self._ended: asyncio.Future[str] | None = None
+        self._ended: asyncio.Future[tuple[str, LossCause]] | None = None
         self._closing = asyncio.Event()
         self._role: Role | None = None
         self._drain: bool | None = None
@@ -162,7 +163,7 @@ class InstanceLink:
             socket.transport.abort()
             raise LinkRefused(f"{self._url} does not speak {SUBPROTOCOL}")
         self._outbox = Outbox(MOST_UNSENT_BYTES)
-        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[tuple[str, LossCause]] = asyncio.get_running_loop().create_future()
         self._ended = ended
         if self._role is not None:
             self._ask(SetRole(self._role))
@@ -175,12 +176,12 @@ class InstanceLink:
         ]
         for task in tasks:
             task.add_done_callback(self._done)
-        reason = "the link was cancelled"
+        reason, cause = "the link was cancelled", LossCause.BROKEN
         try:
-            reason = await ended
+            reason, cause = await ended
         finally:
             self._outbox = None
-            self._lose(reason)
+            self._lose(reason, cause)
             for task in tasks:
                 task.cancel()
             try:
@@ -243,14 +244,14 @@ class InstanceLink:
                 self._report = message
                 self._events.report(self, message)
         elif isinstance(message, InstanceFacts):
-            self._lose("the engine was replaced")
+            self._lose("the engine was replaced", LossCause.ENDED)
             self._facts = message
             self._connected = True
             self._retries.connected()
             log.info("linked to %s", self._url)
             self._events.connected(self, message)
         elif isinstance(message, EngineLost):
-            self._lose(message.reason)
+            self._lose(message.reason, LossCause.ENDED)
         elif self._connected:
             self._events.message(self, message)
 
@@ -270,7 +271,7 @@ class InstanceLink:
             await asyncio.sleep(silence.interval)
             now = self._clock()
             if silence.tick(now):
-                self._end(f"nothing was heard for {silence.seconds:g} s")
+                self._end(f"nothing was heard for {silence.seconds:g} s", LossCause.SILENT)
                 return
             if now >= alive_at:
                 alive_at = now + ALIVE_SECONDS
@@ -304,17 +305,17 @@ class InstanceLink:
             log.error("%s: the link failed", self._url, exc_info=error)
             self._end(f"the link failed: {error!r}")
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, cause: LossCause = LossCause.BROKEN) -> None:
         if self._ended is not None and not self._ended.done():
-            self._ended.set_result(reason)
+            self._ended.set_result((reason, cause))
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, cause: LossCause) -> None:
         if self._connected:
             self._connected = False
             self._report = None
             level = logging.INFO if self._closing.is_set() else logging.WARNING
             log.log(level, "lost %s: %s", self._url, reason)
-            self._events.lost(self, reason)
+            self._events.lost(self, reason, cause)
 
     async def _say_goodbye(self, socket: ClientConnection) -> None:
         """Close the connection politely, unless requests wait to be moved elsewhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Protocol
 
 from pla_serve.wire.engine import Inbound, RequestAnswer
@@ -15,6 +16,7 @@ __all__ = [
     "LinkDown",
     "LinkEvents",
     "LinkRefused",
+    "LossCause",
     "RequestAnswer",
     "Role",
 ]
@@ -32,6 +34,17 @@ class LinkRefused(Exception):
 
     The message names the cure.
     """
+
+
+class LossCause(StrEnum):
+    """What a link knows of the cause of a loss."""
+
+    ENDED = "ended"
+    """The engine has ended, with everything in it."""
+    SILENT = "silent"
+    """Nothing was heard for too long; the engine may be there."""
+    BROKEN = "broken"
+    """The connection ended; the engine may be there."""
 
 
 class LinkEvents(Protocol):
@@ -53,7 +66,7 @@ class LinkEvents(Protocol):
         Instances of ours send one at least every `REPORT_SECONDS`; other servers are polled.
         """
 
-    def lost(self, link: Link, reason: str) -> None:
+    def lost(self, link: Link, reason: str, cause: LossCause) -> None:
         """Note that the connection has ended, and place all of its requests again.
 
         The instance drops them as soon as it learns of the loss.

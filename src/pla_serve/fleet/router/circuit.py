@@ -94,9 +94,12 @@ class Circuit:
         if self._probe == id:
             self._probe = None
 
-    def succeeded(self) -> None:
+    def succeeded(self) -> bool:
+        """Close the circuit; returns whether it was open."""
+        was_open = self._until is not None
         self._failures = self._opened = 0
         self._until = self._probe = None
+        return was_open
 
     def failed(self, now: float) -> None:
         self._failures += 1

@@ -12,7 +12,7 @@ from math import ceil, inf
 
 import msgspec
 
-from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, RequestAnswer
+from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, LossCause
 from pla_serve.fleet.router.attempts import Attempts
 from pla_serve.fleet.router.contract import FleetOptions, Later, RoutingObserver
 from pla_serve.fleet.router.dispatch import BLAME_SECONDS, Dispatcher, DispatchPlan
@@ -24,10 +24,10 @@ from pla_serve.fleet.router.keys import KeyShares
 from pla_serve.fleet.router.parking import Parking
 from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.fleet.router.routed_request import Attempt, Blame, RoutedRequest, with_seed
-from pla_serve.fleet.router.suspects import Suspects, given_up
+from pla_serve.fleet.router.suspects import Suspects, given_up, log_failure
 from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError
-from pla_serve.wire.engine import AbortRequest, Accepted, AddRequest, Output, Rejected
+from pla_serve.wire import engine as wire
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,11 @@ class Fleet:
     # Requests
 
     def submit(
-        self, request: AddRequest, receiver: AnswerReceiver, tenant: str, chain: Chain | None = None
+        self,
+        request: wire.AddRequest,
+        receiver: AnswerReceiver,
+        tenant: str,
+        chain: Chain | None = None,
     ) -> None:
         """Route a request; its messages go to ``receiver`` until it has ended or is closed.
 
@@ -146,7 +150,7 @@ class Fleet:
             return
         self._hand_overs.drop(request)
         self._attempts.settle(request, attempt)
-        self._attempts.send(attempt.instance, AbortRequest(attempt.id))
+        self._attempts.send(attempt.instance, wire.AbortRequest(attempt.id))
         self._place(request)
 
     def fail_all(self, reason: str) -> None:
@@ -161,6 +165,8 @@ class Fleet:
         instance, now = self._instances.of(link), self.clock()
         if self._instances.connected(instance, facts):
             self.dispatcher.prefixes.clear(instance.name)
+        self._suspects.returned(instance)
+        self._give_up_guilty()
         if instance.unfit:
             self._log.error("%s must not serve: %s", instance.name, instance.unfit)
             return
@@ -179,7 +185,7 @@ class Fleet:
         if (instance.open, instance.role) != before:
             self._changed()
 
-    def lost(self, link: Link, reason: str) -> None:
+    def lost(self, link: Link, reason: str, cause: LossCause) -> None:
         instance, now = self._instances.of(link), self.clock()
         instance.lost(reason)
         self._log.warning(
@@ -200,19 +206,24 @@ class Fleet:
                 moving.append(request)
             else:
                 self._finish_hand_over(request, left)
-        self._move_all(moving, instance, f"{instance.name} was lost: {reason}")
+        self._suspects.lost(instance, moving, cause, now)
+        for request in moving:
+            if request.id in self._requests:  # its client may close it when another one fails
+                self.observer.moved(instance.name, "lost", bool(request.tokens))
+                self._move(request, f"{instance.name} was lost: {reason}")
+        self._give_up_guilty()
 
-    def message(self, link: Link, message: RequestAnswer) -> None:
+    def message(self, link: Link, message: wire.RequestAnswer) -> None:
         instance = self._instances.of(link)
         if (request := self._requests.get(instance.attempts.get(message.id, ""))) is None:
             return  # of an attempt that is over
-        if isinstance(message, Accepted):
+        if isinstance(message, wire.Accepted):
             self._accepted(request, message.cached_tokens)
-        elif isinstance(message, Output) and message.finish_reason == "handed_over":
+        elif isinstance(message, wire.Output) and message.finish_reason == "handed_over":
             self._prefilled_for_another(request, message)
         if request.id not in self._requests:
             return  # its client closed it on being told
-        if isinstance(message, Output) and message.error and message.fault == "request":
+        if isinstance(message, wire.Output) and message.error and message.fault == "request":
             self._at_fault(request, message)
             return
         left = self._hand_overs.message(request, instance, message)
@@ -221,9 +232,9 @@ class Fleet:
             return
         attempt = request.attempt
         assert attempt is not None
-        if isinstance(message, Output):
+        if isinstance(message, wire.Output):
             self._output(request, attempt, message)
-        elif isinstance(message, Rejected):
+        elif isinstance(message, wire.Rejected):
             self._rejected(request, attempt, message)
 
     # Placing
@@ -233,7 +244,8 @@ class Fleet:
         self._parking.leave(request)
         while True:
             now, began, id = self.clock(), self._timer(), request.next_id()
-            plan = self.dispatcher.plan(request, id, now, self._suspects.kept_from(request))
+            kept_from = self._suspects.kept_from(request)
+            plan = None if kept_from is None else self.dispatcher.plan(request, id, now, kept_from)
             self.observer.decided(self._timer() - began)
             if plan is None:
                 self._nowhere(request, now)
@@ -280,8 +292,7 @@ class Fleet:
             self._refuse(request, "no instance has room for it", retry)
         elif left <= 0:
             self.observer.refused("failures")
-            why = f" ({request.failures[-1]})" if request.failures else ""
-            self._fail(request, f"no instance is ready{why}")
+            self._fail(request, "no instance is ready")
         else:
             soon = BLAME_SECONDS if request.avoid else left
             self._parking.park(request, min(left, max(min(retry, soon), 0.05)))
@@ -297,9 +308,9 @@ class Fleet:
         """Tell the client, once, that the request was accepted."""
         if not request.accepted:
             request.accepted = True
-            request.receiver.take(Accepted(request.id, cached_tokens))
+            request.receiver.take(wire.Accepted(request.id, cached_tokens))
 
-    def _prefilled_for_another(self, request: RoutedRequest, output: Output) -> None:
+    def _prefilled_for_another(self, request: RoutedRequest, output: wire.Output) -> None:
         """Deliver the token of a prefill whose decode is to follow on another instance."""
         attempt = request.attempt
         if attempt is None or request.hand_over is None:
@@ -313,7 +324,7 @@ class Fleet:
             request.together = True
             self._place(request)
 
-    def _output(self, request: RoutedRequest, attempt: Attempt, output: Output) -> None:
+    def _output(self, request: RoutedRequest, attempt: Attempt, output: wire.Output) -> None:
         if output.finish_reason not in ("error", "abort", "handed_over"):
             self._deliver(request, attempt, output)
             return
@@ -327,26 +338,22 @@ class Fleet:
         instance.circuit.failed(self.clock())
         self.dispatcher.note(instance)
         self.observer.moved(instance.name, "error", bool(request.tokens))
-        self._move(request, f"an instance failed it: {reason}", answered=True)
+        self._move(request, f"{instance.name} failed it: {reason}", answered=True)
 
-    def _deliver(self, request: RoutedRequest, attempt: Attempt, output: Output) -> None:
+    def _deliver(self, request: RoutedRequest, attempt: Attempt, output: wire.Output) -> None:
         """Give the client tokens, and the end if the output carries it."""
         if not attempt.first and (output.tokens or output.finish_reason):
             attempt.first = True
             self._first(request, attempt, output)
-        changed: dict[str, str | None] = {}
-        if output.id != request.id:
-            changed["id"] = request.id
-        if request.tokens and output.cached_tokens is not None:
-            changed["cached_tokens"] = None  # clients are told what the first attempt found
+        answer = request.answer(output)
         request.accepted = True
         request.tokens += output.tokens
         if output.finish_reason is not None:
             self.dispatcher.grown(request, attempt)
             self._end(request)
-        request.receiver.take(msgspec.structs.replace(output, **changed) if changed else output)
+        request.receiver.take(answer)
 
-    def _first(self, request: RoutedRequest, attempt: Attempt, output: Output) -> None:
+    def _first(self, request: RoutedRequest, attempt: Attempt, output: wire.Output) -> None:
         """Learn from the first token of an attempt."""
         now = self.clock()
         request.stalled, request.fruitless = None, 0
@@ -356,14 +363,11 @@ class Fleet:
         self.observer.began(attempt, output.cached_tokens, late, now)
         self.dispatcher.prefilled(attempt, output.cached_tokens, now)
         self.shares.discharge(request.tenant, request.id, now)
-        circuit = attempt.instance.circuit
-        was_closed = circuit.closed
-        circuit.succeeded()
-        if not was_closed:
+        if attempt.instance.circuit.succeeded():
             self.dispatcher.note(attempt.instance)
             self._changed()
 
-    def _rejected(self, request: RoutedRequest, attempt: Attempt, rejected: Rejected) -> None:
+    def _rejected(self, request: RoutedRequest, attempt: Attempt, rejected: wire.Rejected) -> None:
         """Try the other instances; only if none takes the request, its client is told."""
         instance = attempt.instance
         self._attempts.settle(request, attempt)
@@ -379,20 +383,16 @@ class Fleet:
 
     # Failures and ends
 
-    def _move_all(self, lost: list[RoutedRequest], instance: FleetInstance, why: str) -> None:
-        """Place the requests of a lost instance again, but for one that others died of as well."""
-        guilty = self._suspects.lost(instance, lost)
-        for request in lost:
-            if request.id not in self._requests:
-                continue  # its client closed it when another one failed
-            if request is guilty:
+    def _give_up_guilty(self) -> None:
+        """End the requests that are known to have cost too many instances."""
+        for request in self._suspects.guilty():
+            if request.id in self._requests:  # its client may close it when another one fails
                 self.observer.refused("failures")
-                self._at_fault(request, given_up(request, why))
-            else:
-                self.observer.moved(instance.name, "lost", bool(request.tokens))
-                self._move(request, why)
+                end = given_up(request)
+                log_failure(self._log, request, end.error or "")
+                self._at_fault(request, end)
 
-    def _at_fault(self, request: RoutedRequest, output: Output) -> None:
+    def _at_fault(self, request: RoutedRequest, output: wire.Output) -> None:
         """End a request that failed by a fault of its own: no instance would do better."""
         self._withdraw(request)
         request.receiver.take(msgspec.structs.replace(output, id=request.id))
@@ -409,17 +409,17 @@ class Fleet:
         most = self._options.most_failures
         if request.fruitless >= most or len(request.failures) >= MOST_ROUNDS * most:
             self.observer.refused("failures")
-            why = f"given up after {len(request.failures)} failures: {reason}"
-            self._fail(request, why, answered=answered)
+            told = f"given up after {len(request.failures)} failures; the router's log has them"
+            self._fail(request, told, answered=answered)
             return
         request.refused.clear()
         self._place(request)
 
     def _refuse(self, request: RoutedRequest, reason: str, seconds: float) -> None:
         seconds = float(ceil(max(seconds, 1.0))) if seconds < inf else 5.0
-        self._reject(request, Rejected(id=request.id, reason=reason, retry_after=seconds))
+        self._reject(request, wire.Rejected(id=request.id, reason=reason, retry_after=seconds))
 
-    def _reject(self, request: RoutedRequest, rejected: Rejected) -> None:
+    def _reject(self, request: RoutedRequest, rejected: wire.Rejected) -> None:
         """End a request as refused, or with an error if its client was told of acceptance."""
         if request.accepted:
             self._fail(request, rejected.reason)
@@ -429,7 +429,7 @@ class Fleet:
 
     def _fail(self, request: RoutedRequest, reason: str, *, answered: bool = False) -> None:
         self._withdraw(request)
-        self._log.error("request %s failed: %s", request.id, reason)
+        log_failure(self._log, request, reason)
         request.receiver.fail(EngineDiedError(reason, answered=answered))
 
     def _withdraw(self, request: RoutedRequest) -> None:
@@ -438,7 +438,7 @@ class Fleet:
         self._hand_overs.drop(request)
         self._end(request)
         if attempt is not None:
-            self._attempts.send(attempt.instance, AbortRequest(attempt.id))
+            self._attempts.send(attempt.instance, wire.AbortRequest(attempt.id))
 
     def _end(self, request: RoutedRequest) -> None:
         """Forget a request and everything that is charged for it."""

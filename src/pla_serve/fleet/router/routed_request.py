@@ -59,6 +59,21 @@ class Blame(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
+class Loss:
+    """Record that an instance was lost."""
+
+    name: str
+    """The instance."""
+    boot: str
+    """Name of the engine's life."""
+    at: float
+    requests: list[RoutedRequest]
+    """Requests that had got no token there."""
+    ended: bool
+    """The engine is known to have ended; otherwise it may still be there."""
+
+
+@dataclass(slots=True, eq=False)
 class OngoingHandOver:
     """A hand-over in progress: its state, and who takes part in it."""
 
@@ -98,12 +113,12 @@ class RoutedRequest:
     attempts: int = 0
     """Number of attempts so far."""
     failures: list[str] = field(default_factory=list)
-    """Reasons for which attempts failed."""
+    """Reasons for which attempts failed, with the names of instances: for the log only."""
     fruitless: int = 0
     """Failures since the last token."""
-    losses: list[tuple[FleetInstance, str]] = field(default_factory=list)
-    """Instances that were lost before they made a token of it, since its last token, and the name
-    of the engine's life then."""
+    losses: list[Loss] = field(default_factory=list)
+    """Losses of instances before they made a token of it, since its last token, but for those whose
+    engines are known to be still there."""
     together: bool = False
     """A hand-over came to nothing: prefill and decode stay on one instance from now on."""
     hand_over: OngoingHandOver | None = None
@@ -127,18 +142,22 @@ class RoutedRequest:
 
     @property
     def lives(self) -> int:
-        """Engines that ended, as far as is known, with this request and without a token of it.
-
-        One that is connected again with the same life only lost its connection.
-        """
-        if not self.losses:
-            return 0
-        return sum(not (one.connected and one.boot == boot) for one, boot in self.losses)
+        """Engines that ended, or may have, with this request and without a token of it."""
+        return len(self.losses)
 
     @property
     def id(self) -> str:
         """Name of the request towards the client."""
         return self.original.id
+
+    def answer(self, output: wire.Output) -> wire.Output:
+        """Return an instance's output as the client gets it."""
+        changed: dict[str, str | None] = {}
+        if output.id != self.id:
+            changed["id"] = self.id
+        if self.tokens and output.cached_tokens is not None:
+            changed["cached_tokens"] = None  # clients are told what the first attempt found
+        return msgspec.structs.replace(output, **changed) if changed else output
 
     def message(self, id: str, hand_over: wire.HandOver | None = None) -> wire.AddRequest:
         """The message to an instance: the prompt and all output so far, under the name ``id``."""
