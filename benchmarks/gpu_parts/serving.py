@@ -61,9 +61,17 @@ class Observed:
         return getattr(self._policy, name)
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
+        self._count(batch, seconds)
+        self._policy.observe(batch, seconds, now)
+
+    def measured(self, batch: Batch, seconds: float, now: float) -> None:
+        """The other way in which a policy hears of a batch: one that was dispatched ahead."""
+        self._count(batch, seconds)
+        self._policy.measured(batch, seconds, now)
+
+    def _count(self, batch: Batch, seconds: float) -> None:
         self.seconds[batch.kind] += seconds
         self.batches[batch.kind] += 1
-        self._policy.observe(batch, seconds, now)
 
 
 class Service:

@@ -44,3 +44,26 @@ report.run("late", 5, lambda: report.save("x", 1))
     assert parts["slow"]["status"].startswith("cut after")
     assert (parts["good"]["status"], parts["good"]["x"]) == ("complete", 1)
     assert parts["late"]["status"].startswith("not run")
+
+
+def test_batches_are_counted_however_the_policy_hears_of_them() -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from gpu_parts.serving import Observed
+from pla_serve.policy.protocol import Batch, BatchClass, Chunk
+class Policy:
+    def __init__(self): self.heard = []
+    def observe(self, *args): self.heard.append(("observe", *args))
+    def dispatched(self, *args): self.heard.append(("dispatched", *args))
+    def measured(self, *args): self.heard.append(("measured", *args))
+policy = Policy()
+observed = Observed(policy)
+batch = Batch(BatchClass.SHORT, (Chunk("a", 5, 0),))
+observed.observe(batch, 1.0, 2.0)
+observed.dispatched(batch, 3.0)
+observed.measured(batch, 0.5, 4.0)
+assert observed.seconds[BatchClass.SHORT] == 1.5 and observed.batches[BatchClass.SHORT] == 2
+assert [name for name, *_ in policy.heard] == ["observe", "dispatched", "measured"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
