@@ -26,17 +26,19 @@ NEW = {
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
         *("--engine-silence-seconds", "--share-prefix-cache", "--listen-fd", "--metrics-key"),
         *("--enable-priority", "--link-key-file", "--tool-parser"),
+        "--reasoning-parser",
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
         *("--share-prefix-cache", "--metrics-key"),
         *("--enable-priority", "--link-key-file", "--tool-parser"),
+        "--reasoning-parser",
     },
     "fleet start": {"--serve-word", "--route-word"},
 }
-"""Flags that came later: the limits of clients, the key for /metrics, the format of tool calls, and
-the hidden ones by which ``fleet`` passes on what is for its processes."""
+"""Flags that came later: the limits of clients, the key for /metrics, the formats of tool calls and
+reasoning, and the hidden ones by which ``fleet`` passes on what is for its processes."""
 CHANGED: dict[tuple[str, str], dict[str, Any]] = {
     # The help shows what holds where a flag is not given; that was "None" and a sentence before.
     ("fleet start", "--host"): {"default": "127.0.0.1"},

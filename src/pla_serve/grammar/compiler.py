@@ -19,6 +19,7 @@ import llguidance
 from pla_serve.grammar.errors import GrammarError
 from pla_serve.grammar.limits import ALLOWANCE_SECONDS, TOKEN_SECONDS, GrammarLimits
 from pla_serve.grammar.structure import check_structure
+from pla_serve.grammar.thought import WHITESPACE, after_thought
 from pla_serve.grammar.tokenizer import GrammarVocabulary
 from pla_serve.wire.engine import Grammar
 
@@ -29,9 +30,6 @@ LIMITS = llguidance.LLParserLimits(
 RENEWALS = 2
 """Times that one text may move to a freshly compiled grammar because the states of the old one are
 used up."""
-WHITESPACE = r"[ \n\t\r]{0,64}"
-"""White space that is allowed between parts of JSON. Without a bound, a small model may write
-blanks until its last token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,6 +228,10 @@ def _to_llguidance(grammar: Grammar) -> str:
     make = llguidance.LLMatcher
     options: Any = {"whitespace_pattern": WHITESPACE}
     text: str
+    if grammar.thought is not None:
+        if grammar.kind == "json_schema":
+            _checked_json(spec)
+        return str(make.grammar_from_lark(after_thought(grammar)))
     match grammar.kind:
         case "json_object":
             text = make.grammar_from_json_schema('{"type": "object"}', defaults=options)

@@ -35,6 +35,7 @@ from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.link.hub import LinkHub
 from pla_serve.server.loop_lag import LoopLag
 from pla_serve.server.model import ServedModel
+from pla_serve.server.reasoning.support import ReasoningSupport, check_together
 from pla_serve.server.records.journal import Journals, LogJournal
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.records.tracing import configured, open_tracing
@@ -160,6 +161,7 @@ class ApiServer:
             if configured(settings.otlp_endpoint)
             else None
         )
+        tools, reasoning = self._answer_formats(model)
         service = Service(
             settings=settings,
             engine=backend,
@@ -168,7 +170,8 @@ class ApiServer:
             names=TokenNames(token_bytes),
             metrics=metrics,
             check_grammar=model.check_grammar,
-            tools=self._tool_support(model),
+            tools=tools,
+            reasoning=reasoning,
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )
@@ -177,10 +180,13 @@ class ApiServer:
         self.http = DrainingServer(config, self.stop, self.connections)
         self._drain_task: asyncio.Task[None] | None = None
 
-    def _tool_support(self, model: ServedModel) -> ToolSupport:
+    def _answer_formats(self, model: ServedModel) -> tuple[ToolSupport, ReasoningSupport]:
+        template, settings = self.encoder.tool_template, self._settings
         try:
-            template = self.encoder.tool_template
-            return ToolSupport(model.tokenizer, template, self._settings.tool_parser)
+            tools = ToolSupport(model.tokenizer, template, settings.tool_parser)
+            reasoning = ReasoningSupport(model.tokenizer, template, settings.reasoning_parser)
+            check_together(reasoning, tools.format.name)
+            return tools, reasoning
         except ValueError as error:
             raise EngineStartError(str(error)) from None
 

@@ -17,6 +17,8 @@ from pla_serve.logs import LogFormat
 from pla_serve.policy.knobs import check_knobs
 from pla_serve.server.limits import Limits
 from pla_serve.server.link_key import find_link_key
+from pla_serve.server.reasoning.formats import BY_NAME as REASONING_BY_NAME
+from pla_serve.server.reasoning.formats import choose_reasoning
 from pla_serve.server.tools.choice import BY_NAME, choose_format
 from pla_serve.wire.link import Role
 
@@ -160,6 +162,15 @@ class ServerSettings:
             also=("--tool-call-parser",),
         ),
     ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        Flag(
+            "Format in which the model reasons before it answers: "
+            + ", ".join(REASONING_BY_NAME)
+            + ". auto: the one that the chat template shows.",
+            panel=MODEL,
+        ),
+    ] = "auto"
     otlp_endpoint: Annotated[
         str | None,
         Flag(
@@ -185,6 +196,7 @@ class ServerSettings:
         if self.metrics_key == "":
             raise ValueError("the key for /metrics must not be empty")
         choose_format("", self.tool_parser)
+        choose_reasoning("", self.reasoning_parser)
         check_knobs(self)
 
 

@@ -26,7 +26,14 @@ from pla_serve.wire.answers import (
     TokenLogprob,
 )
 from pla_serve.wire.lifecycle import EngineFailed, EngineReady, Ping, Pong, Shutdown
-from pla_serve.wire.requests import AbortRequest, AddRequest, Grammar, HandOver, SamplingParams
+from pla_serve.wire.requests import (
+    AbortRequest,
+    AddRequest,
+    FreeThought,
+    Grammar,
+    HandOver,
+    SamplingParams,
+)
 from pla_serve.wire.statistics import EngineLoad, EngineStats, LatencySample, TransferStats
 from pla_serve.wire.transfer import Begin, Lend, Offer, Release, Reserve
 
@@ -40,6 +47,7 @@ __all__ = [
     "EngineReady",
     "EngineStats",
     "FinishReason",
+    "FreeThought",
     "FromEngine",
     "Grammar",
     "HandOver",

@@ -24,6 +24,22 @@ from pla_serve.wire.limits import (
 )
 
 
+class FreeThought(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Reasoning before the text that a grammar constrains. What it says is free."""
+
+    closing: Text
+    """Marker that ends it, such as ``</think>``."""
+    closing_token: TokenId | None = None
+    """Token of that marker; None if the marker is spelled with several tokens."""
+    opening: Text = ""
+    """Marker that the output may begin with; without it there is no reasoning. Empty: the prompt
+    has begun the reasoning."""
+    opening_token: TokenId | None = None
+    most_tokens: TokenCount = 0
+    """Longest reasoning, after which the closing marker is forced; needs ``closing_token``.
+    0: no bound."""
+
+
 class Grammar(msgspec.Struct, frozen=True, tag_field=None, omit_defaults=True):
     """A constraint on the output text."""
 
@@ -32,6 +48,8 @@ class Grammar(msgspec.Struct, frozen=True, tag_field=None, omit_defaults=True):
     """The schema as JSON text, the regular expression, or the grammar; empty for json_object."""
     optional: bool = False
     """Whether an engine that has no grammars of this kind may leave it out."""
+    thought: FreeThought | None = None
+    """Reasoning that comes first; None if the grammar holds from the first token."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

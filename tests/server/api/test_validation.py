@@ -97,7 +97,6 @@ BAD_CHAT = [
 UNSUPPORTED_CHAT = [
     ({"messages": [{"role": "user", "content": "x", "hat": 1}]}, "messages.0.hat"),
     ({**CHAT, "colour": "red"}, "colour"),
-    ({**CHAT, "reasoning_effort": "high"}, "reasoning_effort"),
     ({**CHAT, "functions": []}, "functions"),
     ({**CHAT, "best_of": 2}, "best_of"),
     ({**CHAT, "tools": [TOOL], "tool_choice": "none"}, "tools"),

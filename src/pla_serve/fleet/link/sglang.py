@@ -233,6 +233,12 @@ def _number(info: dict[str, Any], name: str, default: int) -> int:
 
 
 def _constraint(grammar: Grammar) -> dict[str, Any]:
+    if grammar.thought is not None:
+        if grammar.optional:
+            return {}
+        raise Unmappable(
+            "SGLang begins a grammar at the first token, not after reasoning (grammar)"
+        )
     match grammar.kind:
         case "json_object":
             return {"json_schema": '{"type": "object"}'}

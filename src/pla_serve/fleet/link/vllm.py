@@ -22,6 +22,7 @@ from pla_serve.fleet.link.mapping import (
     rank_among,
 )
 from pla_serve.fleet.link.protocol import InstanceFacts
+from pla_serve.grammar.thought import after_thought
 from pla_serve.wire.engine import (
     AddRequest,
     EngineLoad,
@@ -228,6 +229,8 @@ def _token(name: str) -> int:
 
 
 def _structured(grammar: Grammar) -> dict[str, Any]:
+    if grammar.thought is not None:
+        return {"grammar": after_thought(grammar)}
     match grammar.kind:
         case "json_object":
             return {"json_object": True}

@@ -44,13 +44,14 @@ async def whole(generation: Generation, form: Format, header: Header) -> Json:
         async for deltas in answer:
             for delta in deltas:
                 _add(pieces, delta)
+    choices = await _choices(form, [pieces[index] for index in sorted(pieces)])
     return {
         "id": header.id,
         "object": form.object,
         "created": header.created,
         "model": header.model,
-        **await _choices(form, [pieces[index] for index in sorted(pieces)]),
-        "usage": generation.usage(),
+        **choices,
+        "usage": usage(generation, form),
         "system_fingerprint": None,
     }
 
@@ -73,6 +74,15 @@ def _cost(piece: ChoicePart | ChoiceDelta) -> int:
     """Return the tokens that take as long to encode as this part of an answer."""
     scores = len(piece.prompt_logprobs) if piece.prompt_logprobs is not None else 0
     return len(piece.tokens) + LOGPROB_COST * (len(piece.logprobs) + scores)
+
+
+def usage(generation: Generation, form: Format) -> Json:
+    """Return the tokens of an answer so far; those of reasoning if the model has reasoning."""
+    found = generation.usage()
+    reasoning = form.reasoning_tokens()
+    if reasoning is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return found
 
 
 class EventWriter:
@@ -145,14 +155,14 @@ class EventWriter:
         frame = self._frame
         frame["choices"] = [choice]
         if self._options.continuous_usage_stats:
-            frame["usage"] = self._generation.usage()
+            frame["usage"] = usage(self._generation, self._form)
         return self._event(frame)
 
     def _ending(self) -> bytes:
         if not self._options.include_usage:
             return DONE
-        usage = {"choices": [], "usage": self._generation.usage()}
-        return self._event({**self._frame, **usage}) + DONE
+        last = {"choices": [], "usage": usage(self._generation, self._form)}
+        return self._event({**self._frame, **last}) + DONE
 
     def _event(self, content: Any) -> bytes:
         return b"data: " + self._encode(content) + b"\n\n"

@@ -14,9 +14,9 @@ from pla_serve.server.api.body import BodyReader
 from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.api.generations import Asked, Generations, client_of, new_id
+from pla_serve.server.api.read_format import ReadChatFormat
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
 from pla_serve.server.api.service import Service
-from pla_serve.server.api.tool_format import ToolChatFormat
 from pla_serve.server.errors import json_response
 from pla_serve.server.generation.generation import GenerationPlan
 from pla_serve.wire.engine import EngineReady
@@ -40,13 +40,9 @@ class Endpoints:
             names, logprobs = self._service.names, bool(body.logprobs)
             scored = None if body.prompt_logprobs is None else run.plan.prompts[0]
             form: Format = ChatFormat(names, logprobs=logprobs, scored_prompt=scored)
-            if run.make_reader is not None:
-                form = ToolChatFormat(
-                    names,
-                    logprobs=logprobs,
-                    scored_prompt=scored,
-                    make_reader=run.make_reader,
-                    parallel=run.parallel,
+            if run.reading is not None:
+                form = ReadChatFormat(
+                    names, logprobs=logprobs, scored_prompt=scored, reading=run.reading
                 )
             return await self._answer(asked, body, run.plan, form, header)
 

@@ -57,6 +57,9 @@ class Format(Protocol):
     def beside(self, piece: ChoicePart) -> Json:
         """Return fields beside ``choices`` of an answer whose first choice is ``piece``."""
 
+    def reasoning_tokens(self) -> int | None:
+        """Return how many tokens so far were reasoning; None for models without."""
+
 
 class ChatFormat:
     object = "chat.completion"
@@ -104,6 +107,9 @@ class ChatFormat:
         entries = piece.prompt_logprobs.entries()
         scores = prompt_logprobs(self._scored_prompt, entries, self._names)
         return {"prompt_logprobs": scores}
+
+    def reasoning_tokens(self) -> int | None:
+        return None
 
     def _logprobs(self, piece: ChoicePart) -> Json | None:
         if not self._wants_logprobs:
@@ -194,6 +200,9 @@ class CompletionFormat:
 
     def _begun(self, piece: ChoicePart) -> bool:
         return piece.index in self._offsets
+
+    def reasoning_tokens(self) -> int | None:
+        return None
 
     def _logprobs(self, piece: ChoicePart) -> Json | None:
         if self._top is None:

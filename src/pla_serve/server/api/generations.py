@@ -7,7 +7,6 @@ translate their bodies into a `ChatRequest` first.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -16,6 +15,7 @@ from starlette.requests import Request
 from pla_serve.logs import request_id
 from pla_serve.server.api.body import Upload
 from pla_serve.server.api.cache_scope import CacheScopes
+from pla_serve.server.api.choice_reading import Reading
 from pla_serve.server.api.guard import tenant
 from pla_serve.server.api.params import check_held_logprobs, sampling_params
 from pla_serve.server.api.schema import (
@@ -24,13 +24,16 @@ from pla_serve.server.api.schema import (
     CompletionRequest,
 )
 from pla_serve.server.api.service import Service
-from pla_serve.server.api.tool_constraint import Check, with_tool_grammar
-from pla_serve.server.errors import invalid, over_capacity, too_long
+from pla_serve.server.api.tool_constraint import Check, with_thought, with_tool_grammar
+from pla_serve.server.errors import invalid, over_capacity, too_long, unsupported
 from pla_serve.server.generation.generation import Generation, GenerationPlan
 from pla_serve.server.generation.grammar_checks import TooManyChecks
+from pla_serve.server.reasoning.formats import Beginning
+from pla_serve.server.reasoning.reader import TextReader
 from pla_serve.server.records.journal import JournalEntry
 from pla_serve.server.records.tracing import TRACE_HEADERS
 from pla_serve.server.tools.events import AnswerReader
+from pla_serve.server.tools.tool import ToolUse
 from pla_serve.wire.engine import EngineReady, Grammar
 
 
@@ -55,13 +58,11 @@ class ChatRun:
 
     Attributes:
         plan: what the engine is asked for.
-        make_reader: returns a fresh reader for one choice; None: the text is the answer.
-        parallel: False to leave out all calls of an answer but the first.
+        reading: how the answer is read; None: its text is the answer.
     """
 
     plan: GenerationPlan
-    make_reader: Callable[[], AnswerReader] | None = None
-    parallel: bool = True
+    reading: Reading | None = None
 
 
 class Generations:
@@ -82,15 +83,56 @@ class Generations:
         info = await service.ready_engine()
         size = asked.upload.size
         prompt = await service.encoder.chat(body, limit=info.max_model_len, size=size)
-        plan = await self.plan(asked, body, id, [prompt], info)
+        plan = await self.plan(asked, body, id, [prompt.tokens], info)
+        beginning = service.reasoning.beginning(prompt.ending, continued_text(body))
+        budget = body.thinking_token_budget
+        if budget and service.reasoning.reads and not service.reasoning.bounds:
+            raise unsupported(
+                "thinking_token_budget",
+                "no single token ends this model's reasoning, so it has no bound",
+            )
+        thought = service.reasoning.thought(beginning, budget)
         use = body.tool_use()
         if use is None:
+            plan = with_thought(plan, service.tools, thought)
             await self.check_grammar(asked.request, plan)
-            return ChatRun(plan)
-        plan = replace(plan, keep_special=service.tools.keep)
-        check = self._checker(asked.request, "tools")
-        plan = await with_tool_grammar(plan, use, service.tools, check)
-        return ChatRun(plan, service.tools.reader(use), use.parallel)
+        else:
+            plan = replace(plan, keep_special=service.tools.keep)
+            check = self._checker(asked.request, "tools")
+            plan = await with_tool_grammar(plan, use, service.tools, check, thought)
+        return self._reader(body, plan, use, beginning)
+
+    def _reader(
+        self, body: ChatRequest, plan: GenerationPlan, use: ToolUse | None, beginning: Beginning
+    ) -> ChatRun:
+        """Return the run of ``plan`` with what reads its answer."""
+        service = self._service
+        reasoning, bytes_of = service.reasoning, service.token_bytes.within
+        make_inner = None if use is None else service.tools.reader(use)
+        parallel = use is None or use.parallel
+        if not reasoning.reads:
+            return ChatRun(
+                plan, None if make_inner is None else Reading(make_inner, None, parallel)
+            )
+        plan = replace(plan, keep_special=plan.keep_special | reasoning.keep)
+        grammar = plan.sampling[0].grammar
+        closes = use is not None and (grammar is None or grammar.thought is None)
+
+        def make_reader() -> AnswerReader:
+            inner = None if make_inner is None else make_inner()
+            if body.separate_reasoning is False:
+                return inner or TextReader()
+            return reasoning.reader(beginning, inner, calls=closes)
+
+        return ChatRun(
+            plan,
+            Reading(
+                make_reader,
+                lambda: reasoning.counter(beginning, bytes_of, calls=closes),
+                parallel,
+                body.include_reasoning is not False,
+            ),
+        )
 
     async def plan(
         self,
@@ -186,6 +228,11 @@ def client_of(request: Request) -> str:
     """Whom uploads are charged to: the API key's owner, or an address where there are no keys."""
     address = request.client.host if request.client else ""
     return tenant(request.scope) or address
+
+
+def continued_text(body: ChatRequest) -> str | None:
+    """Return the text of the message that the answer continues; None if it begins one."""
+    return (body.messages[-1].content or "") if body.continue_final_message else None
 
 
 def new_id(prefix: str) -> str:

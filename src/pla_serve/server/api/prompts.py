@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pla_serve.server.api.schema import ChatRequest
 from pla_serve.server.api.template_messages import template_messages
 from pla_serve.server.errors import invalid, too_long, unsupported
+from pla_serve.server.reasoning.effort import effort_variables
+from pla_serve.server.reasoning.formats import HARMONY
 
 Result = TypeVar("Result")
 
@@ -26,7 +29,18 @@ WIDEST = 4
 """How many times shorter a normaliser may make a text before it is cut into tokens."""
 CUT_TOKENS = 32
 """How many tokens more a cut in the middle of a word may make of two slices."""
+ENDING = 256
+"""Characters at the end of a prompt that tell whether it has begun the model's reasoning."""
 PROTECTED_KWARGS = {"tokenize", "chat_template", "conversation", "messages", "tools"}
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as a prompt."""
+
+    tokens: list[int]
+    ending: str
+    """Last characters of its text."""
 
 
 class PromptEncoder:
@@ -89,18 +103,20 @@ class PromptEncoder:
             lambda: check_tokens(tokens, vocab_size, limit, param),
         )
 
-    async def chat(self, request: ChatRequest, *, limit: int, size: int) -> list[int]:
-        """Tokens of a conversation. ``size`` is that of its body, in bytes: a template may show any
-        part of it.
+    async def chat(self, request: ChatRequest, *, limit: int, size: int) -> RenderedChat:
+        """A conversation as a prompt. ``size`` is that of its body, in bytes: a template may show
+        any part of it.
 
         Raises:
             ApiError: no template, a template that refuses the messages, more than ``limit`` tokens.
         """
-        return await self._run(
-            size,
-            size <= INLINE_BYTES,
-            lambda: self._encode(self.render(request), limit, request.add_special_tokens),
-        )
+
+        def work() -> RenderedChat:
+            text = self.render(request)
+            tokens = self._encode(text, limit, request.add_special_tokens)
+            return RenderedChat(tokens, text[-ENDING:])
+
+        return await self._run(size, size <= INLINE_BYTES, work)
 
     async def texts(self, prompts: list[str | list[int]]) -> list[str]:
         """Texts of prompts, for ``echo``; tokens are decoded in a thread."""
@@ -129,6 +145,8 @@ class PromptEncoder:
         if PROTECTED_KWARGS & kwargs.keys():
             name = min(PROTECTED_KWARGS & kwargs.keys())
             raise unsupported("chat_template_kwargs", f"{name} cannot be set by a request")
+        if request.reasoning_effort == "none" and HARMONY.fits(template):
+            raise unsupported("reasoning_effort", "this model always reasons; ask for low")
         messages = template_messages(request, template)
         try:
             text: str = self._tokenizer.apply_chat_template(
@@ -139,6 +157,7 @@ class PromptEncoder:
                 **{
                     "add_generation_prompt": request.add_generation_prompt,
                     "continue_final_message": request.continue_final_message,
+                    **effort_variables(template, request.reasoning_effort),
                     **kwargs,
                 },
             )

@@ -33,7 +33,7 @@ INTS_AT_ONCE = 50_000
 COMPLETION_TOKENS = 16
 """Default max_tokens of /v1/completions, as OpenAI and vLLM have it."""
 
-Content = str | None
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 TokenField = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -142,9 +142,6 @@ class Ignored(Strict):
     # Added to every request by the routers of SGLang and vLLM.
     no_stop_trim: Literal[False] | None = None
     return_hidden_states: Literal[False] | None = None
-    separate_reasoning: bool | None = None
-    stream_reasoning: bool | None = None
-    include_reasoning: bool | None = None
 
 
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -189,6 +186,12 @@ class GenerationRequest(Ignored):
     """Smaller is sooner, among the requests of one API key; refused unless --enable-priority."""
     ttft_slo_ms: float | None = Field(None, gt=0, le=1e9)
     """The first token is due this many milliseconds after arrival."""
+    include_reasoning: bool | None = None
+    """False: the answer of chat does not show its reasoning."""
+    separate_reasoning: bool | None = None
+    """False: the reasoning of chat stays in the content, with its markers; SGLang's name."""
+    stream_reasoning: bool | None = None
+    """Accepted, not used: reasoning is streamed as it comes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerationRequest:
@@ -240,6 +243,10 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: bool = True
     """False: at most one call in an answer."""
     modalities: list[Literal["text"]] | None = None
+    reasoning_effort: Effort | None = None
+    """For templates that know it; it also turns reasoning on (or off: none) where they can."""
+    thinking_token_budget: int | None = Field(None, ge=1, le=2**31 - 1)
+    """Most tokens of reasoning, which is then closed; the name is vLLM's."""
 
     @model_validator(mode="after")
     def _chats(self) -> ChatRequest:

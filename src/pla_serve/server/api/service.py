@@ -10,6 +10,7 @@ from pla_serve.server.api.prompts import PromptEncoder
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.errors import ApiError, unavailable
 from pla_serve.server.generation.detokenize import TokenBytes
+from pla_serve.server.reasoning.support import ReasoningSupport
 from pla_serve.server.records.journal import Journal
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.settings import ServerSettings
@@ -33,6 +34,7 @@ class Service:
     metrics: Metrics
     check_grammar: GrammarCheck
     tools: ToolSupport
+    reasoning: ReasoningSupport
     journal: Journal
     started: int
     """Unix seconds, for the list of models."""

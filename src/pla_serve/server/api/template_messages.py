@@ -46,7 +46,10 @@ def _message(message: ChatMessage, template: str, short_ids: bool) -> Message:
             fields[name] = value
     reasoning = message.reasoning_content or message.reasoning
     if reasoning is not None:
-        fields["reasoning_content"] = reasoning
+        fields |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if ".thinking" in template and not message.content:
+            # gpt-oss: its template takes either the text or the reasoning of a message.
+            fields["thinking"] = reasoning
     if message.tool_calls:
         fields["tool_calls"] = [_call(call, short_ids) for call in message.tool_calls]
     if message.tool_call_id is not None:

@@ -119,7 +119,7 @@ class TokenEndpoints:
         try:
             if body.prompt is None:
                 chat = await upload.run(body.chat)
-                return await encoder.chat(chat, limit=most, size=upload.size)
+                return (await encoder.chat(chat, limit=most, size=upload.size)).tokens
             special = body.add_special_tokens is not False
             return await encoder.text(body.prompt, limit=most, add_special_tokens=special)
         except ApiError as error:

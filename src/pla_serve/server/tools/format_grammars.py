@@ -135,22 +135,34 @@ class HarmonyGrammar:
     """Messages on channels; an answer ends with a call or with a message on the final channel."""
 
     def required(self, writer: GrammarWriter) -> str:
-        self._messages(writer)
+        self._asides(writer)
+        self._calls(writer)
         return writer.finish("aside{0,8} call")
 
     def optional(self, writer: GrammarWriter, content: str | None) -> str | None:
-        self._messages(writer)
-        head = writer.text(f"{harmony.CHANNEL}final{harmony.MESSAGE}")
-        writer.rule("final", f"{head} {content or TEXT}")
+        self._asides(writer)
+        self._calls(writer)
+        self._final(writer, content or TEXT)
         return writer.finish("aside{0,8} (call | final)")
 
-    def _messages(self, writer: GrammarWriter) -> None:
+    def answer(self, writer: GrammarWriter, content: str) -> str:
+        """Return the grammar of an answer without calls."""
+        self._asides(writer)
+        self._final(writer, content)
+        return writer.finish("aside{0,8} final")
+
+    def _final(self, writer: GrammarWriter, content: str) -> None:
+        head = writer.text(f"{harmony.CHANNEL}final{harmony.MESSAGE}")
+        writer.rule("final", f"{head} {content}")
+
+    def _asides(self, writer: GrammarWriter) -> None:
         following = writer.text(f"<|end|>{harmony.START}assistant")
         for name, channel in (("thought", "analysis"), ("preamble", "commentary")):
             head = writer.text(f"{harmony.CHANNEL}{channel}{harmony.MESSAGE}")
             writer.rule(name, f"{head} {TEXT} {following}")
         writer.rule("aside", "thought | preamble")
 
+    def _calls(self, writer: GrammarWriter) -> None:
         def call(tool: Tool) -> str:
             head = (
                 f"{harmony.CHANNEL}commentary to=functions.{tool.name} "

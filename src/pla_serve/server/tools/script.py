@@ -131,10 +131,10 @@ class ScriptReader:
         self._take(len(marker))
         return text, marker
 
-    def skip_space(self) -> ScriptStep[None]:
-        """Drop white space, also what has not come yet."""
+    def skip_space(self, kinds: str | None = None) -> ScriptStep[None]:
+        """Drop white space, also what has not come yet; ``kinds``: only these characters."""
         while True:
-            self._take(len(self._text) - len(self._text.lstrip()))
+            self._take(len(self._text) - len(self._text.lstrip(kinds)))
             if self._text or self._over:
                 return
             yield

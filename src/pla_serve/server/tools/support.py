@@ -7,9 +7,14 @@ from typing import Any
 
 from pla_serve.server.tools.choice import PLAIN, choose_format
 from pla_serve.server.tools.events import AnswerReader
-from pla_serve.server.tools.format_grammars import GRAMMARS, PLAIN_GRAMMAR, FormatGrammar
+from pla_serve.server.tools.format_grammars import (
+    GRAMMARS,
+    PLAIN_GRAMMAR,
+    FormatGrammar,
+    HarmonyGrammar,
+)
 from pla_serve.server.tools.formats import harmony
-from pla_serve.server.tools.grammar import GrammarWriter
+from pla_serve.server.tools.grammar import CallGrammar, GrammarWriter
 from pla_serve.server.tools.tool import Schema, ToolUse
 
 
@@ -49,9 +54,10 @@ class ToolSupport:
         self.special = {
             entry.content: token
             for token, entry in added.items()
-            if entry.special and entry.content in self.format.markers
+            if entry.content in self.format.markers
         }
-        """Markers of the format that are special tokens of the vocabulary."""
+        """Markers of the format that are tokens of their own. Grammars have to name these: the
+        text of a marker would be spelled with other tokens."""
         self.keep = frozenset(self.special.values())
 
     def reader(self, use: ToolUse) -> Callable[[], AnswerReader]:
@@ -84,6 +90,23 @@ class ToolSupport:
                 "none or required, or leave out response_format"
             )
         return known.optional(writer, writer.json(content, strict=True))
+
+    def answer_grammar(self, content: Schema) -> str | None:
+        """Return the grammar of an answer in JSON to a request without tools, in Lark.
+
+        None: the format writes such answers as they are.
+        """
+        known = self._grammar()
+        if not isinstance(known, HarmonyGrammar):
+            return None
+        writer = GrammarWriter(ToolUse({}), self.special, self._template)
+        return known.answer(writer, writer.json(content, strict=True))
+
+    @property
+    def calls_at_start(self) -> bool:
+        """Whether calls stand at the start of an answer only."""
+        known = self._grammar()
+        return isinstance(known, CallGrammar) and known.at_start
 
     def _grammar(self) -> FormatGrammar | None:
         if self.format.name == "harmony" and not self.special.keys() >= set(harmony.MARKERS[:4]):

@@ -24,7 +24,15 @@ RECIPIENT = re.compile(r"to=(?:functions\.)?([\w.-]+)")
 
 
 class HarmonyReader(ScriptReader):
-    """Analysis is reasoning; commentary to a function is a call; all other messages are content."""
+    """Analysis is reasoning; commentary to a function is a call; all other messages are content.
+
+    Args:
+        calls: False to take calls for content.
+    """
+
+    def __init__(self, *, calls: bool = True) -> None:
+        self._reads_calls = calls
+        super().__init__()
 
     def script(self) -> Script:
         while not self._over or self._text:
@@ -37,7 +45,7 @@ class HarmonyReader(ScriptReader):
 
     def _message(self, head: str) -> ScriptStep[None]:
         _, _, channel = head.rpartition(CHANNEL)
-        recipient = RECIPIENT.search(head)
+        recipient = RECIPIENT.search(head) if self._reads_calls else None
         if recipient is not None:
             index = self.begin(recipient[1])
             yield from self.pass_until([*ENDS, START], partial(CallArguments, index))

@@ -1,18 +1,17 @@
-"""Chat completions whose answers may have tool calls."""
+"""Chat completions whose answers may have reasoning and tool calls."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pla_serve.server.api.choice_reading import ChoiceReading, Reading
 from pla_serve.server.api.formats import ChatFormat, ChoicePart, Json
 from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.tools.events import (
     AnswerEvent,
-    AnswerReader,
     AnswerText,
-    CallArguments,
     CallBegins,
     Reasoning,
 )
@@ -21,19 +20,16 @@ from pla_serve.wire.engine import FinishReason
 
 @dataclass(slots=True)
 class StreamedChoice:
-    """One choice of a stream: its reader, and log probabilities that no chunk has had yet."""
+    """One choice of a stream: its reading, and log probabilities that no chunk has had yet."""
 
-    reader: AnswerReader
+    reading: ChoiceReading
     held: ChoicePart
-    calls: int = 0
 
 
-class ToolChatFormat(ChatFormat):
-    """Reads calls out of the text of each choice.
+class ReadChatFormat(ChatFormat):
+    """Reads reasoning and calls out of the text of each choice.
 
-    Args:
-        make_reader: returns a fresh reader, for one choice.
-        parallel: False to leave out all calls of a choice but the first.
+    Reasoning has two names, ``reasoning_content`` and ``reasoning``, because clients know either.
     """
 
     def __init__(
@@ -42,27 +38,31 @@ class ToolChatFormat(ChatFormat):
         *,
         logprobs: bool,
         scored_prompt: Sequence[int] | None,
-        make_reader: Callable[[], AnswerReader],
-        parallel: bool,
+        reading: Reading,
     ) -> None:
         super().__init__(names, logprobs=logprobs, scored_prompt=scored_prompt)
-        self._make_reader = make_reader
-        self._parallel = parallel
+        self._reading = reading
         self._choices: dict[int, StreamedChoice] = {}
+        self._reasoning_tokens = 0
+
+    def reasoning_tokens(self) -> int | None:
+        if self._reading.make_counter is None:
+            return None
+        streamed = sum(each.reading.reasoning_tokens for each in self._choices.values())
+        return self._reasoning_tokens + streamed
 
     def chunks(self, piece: ChoicePart) -> Sequence[Json]:
         choice = self._choices.get(piece.index)
         if choice is None:
-            choice = StreamedChoice(self._make_reader(), ChoicePart(piece.index))
+            choice = StreamedChoice(ChoiceReading(self._reading), ChoicePart(piece.index))
             self._choices[piece.index] = choice
-        events = choice.reader.push(piece.text)
-        if piece.finish_reason is not None:
-            events += choice.reader.finish()
+        last = piece.finish_reason is not None
         choice.held.tokens += piece.tokens
         choice.held.logprobs += piece.logprobs
-        deltas = [_delta(event) for event in self._wanted(events)]
-        choice.calls += sum(isinstance(event, CallBegins) for event in events)
-        if piece.finish_reason is not None:
+        deltas = [
+            _delta(event) for event in choice.reading.push(piece.text, piece.tokens, last=last)
+        ]
+        if last:
             deltas.append({})
         return [self._chunk(choice, piece, delta, delta is deltas[-1]) for delta in deltas]
 
@@ -75,14 +75,14 @@ class ToolChatFormat(ChatFormat):
         }
         choice.held = ChoicePart(piece.index)
         if last and piece.finish_reason is not None:
-            chunk["finish_reason"] = _finish(piece.finish_reason, choice.calls)
+            chunk["finish_reason"] = _finish(piece.finish_reason, choice.reading.calls)
             chunk["stop_reason"] = piece.stop_reason
         return chunk
 
     def whole(self, piece: ChoicePart) -> Json:
-        reader = self._make_reader()
+        reading = ChoiceReading(self._reading)
         content, reasoning, calls = "", "", list[Json]()
-        for event in self._wanted([*reader.push(piece.text), *reader.finish()]):
+        for event in reading.push(piece.text, piece.tokens, last=True):
             if isinstance(event, AnswerText):
                 content += event.text
             elif isinstance(event, Reasoning):
@@ -91,13 +91,14 @@ class ToolChatFormat(ChatFormat):
                 calls.append(_call(event))
             else:
                 calls[event.index]["function"]["arguments"] += event.text
+        self._reasoning_tokens += reading.reasoning_tokens
         message: Json = {
             "role": "assistant",
-            "content": sound(content) if content.strip() or not calls else None,
+            "content": sound(content) if content.strip() or not (calls or reasoning) else None,
             "refusal": None,
         }
         if reasoning:
-            message["reasoning_content"] = sound(reasoning)
+            message |= _reasoning(reasoning)
         if calls:
             message["tool_calls"] = [_sound_call(call) for call in calls]
         return {
@@ -107,12 +108,6 @@ class ToolChatFormat(ChatFormat):
             "finish_reason": piece.finish_reason and _finish(piece.finish_reason, len(calls)),
             "stop_reason": piece.stop_reason,
         }
-
-    def _wanted(self, events: Iterable[AnswerEvent]) -> Iterable[AnswerEvent]:
-        for event in events:
-            index = event.index if isinstance(event, CallBegins | CallArguments) else 0
-            if self._parallel or index == 0:
-                yield event
 
 
 def _finish(reason: FinishReason, calls: int) -> str:
@@ -127,6 +122,11 @@ def _call(event: CallBegins) -> Json:
     }
 
 
+def _reasoning(text: str) -> Json:
+    text = sound(text)
+    return {"reasoning_content": text, "reasoning": text}
+
+
 def _sound_call(call: Json) -> Json:
     function = {name: sound(text) for name, text in call["function"].items()}
     return {**call, "function": function}
@@ -136,7 +136,7 @@ def _delta(event: AnswerEvent) -> Json:
     if isinstance(event, AnswerText):
         return {"content": sound(event.text)}
     if isinstance(event, Reasoning):
-        return {"reasoning_content": sound(event.text)}
+        return _reasoning(event.text)
     if isinstance(event, CallBegins):
         return {"tool_calls": [{"index": event.index, **_sound_call(_call(event))}]}
     arguments = {"arguments": sound(event.text)}
