@@ -27,6 +27,7 @@ NEW = {
         *("--engine-silence-seconds", "--share-prefix-cache", "--listen-fd", "--metrics-key"),
         *("--enable-priority", "--link-key-file", "--tool-parser"),
         "--reasoning-parser",
+        *("--generation-config", "--override-generation-config", "--cpu-kernels"),
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
@@ -34,6 +35,7 @@ NEW = {
         *("--share-prefix-cache", "--metrics-key"),
         *("--enable-priority", "--link-key-file", "--tool-parser"),
         "--reasoning-parser",
+        *("--generation-config", "--override-generation-config"),
     },
     "fleet start": {"--serve-word", "--route-word"},
 }

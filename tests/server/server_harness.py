@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.process import CORE
 from pla_serve.server.engine.process import EngineSpec
+from pla_serve.server.generation.defaults import SamplingDefaults
 from pla_serve.server.generation.detokenize import _byte_spelling
 from pla_serve.server.model import ServedModel
 from pla_serve.server.run import InstanceServer, listen
@@ -90,6 +91,7 @@ class Live:
             model=settings.pop("model", MODEL), max_model_len=settings.pop("context", CONTEXT)
         )
         real = settings.pop("engine", None)
+        self._defaults = settings.pop("defaults", SamplingDefaults())
         self.settings = ServerSettings(
             **{"model_names": (MODEL, "alias"), "model_root": "somewhere", **settings}
         )
@@ -144,7 +146,9 @@ class Live:
         async def main() -> int:
             self._loop = asyncio.get_running_loop()
             instance = InstanceServer(
-                self.settings, self._spec, ServedModel(self._tokenizer, check_grammar)
+                self.settings,
+                self._spec,
+                ServedModel(self._tokenizer, check_grammar, defaults=self._defaults),
             )
             self._instance.set_result(instance)
             return await instance.run(self._listener)

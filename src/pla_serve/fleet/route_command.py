@@ -225,7 +225,7 @@ def start(
         fail(error)
     host, port = listener.getsockname()[:2]
     with listener:
-        _, model = load_for_api(config, chat_template)
+        _, model = load_for_api(config, chat_template, settings)
 
         def server() -> Any:
             return build(settings, router, model, f"{host}:{port}")

@@ -147,7 +147,7 @@ def start(
     log.info("loading %s for port %d", config.model, port)
     with listener, spawn(spec) as child:  # it imports torch while this process does
         try:
-            source, model = load_for_api(config, chat_template)
+            source, model = load_for_api(config, chat_template, settings)
             found = replace(spec, config=_located(config, source))
 
             def instance() -> InstanceServer:
@@ -172,7 +172,7 @@ def _located(config: EngineConfig, source: ModelSource) -> EngineConfig:
 
 
 def load_for_api(
-    config: EngineConfig, chat_template: str | None
+    config: EngineConfig, chat_template: str | None, settings: ServerSettings
 ) -> tuple[ModelSource, ServedModel]:
     """Find the model, fetch it if it is not here yet, and load what the API needs of it.
 
@@ -187,6 +187,7 @@ def load_for_api(
         resolve,
         vocab_size,
     )
+    from pla_serve.server.generation.defaults import read_defaults
     from pla_serve.server.generation.numbers_tokenizer import numbers_tokenizer
 
     try:
@@ -194,10 +195,15 @@ def load_for_api(
         tokenizer = load_tokenizer(source)
         if tokenizer is None:
             tokenizer = numbers_tokenizer(load_config(source).vocab_size)
+        defaults = read_defaults(
+            settings.generation_config, settings.override_generation_config, source.folder
+        )
     except (LoadingError, OSError, ValueError) as error:
         fail(error)
-    check_grammar = _grammar_check(tokenizer, source)
-    return source, ServedModel(tokenizer, check_grammar, chat_template, vocab_size(source))
+    log.info("sampling parameters of requests that give none: %s beside the API's", defaults)
+    check = _grammar_check(tokenizer, source)
+    model = ServedModel(tokenizer, check, chat_template, vocab_size(source), defaults)
+    return source, model
 
 
 def _grammar_check(tokenizer: Any, source: ModelSource) -> GrammarCheck:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from pla_serve.server.generation.defaults import SamplingDefaults
 
 if TYPE_CHECKING:
     from pla_serve.server.api.service import GrammarCheck
@@ -21,6 +23,8 @@ class ServedModel:
     """Jinja template that takes the place of the tokenizer's own; None leaves that."""
     vocab_size: int | None = None
     """Rows of the model's embedding; None if only the tokenizer is known."""
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """Sampling parameters of requests that give none."""
 
     @property
     def token_ids(self) -> int:

@@ -172,6 +172,7 @@ class ApiServer:
             check_grammar=model.check_grammar,
             tools=tools,
             reasoning=reasoning,
+            defaults=model.defaults,
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )

@@ -171,6 +171,22 @@ class ServerSettings:
             panel=MODEL,
         ),
     ] = "auto"
+    generation_config: Annotated[
+        str,
+        Flag(
+            "Sampling parameters of requests that give none: those of generation_config.json in "
+            "the model's folder (auto), none (vllm), or those of the file in this folder.",
+            panel=MODEL,
+        ),
+    ] = "auto"
+    override_generation_config: Annotated[
+        str | None,
+        Flag(
+            "JSON object whose fields go before those of the generation config, for example "
+            '{"temperature": 0.6}.',
+            panel=MODEL,
+        ),
+    ] = None
     otlp_endpoint: Annotated[
         str | None,
         Flag(

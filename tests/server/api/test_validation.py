@@ -15,6 +15,7 @@ from pla_serve.server.api.body import decode, validate
 from pla_serve.server.api.params import grammar, sampling_params
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
 from pla_serve.server.errors import ApiError
+from pla_serve.server.generation.defaults import SamplingDefaults
 from tests.server.server_harness import MODEL, Live
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -45,7 +46,7 @@ BAD_CHAT = [
     ({**CHAT, "temperature": "1"}, "temperature"),
     ({**CHAT, "temperature": -0.1}, "temperature"),
     ({**CHAT, "temperature": True}, "temperature"),
-    ({**CHAT, "top_p": 0}, "top_p"),
+    ({**CHAT, "top_p": -0.1}, "top_p"),
     ({**CHAT, "top_k": 1.5}, "top_k"),
     ({**CHAT, "n": 0}, "n"),
     ({**CHAT, "n": 10**40}, "n"),
@@ -119,7 +120,7 @@ BAD_TEXT = [
     ({"prompt": None}, "prompt"),
     ({"prompt": [True]}, "prompt"),
     ({"prompt": [1, "a"]}, "prompt"),
-    ({"prompt": [1.0]}, "prompt"),
+    ({"prompt": [1.5]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [99999]}, "prompt"),
     ({"prompt": [10**30]}, "prompt"),
@@ -129,7 +130,6 @@ BAD_TEXT = [
 ]
 UNSUPPORTED_TEXT = [
     ({"prompt": "x", "suffix": "y"}, "suffix"),
-    ({"prompt": "x", "echo": True, "logprobs": 0}, "echo"),
     ({"prompt": "x", "best_of": 3, "n": 2}, "best_of"),
 ]
 
@@ -275,7 +275,7 @@ def test_any_value_of_any_field_is_taken_or_refused(model: Any, base: Any, data:
     body = {**base, **data.draw(st.dictionaries(st.sampled_from(names), json_values, max_size=3))}
     refused, request = attempt(lambda: validate(body, model))
     if refused is None:
-        refused, params = attempt(lambda: sampling_params(request, max_tokens=8, vocab_size=100))
+        refused, params = attempt(lambda: sampling_params(request, 8, 100, SamplingDefaults()))
     if refused is not None:
         assert refused.status == 400
         assert len(refused.message) < 2_000

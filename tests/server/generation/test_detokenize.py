@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pla_serve.server.generation.detokenize import Detokenizer, StopString, TokenBytes
+from tests.server.server_harness import make_tokenizer
 
 SAMPLES = ["Grüße, 世界! 😀👩‍👩‍👧 e\u0301 hello  world\r\n\t", "def f(x):\n    return x + 1\n"]
 SPECIAL = ["<s>", "</s>"]
@@ -332,3 +333,34 @@ def test_empty_stop_strings_and_slow_tokenizers_are_refused() -> None:
         Detokenizer(BYTE_LEVEL, ("",))
     with pytest.raises(ValueError, match="object is no fast tokenizer"):
         TokenBytes(object())
+
+
+@pytest.mark.parametrize(
+    ("text", "min_tokens", "right"),
+    [
+        ("abab", 0, "a"),
+        ("abab", 1, "a"),
+        ("abab", 2, "aba"),
+        ("abab", 3, "aba"),
+        ("abab", 4, "abab"),
+        ("aabb", 2, "aa"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_stop_strings_do_not_count_in_the_first_tokens(
+    text: str, min_tokens: int, right: str, at_once: bool
+) -> None:
+    """A token of `make_tokenizer` is one character; the stop string is "b"."""
+    detokenizer = Detokenizer(make_tokenizer(), ["b"], min_tokens=min_tokens)
+    tokens = list(text.encode())
+    pieces = [tokens] if at_once else [[token] for token in tokens]
+    found = "".join(detokenizer.push(piece).text for piece in pieces) + detokenizer.finish().text
+    assert found == right
+
+
+def test_a_stop_string_may_begin_in_the_first_tokens() -> None:
+    detokenizer = Detokenizer(make_tokenizer(), ["aba"], min_tokens=3)
+    assert detokenizer.push(b"ababx").stopped_by is None
+    detokenizer = Detokenizer(make_tokenizer(), ["aba"], min_tokens=3)
+    delta = detokenizer.push(b"ababa")
+    assert (delta.text, delta.stopped_by) == ("ab", "aba")

@@ -189,10 +189,12 @@ class Generations:
             )
         if len(prompts) * n > MAX_SEQUENCES:
             raise invalid(f"at most {MAX_SEQUENCES} choices in one request, over all prompts", "n")
+        defaults = self._service.defaults
+        most = defaults.max_new_tokens
         limits = [
-            output_limit(len(each), body.output_limit, info.max_model_len) for each in prompts
+            output_limit(len(each), body.output_limit, info.max_model_len, most) for each in prompts
         ]
-        shared = sampling_params(body, min(limits), info.vocab_size)
+        shared = sampling_params(body, min(limits), info.vocab_size, defaults)
         check_held_logprobs(body, shared, n * sum(limits), [len(each) for each in prompts] * n)
         sampling = [msgspec.structs.replace(shared, max_tokens=limit) for limit in limits]
         return GenerationPlan(
@@ -240,8 +242,13 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def output_limit(prompt: int, asked: int | None, context: int) -> int:
+def output_limit(prompt: int, asked: int | None, context: int, most: int | None) -> int:
     """How many tokens a prompt of so many may make.
+
+    Args:
+        asked: tokens that the request asks for; None for all that fit.
+        context: most tokens of prompt and output together.
+        most: most output tokens of any request; None for any number.
 
     Raises:
         ApiError: an empty prompt, or one that leaves too little of the context.
@@ -252,4 +259,5 @@ def output_limit(prompt: int, asked: int | None, context: int) -> int:
         raise too_long(prompt, context)
     if asked is not None and prompt + asked > context:
         raise too_long(prompt, context, output=asked)
-    return context - prompt if asked is None else asked
+    wanted = context - prompt if asked is None else asked
+    return wanted if most is None else min(wanted, most)

@@ -9,6 +9,7 @@ from typing import Any
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from pla_serve.server.bounded_json import decode
 from pla_serve.server.errors import invalid
+from pla_serve.server.generation.defaults import SamplingDefaults
 from pla_serve.wire.engine import Grammar, SamplingParams
 from pla_serve.wire.limits import GREEDY_BELOW, MOST_PROMPT_LOGPROBS
 
@@ -19,27 +20,37 @@ MOST_CONSTRAINT = 2**17
 
 
 def sampling_params(
-    request: ChatRequest | CompletionRequest, max_tokens: int, vocab_size: int
+    request: ChatRequest | CompletionRequest,
+    max_tokens: int,
+    vocab_size: int,
+    defaults: SamplingDefaults,
 ) -> SamplingParams:
-    """Raises:
-    ApiError: a token id outside the vocabulary, or fields that contradict each other.
+    """Return how an engine is to sample. ``defaults`` stand in for fields that are not given.
+
+    Raises:
+        ApiError: a token id outside the vocabulary, or fields that contradict each other.
     """
     if request.min_tokens > max_tokens:
         raise invalid(
             f"min_tokens ({request.min_tokens}) exceeds max_tokens ({max_tokens})", "min_tokens"
         )
-    temperature = _or(request.temperature, 1.0)
+    temperature = _first(request.temperature, defaults.temperature, 1.0)
+    top_p = _first(request.top_p, defaults.top_p, 1.0)
+    top_k = max(int(_first(request.top_k, defaults.top_k, 0)), 0)
+    if top_p == 0:
+        # The smallest set of tokens, as OpenAI has it: the likeliest one.
+        top_p, top_k = 1.0, 1
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=request.min_tokens,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_p=_or(request.top_p, 1.0),
-        top_k=max(request.top_k or 0, 0),
-        min_p=_or(request.min_p, 0.0),
+        top_p=top_p,
+        top_k=top_k,
+        min_p=_first(request.min_p, defaults.min_p, 0.0),
         seed=request.seed,
-        presence_penalty=_or(request.presence_penalty, 0.0),
-        frequency_penalty=_or(request.frequency_penalty, 0.0),
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
         logit_bias=_logit_bias(request.logit_bias, vocab_size),
         stop_token_ids=_stop_ids(request.stop_token_ids, vocab_size),
         ignore_eos=request.ignore_eos,
@@ -180,5 +191,8 @@ def _stop_ids(ids: list[int] | None, vocab_size: int) -> tuple[int, ...]:
     return tuple(ids or ())
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _first(given: float | None, default: float | None, otherwise: float) -> float:
+    """Return the first of these that is there."""
+    if given is not None:
+        return given
+    return otherwise if default is None else default

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from pla_serve.server.api.messages import MAX_MESSAGES, ChatMessage
-from pla_serve.server.api.strict import Strict, at_most, refuse, wrong
+from pla_serve.server.api.strict import Strict, at_most, refuse, whole_numbers, wrong
 from pla_serve.server.api.tool_schema import (
     MAX_TOOLS,
     NamedFunction,
@@ -46,14 +46,16 @@ def read_prompts(value: object) -> list[str | list[int]]:
         return [value]
     if not isinstance(value, list) or not value:
         raise ValueError("give a string, token ids, or a non-empty list of one of these")
+    value = whole_numbers(value)
     if all_ints(value):
         return [value]
     if len(value) > MAX_SEQUENCES:
         raise ValueError(f"at most {MAX_SEQUENCES} prompts in one request, not {len(value)}")
+    value = [whole_numbers(item) if isinstance(item, list) else item for item in value]
     for index, item in enumerate(value):
         if not isinstance(item, str) and not (isinstance(item, list) and all_ints(item)):
             raise ValueError(f"item {index} is neither a string nor a list of token ids")
-    return list(value)
+    return value
 
 
 def all_ints(items: list[Any]) -> bool:
@@ -156,7 +158,7 @@ class GenerationRequest(Ignored):
     n: int | None = Field(None, ge=1, le=MAX_SEQUENCES)
     best_of: int | None = None
     temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     """-1 and 0 keep all."""
     min_p: float | None = Field(None, ge=0, le=1)

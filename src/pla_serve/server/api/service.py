@@ -9,6 +9,7 @@ from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.api.prompts import PromptEncoder
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.errors import ApiError, unavailable
+from pla_serve.server.generation.defaults import SamplingDefaults
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.reasoning.support import ReasoningSupport
 from pla_serve.server.records.journal import Journal
@@ -35,6 +36,8 @@ class Service:
     check_grammar: GrammarCheck
     tools: ToolSupport
     reasoning: ReasoningSupport
+    defaults: SamplingDefaults
+    """Sampling parameters of requests that give none."""
     journal: Journal
     started: int
     """Unix seconds, for the list of models."""

@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -218,6 +219,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        if cycle.scope["http_version"] == "1.0":
+            app = _until_close(cycle, app)
         super()._start_asgi_task(cycle, app)
 
     def _unsupported_upgrade_warning(self) -> None:
@@ -286,6 +289,30 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
             super().handle_parser_exception()
         else:
             self.transport.abort()
+
+
+def _until_close(cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
+    """Have an application answer a client of HTTP/1.0, which knows no chunks.
+
+    An answer without a length ends there where the connection does, so uvicorn is told the length
+    of each part as if it were the whole.
+    """
+    sized = False
+
+    async def send(message: Message) -> None:
+        nonlocal sized
+        if message["type"] == "http.response.start":
+            sized = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not sized:
+                cycle.chunked_encoding = False
+        elif not sized:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await cycle.send(message)  # type: ignore[arg-type]
+
+    async def answer(scope: Scope, receive: Receive, _: Send) -> None:
+        await app(scope, receive, send)
+
+    return answer
 
 
 def _too_large(limit: int) -> ApiError:

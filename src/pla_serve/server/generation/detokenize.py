@@ -111,6 +111,8 @@ class Detokenizer:
         include_stop_str: end after the stop string instead.
         skip_special_tokens: leave control tokens out.
         keep: control tokens that stay in the text all the same.
+        min_tokens: stop strings that are complete with so many of the first tokens are text like
+            any other, as in vLLM.
 
     Raises:
         ValueError: a stop string is empty, or the tokenizer is not a fast one.
@@ -124,12 +126,15 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         prompt: Sequence[int] = (),
         keep: frozenset[int] = frozenset(),
+        min_tokens: int = 0,
     ) -> None:
         self._bytes = tokenizer if isinstance(tokenizer, TokenBytes) else TokenBytes(tokenizer)
         self._stops = [StopString(text) for text in stop]
         self._include_stop = include_stop_str
         self._skip_special = skip_special_tokens
         self._keep = keep
+        self._unchecked = min_tokens
+        """Tokens to come with which no stop string ends the text."""
         errors = "surrogateescape" if self._bytes.has_byte_tokens else "replace"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
         self._started = any(map(self._has_text, prompt[: -MOST_LOOKED_AT - 1 : -1]))
@@ -138,7 +143,14 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> TextDelta:
         """Add tokens. After a stop string they change nothing."""
-        return self._emit(self._decoder.decode(b"".join(self._raw(token_ids))))
+        if not (self._unchecked and self._stops):
+            return self._emit(self._decoder.decode(b"".join(self._raw(token_ids))))
+        text, delta = "", TextDelta("")
+        for token in token_ids:
+            delta = self._emit(self._decoder.decode(b"".join(self._raw([token]))))
+            self._unchecked = max(0, self._unchecked - 1)
+            text += delta.text
+        return TextDelta(text, delta.stopped_by)
 
     def finish(self) -> TextDelta:
         """Release what was held back; half a character becomes a replacement character."""
@@ -169,7 +181,7 @@ class Detokenizer:
         text = self._held + new
         for end, char in enumerate(new, len(self._held) + 1):
             complete = [stop.text for stop in self._stops if stop.feed(char)]
-            if complete:
+            if complete and not self._unchecked:
                 return self._stop(text[:end], max(complete, key=len))
         certain = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[certain:]
@@ -202,7 +214,9 @@ class StopString:
             self._shorter.append(length + (text[length] == char))
 
     def feed(self, char: str) -> bool:
-        """Whether the string is complete with ``char``; not to be called again after that."""
+        """Whether the string is complete with ``char``."""
+        if self.matched == len(self.text):
+            self.matched = self._shorter[self.matched]
         while self.matched and self.text[self.matched] != char:
             self.matched = self._shorter[self.matched]
         self.matched += self.text[self.matched] == char

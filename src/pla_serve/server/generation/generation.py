@@ -204,6 +204,7 @@ class Generation:
             plan.skip_special,
             prompt,
             plan.keep_special,
+            plan.sampling[index // plan.n].min_tokens,
         )
         return AnswerChoice(index, index // plan.n, f"{plan.id}-{index}", detokenizer)
 
