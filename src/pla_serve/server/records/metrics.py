@@ -127,6 +127,8 @@ class Metrics:
         self._rejected = self._family(
             Counter, "pla_serve:requests_rejected", "Requests refused, by reason.", "reason"
         )
+        for reason in ("capacity", "request"):
+            self._by(self._rejected, reason)  # shown as 0 before the first one
         self._success = self._family(
             Counter,
             "vllm:request_success",
@@ -134,7 +136,7 @@ class Metrics:
             "finished_reason",
         )
         for reason in ("stop", "length", "abort", "error"):
-            self._by(self._success, reason)  # shown as 0 before the first one
+            self._by(self._success, reason)
         self._restarts = self._make(
             Counter, "pla_serve:engine_restarts", "Engine processes started again."
         )
