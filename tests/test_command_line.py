@@ -28,6 +28,8 @@ NEW = {
         *("--enable-priority", "--link-key-file", "--tool-parser"),
         "--reasoning-parser",
         *("--generation-config", "--override-generation-config", "--cpu-kernels"),
+        *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
+        "--max-background-responses",
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
@@ -36,11 +38,14 @@ NEW = {
         *("--enable-priority", "--link-key-file", "--tool-parser"),
         "--reasoning-parser",
         *("--generation-config", "--override-generation-config"),
+        *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
+        "--max-background-responses",
     },
     "fleet start": {"--serve-word", "--route-word"},
 }
 """Flags that came later: the limits of clients, the key for /metrics, the formats of tool calls and
-reasoning, and the hidden ones by which ``fleet`` passes on what is for its processes."""
+reasoning, kernels on a CPU, what is kept of answers, and the hidden ones by which ``fleet`` passes
+on what is for its processes."""
 CHANGED: dict[tuple[str, str], dict[str, Any]] = {
     # The help shows what holds where a flag is not given; that was "None" and a sentence before.
     ("fleet start", "--host"): {"default": "127.0.0.1"},

@@ -86,6 +86,43 @@ class Limits:
             panel=LIMITS,
         ),
     ] = 64 * 2**20
+    max_stored_responses: Annotated[
+        int,
+        Flag(
+            "Answers of /v1/responses that are kept so that clients can continue them. Where there "
+            "is no room, the one goes that was not used for longest, of the API key that has the "
+            "most.",
+            least=1,
+            panel=LIMITS,
+        ),
+    ] = 10_000
+    max_stored_response_bytes: Annotated[
+        int,
+        Flag(
+            "Largest sum of the answers that are kept, with their conversations; 0 keeps none.",
+            unit="bytes",
+            least=0,
+            panel=LIMITS,
+        ),
+    ] = 256 * 2**20
+    stored_response_seconds: Annotated[
+        float,
+        Flag(
+            "An answer is kept for this long after its last use.",
+            unit="seconds",
+            above=0,
+            panel=LIMITS,
+        ),
+    ] = 3600.0
+    max_background_responses: Annotated[
+        int,
+        Flag(
+            "Answers of /v1/responses that are made in the background at once (429 beyond it). One "
+            "API key has at most half of them.",
+            least=1,
+            panel=LIMITS,
+        ),
+    ] = 256
     engine_silence_seconds: Annotated[
         float,
         Flag(

@@ -237,3 +237,22 @@ def test_servers_without_a_heartbeat_have_longer_to_answer(
     for make in make_links(settings):
         make(cast(Any, None))
     assert tuple(found) == waits
+
+
+def test_the_responses_api_and_its_store_are_the_routers(
+    fleet: Callable[..., tuple[Routed, list[Live], Path]],
+) -> None:
+    routed, _, gate = fleet()
+    with routed.client() as client:
+        first = client.responses.create(input="one")
+        second = client.responses.create(input="two", previous_response_id=first.id)
+        assert "<user>one<assistant>" in second.output_text
+        with client.responses.stream(model=MODEL, input="hello") as stream:
+            kinds = [event.type for event in stream]
+            assert stream.get_final_response().output_text.startswith("<user>hello")
+        assert kinds[0] == "response.created"
+        background = client.responses.create(
+            input="hello", background=True, extra_body={"seed": GATED_SEED}
+        )
+        gate.touch()
+        until(lambda: client.responses.retrieve(background.id).status == "completed")

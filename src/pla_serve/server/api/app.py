@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,6 +17,10 @@ from pla_serve.server.api.generations import Generations
 from pla_serve.server.api.guard import DETOKENIZE, TOKENIZE, Guard, Keys, Traffic
 from pla_serve.server.api.link_access import operator_keys
 from pla_serve.server.api.openapi import openapi, page
+from pla_serve.server.api.responses.background import BackgroundRuns
+from pla_serve.server.api.responses.endpoints import ResponsesEndpoints
+from pla_serve.server.api.responses.operations import response_operations
+from pla_serve.server.api.responses.store import ResponseStore
 from pla_serve.server.api.routes import Api, ApiRoute, Operation
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
 from pla_serve.server.api.service import Service
@@ -36,8 +41,10 @@ def build_app(
     """The application of a server, with ``more`` routes beside those that every server has."""
     settings = service.settings
     bodies = BodyReader(settings.max_body_bytes, settings.limits)
+    generations = Generations(service)
     routes = [
-        *_openai(Endpoints(service, bodies, Generations(service))),
+        *_openai(Endpoints(service, bodies, generations)),
+        *response_operations(_responses(service, bodies, generations, traffic)),
         *_tokens(TokenEndpoints(service, bodies)),
         *_operations(service, traffic),
         *more,
@@ -47,6 +54,20 @@ def build_app(
     scrapers = [*settings.api_keys, *filter(None, [settings.metrics_key])]
     may_scrape = operator_keys(settings.link_key, scrapers) or Keys(())
     return Guard(api, Keys(settings.api_keys), traffic, may_scrape)
+
+
+def _responses(
+    service: Service, bodies: BodyReader, generations: Generations, traffic: Traffic
+) -> ResponsesEndpoints:
+    limits = service.settings.limits
+    store = ResponseStore(
+        limits.max_stored_responses,
+        limits.max_stored_response_bytes,
+        limits.stored_response_seconds,
+        time.monotonic,
+    )
+    background = BackgroundRuns(traffic, limits.max_background_responses)
+    return ResponsesEndpoints(service, bodies, generations, store, background)
 
 
 def _openai(endpoints: Endpoints) -> list[Operation]:

@@ -97,6 +97,17 @@ class Upload:
         body = await self._read(request)
         return await self.run(lambda: validate(decode(body), model))
 
+    def carry(self, size: int) -> None:
+        """Count ``size`` bytes that the server adds to the body, such as earlier turns.
+
+        Raises:
+            ApiError: 413, they are too large together; 429 and 503, too much at once.
+        """
+        self.size += size
+        if self.size > self._reader.max_body_bytes:
+            raise _too_large(self._reader.max_body_bytes)
+        self._charge()
+
     async def run(self, work: Callable[[], Result]) -> Result:
         """``work()``; in a thread if the body is large."""
         if self.size <= INLINE_BYTES:

@@ -40,7 +40,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 class Operation:
     """One method on one path."""
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     """As Starlette has it: ``/v1/models/{model:path}``."""
     handler: Handler
