@@ -116,7 +116,7 @@ class StandInCore:
             config,
             plan,
             Waiting(machine.cost, machine.layers, limits.vocab_size),
-            build_sampling(source, limits, torch.device("cpu")),
+            build_sampling(source, limits, torch.device("cpu"), time.monotonic),
             build_scheduling(
                 config, cost, layers=machine.layers, kv_tokens=blocks * config.block_tokens
             ),

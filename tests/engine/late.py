@@ -8,7 +8,7 @@ as the host goes through them; their marks are as late as those of all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -173,10 +173,10 @@ class LateSampler(Sampler):
         self._ends[id(tokens)] = len(self._late.enqueued)
         return TokenChoice(sequences, tokens, tokens, {})
 
-    def accept(self, choice: TokenChoice) -> list[Sampled]:
+    def accept(self, choice: TokenChoice, last: Collection[int] = ()) -> list[Sampled]:
         end = self._ends.pop(id(choice.tokens), 0)
         assert end <= self._late.finished, "tokens were read before they were there"
-        return super().accept(choice)
+        return super().accept(choice, last)
 
 
 @cache

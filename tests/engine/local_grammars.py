@@ -15,6 +15,7 @@ class LocalFollower:
     """A `GrammarFollower` that knows everything at once."""
 
     settled = ready = True
+    lags = False
 
     def __init__(self, matcher: GrammarMatcher, eos_token_ids: frozenset[int]) -> None:
         self.eos_token_ids = eos_token_ids
@@ -47,7 +48,7 @@ class LocalGrammars:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
 
-    def start(self, grammar: Grammar) -> LocalFollower:
+    def start(self, grammar: Grammar, tenant: str = "") -> LocalFollower:
         return LocalFollower(self._compiler.start(grammar), self._compiler.eos_token_ids)
 
     def open(self, follower: GrammarFollower) -> None: ...

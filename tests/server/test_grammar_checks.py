@@ -18,9 +18,9 @@ from benchmarks.abuse_parts.grammars import hostile_grammars
 from pla_serve.grammar.errors import GrammarError
 from pla_serve.grammar.limits import GrammarLimits
 from pla_serve.grammar.tokenizer import GrammarVocabulary, vocabulary_of
+from pla_serve.grammar.turns import Turns
 from pla_serve.server.generation import grammar_checks as module
 from pla_serve.server.generation.grammar_checks import GrammarChecks, TooManyChecks
-from pla_serve.server.generation.turns import Turns
 from pla_serve.wire.engine import Grammar
 from tests.server.server_harness import make_tokenizer
 

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pla_serve.grammar.errors import GrammarError
@@ -37,16 +36,16 @@ from pla_serve.grammar.messages import (
     FromWorker,
     Kill,
     NurseryLaunch,
+    Slow,
+    Watch,
 )
 from pla_serve.grammar.tokenizer import GrammarVocabulary
+from pla_serve.grammar.watch import LOW_PRIORITY, cpu_seconds
 
 log = logging.getLogger(__name__)
 
-LOW_PRIORITY = 10
-"""Niceness of slow workers. Beside one of them the engine gets nine tenths of a core."""
-LOWEST_PRIORITY = 15
-"""Niceness of workers that compute all the time: eight of them leave the engine three quarters of
-their processor."""
+WATCH_AGAIN_SECONDS = 0.1
+"""Least time between two `Watch` messages."""
 NOT_NEEDED = "it is needed no longer"
 MOST_FAILED_STARTS = 3
 """Nurseries in a row that may end without forking a worker, before no other one is started."""
@@ -81,6 +80,11 @@ class WorkerEnd:
             return "the process that follows it was lost"
         if self.status == -signal.SIGPROF:
             return f"it takes more than {seconds:g} s of CPU time; simplify it"
+        if self.status == -signal.SIGUSR1:
+            return (
+                f"all grammars together need more than {limits.total_bytes >> 20} MiB of memory, "
+                "and this one has the most; simplify it, or try again later"
+            )
         if self.status == -signal.SIGABRT:
             return f"it needs more than {limits.memory_bytes >> 20} MiB of memory; simplify it"
         if self.status in (-signal.SIGSEGV, -signal.SIGBUS):
@@ -101,6 +105,8 @@ class GrammarWorker:
         """How the worker ended; None until then. Its last messages can still be read."""
         self.killed_for: str | None = None
         self.niceness = 0
+        self.slow_for: int | None = None
+        """Text for which it was found to compute for long; whoever reads it sets it to None."""
 
     def receive(self) -> Iterator[Any]:
         """Yield the messages that the worker has sent so far."""
@@ -125,6 +131,7 @@ class GrammarHost:
         self._tokenizer.flush()
         self._forks = 0
         self._failed_starts = 0
+        self._watch_asked = -1.0
         self._start()
 
     @property
@@ -181,11 +188,15 @@ class GrammarHost:
 
         Where the system does not report it, this is a clock, as if the worker never paused.
         """
-        try:
-            line = Path(f"/proc/{worker.pid}/schedstat").read_text()
-        except OSError:
-            return time.monotonic()
-        return int(line.split()[0]) / 1e9
+        found = cpu_seconds(worker.pid)
+        return time.monotonic() if found is None else found
+
+    def watch(self) -> None:
+        """Have long work of workers found for a while. It runs at low priority then."""
+        now = time.monotonic()
+        if now - self._watch_asked > WATCH_AGAIN_SECONDS and not self._control.ended:
+            self._watch_asked = now
+            self._control.send(Watch())
 
     def poll(self) -> None:
         """Update which workers run and which have ended."""
@@ -204,7 +215,11 @@ class GrammarHost:
         self.workers.clear()
         self._tokenizer.close()
 
-    def _take(self, message: Forked | Exited) -> None:
+    def _take(self, message: Forked | Exited | Slow) -> None:
+        if isinstance(message, Slow):
+            if message.id in self.workers:
+                self.workers[message.id].slow_for = message.working
+            return
         if isinstance(message, Forked):
             self._failed_starts = 0
             worker = self.workers[message.id]

@@ -29,6 +29,9 @@ class GrammarLimits:
     on top of its CPU time."""
     memory_bytes: int = 96 * 2**20
     """Memory of a worker beyond what an idle one has."""
+    total_bytes: int = 112 * 2**20
+    """Memory of all workers of one process together, beyond what idle ones have. Beyond that the
+    largest worker is ended."""
 
     def replay_seconds(self, tokens: int) -> float:
         """CPU time to compile a grammar and go past ``tokens`` tokens that were made already."""

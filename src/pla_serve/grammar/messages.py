@@ -40,6 +40,8 @@ class Advanced(msgspec.Struct, frozen=True, array_like=True, tag=0):
     error: str | None
     finished: bool
     """Whether the text is complete, so that nothing can follow."""
+    seconds: float = 0.0
+    """CPU time that the token took; 0 for an `OpenGrammar`."""
 
 
 class GrammarMask(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -51,6 +53,8 @@ class GrammarMask(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Whether the mask allows only EOS tokens."""
     bits: bytes
     """Bit ``i % 8`` of byte ``i // 8`` allows token i; a multiple of 4 bytes."""
+    seconds: float = 0.0
+    """CPU time that the mask took."""
 
 
 class Fork(msgspec.Struct, frozen=True, array_like=True, tag=0):
@@ -63,6 +67,10 @@ class Kill(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """End a worker at once."""
 
     id: int
+
+
+class Watch(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Look at the workers often for a while: they have work that may be long."""
 
 
 class Forked(msgspec.Struct, frozen=True, array_like=True, tag=0):
@@ -82,6 +90,14 @@ class Exited(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Text that the worker computed for when it ended; 0 for none."""
 
 
+class Slow(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """A worker takes long for one piece of work. It goes on at low priority."""
+
+    id: int
+    working: int
+    """Text that it computes for."""
+
+
 class NurseryLaunch(msgspec.Struct, frozen=True):
     """The first message to a nursery."""
 
@@ -92,8 +108,8 @@ class NurseryLaunch(msgspec.Struct, frozen=True):
 
 ToWorker = OpenGrammar | Advance | Close
 FromWorker = Advanced | GrammarMask
-ToNursery = Fork | Kill
-FromNursery = Forked | Exited
+ToNursery = Fork | Kill | Watch
+FromNursery = Forked | Exited | Slow
 
 _READ_BYTES = 256 * 1024
 _MOST_DESCRIPTORS = 16

@@ -15,13 +15,30 @@ import select
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 
 from pla_serve.grammar.compiler import GrammarCompiler
 from pla_serve.grammar.limits import GRAMMARS_A_WORKER, GrammarLimits
-from pla_serve.grammar.messages import Exited, Fork, Forked, Frames, Kill, NurseryLaunch, ToNursery
+from pla_serve.grammar.messages import (
+    Exited,
+    Fork,
+    Forked,
+    Frames,
+    Kill,
+    NurseryLaunch,
+    Slow,
+    ToNursery,
+    Watch,
+)
 from pla_serve.grammar.tokenizer import GrammarVocabulary
-from pla_serve.grammar.worker import NOTE, Worker, confine
+from pla_serve.grammar.watch import NOTE, WorkerWatch
+from pla_serve.grammar.worker import Worker, confine
+
+TICK_SECONDS = 0.005
+"""Time between two looks at workers that are watched."""
+WATCH_SECONDS = 0.5
+"""Time for which workers are watched after a `Watch`, and after they were last seen to work."""
 
 
 class Nursery:
@@ -35,7 +52,8 @@ class Nursery:
         self._limits = limits
         self._pids: dict[int, int] = {}
         self._ids: dict[int, int] = {}
-        self._notes: dict[int, mmap.mmap] = {}
+        self._watch = WorkerWatch(limits)
+        self._watch_until = 0.0
         self._wake_read, self._wake_write = os.pipe()
         for end in (self._wake_read, self._wake_write):
             os.set_blocking(end, False)
@@ -47,7 +65,7 @@ class Nursery:
         descriptors: list[int] = []
         control = self._control.socket
         while True:
-            ready, _, _ = select.select([control.fileno(), self._wake_read], [], [])
+            ready, _, _ = select.select([control.fileno(), self._wake_read], [], [], self._look())
             if self._wake_read in ready:
                 with suppress(BlockingIOError):
                     os.read(self._wake_read, 4096)
@@ -62,8 +80,24 @@ class Nursery:
             for message in self._control.messages():
                 if isinstance(message, Fork):
                     self._fork(message.id, descriptors.pop(0))
+                elif isinstance(message, Watch):
+                    self._watch_until = time.monotonic() + WATCH_SECONDS
                 elif isinstance(message, Kill) and message.id in self._pids:
                     os.kill(self._pids[message.id], signal.SIGKILL)
+
+    def _look(self) -> float | None:
+        """Look at workers that are watched; return the seconds until they are looked at again."""
+        now = time.monotonic()
+        if now >= self._watch_until:
+            return None
+        for id, text in self._watch.slow():
+            self._control.send(Slow(id, text))
+        largest = self._watch.largest_beyond_budget()
+        if largest is not None:
+            os.kill(largest, signal.SIGUSR1)
+        if self._watch.any_works:
+            self._watch_until = now + WATCH_SECONDS
+        return TICK_SECONDS
 
     def _fork(self, id: int, descriptor: int) -> None:
         note = mmap.mmap(-1, NOTE.size)  # shared with the worker
@@ -75,7 +109,7 @@ class Nursery:
             return
         if pid == 0:
             self._become_worker(descriptor, note)
-        self._notes[id] = note
+        self._watch.add(id, pid, note)
         os.close(descriptor)
         self._pids[id], self._ids[pid] = pid, id
         self._control.send(Forked(id, pid))
@@ -105,8 +139,7 @@ class Nursery:
                 return
             id = self._ids.pop(pid)
             del self._pids[id]
-            with self._notes.pop(id) as note:
-                (working,) = NOTE.unpack_from(note)
+            working = self._watch.remove(id)
             self._control.send(Exited(id, os.waitstatus_to_exitcode(status), working))
 
 

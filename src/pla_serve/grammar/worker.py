@@ -8,7 +8,7 @@ import resource
 import select
 import signal
 import socket
-import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +25,7 @@ from pla_serve.grammar.messages import (
     OpenGrammar,
     ToWorker,
 )
+from pla_serve.grammar.watch import NOTE
 
 
 def confine(limits: GrammarLimits) -> None:
@@ -53,10 +54,6 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
-NOTE = struct.Struct("<q")
-"""Text that a worker computes for, in memory that it shares with the nursery."""
-
-
 class Worker:
     """Answers one socket until it is closed."""
 
@@ -75,6 +72,10 @@ class Worker:
         self._unmasked: dict[int, None] = {}
         """Texts whose mask is to be computed, in order."""
         self._note = note
+        self._works = 0
+        """Number of pieces of work so far."""
+        self._seconds = 0.0
+        """CPU time of the last one."""
 
     def serve(self) -> None:
         """Go past all tokens that have come before any mask is computed: masks take longer."""
@@ -83,8 +84,7 @@ class Worker:
                 self._frames.read()
                 if self._frames.ended:
                     return
-                for message in self._frames.messages():
-                    self._take(message)
+                self._take_all(list(self._frames.messages()))
                 self._frames.flush()
             if self._unmasked:
                 id = next(iter(self._unmasked))
@@ -93,6 +93,15 @@ class Worker:
 
     def _has_input(self) -> bool:
         return bool(select.select([self._frames.socket], [], [], 0)[0])
+
+    def _take_all(self, messages: list[ToWorker]) -> None:
+        """Take messages, without the work for texts that are closed by a later one of them."""
+        closed = {message.id for message in messages if isinstance(message, Close)}
+        for message in messages:
+            if message.id in closed and not isinstance(message, Close):
+                self._frames.put(Advanced(message.id, None, False))
+            else:
+                self._take(message)
 
     def _take(self, message: ToWorker) -> None:
         if isinstance(message, OpenGrammar):
@@ -104,7 +113,7 @@ class Worker:
                 return
             with self._work(message.id, self._limits.step_seconds):
                 matcher.advance(message.token)
-            self._advanced(message.id, matcher)
+            self._advanced(message.id, matcher, self._seconds)
         elif isinstance(message, Close):
             self._matchers.pop(message.id, None)
             self._unmasked.pop(message.id, None)
@@ -122,26 +131,30 @@ class Worker:
                 if matcher.advance(token) is not None:
                     break
         self._matchers[message.id] = matcher
-        self._advanced(message.id, matcher)
+        self._advanced(message.id, matcher, 0.0)
 
     @contextmanager
     def _work(self, id: int, seconds: float) -> Iterator[None]:
         """Note whom the work is for, in case that it is the last one, and bound its CPU time."""
-        NOTE.pack_into(self._note, 0, id)
+        self._works += 1
+        NOTE.pack_into(self._note, 0, id, self._works)
+        begin = time.process_time()
         with cpu_limit(seconds):
             yield
-        NOTE.pack_into(self._note, 0, 0)
+        self._seconds = time.process_time() - begin
+        NOTE.pack_into(self._note, 0, 0, self._works)
 
-    def _advanced(self, id: int, matcher: GrammarMatcher) -> None:
-        self._frames.put(Advanced(id, matcher.error, matcher.finished))
+    def _advanced(self, id: int, matcher: GrammarMatcher, seconds: float) -> None:
+        self._frames.put(Advanced(id, matcher.error, matcher.finished, seconds))
         if matcher.error is None:
             self._unmasked[id] = None
 
     def _mask(self, id: int) -> None:
         matcher = self._matchers[id]
+        self._seconds = 0.0
         if matcher.must_stop:
             bits = self._compiler.eos_mask.to_bytes(self._compiler.mask_bytes, "little")
         else:
             with self._work(id, self._limits.step_seconds):
                 bits = matcher.mask()
-        self._frames.send(GrammarMask(id, matcher.error, matcher.must_stop, bits))
+        self._frames.send(GrammarMask(id, matcher.error, matcher.must_stop, bits, self._seconds))

@@ -67,7 +67,7 @@ class TardyGrammars(LocalGrammars):
         self.rng, self.share = Random(seed), share
         self.followers: list[Tardy] = []
 
-    def start(self, grammar: Grammar) -> Tardy:
+    def start(self, grammar: Grammar, tenant: str = "") -> Tardy:
         self.followers.append(Tardy(super().start(grammar), self.rng, self.share))
         return self.followers[-1]
 

@@ -129,7 +129,7 @@ def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, Engi
         default_seed=config.seed,
     )
     layers, kv_tokens = rank.model.kv_shape.layers, plan.blocks * config.block_tokens
-    sampling = build_sampling(settings.source, limits, settings.device)
+    sampling = build_sampling(settings.source, limits, settings.device, settings.clock)
     scheduling = build_scheduling(config, cost, layers=layers, kv_tokens=kv_tokens)
     parts = build_parts(config, plan, executor, sampling, scheduling)
     transfer = transfer_agent = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,22 +25,31 @@ class Sampling:
     sampler: Sampler
 
 
-def build_sampling(source: ModelSource, limits: RequestLimits, device: torch.device) -> Sampling:
+def build_sampling(
+    source: ModelSource,
+    limits: RequestLimits,
+    device: torch.device,
+    clock: Callable[[], float],
+) -> Sampling:
     """Make the sampler, with structured output if the tokenizer allows it.
 
     Args:
         device: where the logits are.
+        clock: monotonic seconds.
     """
-    return Sampling(limits, Sampler(limits.vocab_size, device, _grammars(source, limits)))
+    return Sampling(limits, Sampler(limits.vocab_size, device, _grammars(source, limits, clock)))
 
 
-def _grammars(source: ModelSource, limits: RequestLimits) -> GrammarWorkers | None:
+def _grammars(
+    source: ModelSource, limits: RequestLimits, clock: Callable[[], float]
+) -> GrammarWorkers | None:
     """Return None, and log the reason, if grammars cannot be built on the tokenizer."""
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         return None
     try:
-        return GrammarWorkers(vocabulary_of(tokenizer, limits.vocab_size, limits.eos_token_ids))
+        vocabulary = vocabulary_of(tokenizer, limits.vocab_size, limits.eos_token_ids)
+        return GrammarWorkers(vocabulary, clock=clock)
     except ValueError as error:
         log.warning("structured output is off, this tokenizer does not allow it: %s", error)
         return None

@@ -14,7 +14,8 @@ from pla_serve.wire.engine import FinishReason, Output, PromptLogprobs
 def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Output:
     """Append the token to ``sequence`` and return the message that carries it.
 
-    The message has a finish reason if the sequence ends with the token. Without a token, because
+    The message has a finish reason if the sequence ends with the token. If the grammar turned out
+    to end with the token before, there is none, and the reason is "stop". Without a token, because
     the logits were broken or a grammar excludes all tokens, the reason is "error". If no output is
     wanted (``max_tokens`` 0), the token is dropped.
 
@@ -24,6 +25,8 @@ def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Outp
     if sampled.error is not None:
         return failure(sequence, sampled.error, of_request=sampled.of_request)
     first = sequence.made == 0
+    if sampled.ended:
+        return Output(id=sequence.id, tokens=[], finish_reason="stop")
     if not sequence.request.sampling.max_tokens:
         return Output(
             id=sequence.id,

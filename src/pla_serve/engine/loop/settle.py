@@ -136,7 +136,9 @@ class BatchSettlement:
 
     def _resume(self, sequence: Sequence) -> None:
         error = sequence.sampling.grammar_error
-        if error is None:
+        if sequence.sampling.ended:
+            self._take(sequence, Sampled(-1, ended=True), self._context.clock())
+        elif error is None:
             now, request = self._context.clock(), sequence.request
             self._policy.start_decode(
                 sequence.id, sequence.computed, request.arrival, now, request.tenant
@@ -178,7 +180,14 @@ class BatchSettlement:
         """Return the next token of each member, or None for members that yield none."""
         if batch.choice is None:
             return [None] * len(batch.members)
-        found = iter(self._sampler.accept(batch.choice))
+        limit = self._intake.limits.max_model_len
+        yielding = [member.sequence for member in batch.members if member.yields]
+        last = {
+            row
+            for row, sequence in enumerate(yielding)
+            if sequence.sampling.grammar is not None and ends_with_next(sequence, limit)
+        }
+        found = iter(self._sampler.accept(batch.choice, last))
         return [next(found) if member.yields else None for member in batch.members]
 
     def _tell_policy(self, batch: EnqueuedBatch, seconds: float, now: float) -> None:
@@ -217,7 +226,9 @@ class BatchSettlement:
             self._requests.sit_out(sequence)
         elif sampled is not None:
             self._take(sequence, sampled, now)
-            if not (sequence.over or member.decodes or dispatched):
+            if not sequence.over and sequence.sampling.lags:
+                self._requests.sit_out(sequence)
+            elif not (sequence.over or member.decodes or dispatched):
                 request, context = sequence.request, sequence.computed
                 self._policy.start_decode(
                     sequence.id, context, request.arrival, now, request.tenant
@@ -229,7 +240,7 @@ class BatchSettlement:
         output = take_token(sequence, sampled, self._intake.limits.max_model_len)
         self._context.emit(output)
         if sampled.error is None:
-            self._telemetry.generation_tokens += 1
+            self._telemetry.generation_tokens += not sampled.ended
             if first:
                 self._telemetry.count_first(sequence, now)
                 self._intake.settle_forecast(sequence, now, served=True)

@@ -129,6 +129,7 @@ class Intake:
                 self.limits.eos_token_ids,
                 default_seed=self.limits.default_seed,
                 output=request.prompt[own:],
+                tenant=request.tenant,
             )
         except (GrammarError, SamplingError) as error:
             return Rejected(id=request.id, reason=str(error), retry_after=None)

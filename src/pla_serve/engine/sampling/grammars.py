@@ -29,6 +29,12 @@ class GrammarFollower(Protocol):
         ...
 
     @property
+    def lags(self) -> bool:
+        """Whether masks have often been late, and the next one is not there yet: batches had better
+        go on without the sequence."""
+        ...
+
+    @property
     def ready(self) -> bool:
         """Whether the mask of the next token has arrived, or an error. Implies ``settled``."""
         ...
@@ -45,8 +51,11 @@ class GrammarFollower(Protocol):
 class Grammars(Protocol):
     """Makes followers of grammars, and returns their masks."""
 
-    def start(self, grammar: Grammar) -> GrammarFollower:
+    def start(self, grammar: Grammar, tenant: str = "") -> GrammarFollower:
         """Return a follower at the start of its text.
+
+        Args:
+            tenant: owner of the request; tenants share workers, and the time that is waited.
 
         Raises:
             GrammarError: the grammar is refused; the message is for the client. Faults that show
@@ -62,11 +71,14 @@ class Grammars(Protocol):
         ...
 
     def settle(self, followers: Sequence[GrammarFollower]) -> None:
-        """Wait a few milliseconds for the followers to become ``settled``; some may not."""
+        """Wait a few milliseconds for the followers to become ``settled``; some may not.
+
+        The time of all waits is bounded together, so that there may be no wait at all.
+        """
         ...
 
     def prepare(self, followers: Sequence[GrammarFollower]) -> None:
-        """Wait a few milliseconds for the followers to become ``ready``; some may not."""
+        """Wait like `settle` for the followers to become ``ready``; some may not."""
         ...
 
     def masks(self, followers: Sequence[GrammarFollower]) -> torch.Tensor:
@@ -77,7 +89,7 @@ class Grammars(Protocol):
         ...
 
     def poll(self) -> None:
-        """Take the answers that have arrived, without waiting."""
+        """Send what followers have been told, and take the answers that have arrived."""
         ...
 
     def close(self) -> None:

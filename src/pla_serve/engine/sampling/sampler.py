@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,8 +29,11 @@ NOT_FINITE = -1
 NOTHING_LEFT = -2
 NOT_READY = -3
 """The mask of the row is late, or its token is chosen already."""
+ENDED = -5
+"""The row's grammar allows nothing after the token before."""
 RAISED = -4
 """The choice for this row raised an exception."""
+WITHOUT_ERROR = {NOT_READY: LATE, ENDED: Sampled(-1, ended=True)}
 ERRORS = {
     NOT_FINITE: "the model produced logits that are NaN or infinite; "
     "its weights may be damaged or its dtype too narrow",
@@ -95,6 +98,7 @@ class Sampler:
         *,
         default_seed: int,
         output: Sequence[int] = (),
+        tenant: str = "",
     ) -> SequenceSampling:
         """Return the sampling state of a new sequence. Its grammar is compiled while it waits.
 
@@ -102,6 +106,7 @@ class Sampler:
             prompt: the request's token ids.
             default_seed: used together with the request's id if the request has no seed.
             output: tokens that another engine has chosen already; see `SequenceSampling.resume`.
+            tenant: owner of the request; see `Grammars.start`.
 
         Raises:
             SamplingError: a token id is outside the vocabulary, or ``output`` cannot go on.
@@ -111,7 +116,7 @@ class Sampler:
         if params.grammar is not None:
             if self._grammars is None:
                 raise GrammarError("this model is served without support for structured output")
-            matcher = self._grammars.start(params.grammar)
+            matcher = self._grammars.start(params.grammar, tenant)
         sampling = SequenceSampling(
             prompt,
             params,
@@ -174,10 +179,12 @@ class Sampler:
         rows = self._choose_rows(logits, sequences)
         return TokenChoice(sequences, rows.chosen, to_host(rows.chosen), rows.logprobs, rows.faults)
 
-    def accept(self, choice: TokenChoice) -> list[Sampled]:
+    def accept(self, choice: TokenChoice, last: Collection[int] = ()) -> list[Sampled]:
         """Advance each sequence by its token; the device must have finished the choice.
 
-        Waits a few milliseconds at most for grammars; sequences whose is later get `LATE`.
+        Args:
+            last: rows that end with this token anyway; see `SequenceSampling.settle`. For their
+                grammars a few milliseconds are waited at most.
         """
         tokens = choice.tokens.tolist()
         faults = dict(choice.faults)
@@ -189,9 +196,9 @@ class Sampler:
                     raise
                 except Exception as error:
                     faults[row] = _fault(error)
-        self._settle_grammars(choice.sequences, faults)
+        self._settle_grammars(choice.sequences, last, faults)
         return [
-            self._result(row, token, sequence, faults)
+            self._result(row, token, sequence, row in last, faults)
             for row, (token, sequence) in enumerate(zip(tokens, choice.sequences, strict=True))
         ]
 
@@ -230,17 +237,21 @@ class Sampler:
         return _Rows(tokens, self._logprobs(logits, tokens, sequences), {})
 
     def _settle_grammars(
-        self, sequences: Sequence[SequenceSampling], faults: dict[int, str]
+        self,
+        sequences: Sequence[SequenceSampling],
+        last: Collection[int],
+        faults: dict[int, str],
     ) -> None:
-        """Wait for the grammars that a token was passed to; see `accept`."""
+        """Send grammars their tokens, and wait for those of the ``last`` rows; see `accept`."""
         if self._grammars is None:
             return
-        moved = {
-            row: s.grammar
-            for row, s in enumerate(sequences)
-            if s.chosen and s.grammar is not None and row not in faults
-        }
+        moved: dict[int, GrammarFollower] = {}
+        for row in last:
+            follower = sequences[row].grammar
+            if follower is not None and sequences[row].chosen and row not in faults:
+                moved[row] = follower
         if not moved:
+            self._grammars.poll()
             return
         try:
             self._grammars.settle(list(moved.values()))
@@ -253,14 +264,21 @@ class Sampler:
                     faults[row] = _fault(error)
 
     def _result(
-        self, row: int, token: int, sequence: SequenceSampling, faults: dict[int, str]
+        self,
+        row: int,
+        token: int,
+        sequence: SequenceSampling,
+        last: bool,
+        faults: dict[int, str],
     ) -> Sampled:
         """Return what came of one row, whose grammar has answered or is late."""
         if row not in faults:
             try:
                 if sequence.chosen:
-                    return sequence.settle()
-                return LATE if token == NOT_READY else self._failed(token, sequence)
+                    return sequence.settle(last=last)
+                if token in WITHOUT_ERROR:
+                    return WITHOUT_ERROR[token]
+                return self._failed(token, sequence)
             except NOT_OF_ONE_REQUEST:
                 raise
             except Exception as error:
@@ -277,6 +295,7 @@ class Sampler:
         # Rows that are not finite are computed like the others and get their error code at the end.
         broken = tokens == NOT_FINITE
         late = self._apply_grammars(logits, sequences)
+        ended = [row for row, sequence in enumerate(sequences) if sequence.ended]
         self._apply_adjustments(logits, sequences)
         peak, chosen = row_max(logits)
         usable = peak.isfinite()
@@ -291,8 +310,9 @@ class Sampler:
             )
         chosen = torch.where(usable, chosen, NOTHING_LEFT)
         chosen = torch.where(broken, NOT_FINITE, chosen)
-        if late:
-            chosen[to_device(late, logits.device)] = NOT_READY
+        for code, found in ((NOT_READY, late), (ENDED, ended)):
+            if found:
+                chosen[to_device(found, logits.device)] = code
         return chosen
 
     def _apply_grammars(

@@ -27,6 +27,8 @@ class Sampled(NamedTuple):
     """Why there is no token. The sequence ends with this error."""
     of_request: bool = False
     """Whether the error is the request's own fault: no engine would do better."""
+    ended: bool = False
+    """Whether there is no token because the grammar allowed nothing after the one before."""
     late: bool = False
     """Whether the token is missing because its grammar takes time. The last token is computed again
     once the sequence `can_go_on`; until then it sits out."""
@@ -109,6 +111,23 @@ class SequenceSampling:
             return "penalties"
         return None if self.params.logprobs is None else "logprobs"
 
+    @property
+    def ended(self) -> bool:
+        """Whether the grammar has turned out to allow nothing after the last token."""
+        grammar = self.grammar
+        return (
+            grammar is not None
+            and grammar.error is None
+            and not self.chosen
+            and grammar.settled
+            and grammar.finished
+        )
+
+    @property
+    def lags(self) -> bool:
+        """Whether a step had better not run before the sequence `can_go_on`."""
+        return self.grammar is not None and self.grammar.lags
+
     def promise(self) -> None:
         """Count a token that was chosen and will be accepted later, so that the next can be chosen.
 
@@ -164,9 +183,17 @@ class SequenceSampling:
         if self.grammar is not None and token not in self.stop_ids:
             self.grammar.advance(token)
 
-    def settle(self) -> Sampled:
-        """Make the chosen token part of the output; `LATE` if the grammar has not answered."""
-        if self.grammar is not None and not self.grammar.settled:
+    def settle(self, *, last: bool) -> Sampled:
+        """Make the chosen token part of the output.
+
+        What it does to the grammar may not be known yet, and shows in the next step: an error, or
+        that the text has `ended`.
+
+        Args:
+            last: the sequence ends with this token anyway, so the result has to say whether the
+                grammar ends as well. It is `LATE` if the grammar has not answered.
+        """
+        if last and self.grammar is not None and not self.grammar.settled:
             return LATE
         return self._take()
 
@@ -195,7 +222,7 @@ class SequenceSampling:
         if self.grammar is not None and not stopped:
             if self.grammar.error is not None:
                 return Sampled(-1, error=self.grammar.error, of_request=True)
-            finished = self.grammar.finished
+            finished = self.grammar.settled and self.grammar.finished
         return Sampled(token, logprob, stopped, finished)
 
 

@@ -25,7 +25,7 @@ from pla_serve.grammar.limits import GrammarLimits
 from pla_serve.grammar.messages import Advanced, Close, GrammarMask, OpenGrammar
 from pla_serve.grammar.structure import check_size
 from pla_serve.grammar.tokenizer import GrammarVocabulary
-from pla_serve.server.generation.turns import Turns
+from pla_serve.grammar.turns import Turns
 from pla_serve.wire.engine import Grammar
 
 log = logging.getLogger(__name__)
@@ -183,6 +183,7 @@ class GrammarChecks:
         place.checks += 1
         place.worker.frames.send(OpenGrammar(check.id, check.grammar, []))
         self._flush(place)
+        self._host.watch()
         if slow:
             self._host.lower_priority(place.worker)
         if place.worker.pid is not None:

@@ -38,6 +38,15 @@ class Turns(Generic[T]):
             del self._queues[tenant]
         return item
 
+    def __len__(self) -> int:
+        """Items that wait, of all tenants."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    def put_back(self, tenant: str, item: T) -> None:
+        """Undo `take`: the item is the next one again."""
+        self._queues.setdefault(tenant, deque()).appendleft(item)
+        self._queues.move_to_end(tenant, last=False)
+
     def remove(self, tenant: str, item: T) -> None:
         """Take an item out, if it is there."""
         queue = self._queues.get(tenant)
