@@ -94,12 +94,13 @@ class RequestBook:
         self._epoch = cost.epoch
         self._loads: dict[str, Backlog] = {}
         if one_account or shorts is longs:
-            shares = self._make_shares(shorts is not longs, lambda: self._pending.values())
+            queues = {False: longs} if shorts is longs else {False: longs, True: shorts}
+            shares = self._make_shares(queues, lambda request: True)
             self._shares = (shares, shares)
         else:
             self._shares = (
-                self._make_shares(False, lambda: (r for r in self._all() if not r.short)),
-                self._make_shares(False, lambda: (r for r in self._all() if r.short)),
+                self._make_shares({False: longs}, lambda request: not request.short),
+                self._make_shares({False: shorts}, lambda request: request.short),
             )
 
     def is_short(self, new_tokens: int, history: int) -> bool:
@@ -291,14 +292,14 @@ class RequestBook:
     def _all(self) -> Iterable[Pending]:
         return self._pending.values()
 
-    def _make_shares(self, apart: bool, waiting: Callable[[], Iterable[Pending]]) -> TenantShares:
+    def _make_shares(
+        self, queues: dict[bool, PrefillQueue], mine: Callable[[Pending], bool]
+    ) -> TenantShares:
         return TenantShares(
-            enter=lambda request: self._queues[request.short].push(request),
-            leave=lambda request: self._queues[request.short].discard(request),
+            queues,
             window=self._share_window,
             price=self._marginal_seconds,
-            waiting=waiting,
-            apart=apart,
+            flying=lambda: filter(mine, map(self._pending.__getitem__, self._flying)),
         )
 
     def _share_window(self) -> float:

@@ -35,5 +35,7 @@ class Pending:
     tenant: str = ""
     held: bool = False
     """True while it waits outside the queues for its tenant's share; see `TenantShares`."""
+    entered: int = 0
+    """When it entered its queue, or was taken from a backlog to be held; see `TenantShares`."""
     charge: float = 0.0
     """Seconds that its tenant was charged for it and that have not run."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from copy import copy
+from typing import Any, Protocol, Self
 
 from pla_serve.policy.pending import Pending
 
@@ -43,6 +44,10 @@ class PrefillQueue(PrefillSource, Protocol):
 
     def resort(self) -> None:
         """Renew the order after ``Pending.seconds`` of its requests changed."""
+        ...
+
+    def split_off(self) -> Self:
+        """Return a queue with all requests, in their order, and be empty; O(1) in requests."""
         ...
 
     def seconds_ahead(self, request: Pending, total: float) -> float:
@@ -100,6 +105,11 @@ class SortedQueue:
     def requests(self) -> list[Pending]:
         """All requests, the last one first."""
         return [entry[-1] for entry in self._entries]
+
+    def split_off(self) -> Self:
+        other = copy(self)
+        self._entries = []
+        return other
 
     def resort(self) -> None:
         requests = self.requests()

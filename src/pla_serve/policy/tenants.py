@@ -30,15 +30,19 @@ instead of 100 s.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.queues import arrival_rank
+from pla_serve.policy.queues import PrefillQueue, arrival_rank
 
 RELEASED_AT_ONCE = 64
 """Held prefills that enter the queues at one event once their tenant is alone: enough to be done
 with 10,000 in seconds, few enough not to be noticed in a decision."""
+MOST_RAISED = 8
+"""Prefills of a backlog that are held at a time."""
+RAISED = -1
+"""`Pending.entered` of prefills that are held and were in a backlog."""
 MOST_DEBTS = 64
 """Debts of tenants without work that are kept before those that are paid are looked for."""
 
@@ -85,6 +89,13 @@ class Account:
         default_factory=lambda: {False: HeldPrefills(), True: HeldPrefills()}
     )
     """Prefills that wait outside the queues; by lane."""
+    backlog: dict[bool, dict[int, PrefillQueue]] = field(
+        default_factory=lambda: {False: {}, True: {}}
+    )
+    """Prefills that were in the queues when the tenant was alone; by lane, then by the round in
+    which they had entered."""
+    raised: dict[bool, dict[str, Pending]] = field(default_factory=lambda: {False: {}, True: {}})
+    """Those held that came from a backlog; by lane, then by id."""
     key: tuple[float, str] | None = None
     """Place of the account among those that may admit a request."""
 
@@ -100,31 +111,29 @@ class Account:
 class TenantShares:
     """Decides when prefills enter the queues of a policy.
 
+    No call handles more than a bounded number of prefills, however many wait. When a second tenant
+    comes, the whole queue of the first one is set aside as its *backlog*, at once and in its order,
+    and a few prefills at a time are taken from there to be held.
+
     Args:
-        enter: puts a prefill into its queue.
-        leave: takes a prefill out of its queue.
+        queues: the policy's queues by lane. Two queues are two lanes, short (True) and long
+            prefills, which are let in separately. A single one takes both.
         window: returns the seconds that tenants may be apart, which may change with the cost model.
         price: predicted seconds that a prefill adds to a batch.
-        waiting: unfinished prefills, in any order.
-        apart: whether short and long prefills have queues of their own, which are let in
-            separately: each is a *lane*.
+        flying: prefills with a chunk in flight that belong to these queues.
     """
 
     def __init__(
         self,
-        enter: Callable[[Pending], None],
-        leave: Callable[[Pending], None],
+        queues: Mapping[bool, PrefillQueue],
         window: Callable[[], float],
         price: Callable[[Pending], float],
-        waiting: Callable[[], Iterable[Pending]],
-        apart: bool,
+        flying: Callable[[], Iterable[Pending]],
     ) -> None:
-        self._enter = enter
-        self._leave = leave
+        self._queues = queues
         self._window = window
         self._price = price
-        self._waiting = waiting
-        self._apart = apart
+        self._flying = flying
         self._accounts: dict[str, Account] = {}
         self._order: list[tuple[float, str]] = []
         """All accounts, the lowest first. It is kept only while there are several."""
@@ -132,13 +141,28 @@ class TenantShares:
         """Accounts from which a held prefill may enter a queue, the lowest first."""
         self._debts: dict[str, float] = {}
         """Accounts of tenants that left while they were ahead."""
+        self._charged: dict[str, Pending] = {}
+        """Prefills with a charge, by id: about a window of each tenant."""
         self._holding = False
         """Whether prefills may be held."""
+        self._round = 0
+        """How often queues were set aside. `Pending.entered` is the round of its entry."""
+        self._latest = 0.0
+        """Latest arrival: the time, as far as it is known here."""
 
     @property
     def tenants(self) -> int:
         """Number of tenants with unfinished prefills."""
         return len(self._accounts)
+
+    @property
+    def outside(self) -> int:
+        """Number of prefills that wait outside the queues."""
+        return sum(
+            len(account.held[lane]) + sum(map(len, account.backlog[lane].values()))
+            for account in self._accounts.values()
+            for lane in self._queues
+        )
 
     def charged(self, tenant: str) -> float:
         """Return the account of a tenant with unfinished prefills, in seconds."""
@@ -150,6 +174,7 @@ class TenantShares:
         if account is None:
             account = self._join(request.tenant)
         account.unfinished += 1
+        self._latest = max(self._latest, request.arrival)
         if not self._holding:
             self._enter(request)
             return
@@ -167,6 +192,8 @@ class TenantShares:
             left = min(request.charge, self._price(request)) if request.new_tokens else 0.0
             account.unserved[self._lane(request)] -= request.charge - left
             request.charge = left
+            if not left:
+                self._charged.pop(request.id, None)
         elif self._debts and len(self._accounts) == 1:
             account.charged += seconds  # so that it catches up with those who left ahead of it
         if request.new_tokens:
@@ -181,10 +208,16 @@ class TenantShares:
         """
         account = self._accounts[request.tenant]
         lane = self._lane(request)
+        backlog = account.backlog[lane].get(request.entered)
         if request.held:
             account.held[lane].discard(request)
+            account.raised[lane].pop(request.id, None)
+            self._raise(account, lane)
+        elif backlog is not None and request.flight is None:
+            backlog.discard(request)
         else:
-            self._leave(request)
+            self._queues[lane].discard(request)
+            self._charged.pop(request.id, None)
             account.unserved[lane] -= request.charge
             running = 0 if request.flight is None else request.flight.tokens
             self._charge(account, -request.charge * (1 - running / request.new_tokens))
@@ -205,12 +238,36 @@ class TenantShares:
             if lane is None:  # the window is smaller now
                 self._renew(account)
                 continue
-            request = account.held[lane].pop()
+            request = self._take(account, lane)
             self._admit(account, request)
             self._enter(request)
 
     def _lane(self, request: Pending) -> bool:
-        return self._apart and request.short
+        return request.short and len(self._queues) > 1
+
+    def _enter(self, request: Pending) -> None:
+        request.entered = self._round
+        self._queues[self._lane(request)].push(request)
+
+    def _take(self, account: Account, lane: bool) -> Pending:
+        """Take the first held prefill of a lane, and hold another one of the backlog."""
+        request = account.held[lane].pop()
+        account.raised[lane].pop(request.id, None)
+        self._raise(account, lane)
+        return request
+
+    def _raise(self, account: Account, lane: bool) -> None:
+        """Hold the first prefills of a backlog, MOST_RAISED at a time."""
+        backlog = account.backlog[lane]
+        while backlog and len(account.raised[lane]) < MOST_RAISED:
+            entered, queue = next(reversed(backlog.items()))  # it was in front of the older ones
+            request = next(queue.drain(self._latest), None)
+            if request is not None:
+                request.entered = RAISED
+                account.raised[lane][request.id] = request
+                account.held[lane].push(request)
+            if not len(queue):
+                del backlog[entered]
 
     def _join(self, tenant: str) -> Account:
         """Open the account of a tenant. From the second account on, prefills are held."""
@@ -221,8 +278,8 @@ class TenantShares:
         account = Account(tenant, max(level, self._debts.pop(tenant, level)))
         self._accounts[tenant] = account
         if len(self._accounts) == 2:
-            self._hold(alone)
             self._holding = True
+            self._hold(alone)
             self._order = sorted((a.charged, a.tenant) for a in self._accounts.values())
         elif len(self._accounts) > 2:
             insort(self._order, (account.charged, tenant))
@@ -252,34 +309,45 @@ class TenantShares:
             self._order.clear()
 
     def _hold(self, account: Account) -> None:
-        """Take out of the queues what a tenant that is no longer alone has beyond the window.
+        """Set aside what a tenant that is no longer alone has in the queues, but what it has begun.
 
-        O(n log n) in its prefills, once for each of them: what is held now enters later.
+        O(prefills with a charge or a chunk in flight), of which there are few.
         """
-        window = self._window()
-        mine = [r for r in self._waiting() if r.tenant == account.tenant and not r.held]
-        mine.sort(key=lambda r: (r.flight is None, not r.started, r.priority, r.arrival, r.order))
-        held = []
-        for request in mine:
-            begun = request.flight is not None or request.started
-            if request.charge:
-                continue
-            if begun or account.unserved[self._lane(request)] < window:
+        before = self._round
+        self._round += 1
+        for lane, queue in self._queues.items():
+            if len(queue):
+                account.backlog[lane][before] = queue.split_off()
+                self._lower(account, lane, before)
+        for request in list(self._charged.values()):
+            if not request.held and request.flight is None:
+                account.backlog[self._lane(request)][before].discard(request)
+                self._enter(request)
+        for request in self._flying():
+            request.entered = self._round
+            if not request.charge:
                 self._admit(account, request)
-            else:
-                self._leave(request)
-                held.append(request)
-        for request in reversed(held):  # the first of a queue is the last in its list
-            account.held[self._lane(request)].push(request)
+        for lane in self._queues:
+            self._raise(account, lane)
         self._renew(account)
+
+    def _lower(self, account: Account, lane: bool, entered: int) -> None:
+        """Put prefills that are held back into a backlog, in which others go before them."""
+        backlog = account.backlog[lane][entered]
+        for request in account.raised[lane].values():
+            account.held[lane].discard(request)
+            request.entered = entered
+            backlog.push(request)
+        account.raised[lane].clear()
 
     def _release_alone(self) -> None:
         """Queue some of the prefills that the last tenant holds; after the last, stop holding."""
         for account in self._accounts.values():
-            for lane in (True, False):
-                held = account.held[lane]
-                for _ in range(min(len(held), RELEASED_AT_ONCE)):
-                    self._enter(held.pop())
+            for lane in self._queues:
+                for _ in range(RELEASED_AT_ONCE):
+                    if not account.held[lane]:
+                        break
+                    self._enter(self._take(account, lane))
             self._renew(account)
             if any(account.held.values()):
                 return
@@ -288,6 +356,8 @@ class TenantShares:
     def _admit(self, account: Account, request: Pending) -> None:
         """Charge a prefill that is in its queue or is about to enter it."""
         request.charge = self._price(request)
+        if request.charge:
+            self._charged[request.id] = request
         account.unserved[self._lane(request)] += request.charge
         self._charge(account, request.charge)
 

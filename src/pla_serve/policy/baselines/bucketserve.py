@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from math import inf
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
@@ -127,6 +128,12 @@ class BucketQueue:
             bucket.left(request)
             self._size -= 1
             yield request
+
+    def split_off(self) -> Self:
+        other = copy(self)
+        self._size = 0
+        self._set([Bucket(0, self._options.longest_tokens)])
+        return other
 
     def resort(self) -> None:
         """Do nothing: no predicted time decides the order."""

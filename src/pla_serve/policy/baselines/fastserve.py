@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated
+from typing import Annotated, Self
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
@@ -108,6 +109,12 @@ class FeedbackQueue:
         for request in self._sorted.drain(now):
             del self._waiting[request.id]
             yield request
+
+    def split_off(self) -> Self:
+        other = copy(self)  # with the same places: a request that comes back keeps its level
+        self._sorted = SortedQueue(self._rank)
+        self._waiting = OrderedDict()
+        return other
 
     def resort(self) -> None:
         """Do nothing: a request leaves its level by its quantum or by starvation only."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from heapq import heapify, heappop, heapreplace
 from math import floor, log2
+from typing import Self
 
 from pla_serve.policy.baselines.continuous import ContinuousBatching
 from pla_serve.policy.config import PolicyConfig
@@ -66,6 +68,11 @@ class ResponseRatioQueue:
                 heappop(heap)
                 del self._buckets[key]
             yield request
+
+    def split_off(self) -> Self:
+        other = copy(self)
+        self._buckets, self._of, self._size = {}, {}, 0
+        return other
 
     def resort(self) -> None:
         requests = [r for bucket in self._buckets.values() for r in bucket.requests()]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
+from copy import copy
 from heapq import merge
 from itertools import islice
+from typing import Self
 
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.queues import SortedQueue, arrival_rank
@@ -52,6 +54,13 @@ class LengthLevels:
         while (head := self.head()) is not None:
             self.discard(head)
             yield head
+
+    def split_off(self) -> Self:
+        """Return a queue with all requests, and be empty."""
+        other = copy(self)
+        self._queues = [SortedQueue(arrival_rank) for _ in self._queues]
+        self._deadlines = []
+        return other
 
     def resort(self) -> None:
         """Do nothing: no predicted time decides the order."""
