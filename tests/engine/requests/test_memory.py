@@ -15,7 +15,9 @@ from pla_serve.wire.engine import AddRequest, SamplingParams
 BLOCK = 4
 
 
-def sequence(name: str, blocks: int, arrival: float, priority: int = 0) -> Sequence:
+def sequence(
+    name: str, blocks: int, arrival: float, priority: int = 0, tenant: str = ""
+) -> Sequence:
     """Distinct prompts, so that nothing is shared."""
     prompt = [hash_of(name)] * (blocks * BLOCK)
     request = AddRequest(
@@ -24,6 +26,7 @@ def sequence(name: str, blocks: int, arrival: float, priority: int = 0) -> Seque
         sampling=SamplingParams(max_tokens=1),
         arrival=arrival,
         priority=priority,
+        tenant=tenant,
     )
     sampler = Sampler(1000, torch.device("cpu"))
     sampling = sampler.start(name, prompt, request.sampling, frozenset(), default_seed=0)

@@ -66,10 +66,21 @@ class RequestTable:
         self._waiting.pop(sequence.id, None)
 
     def resume_parked(self) -> None:
-        """Give the policy those parked sequences that get their KV blocks now."""
+        """Give the policy those parked sequences that get their KV blocks now.
+
+        Sequences of tenants that have more than their share lose theirs, if that helps.
+        """
         if not len(self._gate):
             return
         now = self._clock()
+        self._unpark(now)
+        victims = self._gate.overdrawn(now)
+        for victim in victims:
+            self.preempt(victim)
+        if victims:
+            self._unpark(now)
+
+    def _unpark(self, now: float) -> None:
         for sequence in self._gate.unpark(now):
             self._policy.add(sequence.prefill(sequence.computed), now)
 

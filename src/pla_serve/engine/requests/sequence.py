@@ -39,6 +39,8 @@ class Sequence:
     the device knows that token. None at all other times."""
     in_flight: int = 0
     """Enqueued batches and KV transfers that write to the blocks. They are kept until it is 0."""
+    claims: int = 0
+    """How often its blocks were claimed for another tenant."""
     over: bool = False
     """Whether the request has ended or was aborted. Results that still arrive are dropped."""
     seen_version: int = -1
