@@ -87,7 +87,7 @@ def patch(name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
                 lambda _, rows: any(p.frequency == BAD["frequency_penalty"] for _, p in rows),
             )
         case "logit_bias":
-            on(module, "add_to_logits", lambda _, rows: any(9 in ids for _, ids, _ in rows))
+            on(module, "add_to_logits", lambda _, rows: any(9 in one.ids for _, one in rows))
         case "logprobs":
             on(module, "token_logprobs", lambda _l, _t, tops: 1 in tops)
         case "minimum":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from pla_serve.engine.sampling.penalties import Penalties, TokenCounts, add_to_logits, penalise
+from pla_serve.engine.sampling import penalties as penalties_module
+from pla_serve.engine.sampling.penalties import (
+    Additions,
+    Penalties,
+    TokenCounts,
+    add_to_logits,
+    penalise,
+)
+from pla_serve.engine.sampling.transfer import to_device
 
 VOCAB = 40
 tokens = st.lists(st.integers(0, VOCAB - 1), max_size=150)
@@ -77,7 +86,32 @@ def test_presence_and_frequency_leave_the_prompt_alone() -> None:
 
 def test_additions_add_up() -> None:
     logits = torch.zeros(2, VOCAB)
-    add_to_logits(logits, [(1, [3, 4], [1.0, -100.0]), (1, [3], [2.0]), (0, [0], [-torch.inf])])
+    add_to_logits(
+        logits,
+        [
+            (1, Additions({3: 1.0, 4: -100.0})),
+            (1, Additions({3: 2.0})),
+            (0, Additions({0: -torch.inf})),
+        ],
+    )
     assert logits[1, 3:5].tolist() == pytest.approx([3, -100])
     assert logits[0, 0] == -torch.inf
     assert logits.isfinite().sum() == 2 * VOCAB - 1
+
+
+def test_the_additions_of_a_batch_are_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 entries in each of 64 rows took 2.4 ms a step as Python lists."""
+    copies: list[int] = []
+
+    def counting(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Any:
+        assert isinstance(values, np.ndarray), "a list is converted number by number"
+        copies.append(len(values))
+        return to_device(values, device, dtype)
+
+    monkeypatch.setattr(penalties_module, "to_device", counting)
+    rows = [(row, Additions(dict.fromkeys(range(row, row + 9), 1.0))) for row in range(20)]
+    logits = torch.zeros(20, 40)
+    add_to_logits(logits, rows)
+    assert copies == [180, 180]
+    assert logits.sum() == 180
+    assert logits[3, 3:12].eq(1).all()

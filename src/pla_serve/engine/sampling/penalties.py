@@ -5,7 +5,7 @@ Only the logits of tokens that a sequence has seen are touched, not the whole vo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -66,23 +66,31 @@ class Penalties:
         self.seen = TokenCounts(prompt if repetition != 1.0 else ())
 
 
-def add_to_logits(
-    logits: torch.Tensor, additions: Sequence[tuple[int, Sequence[int], Sequence[float]]]
-) -> None:
-    """Add values to single logits, in place.
+class Additions:
+    """Values to add to single logits of one row, as arrays that are made once for all steps.
+
+    Example: ``Additions({5: 1.5})`` favours token 5, ``Additions({0: -inf})`` excludes token 0.
+    """
+
+    def __init__(self, values: Mapping[int, float]) -> None:
+        self.ids = np.fromiter(values.keys(), dtype=np.int64, count=len(values))
+        """Token ids (n,)."""
+        self.values = np.fromiter(values.values(), dtype=np.float32, count=len(values))
+        """A value for each of them."""
+
+
+def add_to_logits(logits: torch.Tensor, additions: Sequence[tuple[int, Additions]]) -> None:
+    """Add values to single logits, in place: one tensor for the whole batch.
 
     Args:
         logits: (n, vocab) float32, contiguous.
-        additions: (row, token ids, a value for each id); ids may repeat.
+        additions: (row, values to add there); a row may have several.
     """
-    vocab = logits.shape[1]
-    places = [row * vocab + token for row, tokens, _ in additions for token in tokens]
-    values = [value for _, _, row_values in additions for value in row_values]
-    device = logits.device
+    vocab, device = logits.shape[1], logits.device
+    places = np.concatenate([one.ids + row * vocab for row, one in additions])
+    values = np.concatenate([one.values for _, one in additions])
     logits.view(-1).index_add_(
-        0,
-        to_device(places, device),
-        to_device(values, device, torch.float32),
+        0, to_device(places, device), to_device(values, device, torch.float32)
     )
 
 

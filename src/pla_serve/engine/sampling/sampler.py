@@ -17,7 +17,7 @@ from pla_serve.engine.sampling.errors import (
 from pla_serve.engine.sampling.grammars import GrammarFollower, Grammars, forbid
 from pla_serve.engine.sampling.logprobs import token_logprobs
 from pla_serve.engine.sampling.noise import seed_key
-from pla_serve.engine.sampling.penalties import add_to_logits, penalise
+from pla_serve.engine.sampling.penalties import Additions, add_to_logits, penalise
 from pla_serve.engine.sampling.rowmax import row_max
 from pla_serve.engine.sampling.sequence import LATE, Sampled, SequenceSampling
 from pla_serve.engine.sampling.transfer import to_device, to_host
@@ -334,12 +334,12 @@ class Sampler:
     def _apply_adjustments(
         self, logits: torch.Tensor, sequences: Sequence[SequenceSampling]
     ) -> None:
-        additions: list[tuple[int, Sequence[int], Sequence[float]]] = []
+        additions: list[tuple[int, Additions]] = []
         for row, sequence in enumerate(sequences):
             if forbidden := sequence.forbidden():
-                additions.append((row, forbidden, [-torch.inf] * len(forbidden)))
-            if sequence.bias:
-                additions.append((row, list(sequence.bias), list(sequence.bias.values())))
+                additions.append((row, forbidden))
+            if sequence.bias is not None:
+                additions.append((row, sequence.bias))
         if additions:
             add_to_logits(logits, additions)
         penalties = [(row, s.penalties) for row, s in enumerate(sequences) if s.penalties]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 from pla_serve.engine.sampling.errors import SamplingError
 from pla_serve.engine.sampling.grammars import GrammarFollower
 from pla_serve.engine.sampling.noise import uniform
-from pla_serve.engine.sampling.penalties import Penalties
+from pla_serve.engine.sampling.penalties import Additions, Penalties
 from pla_serve.wire.engine import SamplingParams, TokenLogprob
 from pla_serve.wire.limits import GREEDY_BELOW
 
@@ -75,9 +76,12 @@ class SequenceSampling:
         if grammar is not None:
             # A grammar ends its text with EOS, so EOS stops the sequence even with ignore_eos.
             self.stop_ids |= grammar.eos_token_ids
-        self._early_stops = tuple(sorted(stop_ids | eos_token_ids | self.stop_ids))
-        self.bias = params.logit_bias or {}
-        _check_ids("logit_bias", self.bias, vocab_size)
+        early_stops = sorted(stop_ids | eos_token_ids | self.stop_ids)
+        self._early_stops = Additions(dict.fromkeys(early_stops, -inf)) if early_stops else None
+        bias = params.logit_bias or {}
+        _check_ids("logit_bias", bias, vocab_size)
+        self.bias = Additions(bias) if bias else None
+        """Values to add to logits in each step, or None."""
         _check_ids("stop_token_ids", stop_ids, vocab_size)
         self.penalties: Penalties | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
@@ -89,7 +93,7 @@ class SequenceSampling:
                 repetition=params.repetition_penalty,
             )
         self._bare = (
-            self.greedy and self.penalties is None and not self.bias and self.grammar is None
+            self.greedy and self.penalties is None and self.bias is None and self.grammar is None
         )
 
     @property
@@ -150,11 +154,11 @@ class SequenceSampling:
         """Whether the next token is chosen already and waits for the grammar."""
         return self._proposed is not None
 
-    def forbidden(self) -> tuple[int, ...]:
-        """Return token ids that must not be chosen yet: they would end the text too early."""
+    def forbidden(self) -> Additions | None:
+        """Return what excludes tokens that would end the text too early; None if any may end it."""
         early = self.position < self.params.min_tokens
         if not early or (self.grammar is not None and self.grammar.must_stop):
-            return ()
+            return None
         return self._early_stops
 
     def uniform(self) -> float:
