@@ -29,7 +29,7 @@ NEW = {
         "--reasoning-parser",
         *("--generation-config", "--override-generation-config", "--cpu-kernels"),
         *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
-        "--max-background-responses",
+        *("--max-background-responses", "--cors-origin"),
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
@@ -39,7 +39,7 @@ NEW = {
         "--reasoning-parser",
         *("--generation-config", "--override-generation-config"),
         *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
-        "--max-background-responses",
+        *("--max-background-responses", "--cors-origin"),
     },
     "fleet start": {"--serve-word", "--route-word"},
 }

@@ -15,6 +15,7 @@ from pla_serve.engine.config import MODEL, EngineConfig
 from pla_serve.flags import Flag
 from pla_serve.logs import LogFormat
 from pla_serve.policy.knobs import check_knobs
+from pla_serve.server.cors_origins import check_origins
 from pla_serve.server.limits import Limits
 from pla_serve.server.link_key import find_link_key
 from pla_serve.server.reasoning.formats import BY_NAME as REASONING_BY_NAME
@@ -127,6 +128,16 @@ class ServerSettings:
             panel=HTTP,
         ),
     ] = 30.0
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Origin of web pages whose scripts may use the API, such as https://chat.example.com; "
+            "repeat it for several. * is every page that a user of this machine opens, and is not "
+            "safe: without API keys each of them has the model, with keys each can try them.",
+            panel=HTTP,
+            name="--cors-origin",
+        ),
+    ] = ()
     metrics_key: Annotated[
         str | None,
         Flag(
@@ -211,6 +222,7 @@ class ServerSettings:
             raise ValueError("an API key must not be empty")
         if self.metrics_key == "":
             raise ValueError("the key for /metrics must not be empty")
+        check_origins(self.cors_origins)
         choose_format("", self.tool_parser)
         choose_reasoning("", self.reasoning_parser)
         check_knobs(self)

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from pla_serve import __version__
 from pla_serve.server.api.body import BodyReader
+from pla_serve.server.api.cross_origin import CrossOrigin
 from pla_serve.server.api.endpoints import Endpoints
 from pla_serve.server.api.generations import Generations
 from pla_serve.server.api.guard import DETOKENIZE, TOKENIZE, Guard, Keys, Traffic
@@ -53,7 +54,8 @@ def build_app(
     api = Api([*routes, *_descriptions(described)])
     scrapers = [*settings.api_keys, *filter(None, [settings.metrics_key])]
     may_scrape = operator_keys(settings.link_key, scrapers) or Keys(())
-    return Guard(api, Keys(settings.api_keys), traffic, may_scrape)
+    guard = Guard(api, Keys(settings.api_keys), traffic, may_scrape)
+    return CrossOrigin(guard, settings.cors_origins) if settings.cors_origins else guard
 
 
 def _responses(
