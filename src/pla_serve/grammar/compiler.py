@@ -16,9 +16,10 @@ from typing import Any
 
 import llguidance
 
+from pla_serve.grammar.ascii_classes import with_ascii_classes
 from pla_serve.grammar.errors import GrammarError
 from pla_serve.grammar.limits import ALLOWANCE_SECONDS, TOKEN_SECONDS, GrammarLimits
-from pla_serve.grammar.structure import check_structure
+from pla_serve.grammar.structure import check_structure, with_ascii_terminals
 from pla_serve.grammar.thought import WHITESPACE, after_thought
 from pla_serve.grammar.tokenizer import GrammarVocabulary
 from pla_serve.wire.engine import Grammar
@@ -238,9 +239,9 @@ def _to_llguidance(grammar: Grammar) -> str:
         case "json_schema":
             text = make.grammar_from_json_schema(_checked_json(spec), defaults=options)
         case "regex":
-            text = make.grammar_from_regex(spec)
+            text = make.grammar_from_regex(with_ascii_classes(spec))
         case "lark":
-            text = make.grammar_from_lark(spec)
+            text = make.grammar_from_lark(with_ascii_terminals(spec))
     return text
 
 

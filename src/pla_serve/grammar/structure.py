@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pla_serve.grammar.ascii_classes import with_ascii_classes
 from pla_serve.grammar.errors import GrammarError
 from pla_serve.grammar.limits import GrammarLimits
 from pla_serve.wire.engine import Grammar
@@ -47,6 +48,17 @@ def check_structure(grammar: Grammar, limits: GrammarLimits) -> None:
             _check_count("rules and terminals", _LARK_DEFINITION, spec, limits.definitions)
         case "json_object":
             pass
+
+
+def with_ascii_terminals(lark: str) -> str:
+    """Return a Lark grammar whose regular expressions have classes of ASCII characters."""
+
+    def write(found: re.Match[str]) -> str:
+        part = found[0]
+        is_regex = part.startswith("/") and not part.startswith("//")
+        return with_ascii_classes(part) if is_regex else part
+
+    return _LARK_PARTS.sub(write, lark)
 
 
 def nesting(parts: re.Pattern[str], text: str) -> int:
