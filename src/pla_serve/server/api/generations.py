@@ -16,8 +16,8 @@ from pla_serve.logs import request_id
 from pla_serve.server.api.body import Upload
 from pla_serve.server.api.cache_scope import CacheScopes
 from pla_serve.server.api.choice_reading import Reading
-from pla_serve.server.api.guard import tenant
-from pla_serve.server.api.params import check_held_logprobs, sampling_params
+from pla_serve.server.api.guard import tenant, warn
+from pla_serve.server.api.params import check_held_logprobs, sampling_params, unheld_keywords
 from pla_serve.server.api.schema import (
     MAX_SEQUENCES,
     ChatRequest,
@@ -148,9 +148,18 @@ class Generations:
             ApiError: 400, a field is out of range for this model or contradicts another.
         """
         scope = self._cache_scopes.of(tenant(asked.request.scope), body.cache_salt)
-        return await asked.upload.run(
-            lambda: self._plan(body, id, asked.arrival, prompts, info, scope)
-        )
+
+        def work() -> tuple[GenerationPlan, list[str]]:
+            plan = self._plan(body, id, asked.arrival, prompts, info, scope)
+            return plan, unheld_keywords(body)
+
+        plan, unheld = await asked.upload.run(work)
+        if unheld:
+            warn(
+                asked.request.scope,
+                f"keywords of the schema that the answer is not held to: {', '.join(unheld)}",
+            )
+        return plan
 
     async def check_grammar(self, request: Request, plan: GenerationPlan) -> None:
         """Check the grammar that the request names, if it names one.

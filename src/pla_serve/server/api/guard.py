@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 TENANT = "pla_serve.tenant"
 """Key of the tenant's name in the ASGI scope."""
 
+WARNING = "pla_serve.warning"
+"""Key of what `warn` has said."""
+
 METRICS = "/metrics"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 SERVED = ("/v1/", TOKENIZE, DETOKENIZE)
@@ -144,10 +147,21 @@ def name_answers(scope: Scope, send: Send) -> Send:
     async def named(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = [*message.get("headers", ()), (b"x-request-id", id.encode("latin-1"))]
+            if WARNING in scope:
+                headers.append((b"warning", f'299 pla-serve "{scope[WARNING]}"'.encode("latin-1")))
             message = {**message, "headers": headers}
         await send(message)
 
     return named
+
+
+def warn(scope: Scope, text: str) -> None:
+    """Have the answer to a request carry a warning.
+
+    Args:
+        text: ASCII without quotes, and nothing that a client has chosen.
+    """
+    scope[WARNING] = text
 
 
 def tenant(scope: Scope) -> str:

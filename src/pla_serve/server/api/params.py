@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
+from pla_serve.server.api.schema_keywords import relaxed, unheld
 from pla_serve.server.bounded_json import decode
 from pla_serve.server.errors import invalid
 from pla_serve.server.generation.defaults import SamplingDefaults
@@ -120,7 +121,7 @@ def _from_format(request: GenerationRequest) -> list[Grammar]:
         return []
     if wanted.json_schema is None:
         return [Grammar("json_object")]
-    return [_schema(wanted.json_schema.schema_)]
+    return [_schema(wanted.json_schema.schema_, strict=bool(wanted.json_schema.strict))]
 
 
 def _from_structured(request: GenerationRequest) -> list[Grammar]:
@@ -159,13 +160,31 @@ def _constraints(
     return found
 
 
-def _schema(schema: dict[str, Any] | str) -> Grammar:
-    if isinstance(schema, dict):
-        return Grammar("json_schema", json.dumps(schema))
-    parsed = decode(schema.encode(), "the JSON schema")
-    if not isinstance(parsed, dict):
-        raise invalid("a JSON schema must be an object")
-    return Grammar("json_schema", schema)
+def _schema(schema: dict[str, Any] | str, *, strict: bool = False) -> Grammar:
+    """Return the grammar of a schema, without what is not held unless it is ``strict``."""
+    if isinstance(schema, str):
+        schema = decode(schema.encode(), "the JSON schema")
+        if not isinstance(schema, dict):
+            raise invalid("a JSON schema must be an object")
+    return Grammar("json_schema", json.dumps(schema if strict else relaxed(schema)))
+
+
+def unheld_keywords(request: ChatRequest | CompletionRequest) -> list[str]:
+    """Return the keywords of the request's schemas that the answer is not held to, sorted.
+
+    A schema that is strict has none: if something in it cannot be held, the request is refused.
+    """
+    wanted, other = request.response_format, request.structured_outputs
+    schemas: list[Any] = [request.guided_json, other and other.json_]
+    if wanted is not None and wanted.json_schema is not None and not wanted.json_schema.strict:
+        schemas.append(wanted.json_schema.schema_)
+    if isinstance(request, ChatRequest):
+        functions = [tool.function for tool in request.tools]
+        schemas += [each.parameters for each in functions if not each.strict]
+    found: set[str] = set()
+    for schema in schemas:
+        found |= unheld(json.loads(schema) if isinstance(schema, str) else schema)
+    return sorted(found)
 
 
 def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, float] | None:
