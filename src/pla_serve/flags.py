@@ -136,6 +136,9 @@ class CommandFlag:
         bounds = (self.flag.least, self.flag.above, self.flag.most, self.flag.below)
         if any(bound is not None for bound in bounds):
             allowed = self.flag.range(self.type).removeprefix("be ").removeprefix("lie ")
+            none = self.flag.none
+            if none is not None and not self.flag.allows(none):
+                allowed = f"{none:g}, or {allowed}"
             text += f" [{allowed}]"
         return text
 

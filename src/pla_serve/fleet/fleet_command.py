@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +10,7 @@ import msgspec
 
 from pla_serve.command_line import HELP_FLAGS, CliCommand, CommandGroup, Given, fail
 from pla_serve.flags import Flag, FlagsOf
-from pla_serve.fleet.forwarding import check_words, split_words
+from pla_serve.fleet.forwarding import check_words, passed_on, split_words
 from pla_serve.fleet.supervisor.spec import FleetSpec, Pools, check, read_spec
 from pla_serve.server.settings import LogSettings
 
@@ -68,6 +68,7 @@ START = CliCommand(
     (FlagsOf(FleetSpec), FlagsOf(Pools), FlagsOf(StartFlags), FlagsOf(LogSettings)),
     help="Start a fleet (`start` may be left out). SIGTERM drains it, SIGHUP restarts it in turn.",
 )
+START = replace(START, help=f"{START.help} {passed_on(START)}")
 STATUS = CliCommand(
     "status", status, (FlagsOf(StatusFlags),), help="Show what each instance of a fleet does now."
 )
@@ -96,7 +97,8 @@ FLEET = CommandGroup(
     rewrite,
     help="Serve a model with several instances on this machine, behind one API. "
     "`pla-serve fleet MODEL --short 2 --long 1 --decode 1` starts a fleet. It takes the flags of "
-    "`serve`, for its instances, and those of `route`, for the router before them.",
+    "`serve`, for its instances, and those of `route`, for the router before them; "
+    "`pla-serve fleet start --help` lists them.",
 )
 
 

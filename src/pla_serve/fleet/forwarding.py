@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, KeysView, Sequence
 from typing import NamedTuple
 
 from pla_serve.command_line import HELP_FLAGS, CliCommand, parse
@@ -69,6 +69,24 @@ def split(
 def _next(words: Iterator[str]) -> tuple[str, ...]:
     word = next(words, None)
     return () if word is None else (word,)
+
+
+def passed_on(own: CliCommand) -> str:
+    """Return sentences for the help that name the flags that the command ``own`` passes on."""
+    taken = options_of(own).keys()
+    route = _shown(route_command.ROUTE, taken)
+    routed = options_of(route_command.ROUTE).keys() - BOTH
+    serve = [name for name in _shown(serve_command.SERVE, taken) if name not in routed]
+    return (
+        f"Each instance gets, described by `pla-serve serve --help`: {', '.join(serve)}. "
+        f"The router gets, described by `pla-serve route --help`: {', '.join(route)}."
+    )
+
+
+def _shown(command: CliCommand, taken: KeysView[str]) -> list[str]:
+    """Return the first names of the flags in the help of a command, but for those in ``taken``."""
+    flags = [flag for flag in command.flags if flag.names and not flag.flag.hidden]
+    return [flag.names[0] for flag in flags if taken.isdisjoint(flag.names)]
 
 
 def options_of(command: CliCommand) -> dict[str, bool]:

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from pla_serve.engine.transfer.credentials import fleet_secret
-from pla_serve.fleet.forwarding import Forwarded, split
+from pla_serve.fleet.fleet_command import START
+from pla_serve.fleet.forwarding import Forwarded, options_of, passed_on, split, split_words
+from pla_serve.fleet.route_command import ROUTE
 from pla_serve.fleet.supervisor import launch
 from pla_serve.fleet.supervisor.launch import LaunchPlan
+from pla_serve.server.command import SERVE
 from pla_serve.wire.kv_offer import FLEET_SECRET_VARIABLE
 from tests.command_runner import CommandResult, pla_serve
 
@@ -186,3 +189,24 @@ def test_example_is_a_fleet(plans: list[LaunchPlan]) -> None:
     result = fleet("--config", str(example), "--port", free_port())
     assert result.exit_code == 0, result.output
     assert len(words_of(plans[0])[0]) == 4
+
+
+def test_the_help_names_every_flag_that_is_passed_on() -> None:
+    instances, _, router = passed_on(START).partition("The router gets")
+    for command in (SERVE, ROUTE):
+        for flag in command.flags:
+            if (
+                not flag.names
+                or flag.flag.hidden
+                or not options_of(START).keys().isdisjoint(flag.names)
+            ):
+                continue
+            _, forwarded = split_words([f"{flag.names[0]}=1"], START)
+            assert (f"{flag.names[0]}," in instances.replace(". ", ", ")) == bool(forwarded.serve)
+            assert (f"{flag.names[0]}," in router.replace(".", ", ")) == bool(forwarded.route)
+    assert passed_on(START) in START.help
+
+
+def test_help_shows_the_value_that_stands_for_no_bound() -> None:
+    [flag] = [flag for flag in ROUTE.flags if flag.field == "max_predicted_wait"]
+    assert "[0, or positive and finite]" in flag.help(whole=False)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
 
+from pla_serve.fleet.router.metrics import FleetMetrics
 from pla_serve.policy.cost import CostProfile
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.wire.engine import EngineLoad, EngineReady, EngineStats, LatencySample, TransferStats
 from tests.server.fake_core import VOCAB
-from tests.server.server_harness import MODEL, Live, until
+from tests.server.server_harness import MODEL, ROOT, Live, until
 
 READY = EngineReady(
     max_model_len=8,
@@ -136,3 +141,31 @@ def test_kv_transfer_counts_early_and_late() -> None:
     )
     text = metrics.render().decode()
     assert 'pla_serve:kv_read_bytes_total{model_name="m",when="early"} 70.0' in text
+
+
+def exported(registry: CollectorRegistry) -> set[str]:
+    """Names of all families as a scrape shows them."""
+    endings = {"counter": "_total", "info": "_info"}
+    return {each.name + endings.get(each.type, "") for each in registry.collect()}
+
+
+OF_SERVERS = exported(Metrics("m").registry)
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("api.md", OF_SERVERS),
+        ("fleet.md", exported(FleetMetrics("m").registry) - OF_SERVERS),
+    ],
+)
+def test_the_docs_have_every_metric(page: str, names: set[str]) -> None:
+    rows = re.findall(
+        r"^\| (`.*?) \| (?:gauge|counter|histogram|info) \|", _text(page), re.MULTILINE
+    )
+    documented = [name for row in rows for name in re.findall(r"`(\w+:\w+)`", row)]
+    assert sorted(documented) == sorted(names)
+
+
+def _text(page: str) -> str:
+    return (ROOT / "docs" / page).read_text()
