@@ -55,6 +55,7 @@ test: lint
 test-vllm: $(DEVELOPED)
 	$(BIN)/python benchmarks/vllm_venv.py "$(VLLM_VENV)" $(if $(TORCH_INDEX),"$(TORCH_INDEX)")
 	MODEL_FOLDER="$$($(BIN)/python benchmarks/vllm_venv.py --model | tail -n 1)" && \
+	  PLA_SERVE_TEST_PROGRAM="$(abspath $(BIN))/pla-serve" \
 	  PLA_SERVE_TEST_MODEL="$$MODEL_FOLDER" PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest \
 	  -o filterwarnings=default -p no:cacheprovider tests/plugins $(ARGS)
 

@@ -54,6 +54,7 @@ class FakeServer:
     info: Json | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """Where an answer waits after its first event, if it is not set."""
+    follows_grammars: bool = True
     breaks: bool = False
     """Answers end in the middle."""
     bodies: list[Json] = field(default_factory=list)
@@ -87,7 +88,12 @@ class FakeServer:
         return JSONResponse({"default_generation_settings": {"n_ctx": 1024}})
 
     async def generate(self, request: Request) -> Response:
-        self.bodies.append(await request.json())
+        body = await request.json()
+        if (
+            "structured_outputs" in body and "stream" not in body
+        ):  # the router asks whether grammars of tool calls are followed
+            return JSONResponse({}, self.status if self.follows_grammars else 500)
+        self.bodies.append(body)
         if self.status != 200:
             error = {"error": {"message": "no such thing", "code": self.status}}
             return JSONResponse(error, self.status, self.headers)

@@ -30,11 +30,14 @@ HI = [ord("H"), ord("i")]
 
 @asynccontextmanager
 async def routed(
-    kind: str, vocab_size: int | None = None, most_failures: int = 4
+    kind: str,
+    vocab_size: int | None = None,
+    most_failures: int = 4,
+    follows_grammars: bool = True,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FakeServer]]:
     """A router on this event loop, connected to one server of this kind."""
     circuit = CircuitOptions(failures=2, open_seconds=60.0)
-    async with serving(FakeServer(EVENTS[kind])) as fake:
+    async with serving(FakeServer(EVENTS[kind], follows_grammars=follows_grammars)) as fake:
         router = RouteSettings(
             instances=(f"{kind}+{fake.url}",),
             fleet=FleetOptions(patience_seconds=5.0, circuit=circuit, most_failures=most_failures),
@@ -86,6 +89,30 @@ def test_token_ids_are_checked_against_the_routers_own_vocabulary(kind: str) -> 
             assert "257" in refused.json()["error"]["message"]
 
     run(kind, check)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_vllm_gets_the_grammar_of_tool_calls_if_it_can_follow_it(follows: bool) -> None:
+    """The router asks when it connects: a vLLM engine keeps to one library of grammars."""
+
+    async def check(client: httpx.AsyncClient, fake: FakeServer) -> None:
+        body = {
+            "messages": [{"role": "user", "content": "x"}],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        }
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert ("structured_outputs" in fake.bodies[-1]) == follows
+        required = await client.post(
+            "/v1/chat/completions", json={**body, "tool_choice": "required", "max_tokens": 2}
+        )
+        assert required.status_code == (200 if follows else 400), required.text
+        if not follows:
+            message = required.json()["error"]["message"]
+            assert "--structured-outputs-config.backend guidance" in message
+        assert (await complete(client, guided_regex="a")).status_code == 200
+
+    run("vllm", check, follows_grammars=follows)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -38,6 +38,12 @@ BLOCK_TOKENS = 16
 """Default block size of vLLM, for servers that do not report theirs."""
 
 
+LLGUIDANCE = "%llguidance"
+"""Beginning of grammars that no other library than llguidance reads."""
+PROBE_SECONDS = 10.0
+"""How long a server may take for the token by which it shows that it reads them."""
+
+
 class _Logprobs(msgspec.Struct):
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -65,10 +71,19 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class VllmDialect:
-    """See `Dialect`."""
+    """The `Dialect` of one vLLM server.
+
+    A vLLM engine keeps to the library that its first constraint chose, and only one of them,
+    llguidance, reads the grammars of tool calls. So the server is asked for such a grammar when the
+    link opens. If that is its first constraint, it keeps to llguidance from then on.
+    """
 
     kind: str = "vllm"
     path = "/v1/completions"
+
+    def __init__(self) -> None:
+        self._follows_grammars: bool | None = None
+        """Whether the server reads grammars of llguidance; None if it has not said."""
 
     def body(self, request: AddRequest, model: str) -> dict[str, Any]:
         """Return the body of a request. Fields that are left out have the same default in vLLM.
@@ -112,9 +127,26 @@ class VllmDialect:
             body |= {"logprobs": logprobs, "return_tokens_as_token_ids": True}
         if request.scores_prompt:
             body["echo"] = True  # with logprobs: vLLM streams no prompt_logprobs
-        if sampling.grammar is not None:
+        if sampling.grammar is not None and self._follows(sampling.grammar):
             body["structured_outputs"] = _structured(sampling.grammar)
         return body
+
+    def _follows(self, grammar: Grammar) -> bool:
+        """Return whether the server is given the grammar; one that is optional may be left out.
+
+        Raises:
+            Unmappable: it has to follow the grammar and cannot.
+        """
+        if grammar.kind != "lark" or not grammar.spec.startswith(LLGUIDANCE):
+            return True
+        if grammar.optional:
+            return self._follows_grammars is True
+        if self._follows_grammars is False:
+            raise Unmappable(
+                "this vLLM server cannot hold answers to the grammar of tool calls; start it with "
+                "--structured-outputs-config.backend guidance"
+            )
+        return True
 
     def answer(self, request: AddRequest) -> VllmAnswer:
         return VllmAnswer(request)
@@ -122,6 +154,7 @@ class VllmDialect:
     async def facts(
         self, client: httpx.AsyncClient, model: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> InstanceFacts:
+        self._follows_grammars = await _follows_grammars(client, model["id"])
         block = int(metrics.get("vllm:cache_config_info.block_size", BLOCK_TOKENS))
         blocks = int(metrics.get("vllm:cache_config_info.num_gpu_blocks", 0))
         return InstanceFacts(
@@ -222,6 +255,21 @@ def _read_logprobs(logprobs: _Logprobs, first: int, most: int) -> list[TokenLogp
         )
         for logprob, top in zip(logprobs.token_logprobs[first:], tops[first:], strict=True)
     ]
+
+
+async def _follows_grammars(client: httpx.AsyncClient, model: str) -> bool | None:
+    """Ask for one token under a grammar of llguidance; None if no answer comes in time."""
+    probe = {
+        "model": model,
+        "prompt": [0],
+        "max_tokens": 1,
+        "structured_outputs": {"grammar": f"{LLGUIDANCE} {{}}\nstart: /(.|\\n)*/\n"},
+    }
+    try:
+        answer = await client.post("/v1/completions", json=probe, timeout=PROBE_SECONDS)
+    except httpx.TimeoutException:
+        return None
+    return answer.is_success
 
 
 def _token(name: str) -> int:
