@@ -98,6 +98,7 @@ def _record(content: dict[str, Any]) -> Record:
         last=None if first is None else first + sum(gaps),
         done=content["done"],
         gaps=gaps,
+        pause=content.get("pause"),
         prompt_tokens=content["prompt_tokens"],
         cached_tokens=content["cached_tokens"],
         output_tokens=content["output_tokens"],

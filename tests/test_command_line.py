@@ -42,6 +42,7 @@ NEW = {
         *("--max-background-responses", "--cors-origin"),
     },
     "fleet start": {"--serve-word", "--route-word"},
+    "simulate": {"--slo-token-seconds"},
 }
 """Flags that came later: the limits of clients, the key for /metrics, the formats of tool calls and
 reasoning, kernels on a CPU, what is kept of answers, and the hidden ones by which ``fleet`` passes

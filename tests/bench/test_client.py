@@ -59,3 +59,4 @@ def test_an_event_of_several_tokens_is_as_many_gaps() -> None:
     asyncio.run(exchange(server, "/v1/completions", b"{}", server.clock, request))
     assert request.error is None
     assert request.gaps == pytest.approx([0.5] * 4)
+    assert request.pause == pytest.approx(1.0), "the stream stood still for a whole second"

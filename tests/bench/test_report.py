@@ -32,6 +32,7 @@ def exchanges(draw: st.DrawFn) -> TimedRequest:
         first=first,
         done=first + sum(gaps),
         gaps=gaps,
+        pause=max(gaps, default=None),
         prompt_tokens=draw(st.integers(1, 5000)),
         cached_tokens=draw(st.one_of(st.none(), st.integers(0, 400))),
         output_tokens=len(gaps) + 1,
@@ -115,6 +116,9 @@ def test_against_an_oracle(
         same(part.ttft, [(r.exchange.first or 0) - r.due for r in good])
         same(part.latency, [(r.exchange.done or 0) - r.due for r in good])
         same(part.itl, [gap for r in good for gap in r.exchange.gaps])
+        pauses = [max(r.exchange.gaps) for r in good if r.exchange.gaps]
+        same(part.pause, pauses)
+        assert part.longest_pause == max(pauses, default=None)
         if objectives.given:
             met = sum(oracle.met(r) for r in group)
             assert part.goodput == pytest.approx(met / run_seconds)

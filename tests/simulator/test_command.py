@@ -61,7 +61,7 @@ def test_from_flags_to_json_table_and_picture(tmp_path: Path) -> None:
     assert runs[-1]["ttft_s"]["short"] == dict.fromkeys(("mean", "p50", "p90", "p99", "max")) | {
         "count": 0
     }
-    assert content["slo"] == {"seconds": 0.4, "stretch": 5.0}
+    assert content["slo"] == {"seconds": 0.4, "stretch": 5.0, "token_seconds": 0.1}
     assert content["environment"]["date"]
     assert content["machine"]["name"] == "h200-qwen2.5-32b"
     assert content["interrupted"] is False

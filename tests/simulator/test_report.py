@@ -6,7 +6,7 @@ import pytest
 
 from pla_serve.policy.cost import CostProfile
 from pla_serve.simulator.plot import draw
-from pla_serve.simulator.report import RunReport, load_report, report, save
+from pla_serve.simulator.report import ClassShares, RunReport, load_report, report, save
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.run import SimulationResult
 from pla_serve.simulator.setting import FleetSetting, Objective, RunSpec, Setting
@@ -92,3 +92,34 @@ def test_a_picture_is_drawn_of_whatever_there_is(tmp_path: Path) -> None:
         path = tmp_path / "new" / f"{number}.png"
         draw(runs, path)
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_gaps_pauses_and_attainment_by_hand() -> None:
+    """A step alone takes 21 ms, so that tokens are due every 0.105 s."""
+    short, long = job(0, 0.0, 100, 0, 0.12), job(1, 0.0, 1000, 0, 1.02)
+    for made, gaps in ((short, (0.05, 0.3, 0.05)), (long, (0.1, 0.1))):
+        made.output_tokens = 1 + len(gaps)
+        made.last_token = made.first_token
+        for gap in gaps:
+            made.token(made.last_token + gap)
+    rows = tuple(Row(i, float(i), 100, 4) for i in range(2))
+    setting = Setting(MACHINE, mode="mix", objective=Objective(0.4, 5.0))
+    spec = RunSpec(TraceWorkload("mine", rows, 1.0, 1.0, "by hand"), "fcfs", 0.5, setting)
+    run = report(spec, SimulationResult([short, long], 3.0, Totals(1.0, 1100, 2), Totals()))
+    assert run.itl_s is not None
+    assert run.pause_s is not None
+    assert run.idle_itl_s is not None
+    assert (run.itl_s.short.count, run.itl_s.long.count, run.itl_s.all.count) == (3, 2, 5)
+    assert run.itl_s.short.p50 == pytest.approx(0.05)
+    assert run.itl_s.all.max == run.pause_s.short.max == pytest.approx(0.3)
+    assert run.pause_s.long.p50 == pytest.approx(0.1)
+    assert run.idle_itl_s.all.max == pytest.approx(0.021)
+    assert run.attainment.short == 1.0  # due 0.6 + 0.21, made at 0.12 + 0.35
+    assert run.attainment.long == 1.0
+    late = job(0, 0.0, 100, 0, 0.59)
+    late.output_tokens, late.last_token = 3, late.first_token
+    late.token(1.0)
+    spec = RunSpec(TraceWorkload("mine", rows, 1.0, 1.0, "by hand"), "fcfs", 0.5, setting)
+    assert report(spec, SimulationResult([late], 3.0, Totals(1, 1, 1), Totals())).attainment == (
+        ClassShares(0.0, None, 0.0)
+    )

@@ -43,6 +43,8 @@ def test_a_fleet_of_one_is_an_instance(policy: str, mode: str) -> None:
     assert ttfts(alone) == pytest.approx(ttfts(fleet))
     assert alone.end == pytest.approx(fleet.end)
     assert alone.prefill == fleet.prefill
+    for one, other in zip(alone.jobs, fleet.jobs, strict=True):
+        assert list(one.gaps) == pytest.approx(list(other.gaps), abs=1e-6)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -72,6 +74,7 @@ def test_modes_differ_in_where_answers_decode() -> None:
         produced = [job.produced for job in outcome.jobs]
         expected = [1 if mode == "prefill" else row.output_tokens for row in work.rows]
         assert produced == expected, mode
+        assert [1 + len(job.gaps) for job in outcome.jobs] == expected, mode
     # Where answers decode elsewhere, first tokens do not know of them.
     assert ttfts(ends["pd-spatial"]) == pytest.approx(ttfts(ends["prefill"]))
     assert ends["pd-spatial"].decode.busy_seconds > 0

@@ -60,6 +60,9 @@ class TimedRequest:
     done: float | None = None
     gaps: list[float] = field(default_factory=list)
     """Seconds between tokens after the first event that carried text; see `per_token`."""
+    pause: float | None = None
+    """Longest time between two events with text; None of an answer with less than two. Unlike
+    ``gaps`` it does not share out the time before an event that carries several tokens."""
     text: str = ""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -117,6 +120,7 @@ async def _read(portions: AsyncIterator[bytes], clock: Clock, into: TimedRequest
                     _take(payload, now, into, came)
     finally:  # of an answer that is cut off, what came of it
         into.text = "".join(came.texts)
+        into.pause = max(came.gaps, default=None)
         into.gaps = per_token(came.gaps, [len(text) for text in came.texts], into.output_tokens)
     if into.error is None and not (complete or into.finish_reason):
         into.error = "cut off"

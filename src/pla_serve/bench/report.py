@@ -121,6 +121,11 @@ class ClassReport:
     ttft: Percentiles | None
     itl: Percentiles | None
     """Percentiles of all gaps between tokens of all answers together."""
+    pause: Percentiles | None
+    """Percentiles of the longest pause of each answer: a stream that stops once is hardly seen
+    among all gaps together."""
+    longest_pause: float | None
+    """The longest pause of any answer."""
     latency: Percentiles | None
     """Seconds from the due time to the end of the answer."""
     requests_per_second: float
@@ -188,11 +193,14 @@ def _of_class(records: list[Record], seconds: float, objectives: Objectives) -> 
     prompt = _total(record.exchange.prompt_tokens for record in good)
     output = _total(record.exchange.output_tokens for record in good)
     cached = [record.exchange.cached_tokens for record in good]
+    pauses = [r.exchange.pause for r in good if r.exchange.pause is not None]
     return ClassReport(
         requests=len(records),
         succeeded=len(good),
         ttft=percentiles([record.ttft for record in good if record.ttft is not None]),
         itl=percentiles([gap for record in good for gap in record.exchange.gaps]),
+        pause=percentiles(pauses),
+        longest_pause=max(pauses, default=None),
         latency=percentiles([r.latency for r in good if r.latency is not None]),
         requests_per_second=len(good) / seconds,
         prompt_tokens_per_second=prompt / seconds,

@@ -66,6 +66,7 @@ def _record(record: Record) -> dict[str, object]:
         "first": exchange.first,
         "done": exchange.done,
         "gaps": [round(gap, 5) for gap in exchange.gaps],
+        "pause": exchange.pause,
         "new_tokens": record.new_tokens,
         "prompt_tokens": exchange.prompt_tokens,
         "cached_tokens": exchange.cached_tokens,

@@ -44,10 +44,11 @@ def headline(run: BenchRun) -> dict[str, float | None]:
     numbers: dict[str, float | None] = {}
     for name in (SHORT, LONG, ALL):
         part = run.report.classes[name]
-        for metric in ("ttft", "itl", "latency"):
+        for metric in ("ttft", "itl", "pause", "latency"):
             values: Percentiles | None = getattr(part, metric)
             for rank in ("p50", "p90", "p99", "mean"):
                 numbers[f"{name}_{metric}_{rank}"] = getattr(values, rank) if values else None
+        numbers[f"{name}_longest_pause"] = part.longest_pause
         numbers[f"{name}_slo_attainment"] = part.slo_attainment
         numbers[f"{name}_goodput"] = part.goodput
     whole = run.report.classes[ALL]

@@ -28,6 +28,10 @@ def run_table(run: BenchRun, objectives: Objectives) -> RenderableType:
         for rank in ("p50", "p90", "p99"):
             cells = (_seconds(_rank(getattr(part, metric), rank)) for part in parts)
             table.add_row(f"{title} {rank.upper()}, s", *cells)
+    for rank in ("p50", "p90"):
+        cells = (_seconds(_rank(part.pause, rank)) for part in parts)
+        table.add_row(f"longest pause {rank.upper()}, s", *cells)
+    table.add_row("  most, s", *(_seconds(part.longest_pause) for part in parts))
     table.add_row("requests/s", *(_number(part.requests_per_second) for part in parts))
     table.add_row("prompt tokens/s", *(_number(part.prompt_tokens_per_second) for part in parts))
     table.add_row("  of them cached", *map(_cached, parts))

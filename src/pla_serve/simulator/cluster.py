@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from math import isfinite, isnan
+from math import isfinite
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class Cluster:
             logger=logging.Logger(__name__, logging.CRITICAL),  # failures are simulated, not news
         )
         self._servers: dict[str, SimulatedServer] = {}
-        self._build(_server_options(options, machine, make_policy, self._tokens))
+        self._build(_server_options(options, machine, make_policy, self._tokens, self._token_made))
         servers = list(self._servers.values())
         for fault in faults:
             if fault.instance >= len(servers):
@@ -221,6 +221,11 @@ class Cluster:
             return chain(answer[0][generated:], repeat(0))
         return chain(islice(chain.from_iterable(answer), generated, None), repeat(0))
 
+    def _token_made(self, id: str, now: float) -> None:
+        job = self._jobs[row_of(id)]
+        assert job is not None
+        job.token(now)
+
     def _admitted(self, id: str, new_tokens: int, history: int, fetched: int) -> None:
         job = self._jobs[row_of(id)]
         assert job is not None
@@ -321,6 +326,7 @@ def _server_options(
     machine: Machine,
     make_policy: Callable[[], PrefillPolicy],
     make_tokens: Callable[[str, Sequence[int], int], Iterator[int]],
+    token_made: Callable[[str, float], None],
 ) -> ServerOptions:
     """Everything that the instances of a cluster have in common."""
     cost = machine.cost
@@ -335,6 +341,7 @@ def _server_options(
             events.finished,
             decodes=True,
             started=events.started if options.decode == "apart" else None,
+            decoded=events.decoded,
         )
 
     return ServerOptions(
@@ -348,6 +355,7 @@ def _server_options(
         kv_bytes_per_token=round(machine.kv_bytes_per_token),
         transfer=machine.name if options.fetch_kv or options.decode == "apart" else None,
         transfer_seconds=machine.transfer,
+        token_made=token_made,
         report_seconds=options.report_seconds,
         whole_answers=options.decode == "none",
     )
@@ -386,8 +394,6 @@ class _Client:
         if not isinstance(message, Output):
             return
         job = self.job
-        if isnan(job.first_token):
-            job.first_token = self.cluster.now
         job.produced += 1 if self.cluster.one_token else len(message.tokens)
         if message.finish_reason is not None:
             assert message.finish_reason == "length", message.error

@@ -257,8 +257,7 @@ class SimulatedInstance:
             self._ready += 1
             return
         job.produced += 1
-        if job.produced == 1:
-            job.first_token = now
+        job.token(now)
         if not decoded:
             self._prefilled(job, now)
         if not self._decodes or job.produced >= job.output_tokens:

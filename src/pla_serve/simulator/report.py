@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pla_serve.policy.cost import CostModel
 from pla_serve.simulator.machine import KnownCost
+from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.run import SHORT_TOKENS, RequestsDone, SimulationResult, simulate
 from pla_serve.simulator.setting import Objective, RunSpec
 
@@ -84,8 +85,16 @@ class RunReport(msgspec.Struct, frozen=True):
     batches: int
     express_batches: int
     """Batches that ran at a layer boundary of another batch."""
+    attainment: ClassShares = ClassShares(None, None, None)
+    """Share of requests all of whose tokens came by their deadlines; see `Objective`."""
     tpot_s: Times | None = None
     """Seconds for each token of an answer after the first, where answers decode."""
+    itl_s: ByClass | None = None
+    """Seconds between two tokens, of all answers of a class together, where answers decode."""
+    pause_s: ByClass | None = None
+    """Longest time between two tokens of each answer."""
+    idle_itl_s: ByClass | None = None
+    """Time of a decode step alone on an idle machine, by request."""
     decode_utilisation: float | None = None
     restarts: int = 0
     """Requests that were sent to another instance after a failure."""
@@ -105,6 +114,8 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
     ttft = np.array([job.ttft for job in jobs])
     alone = time_alone(outcome, cost)
     short = np.array([job.new_tokens <= SHORT_TOKENS for job in jobs])
+    steps = steps_alone(outcome, cost)
+    decodes = setting.mode != "prefill"
     late = ttft > slo_seconds(alone, setting.objective)
     start = min(job.arrival for job in jobs)
     makespan = outcome.end - start
@@ -122,7 +133,7 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
         makespan_s=makespan,
         throughput_tokens_per_s=outcome.prefill.computed_tokens / makespan,
         ttft_s=_by_class(ttft, short),
-        slo_violation=ClassShares(*(_share(late[mask]) for mask in _masks(short))),
+        slo_violation=_shares(late, short),
         wait_longest_s=max(0.0, float((ttft - alone).max())),
         utilisation=outcome.prefill.busy_seconds / makespan / fleet.instances,
         idle_ttft_s=_by_class(alone, short),
@@ -134,7 +145,11 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
         cached_tokens=cached,
         batches=outcome.prefill.batches + outcome.decode.batches,
         express_batches=outcome.prefill.express_batches,
-        tpot_s=_times(_tpot(outcome)) if setting.mode != "prefill" else None,
+        attainment=_shares(_kept(outcome.jobs, alone, steps, setting.objective), short),
+        tpot_s=_times(_tpot(outcome)) if decodes else None,
+        itl_s=_gaps(outcome.jobs, short) if decodes else None,
+        pause_s=_pauses(outcome.jobs, short) if decodes else None,
+        idle_itl_s=_by_class(steps, short) if decodes else None,
         decode_utilisation=(
             outcome.decode.busy_seconds / makespan / fleet.decode_instances
             if fleet.decode_instances
@@ -149,6 +164,12 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
 def time_alone(outcome: SimulationResult, cost: CostModel) -> SecondsArray:
     """Return the seconds of each prompt alone, in one pass, with the cache of its instance."""
     return np.array([cost.prefill_seconds(job.new_tokens, job.history) for job in outcome.jobs])
+
+
+def steps_alone(outcome: SimulationResult, cost: CostModel) -> SecondsArray:
+    """Return the seconds of a decode step of each request alone, in the middle of its answer."""
+    contexts = (job.prompt_tokens + job.output_tokens / 2 for job in outcome.jobs)
+    return np.array([cost.work_seconds(1, context, context + 1, 1, 1) for context in contexts])
 
 
 def slo_seconds(alone: SecondsArray, objective: Objective) -> SecondsArray:
@@ -199,6 +220,43 @@ def _times(seconds: SecondsArray) -> Times:
 
 def _share(flags: Mask) -> float | None:
     return float(flags.mean()) if len(flags) else None
+
+
+def _shares(flags: Mask, short: Mask) -> ClassShares:
+    return ClassShares(*(_share(flags[mask]) for mask in _masks(short)))
+
+
+def _kept(
+    jobs: Sequence[SimulatedRequest],
+    alone: SecondsArray,
+    steps: SecondsArray,
+    objective: Objective,
+) -> Mask:
+    """Return which requests got every token by its deadline."""
+    first_due = slo_seconds(alone, objective)
+    each = np.maximum(objective.token_seconds, objective.stretch * steps)
+    kept = np.array([job.ttft for job in jobs]) <= first_due
+    for number, job in enumerate(jobs):
+        if not kept[number]:
+            continue
+        came = job.ttft + np.cumsum(job.gaps, dtype=np.float64)
+        due = first_due[number] + each[number] * np.arange(1, len(came) + 1)
+        kept[number] = bool((came <= due).all())
+    return kept
+
+
+def _gaps(jobs: Sequence[SimulatedRequest], short: Mask) -> ByClass:
+    """Return the times between tokens, by the class of the request."""
+    every = [np.asarray(job.gaps, dtype=np.float64) for job in jobs]
+    counts = [len(gaps) for gaps in every]
+    return _by_class(np.concatenate(every), np.repeat(short, counts))
+
+
+def _pauses(jobs: Sequence[SimulatedRequest], short: Mask) -> ByClass:
+    """Return the longest time between two tokens of each answer that has two."""
+    longest = np.array([max(job.gaps, default=nan) for job in jobs])
+    known = ~np.isnan(longest)
+    return _by_class(longest[known], short[known])
 
 
 def _tpot(outcome: SimulationResult) -> SecondsArray:

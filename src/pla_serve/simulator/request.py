@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from math import inf, nan
+
+
+def _no_gaps() -> array[float]:
+    return array("f")
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +31,9 @@ class SimulatedRequest:
     """Tokens whose KV is cached on its instance."""
     produced: int = 0
     first_token: float = nan
+    last_token: float = nan
+    gaps: array[float] = field(default_factory=_no_gaps)
+    """Seconds between its tokens, one for each token after the first, in single precision."""
     finished: float = inf
 
     @property
@@ -37,3 +45,11 @@ class SimulatedRequest:
     def ttft(self) -> float:
         """Seconds from arrival to first token; NaN before it."""
         return self.first_token - self.arrival
+
+    def token(self, now: float) -> None:
+        """Note that its next token was made."""
+        if self.first_token != self.first_token:  # NaN: there was none
+            self.first_token = now
+        else:
+            self.gaps.append(now - self.last_token)
+        self.last_token = now

@@ -336,17 +336,21 @@ class SimulatedServer:
             self._say(wire.Offer(id=job.id, source=self._address(tokens), tokens=tokens))
 
     def prefilled(self, job: SimulatedRequest, now: float) -> None:
+        self._options.token_made(job.id, now)
         self._cache.prefilled(job.id)
         if job.produced < job.output_tokens:
             self._say_tokens(self._served[job.id], 1, None, job.history)
 
     def decoded(self, job: SimulatedRequest, now: float) -> None:
+        self._options.token_made(job.id, now)
         if self._options.every_token:
             self._say_tokens(self._served[job.id], 1, None)
 
     def finished(self, job: SimulatedRequest, now: float) -> None:
         served = self._served.pop(job.id)
         options = self._options
+        if job.produced > 1:  # of an only token `prefilled` has told
+            options.token_made(job.id, now)
         reason: wire.FinishReason = "length"
         count = job.produced - served.sent
         if options.whole_answers:

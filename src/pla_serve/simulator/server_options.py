@@ -64,6 +64,8 @@ class ServerOptions:
     """Time to read the KV of so many tokens from another instance."""
     report_seconds: float = 0.2
     """Time between two reports; 0: only changes are reported."""
+    token_made: Callable[[str, float], None] = lambda id, now: None
+    """Called with the name of a request and the time of each of its tokens."""
     every_token: bool = False
     """Each token is sent when it is made. Otherwise the first is, and the others with the last one
     or before a failure: routers decide nothing by them."""

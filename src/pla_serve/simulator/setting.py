@@ -43,7 +43,8 @@ def known_controller(text: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Objective:
     """Latency objective: a first token is in time within ``seconds``, or within ``stretch`` times
-    what the request takes alone on an idle machine, whichever is more.
+    what the request takes alone on an idle machine, whichever is more. Each further token is due
+    ``token_seconds`` later, or ``stretch`` times a decode step of the request alone, likewise.
 
     Raises:
         ValueError: a field is negative or not finite.
@@ -59,10 +60,23 @@ class Objective:
             name="--slo-seconds",
         ),
     ] = 0.4
-    stretch: Annotated[float, Flag("See --slo-seconds.", panel=OUTPUT, name="--slo-stretch")] = 5.0
+    stretch: Annotated[
+        float,
+        Flag("See --slo-seconds and --slo-token-seconds.", panel=OUTPUT, name="--slo-stretch"),
+    ] = 5.0
+    token_seconds: Annotated[
+        float,
+        Flag(
+            "Each further token of an answer is due so long after the one before it was due, or "
+            "after --slo-stretch times a decode step of the request alone.",
+            unit="seconds",
+            panel=OUTPUT,
+            name="--slo-token-seconds",
+        ),
+    ] = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "stretch"):
+        for name in ("seconds", "stretch", "token_seconds"):
             if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"SLO {name} must be at least 0, not {getattr(self, name)}")
 

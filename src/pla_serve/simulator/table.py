@@ -14,6 +14,11 @@ from pla_serve.simulator.report import ByClass, RunReport
 
 NOTHING = "-"
 TIMES = ("short\nP50", "\nP90", "\nP99", "long\nP50", "\nP90", "\nP99", "all\nmean")
+TOKENS = tuple(
+    f"{name}\n{rank}"
+    for first in ("short", "long")
+    for name, rank in ((first, "P50"), ("", "P99"), ("pause", "P50"), ("", "most"))
+)
 REST = ("most\nwait", "short\nlate", "long\nlate", "\nbusy")
 
 
@@ -21,6 +26,8 @@ def tables(runs: Sequence[RunReport]) -> RenderableType:
     """Make a table for each trace and load, with a line for each policy.
 
     *Wait* is the TTFT less the time alone; *late* is the share of requests that missed the SLO.
+    Where answers decode, a second table has the time between tokens, the longest *pause* of each
+    answer, and the share of requests that *kept* the deadlines of all their tokens.
     """
     parts: list[RenderableType] = []
     for _, group in groupby(runs, key=lambda run: (run.trace, run.load)):
@@ -28,6 +35,7 @@ def tables(runs: Sequence[RunReport]) -> RenderableType:
         parts += [
             Text(f"{title(members[0])}: TTFT in seconds", style="bold"),
             _table(members),
+            *_token_parts(members),
             Text(_note(members[0]) + "\n", style="dim"),
         ]
     return Group(*parts)
@@ -41,10 +49,7 @@ def title(run: RunReport) -> str:
 
 
 def _table(runs: Sequence[RunReport]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
-    table.add_column("", min_width=12, overflow="fold")
-    for head in TIMES + REST:
-        table.add_column(head, justify="right", no_wrap=True)
+    table = _empty_table(TIMES + REST)
     first = runs[0]
     table.add_row("idle", *_times(first.idle_ttft_s), *(NOTHING for _ in REST), style="dim")
     for run in runs:
@@ -56,6 +61,40 @@ def _table(runs: Sequence[RunReport]) -> Table:
             _share(run.slo_violation.long),
             f"{run.utilisation:.0%}",
         )
+    return table
+
+
+def _token_parts(runs: Sequence[RunReport]) -> list[RenderableType]:
+    if runs[0].itl_s is None:
+        return []
+    table = _empty_table((*TOKENS, "short\nkept", "long\nkept"))
+    alone = runs[0].idle_itl_s
+    if alone is not None:
+        cells = [c for t in (alone.short, alone.long) for c in (_seconds(t.p50), *[NOTHING] * 3)]
+        table.add_row("idle", *cells, NOTHING, NOTHING, style="dim")
+    for run in runs:
+        table.add_row(
+            run.policy.replace(":", "\n  "),
+            *_token_times(run),
+            _share(run.attainment.short),
+            _share(run.attainment.long),
+        )
+    return [Text("Time between tokens in seconds", style="bold"), table]
+
+
+def _token_times(run: RunReport) -> list[str]:
+    if run.itl_s is None or run.pause_s is None:
+        return [NOTHING] * len(TOKENS)
+    pairs = ((run.itl_s.short, run.pause_s.short), (run.itl_s.long, run.pause_s.long))
+    values = [v for itl, pause in pairs for v in (itl.p50, itl.p99, pause.p50, pause.max)]
+    return [_seconds(value) for value in values]
+
+
+def _empty_table(heads: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
+    table.add_column("", min_width=12, overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
     return table
 
 
