@@ -25,7 +25,7 @@ NEW = {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
         *("--max-connections", "--max-connections-per-address", "--max-upload-bytes"),
         *("--engine-silence-seconds", "--share-prefix-cache", "--listen-fd", "--metrics-key"),
-        *("--enable-priority", "--link-key-file", "--tool-parser"),
+        *("--enable-priority", "--link-key-file", "--tool-parser", "--itl-slo-ms"),
         "--reasoning-parser",
         *("--generation-config", "--override-generation-config", "--cpu-kernels"),
         *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),

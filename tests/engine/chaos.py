@@ -35,7 +35,13 @@ class ChaosPolicy:
         self._left[request.id] = (request.new_tokens, request.history)
 
     def start_decode(
-        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+        self,
+        request_id: str,
+        context: int,
+        arrival: float,
+        now: float,
+        tenant: str = "",
+        tpot: float | None = None,
     ) -> None:
         assert request_id not in self._left
         assert request_id not in self._decodes

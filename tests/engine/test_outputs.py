@@ -181,7 +181,7 @@ def test_a_short_prompt_is_answered_inside_a_long_one() -> None:
 def test_memory_that_comes_free_inside_a_long_prompt_is_used_there() -> None:
     cost = CostModel()
     # One request a batch: the step that frees memory runs inside the long prompt, not with it.
-    config = PolicyConfig(boundary_tokens=16, max_batch_requests=1, decode_share=0.9)
+    config = PolicyConfig(boundary_tokens=16, max_batch_requests=1, itl_slo_ms=1.0)
     policy = create_policy("length-aware", config, cost)
     engine = make_engine("llama", policy, cost=cost, blocks=28)
     engine.add("ends", [5] * 5, max_tokens=3, ignore_eos=True)

@@ -9,7 +9,8 @@ from pla_serve.policy.protocol import Batch, PrefillRequest, Run
 
 PROFILE = CostProfile(1e-3, 0, 0, 0, 1e-2)
 """A millisecond a token and ten a batch: easy to reckon with."""
-CONFIG = PolicyConfig(boundary_tokens=256, decode_share=0.25)
+CONFIG = PolicyConfig(boundary_tokens=256, itl_slo_ms=44)
+"""Four decode steps of one stream from token to token."""
 
 
 def make(config: PolicyConfig = CONFIG) -> LengthAware:

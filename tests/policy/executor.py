@@ -34,6 +34,7 @@ class Job:
     deadline: float | None = None
     priority: int = 0
     tenant: str = ""
+    tpot: float | None = None
     abort_at: float | None = None
 
     stage: Stage = "ahead"
@@ -266,7 +267,9 @@ class Executor:
             return
         job.stage = "decoding"
         if not was_decoding:
-            self.policy.start_decode(job.id, job.computed, job.arrival, self.now, job.tenant)
+            self.policy.start_decode(
+                job.id, job.computed, job.arrival, self.now, job.tenant, job.tpot
+            )
 
     # The rules.
 

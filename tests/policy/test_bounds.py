@@ -17,8 +17,9 @@ from pla_serve.policy.fairness import (
     long_wait_bound,
     passing_window,
     short_wait_bound,
+    token_wait_bound,
 )
-from pla_serve.policy.protocol import BatchClass
+from pla_serve.policy.protocol import Batch, BatchClass
 from pla_serve.policy.queues import PATIENCE
 from pla_serve.policy.registry import POLICIES, create_policy
 from tests.policy.executor import Executor, Job, Trace
@@ -56,6 +57,26 @@ def long_bound(job: Job, jobs: list[Job], trace: Trace, config: PolicyConfig) ->
     return long_wait_bound(config, work, trace.express_batch, burst_seconds(config, cost))
 
 
+def short_bound(config: PolicyConfig, batches: int, trace: Trace) -> float:
+    """`short_wait_bound` with what ran."""
+    awaited = [end - start for start, end, batch in trace.batches if gives_tokens(batch)]
+    return short_wait_bound(
+        config,
+        batches,
+        trace.express_batch,
+        trace.stretch,
+        burst(config),
+        awaited=max(awaited, default=0.0),
+        streams=any(batch.decodes for _, _, batch in trace.batches),
+    )
+
+
+def gives_tokens(batch: Batch) -> bool:
+    """Whether it is long work at whose end somebody gets a token."""
+    completes = any(chunk.completes for chunk in batch.prefills)
+    return batch.kind is BatchClass.LONG and (completes or bool(batch.decodes))
+
+
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_long_under_a_flood_of_shorts(share: float) -> None:
     """Shorts arrive faster than the machine can serve them, for ever."""
@@ -80,10 +101,7 @@ def test_short_under_a_flood_of_longs(share: float, layers: int) -> None:
     trace = serve(longs + shorts, config, layers)
     for short in shorts:
         before = [s for s in shorts if s.arrival <= short.arrival]
-        bound = short_wait_bound(
-            config, len(before) + 2, trace.express_batch, trace.stretch, burst(config)
-        )
-        alone = short_wait_bound(config, 12 + 2, trace.express_batch, trace.stretch, burst(config))
+        bound, alone = (short_bound(config, batches, trace) for batches in (len(before) + 2, 14))
         assert short.first_token is not None
         assert short.first_token - short.arrival <= min(bound, alone) + SLACK
 
@@ -118,12 +136,60 @@ def test_both_bounds_under_random_arrivals(
         if job.short:
             ahead = [s for s in shorts if s.arrival <= job.arrival and s.first_token > job.arrival]
             batches = len(ahead) + 2
-            bound = short_wait_bound(
-                config, batches, trace.express_batch, trace.stretch, burst(config)
-            )
+            bound = short_bound(config, batches, trace)
         else:
             bound = long_bound(job, jobs, trace, config)
         assert wait <= bound + SLACK
+
+
+@st.composite
+def streams_and_prompts(draw: st.DrawFn) -> list[Job]:
+    """A few streams from the start, with targets of their own or none, and random prompts."""
+    jobs = []
+    for number in range(draw(st.integers(1, 6))):
+        tpot = draw(st.sampled_from([None, 0.02, 0.1, 1.0]))
+        jobs.append(Job(f"d{number}", 0.0, 20, outputs=draw(st.integers(20, 120)), tpot=tpot))
+    return jobs + draw(one_priority())
+
+
+@given(
+    jobs=streams_and_prompts(),
+    target=st.sampled_from([None, 15.0, 60.0, 500.0]),
+    share=st.sampled_from([0.1, 0.5, 0.9]),
+    layers=st.sampled_from([1, 5, 20]),
+)
+@settings(max_examples=80, deadline=None)
+def test_every_token_comes_within_its_bound(
+    jobs: list[Job], target: float | None, share: float, layers: int
+) -> None:
+    config = replace(CONFIG, long_share=share, itl_slo_ms=target, layers=layers)
+    trace = serve(jobs, config, layers)
+    times: dict[str, list[float]] = {}
+    for _, end, batch in trace.batches:
+        for chunk in (*batch.prefills, *batch.decodes):
+            if chunk.completes:
+                times.setdefault(chunk.request_id, []).append(end)
+    riding = [e - s for s, e, b in trace.batches if b.kind is BatchClass.LONG and b.decodes]
+    chunk_seconds = max((CostModel(PROFILE).seconds(b) for *_, b in trace.batches if b.decodes))
+    for job in jobs:
+        own = job.tpot if job.tpot is not None else (target / 1000 if target else longest_auto())
+        bound = token_wait_bound(
+            config,
+            own,
+            len(jobs),
+            trace.express_batch,
+            chunk_seconds if riding else 0.0,
+            trace.stretch,
+            burst(config),
+        )
+        came = times[job.id]
+        assert len(came) == job.outputs
+        assert all(b - a <= bound + SLACK for a, b in pairwise(came)), job.id
+
+
+def longest_auto() -> float:
+    """Above the target that 36 streams of a few thousand tokens have without settings."""
+    return 1.5
 
 
 def test_long_turn_is_not_interrupted() -> None:

@@ -174,7 +174,15 @@ class Foretold:
         self.calibration.observe(forecast, now)
         self.outcomes.append((forecast, now - forecast.made))
 
-    def start_decode(self, request_id: str, context: int, arrival: float, now: float) -> None:
+    def start_decode(
+        self,
+        request_id: str,
+        context: int,
+        arrival: float,
+        now: float,
+        tenant: str = "",
+        tpot: float | None = None,
+    ) -> None:
         self._policy.start_decode(request_id, context, arrival, now)
 
     def remove(self, request_id: str) -> None:

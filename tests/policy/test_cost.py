@@ -304,3 +304,17 @@ class TestProfile:
                 bytes_per_second=1,
                 launch_seconds=0,
             )
+
+
+def test_bulk_learns_what_a_launch_adds_to_large_batches() -> None:
+    """On a machine that reads weights in 20 ms, and computes a token in 1 ms meanwhile."""
+    cost = CostModel(CostProfile(1e-3, 0, 0, 0, 1e-2))
+    rng = random.Random(0)
+    for _ in range(600):
+        tokens = rng.choice((1, 2, 4, 8, 64, 128, 256, 512, 2048))
+        batch = Batch(BatchClass.LONG, (Chunk("a", tokens, 0),))
+        cost.observe(batch, max(0.020, tokens * 1e-3) + 0.002)
+    assert cost.bulk.per_launch + cost.bulk.per_sequence < 0.006
+    assert cost.work_seconds(1, 0.5, 1, 1, 1) > 0.015
+    fresh = CostModel()
+    assert fresh.bulk == fresh.profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -115,20 +116,51 @@ class TestLongTime:
         assert run(policy, 0.2).decodes, "no gap between steps: nothing contests"
 
 
-class TestDecodeGap:
-    def test_due_once_in_a_gap_while_a_long_runs(self) -> None:
-        """A step takes 11 ms; at a share of 1/4 the next one is due 33 ms after its end."""
+class TestTokenDeadlines:
+    def test_a_step_when_the_next_token_is_due(self) -> None:
+        """A step takes 11 ms, and a token is due 44 ms after the one before it."""
         policy = make()
         add(policy, "long", 5000)
         running = run(policy, 0.0)
         policy.start_decode("d", 40, 0.0, 0.01)
-        step = policy.at_layer_boundary(0.01, running)
-        assert step is not None
-        assert step.kind is BatchClass.DECODE, "due at once: none ran before"
-        policy.observe(step, 0.011, 0.021)
-        assert policy.at_layer_boundary(0.050, running) is None
-        again = policy.at_layer_boundary(0.055, running)
+        assert policy.at_layer_boundary(0.042, running) is None
+        step = policy.at_layer_boundary(0.044, running)
+        assert step == Batch(BatchClass.DECODE, (), (Chunk("d", 1, 40),))
+        policy.observe(step, 0.011, 0.055)
+        assert policy.at_layer_boundary(0.086, running) is None
+        again = policy.at_layer_boundary(0.089, running)
         assert again == Batch(BatchClass.DECODE, (), (Chunk("d", 1, 41),))
+
+    def test_a_layer_earlier_where_layers_are_known(self) -> None:
+        policy = make(replace(CONFIG, layers=50))
+        add(policy, "long", 5000)
+        running = run(policy, 0.0)
+        layer = CostModel(PROFILE).seconds(running) / 50
+        policy.start_decode("d", 40, 0.0, 0.01)
+        assert policy.at_layer_boundary(0.042 - layer, running) is None
+        assert policy.at_layer_boundary(0.0435 - layer, running) is not None
+
+    def test_a_request_has_its_own_target(self) -> None:
+        policy = make()
+        add(policy, "long", 5000)
+        running = run(policy, 0.0)
+        policy.start_decode("slow", 40, 0.0, 0.0)
+        policy.start_decode("fast", 40, 0.0, 0.0, tpot=2**-5)
+        assert policy.at_layer_boundary(0.018, running) is None
+        step = policy.at_layer_boundary(0.020, running)
+        assert step is not None, "31 ms, less a step of both"
+        assert {chunk.request_id for chunk in step.decodes} == {"slow", "fast"}
+
+    @pytest.mark.parametrize(("longs", "gap"), [(1, 0.08), (2, 0.16), (3, 0.2), (9, 0.2)])
+    def test_without_settings_the_price_for_longs_is_bounded(self, longs: int, gap: float) -> None:
+        """Launches of 10 ms are an eighth of the time for one long, a twentieth for many."""
+        policy = make(replace(CONFIG, itl_slo_ms=None))
+        for n in range(longs):
+            add(policy, f"l{n}", 5000)
+        running = run(policy, 0.0)
+        policy.start_decode("d", 40, 0.0, 0.0)
+        assert policy.at_layer_boundary(gap - 0.012, running) is None
+        assert policy.at_layer_boundary(gap - 0.010, running) is not None
 
     def test_steps_ride_along_with_the_next_chunk(self) -> None:
         policy = make(replace(CONFIG, max_batch_requests=3))
@@ -139,15 +171,27 @@ class TestDecodeGap:
             policy.start_decode(name, 40, 0.0, 0.01)
         policy.observe(running, 0.5, 0.5)
         step = run(policy, 0.5)
-        policy.observe(step, 0.011, 0.511)
-        riding = run(policy, 0.511)
+        assert step.kind is BatchClass.DECODE, "they are late"
+        policy.observe(step, 0.013, 0.513)
+        riding = run(policy, 0.513)
         assert riding.kind is BatchClass.LONG
         assert [chunk.tokens for chunk in riding.decodes] == [1, 1], "as many as have a place"
+        assert CostModel(PROFILE).seconds(riding) <= 0.044
         others = {"a", "b", "c"} - {chunk.request_id for chunk in riding.decodes}
-        assert policy.at_layer_boundary(0.52, riding) is None, "the gap counts"
-        late = policy.at_layer_boundary(0.6, riding)
+        assert policy.at_layer_boundary(0.52, riding) is None, "not due yet"
+        late = policy.at_layer_boundary(0.56, riding)
         assert late is not None
         assert {chunk.request_id for chunk in late.decodes} == others, "riders are in flight"
+
+    def test_they_do_not_ride_where_steps_cost_less(self) -> None:
+        """The history of the long would be read again for every chunk."""
+        cost = CostModel(replace(PROFILE, per_kv=1e-6))
+        policy = LengthAware(CONFIG, cost)
+        policy.start_decode("d", 40, 0.0, 0.0)
+        add(policy, "long", 5000, history=50_000)
+        batch = run(policy, 0.0)
+        assert not batch.decodes
+        assert batch.tokens > 1000
 
     def test_without_longs_at_once(self) -> None:
         policy = make()
@@ -156,18 +200,56 @@ class TestDecodeGap:
         policy.observe(step, 0.011, 0.011)
         assert run(policy, 0.011).decodes == (Chunk("d", 1, 41),)
 
-    @pytest.mark.parametrize("share", [0.1, 0.25, 0.4])
-    def test_share_is_kept(self, share: float) -> None:
-        config = replace(CONFIG, decode_share=share, long_share=0.2, express_burst_seconds=9)
-        config = replace(config, max_batch_requests=1)  # no place for riders
+    @pytest.mark.parametrize("target", [30.0, 60.0, 120.0])
+    @pytest.mark.parametrize("places", [1, 64])
+    def test_gaps_are_kept(self, target: float, places: int) -> None:
+        """Alone in a batch or not, every stream gets a token in time while a long runs."""
+        config = replace(CONFIG, itl_slo_ms=target, max_batch_requests=places, layers=30)
+        streams = 1 if places == 1 else 4
+        policy = make(config)
+        jobs = [Job(f"d{n}", 0.0, 5, outputs=400) for n in range(streams)]
+        jobs.append(Job("long", 0.1, 8000))
         cost = CostModel(PROFILE)
-        policy = LengthAware(config, cost)
-        jobs = [Job(f"d{n}", 0.0, 5, outputs=5000) for n in range(8)] + [Job("long", 0.1, 30_000)]
-        executor = Executor(policy, config, cost, jobs, layers=30, separate=True)
-        trace = executor.run(until=20.0)
-        steps = [end - start for start, end, b in trace.batches if b.decodes and start > 0.1]
-        assert sum(steps) / 20 == pytest.approx(share, rel=0.25)
-        assert sum(steps) / 20 <= share * 1.02
+        trace = Executor(policy, config, cost, jobs, layers=30, separate=True).run(until=5.0)
+        times: dict[str, list[float]] = {}
+        for _, end, batch in trace.batches:
+            for chunk in batch.decodes:
+                times.setdefault(chunk.request_id, []).append(end)
+        gaps = [b - a for came in times.values() for a, b in pairwise(came)]
+        step = cost.work_seconds(streams, 0, 0, streams, 1)
+        least = 3 * step + trace.stretch  # in the longs' turn
+        assert max(gaps) <= max(target / 1000, least) + trace.stretch
+        assert max(gaps) >= target / 2000, "and no oftener than has to be"
+
+
+class TestShortsWait:
+    """At the end of a batch that gives tokens to many, a short waits for it."""
+
+    def riding(self, streams: int) -> tuple[LengthAware, Batch]:
+        policy = make(replace(CONFIG, itl_slo_ms=200))
+        for n in range(streams):
+            policy.start_decode(f"d{n}", 40, 0.0, 0.0)
+        add(policy, "long", 5000)
+        running = run(policy, 0.0)
+        assert len(running.decodes) == streams
+        return policy, running
+
+    def test_whoever_waits_less_in_all(self) -> None:
+        policy, running = self.riding(2)
+        add(policy, "short", 50, 0.05)
+        assert names(policy.at_layer_boundary(0.05, running)) == ["short"], "150 ms for 2 times 60"
+        policy, running = self.riding(4)
+        add(policy, "short", 50, 0.05)
+        assert policy.at_layer_boundary(0.05, running) is None, "150 ms for 4 times 60"
+        add(policy, "another", 50, 0.05)
+        assert names(policy.at_layer_boundary(0.05, running)) == ["short", "another"]
+
+    def test_not_for_a_chunk_that_gives_nobody_a_token(self) -> None:
+        policy = make()
+        add(policy, "long", 5000)
+        running = run(policy, 0.0)
+        add(policy, "short", 200, 0.45)
+        assert names(policy.at_layer_boundary(0.49, running)) == ["short"]
 
 
 class TestWindow:

@@ -184,10 +184,15 @@ class TestChunks:
     def test_large_enough_for_a_launch_not_to_matter(self) -> None:
         assert self.first_chunk() == pytest.approx(490, rel=0.01), "10 ms are 2% of 500"
 
-    def test_smaller_while_streams_decode(self) -> None:
-        assert self.first_chunk(replace(CONFIG, decode_share=0.03), True) == pytest.approx(
-            323, rel=0.01
-        )
+    @pytest.mark.parametrize(("target", "tokens"), [(44, 33), (200, 189), (1000, 490)])
+    def test_ends_when_the_streams_in_it_are_due(self, target: float, tokens: int) -> None:
+        """44 ms are 10 of a launch, 1 of the stream, and 33 tokens; never more than without."""
+        config = replace(CONFIG, itl_slo_ms=target)
+        assert self.first_chunk(config, True) == pytest.approx(tokens, abs=1)
+
+    def test_leaves_longs_their_share_beside_streams(self) -> None:
+        config = replace(CONFIG, itl_slo_ms=12, long_share=0.75)
+        assert self.first_chunk(config, True) == 30, "10 ms of a launch, 30 of tokens"
 
     def test_a_layer_takes_no_longer_than_a_part_of_a_short_prompt(self) -> None:
         cost = CostModel(PROFILE)
@@ -221,7 +226,7 @@ class TestStreams:
     """Riders get a token at the end of a long's pass, so it must not be put off without end."""
 
     def ride(self) -> tuple[LengthAware, Batch]:
-        policy = make(replace(CONFIG, long_chunk_tokens=1000))
+        policy = make(replace(CONFIG, long_chunk_tokens=1000, itl_slo_ms=1100))
         policy.start_decode("stream", 40, 0.0, 0.0)
         policy.observe(run(policy, 0.0), 0.011, 0.011)
         add(policy, "outer", 20_000, 0.02)
@@ -248,13 +253,13 @@ class TestStreams:
         """Its pass goes on for them: other streams get steps no more often than before."""
         policy, outer = self.ride()
         policy.start_decode("other", 40, 0.0, 0.1)
-        first = policy.at_layer_boundary(0.2, outer)
+        first = policy.at_layer_boundary(1.2, outer)
         assert first is not None
-        policy.observe(first, 0.011, 0.211)
+        policy.observe(first, 0.011, 1.211)
         policy.remove("outer")
-        assert policy.at_layer_boundary(0.212, outer) is None, "not due again so soon"
-        policy.observe(Batch(BatchClass.LONG, (), outer.decodes), 0.3, 0.5)
-        assert run(policy, 0.5).kind is BatchClass.DECODE
+        assert policy.at_layer_boundary(1.212, outer) is None, "not due again so soon"
+        policy.observe(Batch(BatchClass.LONG, (), outer.decodes), 0.3, 1.5)
+        assert run(policy, 1.5).kind is BatchClass.DECODE
 
 
 def test_express_work_that_is_abandoned_is_charged() -> None:

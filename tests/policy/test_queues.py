@@ -188,23 +188,37 @@ class TestDecodePool:
     def test_turns_and_contexts(self) -> None:
         pool = DecodePool()
         for name, context in (("a", 10), ("b", 20), ("c", 30)):
-            pool.start(name, context)
+            pool.start(name, context, 0.0)
         assert pool.mean_context == 20
         first = pool.take(2)
         assert first == [Chunk("a", 1, 10), Chunk("b", 1, 20)]
         assert (len(pool), pool.total, pool.mean_context) == (1, 3, 30)
-        pool.settle(tuple(first))
+        pool.settle(tuple(first), 1.0)
         assert pool.take(9) == [Chunk("c", 1, 30), Chunk("a", 1, 11), Chunk("b", 1, 21)]
         assert pool.take(9) == []
         assert pool.mean_context == 0
 
+    def test_the_first_due_goes_first_among_targets(self) -> None:
+        pool = DecodePool()
+        pool.start("patient", 1, 0.0, tpot=4.0)
+        pool.start("default", 1, 1.0)
+        pool.start("quick", 1, 2.0, tpot=0.5)
+        assert pool.first_due(9.0) == 2.5
+        assert pool.first_due(1.0) == 2.0
+        assert pool.first_due(1.0, least=3.5) == 4.0
+        assert [chunk.request_id for chunk in pool.take(2, 9.0)] == ["quick", "patient"]
+        assert pool.first_due(9.0) == 10.0
+        pool.discard("default")
+        assert pool.first_due(9.0) == float("inf")
+        assert (len(pool), pool.total, pool.context) == (0, 2, 2)
+
     def test_removed_in_flight_stays_away(self) -> None:
         pool = DecodePool()
-        pool.start("a", 10)
+        pool.start("a", 10, 0.0)
         flight = tuple(pool.take(1))
         pool.discard("a")
-        pool.settle(flight)
+        pool.settle(flight, 1.0)
         assert pool.total == 0
-        pool.start("a", 40)
-        pool.settle(flight)
+        pool.start("a", 40, 0.5)
+        pool.settle(flight, 1.0)
         assert pool.take(1) == [Chunk("a", 1, 40)]

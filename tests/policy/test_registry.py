@@ -81,7 +81,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
         ("boundary_tokens", -1),
         ("long_share", 0.0),
         ("long_share", 1.0),
-        ("decode_share", 1.5),
+        ("itl_slo_ms", 0.5),
         ("express_burst_seconds", -1.0),
         ("patience", -0.1),
         ("patience", float("nan")),

@@ -211,11 +211,11 @@ def test_decode_places_are_shared(ready: dict[str, int], places: int) -> None:
     pool = DecodePool()
     for tenant, number in ready.items():
         for n in range(number):
-            pool.start(f"{tenant}{n}", 10, tenant)
+            pool.start(f"{tenant}{n}", 10, 0.0, tenant)
     total = sum(ready.values())
     steps: defaultdict[str, int] = defaultdict(int)
     rounds = 12
-    for _ in range(rounds):
+    for number in range(rounds):
         chunks = pool.take(places)
         assert len(chunks) == min(places, total)
         assert len({chunk.request_id for chunk in chunks}) == len(chunks)
@@ -223,9 +223,9 @@ def test_decode_places_are_shared(ready: dict[str, int], places: int) -> None:
         for chunk in chunks:
             got[chunk.request_id[0]] += 1
             steps[chunk.request_id[0]] += 1
-        for tenant, number in ready.items():
-            assert got[tenant] >= min(number, places // len(ready))
-        pool.settle(tuple(chunks))
+        for tenant, many in ready.items():
+            assert got[tenant] >= min(many, places // len(ready))
+        pool.settle(tuple(chunks), number + 1.0)
         assert len(pool) == pool.total == total
     if places < len(ready):
         assert all(steps[tenant] >= rounds * places // len(ready) - 1 for tenant in ready)
@@ -237,11 +237,11 @@ def test_decode_places_are_shared(ready: dict[str, int], places: int) -> None:
 
 def test_a_discarded_step_in_flight_stays_forgotten() -> None:
     pool = DecodePool()
-    pool.start("x", 5, "a")
+    pool.start("x", 5, 0.0, "a")
     chunks = pool.take(1)
     assert chunks == [Chunk("x", 1, 5)]
     pool.discard("x")
-    pool.settle(tuple(chunks))
+    pool.settle(tuple(chunks), 1.0)
     assert pool.total == 0
     assert pool.take(4) == []
     assert Batch  # for the type of what is settled

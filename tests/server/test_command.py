@@ -63,7 +63,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--policy": "length-aware:interruptible=false:layers=4",
         "--max-batch-tokens": 100, "--max-batch-requests": 3, "--long-chunk-tokens": 50,
         "--boundary-tokens": 10, "--long-share": 0.4, "--express-burst-seconds": 1,
-        "--decode-share": 0.3, "--patience": 3, "--express-wait-seconds": 0,
+        "--itl-slo-ms": 30, "--patience": 3, "--express-wait-seconds": 0,
         "--max-queued-tokens": 5, "--attention-backend": "sdpa", "--capture-shapes": "8x2",
         "--capture-tokens": 64, "--capture-padding-cap": 0.5, "--run-ahead-layers": 3,
         "--max-predicted-wait": 7, "--served-model-name": "m", "--host": "::1", "--port": 1,

@@ -13,6 +13,7 @@ from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import Batch, Chunk, PrefillRequest, QueueState, TenantLoad
 from pla_serve.policy.queues import PrefillQueue, PrefillSource
 from pla_serve.policy.tenants import TenantShares
+from pla_serve.policy.tokens import coarse
 
 SHARE_LAUNCHES = 8
 """Launch times of work that each tenant may have in the queues: with two tenants launches are then
@@ -142,10 +143,20 @@ class RequestBook:
         self._shares[pending.short].add(pending)
         return pending
 
-    def start_decode(self, request_id: str, context: int, tenant: str = "") -> None:
-        """Let a request whose prefill is complete take its turn at decode steps."""
+    def start_decode(
+        self,
+        request_id: str,
+        context: int,
+        now: float,
+        tenant: str = "",
+        tpot: float | None = None,
+    ) -> None:
+        """Let a request whose prefill is complete take its turn at decode steps.
+
+        Its target ``tpot`` is rounded down; see `tokens.coarse`.
+        """
         self.remove(request_id)
-        self.decodes.start(request_id, context, tenant)
+        self.decodes.start(request_id, context, now, tenant, None if tpot is None else coarse(tpot))
 
     def remove(self, request_id: str) -> None:
         """Forget a request in whatever state it is."""
@@ -190,13 +201,13 @@ class RequestBook:
         self._flying.add(pending.id)
         return chunk
 
-    def settle(self, batch: Batch) -> None:
-        """``batch`` was computed: what is left of its prefills waits again.
+    def settle(self, batch: Batch, now: float) -> None:
+        """``batch`` was computed, and ends at ``now``: what is left of its prefills waits again.
 
         Raises:
             ValueError: a chunk differs from the one that was handed out for its request.
         """
-        self.decodes.settle(batch.decodes)
+        self.decodes.settle(batch.decodes, now)
         for chunk in batch.prefills:
             pending = self._pending.get(chunk.request_id)
             if pending is None or pending.flight is None:

@@ -8,6 +8,20 @@ from typing import Annotated
 from pla_serve.policy.knobs import Knob, check_knobs
 
 
+def read_target(text: str) -> float | None:
+    """Read milliseconds, or ``auto`` as None.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if text.lower() in ("auto", "none"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"itl-slo-ms is a number of milliseconds or auto, not {text!r}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
     """Settings shared by all policies. Each policy declares which fields it uses.
@@ -71,15 +85,18 @@ class PolicyConfig:
             least=0,
         ),
     ] = 0.005
-    decode_share: Annotated[
-        float,
+    itl_slo_ms: Annotated[
+        float | None,
         Knob(
-            "Most of the device's time that batches of decode steps alone take while a long "
-            "prefill is under way. More of it gives steadier streams and slower long prefills.",
-            above=0,
-            below=1,
+            "Target for the time between two tokens of an answer (TPOT), for requests that name "
+            "none. Longs are slowed by what keeping it costs, down to long_share. auto: a few idle "
+            "decode steps, or as much longer as keeps the price for longs low.",
+            unit="milliseconds",
+            least=1,
+            most=1e6,
+            read=read_target,
         ),
-    ] = 0.02
+    ] = None
     patience: Annotated[
         float,
         Knob(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pla_serve.policy.boundary import crossing
-from pla_serve.policy.fit import SampleWindow, refit
+from pla_serve.policy.fit import SampleWindow, Vector, refit
 from pla_serve.policy.protocol import Batch
 
 LEAST_BOUNDARY = 256
@@ -24,6 +24,10 @@ FIRST_REFIT = 4
 ALARM = 0.25
 """Median relative error of ALARM_WINDOW observations that means that the machine has changed."""
 ALARM_WINDOW = 16
+BULK_TOKENS = 48
+"""Tokens from which a batch counts for `CostModel.bulk`."""
+LEAST_BULK = 8
+"""Samples of such batches that it takes."""
 NEW_EPOCH = 0.2
 """Relative change of the predictions that makes queues sort again."""
 NEW_BOUNDARY = 0.25
@@ -137,11 +141,21 @@ class CostModel:
         self._epoch = 0
         self._epoch_profile = self._profile
         self._boundary_profile = self._profile
+        self._bulk: CostProfile | None = None
 
     @property
     def profile(self) -> CostProfile:
         """The coefficients in use."""
         return self._profile
+
+    @property
+    def bulk(self) -> CostProfile:
+        """Coefficients for batches of at least BULK_TOKENS alone.
+
+        `profile` has one price for a launch. But where weights are read while others are computed
+        with, a batch of many tokens hides what a decode step takes all of its time for.
+        """
+        return self._bulk or self._profile
 
     @property
     def epoch(self) -> int:
@@ -212,6 +226,7 @@ class CostModel:
         factor = 1 / max(median(self._last_ratios()), 1e-9)
         self._window.rescale_earlier(ALARM_WINDOW, factor)
         self._profile = CostProfile(*(unit * factor for unit in astuple(self._profile)))
+        self._bulk = None
         self._patience = FIRST_REFIT
 
     def _last_ratios(self) -> list[float]:
@@ -223,6 +238,7 @@ class CostModel:
         self._patience = min(2 * self._patience, REFIT_EVERY)
         fitted = refit(*samples, np.array(astuple(self._profile)), TYPICAL)
         self._profile = CostProfile(*fitted.tolist())
+        self._bulk = self._fit_bulk(*samples)
         if _moved(_marks(self._epoch_profile), _marks(self._profile), NEW_EPOCH):
             self._epoch += 1
             self._epoch_profile = self._profile
@@ -232,6 +248,15 @@ class CostModel:
         )
         if _moved(old, new, NEW_BOUNDARY):
             self._boundary_profile = self._profile
+
+    def _fit_bulk(self, works: Vector, seconds: Vector, weights: Vector) -> CostProfile | None:
+        large = works[:, 0] >= BULK_TOKENS
+        if large.sum() < LEAST_BULK:
+            return None
+        last = np.array(astuple(self._profile))
+        typical = TYPICAL[TYPICAL[:, 0] >= BULK_TOKENS]
+        fitted = refit(works[large], seconds[large], weights[large], last, typical)
+        return CostProfile(*fitted.tolist())
 
 
 def _seconds(

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from math import inf
 
 from pla_serve.policy.protocol import Chunk
 
 MOST_TURNS = 1024
 """Tenants whose turns are remembered; with more of them all turns begin anew."""
 
+Owner = tuple[str, float | None]
+"""Tenant of a request, and its own TPOT target in seconds."""
+NOBODY: Owner = ("", None)
+
+Ring = OrderedDict[str, Chunk]
+"""Ready requests, the one whose last token is oldest first."""
+
 
 class DecodePool:
-    """Decoding requests; the one stepped least recently goes first, so nobody starves.
+    """Decoding requests; the one whose next token is due first goes first, so nobody starves.
+
+    A token is due one TPOT target after the one before it. Where all requests have the same target,
+    or none, the one stepped least recently goes first.
 
     If more are ready than a batch has places, places are shared between tenants: each gets an equal
     part of them, and what one does not need goes to the others. So a tenant with n ready requests
     gets at least ``min(n, places // tenants)`` of them, whatever the others have. Where there are
     fewer places than tenants, tenants take turns.
 
-    Every operation is O(1) a request that it names; `take` is O(tenants) more where places are
-    short.
+    Every operation is O(1) a request that it names; `first_due` is O(tenants and targets), and
+    `take` is so more where places are short. Times must not fall from call to call.
     """
 
     def __init__(self) -> None:
-        self._rings: dict[str, OrderedDict[str, Chunk]] = {}
-        """Ready requests by tenant."""
+        self._rings: dict[str, dict[float | None, Ring]] = {}
+        """Ready requests by tenant and TPOT target."""
         self._turns: dict[str, int] = {}
         """When each tenant got an odd place last, counted in odd places."""
         self._turn = 0
-        self._tenants: dict[str, str] = {}
-        """Tenants of requests, ready or in flight, where it is not the empty one."""
+        self._owners: dict[str, Owner] = {}
+        """Tenant and target of requests, ready or in flight, that have either."""
         self._flying: dict[str, Chunk] = {}
+        self._times: dict[str, float] = {}
+        """When each request got its last token."""
         self._count = 0
         self._ready_context = 0
+        self._context = 0
 
     def __len__(self) -> int:
         """Requests ready for a step; those in flight do not count."""
@@ -48,67 +62,132 @@ class DecodePool:
         """Cached tokens of a ready request, on average."""
         return self._ready_context / self._count if self._count else 0.0
 
-    def start(self, request_id: str, context: int, tenant: str = "") -> None:
-        """Add a request at the end of the turn; one that is here already starts anew."""
+    @property
+    def context(self) -> int:
+        """Cached tokens of all requests, in flight or not."""
+        return self._context
+
+    def start(
+        self,
+        request_id: str,
+        context: int,
+        now: float,
+        tenant: str = "",
+        tpot: float | None = None,
+    ) -> None:
+        """Add a request that got a token at ``now``; one that is here already starts anew."""
         self.discard(request_id)
-        if tenant:
-            self._tenants[request_id] = tenant
-        self._push(tenant, Chunk(request_id, 1, context))
+        owner = (tenant, tpot)
+        if owner != NOBODY:
+            self._owners[request_id] = owner
+        self._context += context
+        self._push(owner, Chunk(request_id, 1, context), now)
 
     def discard(self, request_id: str) -> None:
         """Forget a request, in flight or not; unknown ids are ignored."""
-        tenant = self._tenants.pop(request_id, "")
-        if self._flying.pop(request_id, None) is not None:
+        tenant, tpot = self._owners.pop(request_id, NOBODY)
+        self._times.pop(request_id, None)
+        chunk = self._flying.pop(request_id, None)
+        if chunk is not None:
+            self._context -= chunk.history
             return
-        ring = self._rings.get(tenant)
+        rings = self._rings.get(tenant)
+        ring = None if rings is None else rings.get(tpot)
         chunk = None if ring is None else ring.pop(request_id, None)
-        if ring is None or chunk is None:
+        if rings is None or ring is None or chunk is None:
             return
         self._count -= 1
+        self._context -= chunk.history
         self._ready_context -= chunk.history
-        if not ring:
-            del self._rings[tenant]
+        self._drop_empty(tenant, tpot)
 
-    def take(self, places: int) -> list[Chunk]:
-        """Hand out the next step of at most ``places`` requests."""
+    def first_due(self, default: float, least: float = 0.0) -> float:
+        """When the first token of a ready request is due; infinite if none is ready.
+
+        Args:
+            default: seconds between two tokens of a request without a target of its own.
+            least: a shorter target counts as this.
+        """
+        first, times = inf, self._times
+        for rings in self._rings.values():
+            for tpot, ring in rings.items():
+                target = max(least, default if tpot is None else tpot)
+                first = min(first, times[next(iter(ring))] + target)
+        return first
+
+    def take(self, places: int, default: float = inf) -> list[Chunk]:
+        """Hand out the next step of at most ``places`` requests; ``default`` as in `first_due`."""
         if self._count <= places:
-            chunks = [chunk for ring in self._rings.values() for chunk in ring.values()]
+            chunks = [
+                chunk
+                for rings in self._rings.values()
+                for ring in rings.values()
+                for chunk in ring.values()
+            ]
             self._rings.clear()
             self._count = self._ready_context = 0
         else:
             chunks = []
             for tenant, part in self._parts(places):
-                ring = self._rings[tenant]
-                chunks += [ring.popitem(last=False)[1] for _ in range(part)]
-                if not ring:
-                    del self._rings[tenant]
+                chunks += self._take_of(tenant, part, default)
             self._count -= len(chunks)
             self._ready_context -= sum([chunk[2] for chunk in chunks])
         self._flying.update([(chunk[0], chunk) for chunk in chunks])
         return chunks
 
-    def settle(self, chunks: tuple[Chunk, ...]) -> None:
+    def settle(self, chunks: tuple[Chunk, ...], now: float) -> None:
         """These steps were computed; requests that were removed meanwhile stay forgotten."""
-        flying, tenants = self._flying, self._tenants
+        flying, owners = self._flying, self._owners
         for chunk in chunks:
             request_id, _, history, _ = chunk
             if flying.get(request_id) == chunk:
                 del flying[request_id]
-                self._push(tenants.get(request_id, ""), Chunk(request_id, 1, history + 1))
+                self._context += 1
+                owner = owners.get(request_id, NOBODY)
+                self._push(owner, Chunk(request_id, 1, history + 1), now)
 
-    def _push(self, tenant: str, chunk: Chunk) -> None:
-        ring = self._rings.get(tenant)
+    def _push(self, owner: Owner, chunk: Chunk, now: float) -> None:
+        tenant, tpot = owner
+        rings = self._rings.get(tenant)
+        if rings is None:
+            rings = self._rings[tenant] = {}
+        ring = rings.get(tpot)
         if ring is None:
-            ring = self._rings[tenant] = OrderedDict()
+            ring = rings[tpot] = OrderedDict()
         ring[chunk[0]] = chunk
+        self._times[chunk[0]] = now
         self._count += 1
         self._ready_context += chunk[2]
+
+    def _take_of(self, tenant: str, part: int, default: float) -> list[Chunk]:
+        """Take ``part`` requests of one tenant out of its rings, by due time."""
+        rings, times = self._rings[tenant], self._times
+        chunks = []
+        for _ in range(part):
+            tpot = next(iter(rings))
+            if len(rings) > 1:
+                tpot = min(
+                    rings,
+                    key=lambda key: (
+                        times[next(iter(rings[key]))] + (default if key is None else key)
+                    ),
+                )
+            chunks.append(rings[tpot].popitem(last=False)[1])
+            self._drop_empty(tenant, tpot)
+        return chunks
+
+    def _drop_empty(self, tenant: str, tpot: float | None) -> None:
+        rings = self._rings[tenant]
+        if not rings[tpot]:
+            del rings[tpot]
+            if not rings:
+                del self._rings[tenant]
 
     def _parts(self, places: int) -> list[tuple[str, int]]:
         """Places of each tenant, where more requests are ready than there are places."""
         if len(self._rings) == 1:
             return [(next(iter(self._rings)), places)]
-        sizes = {tenant: len(ring) for tenant, ring in self._rings.items()}
+        sizes = {tenant: sum(map(len, rings.values())) for tenant, rings in self._rings.items()}
         share, left, others = 0, places, len(sizes)
         for size in sorted(sizes.values()):
             share = left // others

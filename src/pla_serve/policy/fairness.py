@@ -118,7 +118,14 @@ def long_wait_bound(
 
 
 def short_wait_bound(
-    config: PolicyConfig, batches: int, express_batch: float, stretch: float, burst: float
+    config: PolicyConfig,
+    batches: int,
+    express_batch: float,
+    stretch: float,
+    burst: float,
+    *,
+    awaited: float = 0.0,
+    streams: bool = False,
 ) -> float:
     """Most seconds from the arrival of a short prefill to its first token, under any arrivals.
 
@@ -130,16 +137,53 @@ def short_wait_bound(
         stretch: seconds of the longest piece of long work that nothing can interrupt: a layer, or a
             chunk where the executor does not ask at layer boundaries.
         burst: `burst_seconds`, the most that it was meanwhile.
+        awaited: seconds of the longest batch of long work that ends with somebody's token; a short
+            may wait for its end before each of those batches. 0 if there is none.
+        streams: whether requests decode meanwhile.
 
     The longs' turns pay off at most what the account stood at plus what these batches charge; each
     turn and each batch may be preceded by one stretch. Once it may be held back for others to share
-    its launch, for ``express_wait_seconds`` and the stretch in which they end.
+    its launch, for ``express_wait_seconds`` and the stretch in which they end. Steps of streams run
+    in the longs' turns too, and take at most half of what those pay off.
     """
     express = batches * express_batch
     charged = burst + express_batch + express
     repaid = charged * config.long_share / (1 - config.long_share)
-    held = config.express_wait_seconds + stretch
+    if streams:
+        repaid = 2 * (charged + repaid)
+    held = config.express_wait_seconds + stretch + batches * awaited
     return express + repaid + held + 2 * (batches + 1) * stretch
+
+
+def token_wait_bound(
+    config: PolicyConfig,
+    target: float,
+    streams: int,
+    express_batch: float,
+    chunk: float,
+    stretch: float,
+    burst: float,
+) -> float:
+    """Most seconds from one token of a stream to the next, under any arrivals.
+
+    Args:
+        target: its TPOT target.
+        streams: that decode at the same time; at most half the places of a batch.
+        express_batch: seconds of the longest express batch, decode steps included.
+        chunk: seconds of the longest batch of long work with decode steps in it; 0 if none had any.
+        stretch: seconds of the longest piece of long work that nothing can interrupt.
+        burst: `burst_seconds`, the most that it was meanwhile.
+
+    A token is due after its target, or in the longs' turn after `TokenDeadlines.least_target`. Then
+    every express batch takes the stream along that has waited longest. It may have to wait for the
+    end of a chunk in which it rides; express work inside that is bounded as for longs, and longs
+    inside it take at most as long again.
+    """
+    share = config.long_share
+    least = stretch + express_batch * (1 + 2 * share / (1 - share))
+    turns = (streams + 2) * (express_batch + stretch)
+    riding = 2 * chunk / share + burst + 2 * express_batch if chunk else 0.0
+    return max(target, least) + turns + riding
 
 
 def passing_window(config: PolicyConfig, own_seconds: float, full_batch: float) -> float:

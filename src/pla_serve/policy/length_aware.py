@@ -29,6 +29,7 @@ from pla_serve.policy.protocol import (
     TenantLoad,
 )
 from pla_serve.policy.queues import DueQueue
+from pla_serve.policy.tokens import StreamCosts, TokenDeadlines
 from pla_serve.policy.tuning import Tuning
 from pla_serve.policy.waiting import ArrivalRate
 
@@ -37,18 +38,17 @@ class LengthAware:
     """Two queues by uncached tokens; the classes never share a batch.
 
     *Express work* is short prefills together with decode steps. It goes before long prefills, also
-    at the layer boundaries of one that runs, where decode steps alone are due only so often that
-    they take ``decode_share`` of the time. Long prefills run in chunks (`chunking`), with the
-    decode steps that are ready as each begins, the one due first (`longs.LongQueue`); one that has
-    begun is left only for one that undercuts it clearly. Small longs may share a launch, and one
-    that is due before the one that runs may run inside it, so that nothing is lost by being just
-    too long.
+    at the layer boundaries of one that runs, where decode steps alone wait until a token is due
+    (`tokens.TokenDeadlines`). Long prefills run in chunks (`chunking`), the one due first
+    (`longs.LongQueue`), with decode steps in them where that is cheaper; one that has begun is left
+    only for one that undercuts it clearly. Small longs may share a launch, and one that is due
+    before the one that runs may run inside it, so that nothing is lost by being just too long.
 
     Every wait is bounded. While longs wait they get ``long_share`` of the time but for a burst
     (`fairness.ShareAccount`): `fairness.long_wait_bound`. Beyond that share they never hold up
-    express work: `fairness.short_wait_bound`. Decode steps wait for a turn in a full pool, for the
-    gap between due steps, and for the longs' turn. A long is passed by others only for
-    `fairness.passing_window`. A more urgent priority goes first within its class, without bound.
+    express work: `fairness.short_wait_bound`. A token waits until it is due, and some batches more:
+    `fairness.token_wait_bound`. A long is passed by others only for `fairness.passing_window`. A
+    more urgent priority goes first within its class, without bound.
 
     Without longs the batches are those of `fcfs`, one for one, as long as no deadline is set and
     the decode steps beside a short prefill take at most half of its time.
@@ -70,13 +70,14 @@ class LengthAware:
         self._flights = RunningPrefills()
         self._spread = Spread(self._tuning)
         self._offered = ArrivalRate(memory=self._tuning.load_memory)
+        self._short_rate = ArrivalRate(memory=self._tuning.short_memory, least=2)
+        self._tokens = TokenDeadlines(config, cost, self._book.decodes, self._tuning)
         held = config.express_wait_seconds if config.interruptible else 0.0
         self._window = ExpressWindow(cost, held)
         self._current: str | None = None
         self._contested_since = 0.0
         self._newest = -inf
         """Arrival of the last request that came for the first time."""
-        self._decoded_at = -inf
         self._express_started: float | None = None
 
     def add(self, request: PrefillRequest, now: float) -> None:
@@ -88,6 +89,7 @@ class LengthAware:
         self._offered.arrived(now, pending.seconds)
         if pending.short:
             self._window.arrived(now)
+            self._short_rate.arrived(now)
         if self._spread.add(pending.seconds, pending.short):
             self._longs.resort()
         if self._contested() and not contested:
@@ -95,17 +97,27 @@ class LengthAware:
             self._account.clear()
 
     def start_decode(
-        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+        self,
+        request_id: str,
+        context: int,
+        arrival: float,
+        now: float,
+        tenant: str = "",
+        tpot: float | None = None,
     ) -> None:
-        self._book.start_decode(request_id, context, tenant)
+        self._book.start_decode(request_id, context, now, tenant, tpot)
 
     def remove(self, request_id: str) -> None:
         self._book.remove(request_id)
         self._flights.land(request_id)
 
     def next(self, now: float) -> Decision:
-        if self._longs and (self._account.longs_turn or not self._express_due(now)):
-            return Run(self._long(now))
+        if self._longs:
+            pending = self._pick_long(now)
+            turn = self._account.longs_turn
+            if turn or not self._shorts_due(now):
+                due = self._steps_due_before(pending, now)
+                return Run(self._steps(now) if due else self._long(pending, now))
         batch = self._express(now)
         return Run(batch) if batch is not None else Idle()
 
@@ -119,9 +131,12 @@ class LengthAware:
         account = self._account
         account.start_long(now)  # it stands still if express work was taken back as a whole
         self._settle(now)
-        if not account.longs_turn and self._express_due(now):
+        if not account.longs_turn and self._shorts_due(now) and not self._shorts_wait():
             account.stop_long(now)
             return self._express(now)
+        if self._steps_due_inside(now):
+            account.stop_long(now)
+            return self._steps(now)
         return self._nested(now) if self._longs else None
 
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
@@ -129,9 +144,7 @@ class LengthAware:
         self.measured(batch, seconds, now)
 
     def dispatched(self, batch: Batch, now: float) -> None:
-        self._book.settle(batch)
-        if batch.decodes:
-            self._decoded_at = now
+        self._book.settle(batch, now)
         if batch.kind is BatchClass.LONG:
             self._settle(now)
             for chunk in (*batch.prefills, *batch.decodes):
@@ -162,7 +175,8 @@ class LengthAware:
             return work + (self._account.short_delay(work) if self._contested() else 0.0)
         work = self._long_seconds_ahead(newcomer) + newcomer.seconds
         if book.decodes.total:
-            work /= 1 - config.decode_share
+            costs, target = self._promise(history)
+            work /= max(1 - costs.step / target, config.long_share)
         share = config.long_share
         return work + min(shorts, work * (1 - share) / share + burst_seconds(config, self._cost))
 
@@ -185,19 +199,73 @@ class LengthAware:
         if self._flights.top is not None:
             self._flights.top.ran += passed
 
-    def _express_due(self, now: float) -> bool:
-        first, others = self._shorts.first(), len(self._longs) + len(self._flights)
-        if first is not None and not (
+    def _shorts_due(self, now: float) -> bool:
+        """Whether a short waits and is not held back for another one to share its launch."""
+        first, others = self._shorts.first(), self._waiting_longs
+        return first is not None and not (
             others and self._window.holds(first, len(self._shorts), others, now)
-        ):
-            return True
+        )
+
+    def _shorts_wait(self) -> bool:
+        """Whether shorts wait for the end of the running batch, because that is worth more.
+
+        Everyone who gets a token with it would wait for the shorts, and they wait for its end.
+        """
+        top, first = self._flights.top, self._shorts.first()
+        if top is None or first is None or not top.yielding:
+            return False
+        return first.seconds * top.yielding > top.rest * len(self._shorts)
+
+    def _steps_due_before(self, pending: Pending, now: float) -> bool:
+        """Whether decode steps go before a chunk of ``pending``, the device being free.
+
+        Streams that ride may be so late that a chunk would have to be very short. Then they get a
+        step first, and ride in a long one.
+        """
         if not self._book.decodes:
             return False
-        if not self._contested():
-            return True
-        share = self._config.decode_share
-        gap = self._book.step_seconds() * (1 - share) / share
-        return now >= self._decoded_at + gap
+        costs, target = self._promise(pending.history)
+        if self._rides(costs, target, now):
+            lead = costs.riders + target * costs.chunk / (costs.launch + costs.chunk)
+            return self._steps_due(costs, target, lead, 0.0, now)
+        tokens = self._chunk(pending, now)
+        layer = self._layer(self._cost.prefill_seconds(tokens, pending.history))
+        return self._steps_due(costs, target, costs.step + layer, layer, now)
+
+    def _steps_due_inside(self, now: float) -> bool:
+        """Whether decode steps go before the next layer of the running batch."""
+        top = self._flights.top
+        if not self._book.decodes or top is None:
+            return False
+        costs, target = self._promise(top.pending.history)
+        layer = self._layer(top.seconds)
+        return self._steps_due(costs, target, costs.step + layer, layer, now)
+
+    def _steps_due(
+        self, costs: StreamCosts, target: float, lead: float, layer: float, now: float
+    ) -> bool:
+        """Whether the first token is due within ``lead`` seconds."""
+        turn = self._account.longs_turn
+        least = self._tokens.least_target(costs, layer) if turn else 0.0
+        return now + lead >= self._book.decodes.first_due(target, least)
+
+    def _layer(self, seconds: float) -> float:
+        """Return the seconds of one layer of a batch that takes ``seconds``; 0 if unknown."""
+        layers = self._config.layers
+        return seconds / layers if layers else 0.0
+
+    def _promise(self, history: int) -> tuple[StreamCosts, float]:
+        """Return what streams cost beside a long, and their target."""
+        costs = self._tokens.costs(history)
+        return costs, self._tokens.target(costs, max(1, self._waiting_longs))
+
+    def _rides(self, costs: StreamCosts, target: float, now: float) -> bool:
+        return self._tokens.rides(costs, target, self._waiting_longs, self._short_rate.rate(now))
+
+    @property
+    def _waiting_longs(self) -> int:
+        """Longs that wait or run."""
+        return len(self._longs) + len(self._flights)
 
     def _express(self, now: float) -> Batch | None:
         share = self._tuning.rider_share if self._contested() else self._tuning.idle_rider_share
@@ -206,19 +274,31 @@ class LengthAware:
             self._express_started = now
         return batch
 
-    def _long(self, now: float) -> Batch:
-        """One chunk of the long that is to go on, and those that share its launch.
+    def _steps(self, now: float) -> Batch:
+        """Decode steps alone."""
+        config, streams = self._config, self._book.decodes
+        self._express_started = now
+        places = min(config.max_batch_requests, config.max_batch_tokens)
+        return Batch(BatchClass.DECODE, decodes=tuple(streams.take(places)))
 
-        Decode steps ride along: a token more in a large batch costs a fraction of a step alone,
-        which has to read all weights for it.
+    def _long(self, pending: Pending, now: float) -> Batch:
+        """One chunk of a long, and those that share its launch.
+
+        If streams ride it carries the decode steps that are ready, and ends when the first of their
+        tokens is due; else it carries none, and is left for steps of their own.
         """
-        pending = self._pick_long(now)
-        batch = self._fly(pending, self._chunk(pending, now), now)
+        most, riders = self._chunk(pending, now), list[Chunk]()
+        if self._book.decodes:
+            costs, target = self._promise(pending.history)
+            if self._rides(costs, target, now):
+                config, streams = self._config, self._book.decodes
+                seconds = streams.first_due(target) - now
+                most = min(most, self._tokens.chunk_tokens(costs, pending.history, seconds))
+                places = min(config.max_batch_requests - 1, config.max_batch_tokens - most)
+                riders = streams.take(places, target)
+        batch = self._fly(pending, most, now)
         self._current = pending.id
         self._account.start_chunk(now)
-        config = self._config
-        places = config.max_batch_requests - len(batch.prefills)
-        riders = self._book.decodes.take(min(places, config.max_batch_tokens - batch.tokens))
         if not riders:
             return batch
         self._flights.board(riders)
@@ -234,7 +314,7 @@ class LengthAware:
             spare = tuning.stiff_share * (1 - self._offered.rate(now))
             overhead = min(tuning.stiff_most, max(tuning.stiff_least, spare))
         else:
-            overhead = config.decode_share if self._book.decodes.total else tuning.overhead
+            overhead = tuning.overhead
         tokens = efficient_chunk(profile, history, overhead)
         if config.interruptible and config.layers is not None:
             layer = tuning.layer_share * self._cost.prefill_seconds(tuning.typical_short, 0)

@@ -164,9 +164,20 @@ class PrefillPolicy(Protocol):
         ...
 
     def start_decode(
-        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+        self,
+        request_id: str,
+        context: int,
+        arrival: float,
+        now: float,
+        tenant: str = "",
+        tpot: float | None = None,
     ) -> None:
-        """A completed prefill wants one token after another; ``context`` tokens are cached."""
+        """A completed prefill wants one token after another; ``context`` tokens are cached.
+
+        Args:
+            now: when it got its first token, or the last one elsewhere.
+            tpot: its target for the seconds from one token to the next; None: the policy's own.
+        """
         ...
 
     def remove(self, request_id: str) -> None:

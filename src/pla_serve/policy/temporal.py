@@ -43,10 +43,16 @@ class PrefillFirst:
         self._inner.add(request, now)
 
     def start_decode(
-        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+        self,
+        request_id: str,
+        context: int,
+        arrival: float,
+        now: float,
+        tenant: str = "",
+        tpot: float | None = None,
     ) -> None:
         self._inner.remove(request_id)
-        self._decodes.start(request_id, context, tenant)
+        self._decodes.start(request_id, context, now, tenant)
 
     def remove(self, request_id: str) -> None:
         self._inner.remove(request_id)
@@ -77,7 +83,7 @@ class PrefillFirst:
             self._inner.dispatched(batch, now)
             return
         self._step = None
-        self._decodes.settle(batch.decodes)
+        self._decodes.settle(batch.decodes, now)
 
     def measured(self, batch: Batch, seconds: float, now: float) -> None:
         if batch.kind is not BatchClass.DECODE:

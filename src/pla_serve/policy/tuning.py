@@ -22,6 +22,20 @@ class Tuning:
     idle_rider_share: float = 0.5
     """The same bound while no long waits."""
 
+    # Deadlines of tokens
+
+    token_steps: float = 5.0
+    """Without a target in the settings, tokens are due after so many decode steps."""
+    token_share: float = 0.125
+    """Share of the time that keeping such a target may cost a long that is alone; among several it
+    is divided, because all of them wait. If it costs more, the target is longer."""
+    token_share_least: float = 0.05
+    """The same however many longs wait: streams do not stop for them."""
+    short_memory: float = 60.0
+    """Seconds over which the rate of short prefills is averaged."""
+    least_riding: int = 16
+    """Fewest tokens of a chunk with streams in it, whatever a fit says."""
+
     # Order of long prefills
 
     switch_margin: float = 0.1

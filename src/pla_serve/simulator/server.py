@@ -421,6 +421,7 @@ def _with_output(request: wire.AddRequest, prompt: list[int], generated: int) ->
         sampling=request.sampling,
         arrival=request.arrival,
         deadline=request.deadline,
+        tpot=request.tpot,
         priority=request.priority,
         generated=generated,
     )

@@ -35,6 +35,8 @@ Seconds = Annotated[float, Meta(ge=-1e9, le=1e9)]
 """A moment on a monotonic clock, or its difference to another one. Finite."""
 Duration = Annotated[float, Meta(ge=0, le=1e9)]
 """Seconds that something takes. Finite."""
+Pace = Annotated[float, Meta(ge=1e-3, le=1e3)]
+"""Seconds from one token to the next."""
 Lease = Annotated[float, Meta(ge=0, le=MOST_LEASE_SECONDS)]
 """Seconds for which KV is kept for another instance."""
 Share = Annotated[float, Meta(ge=0, le=1)]

@@ -14,6 +14,7 @@ from pla_serve.wire.limits import (
     Id,
     Lease,
     Name,
+    Pace,
     Priority,
     Seconds,
     Share,
@@ -106,6 +107,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     because the clocks of two machines do not agree."""
     deadline: Seconds | None = None
     """When the first token is due, on the same clock."""
+    tpot: Pace | None = None
+    """Target for the time between two of its tokens; None: the engine's own."""
     priority: Priority = 0
     """Smaller is sooner."""
     generated: TokenCount = 0

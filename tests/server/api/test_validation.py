@@ -72,6 +72,8 @@ BAD_CHAT = [
     ({**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
     ({**CHAT, "min_tokens": 20, "max_tokens": 10}, "min_tokens"),
     ({**CHAT, "ttft_slo_ms": 0}, "ttft_slo_ms"),
+    ({**CHAT, "tpot_slo_ms": 0.5}, "tpot_slo_ms"),
+    ({**CHAT, "tpot_slo_ms": 1e7}, "tpot_slo_ms"),
     ({**CHAT, "response_format": {"type": "xml"}}, "response_format"),
     ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format"),
     ({**CHAT, "guided_json": "{"}, None),

@@ -77,6 +77,7 @@ def plan(*prompts: str, n: int = 1, stop: tuple[str, ...] = (), **sampling: Any)
         n=n,
         arrival=10.0,
         ttft_slo=0.5,
+        tpot_slo=0.04,
         priority=3,
         stop=stop,
         include_stop=False,
@@ -134,6 +135,7 @@ def test_only_the_first_has_the_deadline_and_the_seeds_differ() -> None:
     seeds = [request.sampling.seed for request in engine.added]
     assert seeds == [2**63 - 2, 2**63 - 1, -(2**63)]
     assert [request.deadline for request in engine.added] == [10.5, None, None]
+    assert [request.tpot for request in engine.added] == [0.04] * 3
     assert [request.arrival for request in engine.added] == [10.0, 11.0, 11.0]
     assert {request.priority for request in engine.added} == {3}
 

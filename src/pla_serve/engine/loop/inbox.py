@@ -132,7 +132,6 @@ class RequestInbox:
             self._requests.look_up(sequence)
             self._requests.wait(sequence)
         elif sequence.generated and sequence.computed == len(sequence.tokens) - 1:
-            request, context = sequence.request, sequence.computed
-            self._policy.start_decode(sequence.id, context, request.arrival, now, request.tenant)
+            self._requests.decode(sequence, sequence.computed, now)
         else:
             self._policy.add(sequence.prefill(sequence.computed), now)

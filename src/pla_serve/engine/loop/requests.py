@@ -61,6 +61,13 @@ class RequestTable:
         self._waiting[sequence.id] = sequence
         self._policy.add(sequence.prefill(sequence.seen_cached), self._clock())
 
+    def decode(self, sequence: Sequence, context: int, now: float) -> None:
+        """Have a sequence that got a token at ``now`` decode, on ``context`` cached tokens."""
+        request = sequence.request
+        self._policy.start_decode(
+            sequence.id, context, request.arrival, now, request.tenant, request.tpot
+        )
+
     def start(self, sequence: Sequence) -> None:
         """End the waiting: the sequence gets its KV blocks now, or is parked."""
         self._waiting.pop(sequence.id, None)

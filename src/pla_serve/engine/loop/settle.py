@@ -139,10 +139,7 @@ class BatchSettlement:
         if sequence.sampling.ended:
             self._take(sequence, Sampled(-1, ended=True), self._context.clock())
         elif error is None:
-            now, request = self._context.clock(), sequence.request
-            self._policy.start_decode(
-                sequence.id, sequence.computed, request.arrival, now, request.tenant
-            )
+            self._requests.decode(sequence, sequence.computed, self._context.clock())
         else:
             self._context.emit(failure(sequence, error, of_request=True))
             self._requests.end(sequence)
@@ -173,8 +170,7 @@ class BatchSettlement:
         if ends_with_next(sequence, self._intake.limits.max_model_len):
             self._policy.remove(sequence.id)
         elif not member.decodes:
-            request, context = sequence.request, sequence.enqueued
-            self._policy.start_decode(sequence.id, context, request.arrival, now, request.tenant)
+            self._requests.decode(sequence, sequence.enqueued, now)
 
     def _read_tokens(self, batch: EnqueuedBatch) -> list[Sampled | None]:
         """Return the next token of each member, or None for members that yield none."""
@@ -229,10 +225,7 @@ class BatchSettlement:
             if not sequence.over and sequence.sampling.lags:
                 self._requests.sit_out(sequence)
             elif not (sequence.over or member.decodes or dispatched):
-                request, context = sequence.request, sequence.computed
-                self._policy.start_decode(
-                    sequence.id, context, request.arrival, now, request.tenant
-                )
+                self._requests.decode(sequence, sequence.computed, now)
 
     def _take(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         """Append and emit the next token of a sequence, and end it if that was the last."""

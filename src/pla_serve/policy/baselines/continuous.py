@@ -47,9 +47,15 @@ class ContinuousBatching:
         self._book.add(request)
 
     def start_decode(
-        self, request_id: str, context: int, arrival: float, now: float, tenant: str = ""
+        self,
+        request_id: str,
+        context: int,
+        arrival: float,
+        now: float,
+        tenant: str = "",
+        tpot: float | None = None,
     ) -> None:
-        self._book.start_decode(request_id, context, tenant)
+        self._book.start_decode(request_id, context, now, tenant, tpot)
 
     def remove(self, request_id: str) -> None:
         self._book.remove(request_id)
@@ -66,7 +72,7 @@ class ContinuousBatching:
         self.measured(batch, seconds, now)
 
     def dispatched(self, batch: Batch, now: float) -> None:
-        self._book.settle(batch)
+        self._book.settle(batch, now)
         self._running = None
 
     def measured(self, batch: Batch, seconds: float, now: float) -> None:

@@ -213,6 +213,7 @@ class Generations:
             n=n,
             arrival=arrival,
             ttft_slo=body.ttft_slo_ms / 1000 if body.ttft_slo_ms else None,
+            tpot_slo=body.tpot_slo_ms / 1000 if body.tpot_slo_ms else None,
             priority=body.priority,
             cache_scope=cache_scope,
             stop=body.stop,

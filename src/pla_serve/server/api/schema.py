@@ -188,6 +188,8 @@ class GenerationRequest(Ignored):
     """Smaller is sooner, among the requests of one API key; refused unless --enable-priority."""
     ttft_slo_ms: float | None = Field(None, gt=0, le=1e9)
     """The first token is due this many milliseconds after arrival."""
+    tpot_slo_ms: float | None = Field(None, ge=1, le=1e6)
+    """Each further token is due this many milliseconds after the one before it."""
     include_reasoning: bool | None = None
     """False: the answer of chat does not show its reasoning."""
     separate_reasoning: bool | None = None

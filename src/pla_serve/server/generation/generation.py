@@ -39,6 +39,8 @@ class GenerationPlan:
     """Monotonic seconds."""
     ttft_slo: float | None
     """Seconds from arrival."""
+    tpot_slo: float | None
+    """Seconds from one token to the next."""
     priority: int
     cache_scope: str
     """As `AddRequest.cache_scope`."""
@@ -222,6 +224,7 @@ class Generation:
             sampling=sampling,
             arrival=plan.arrival if first else self._clock(),
             deadline=plan.arrival + plan.ttft_slo if first and plan.ttft_slo else None,
+            tpot=plan.tpot_slo,
             priority=plan.priority,
             cache_scope=plan.cache_scope,
             request_id=self._entry.request_id,
