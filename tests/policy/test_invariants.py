@@ -90,5 +90,5 @@ def test_every_rule_holds(
         chaos=chaos,
         seed=seed,
         separate=name in ("length-aware", "laps", "pla-serve"),
-        waits=name in ("laps", "pla-serve"),
+        waits=name in ("length-aware", "laps", "pla-serve"),
     ).run()

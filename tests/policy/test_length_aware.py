@@ -270,6 +270,10 @@ class TestWindow:
         for n in range(longs):
             add(policy, f"l{n}", 8000, now)
         running = run(policy, now)
+        add(policy, "before", 5, now)  # for it there is no plan yet, and it goes at once
+        before = policy.at_layer_boundary(now, running)
+        assert before is not None
+        policy.observe(before, 0.0, now)
         add(policy, "short", 5, now + 0.001)
         for boundary in (0.002, 0.012, 0.032):
             if policy.at_layer_boundary(now + boundary, running) is not None:

@@ -183,6 +183,8 @@ def test_a_wait_is_bounded(
 ) -> None:
     options = WaitOptions(longest_wait=longest, margin=0.01)
     window = busy_window(options)
+    window.plan(CURVE, 10.0, others)
+    window.prepare()
     until = window.until(10.0, pending, 10.0 - waited, CURVE, due=10.0 + due, others=others)
     if until is not None:
         assert 10.0 < until <= 10.0 - waited + longest
@@ -193,6 +195,8 @@ def test_a_wait_is_bounded(
 def test_it_waits_for_others_and_gives_up_in_silence() -> None:
     window = busy_window(WaitOptions(longest_wait=100.0))
     assert window.until(10.0, 1, 10.0, CURVE) is None
+    assert window.until(10.0, 1, 10.0, CURVE, others=16) is None, "a decision solves no plan"
+    window.prepare()
     until = window.until(10.0, 1, 10.0, CURVE, others=16)
     assert until is not None
     depth = window.plan(CURVE, 10.0, 16).target(1)
@@ -239,6 +243,8 @@ def gain_based(arrivals: list[float], curve: tuple[float, ...], others: int = 0)
         while upcoming[0] <= now:
             window.arrived(upcoming[0])
             upcoming[0] = next(told)
+        window.plan(curve, now, others)
+        window.prepare()
         return window.until(now, pending, oldest, curve, others=others)
 
     return hold

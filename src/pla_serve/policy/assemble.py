@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pla_serve.policy.book import RequestBook
-from pla_serve.policy.protocol import Batch, BatchClass, Chunk
+from pla_serve.policy.book import RequestBook, Taken
+from pla_serve.policy.protocol import Batch, BatchClass
 from pla_serve.policy.queues import PrefillSource
 
 
@@ -40,29 +40,30 @@ class Assembler:
         if most_tokens is not None:
             tokens = min(tokens, most_tokens)
         kept = min(len(decodes), self._decode_places(min(places, tokens))) if queue else 0
-        prefills, used, shorts = book.take(queue, places - kept, tokens - kept, now)
-        free = min(places - len(prefills), tokens - used)
+        taken = book.take(queue, places - kept, tokens - kept, now)
+        prefills = taken.chunks
+        free = min(places - len(prefills), tokens - taken.tokens)
         if prefills and rider_share is not None:
-            free = min(free, self._riders(prefills, rider_share))
+            free = min(free, self._riders(taken, rider_share))
         steps = decodes.take(free)
         if not prefills and not steps:
             return None
         self._prefill_turn = not prefills
         if not prefills:
             kind = BatchClass.DECODE
-        elif shorts == len(prefills):
+        elif taken.shorts == len(prefills):
             kind = BatchClass.SHORT
         else:
-            kind = BatchClass.MIXED if shorts or steps else BatchClass.LONG
+            kind = BatchClass.MIXED if taken.shorts or steps else BatchClass.LONG
         return Batch(kind, tuple(prefills), tuple(steps))
 
-    def _riders(self, prefills: list[Chunk], share: float) -> int:
+    def _riders(self, taken: Taken, share: float) -> int:
         """Number of decode steps that fit into this share of the prefills' time; at least one."""
         count, cost = len(self._book.decodes), self._book.cost
         if count < 2:
             return count
         each = (self._book.step_seconds() - cost.profile.per_launch) / count
-        room = share * cost.seconds(Batch(BatchClass.SHORT, tuple(prefills)))
+        room = share * taken.seconds(cost)
         return count if each * count <= room else max(1, int(room / each))
 
     def _decode_places(self, places: int) -> int:

@@ -58,6 +58,15 @@ class Taken(NamedTuple):
     tokens: int
     shorts: int
     """Number of short prefills among the chunks."""
+    twice_attention: int
+    """Sum of tokens * (2 * history + tokens)."""
+    history: int
+    """Sum of the cached tokens before each chunk."""
+
+    def seconds(self, cost: CostModel) -> float:
+        """Predicted time of one batch of them."""
+        kv, sequences = self.history + self.tokens, len(self.chunks)
+        return cost.work_seconds(self.tokens, self.twice_attention / 2, kv, sequences, 1)
 
 
 class RequestBook:
@@ -176,9 +185,9 @@ class RequestBook:
         Nobody gets more than ``cap`` tokens; the last one may get a part.
         """
         chunks: list[Chunk] = []
-        shorts, left = 0, tokens
+        shorts, left, twice_attention, cached = 0, tokens, 0, 0
         if places <= 0 or tokens <= 0:
-            return Taken(chunks, 0, 0)
+            return Taken(chunks, 0, 0, 0, 0)
         for pending in queue.drain(now):
             chunk, count = pending.whole, pending.new_tokens
             if chunk is None or count > left:
@@ -186,13 +195,16 @@ class RequestBook:
                 chunk = Chunk(pending.id, count, pending.history, count == pending.new_tokens)
             pending.flight = chunk
             shorts += pending.short
+            history = pending.history
+            cached += history
+            twice_attention += count * (2 * history + count)
             left -= count
             chunks.append(chunk)
             places -= 1
             if left == 0 or places == 0:
                 break
         self._flying.update([chunk[0] for chunk in chunks])
-        return Taken(chunks, tokens - left, shorts)
+        return Taken(chunks, tokens - left, shorts, twice_attention, cached)
 
     def hand_out(self, pending: Pending, tokens: int) -> Chunk:
         """The next ``tokens`` tokens of a prefill that its queue has let go."""

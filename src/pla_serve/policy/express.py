@@ -28,6 +28,11 @@ class ExpressWindow:
         if self._window is not None:
             self._window.arrived(now)
 
+    def prepare(self) -> None:
+        """Make plans that decisions missed; milliseconds now and then."""
+        if self._window is not None:
+            self._window.prepare()
+
     def holds(self, first: Pending, pending: int, others: int, now: float) -> bool:
         """Whether to let the running long go on.
 

@@ -142,16 +142,17 @@ def short_wait_bound(
         streams: whether requests decode meanwhile.
 
     The longs' turns pay off at most what the account stood at plus what these batches charge; each
-    turn and each batch may be preceded by one stretch. Once it may be held back for others to share
-    its launch, for ``express_wait_seconds`` and the stretch in which they end. Steps of streams run
-    in the longs' turns too, and take at most half of what those pay off.
+    turn and each batch may be preceded by one stretch. Before each batch shorts may be held back
+    for others to share its launch, for ``express_wait_seconds``, and once for the stretch in which
+    that ends. Steps of streams run in the longs' turns too, and take at most half of what those pay
+    off.
     """
     express = batches * express_batch
     charged = burst + express_batch + express
     repaid = charged * config.long_share / (1 - config.long_share)
     if streams:
         repaid = 2 * (charged + repaid)
-    held = config.express_wait_seconds + stretch + batches * awaited
+    held = batches * (config.express_wait_seconds + awaited) + stretch
     return express + repaid + held + 2 * (batches + 1) * stretch
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from math import inf
 
@@ -12,6 +11,7 @@ from pla_serve.policy.chunking import efficient_chunk, timed_chunk
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.declare import PolicyKind
+from pla_serve.policy.echo import EchoWindow
 from pla_serve.policy.express import ExpressWindow
 from pla_serve.policy.fairness import ShareAccount, burst_seconds, passing_window
 from pla_serve.policy.longs import LongQueue, RunningPrefills, Spread
@@ -27,6 +27,7 @@ from pla_serve.policy.protocol import (
     QueueState,
     Run,
     TenantLoad,
+    Wait,
 )
 from pla_serve.policy.queues import DueQueue
 from pla_serve.policy.tokens import StreamCosts, TokenDeadlines
@@ -71,6 +72,7 @@ class LengthAware:
         self._spread = Spread(self._tuning)
         self._offered = ArrivalRate(memory=self._tuning.load_memory)
         self._short_rate = ArrivalRate(memory=self._tuning.short_memory, least=2)
+        self._echo = EchoWindow(cost)
         self._tokens = TokenDeadlines(config, cost, self._book.decodes, self._tuning)
         held = config.express_wait_seconds if config.interruptible else 0.0
         self._window = ExpressWindow(cost, held)
@@ -90,6 +92,7 @@ class LengthAware:
         if pending.short:
             self._window.arrived(now)
             self._short_rate.arrived(now)
+            self._echo.arrived(now)
         if self._spread.add(pending.seconds, pending.short):
             self._longs.resort()
         if self._contested() and not contested:
@@ -116,8 +119,9 @@ class LengthAware:
             pending = self._pick_long(now)
             turn = self._account.longs_turn
             if turn or not self._shorts_due(now):
-                due = self._steps_due_before(pending, now)
-                return Run(self._steps(now) if due else self._long(pending, now))
+                return Run(self._long_or_steps(pending, now))
+        elif (until := self._echo_until(now)) is not None:
+            return Wait(until)
         batch = self._express(now)
         return Run(batch) if batch is not None else Idle()
 
@@ -145,6 +149,7 @@ class LengthAware:
 
     def dispatched(self, batch: Batch, now: float) -> None:
         self._book.settle(batch, now)
+        self._echo.ended(now, sum(chunk.completes for chunk in batch.prefills))
         if batch.kind is BatchClass.LONG:
             self._settle(now)
             for chunk in (*batch.prefills, *batch.decodes):
@@ -155,6 +160,7 @@ class LengthAware:
     def measured(self, batch: Batch, seconds: float, now: float) -> None:
         self._cost.observe(batch, seconds)
         self._book.renew_prices()
+        self._window.prepare()
         account = self._account
         if batch.kind is BatchClass.LONG:
             if not self._flights:
@@ -202,9 +208,20 @@ class LengthAware:
     def _shorts_due(self, now: float) -> bool:
         """Whether a short waits and is not held back for another one to share its launch."""
         first, others = self._shorts.first(), self._waiting_longs
-        return first is not None and not (
-            others and self._window.holds(first, len(self._shorts), others, now)
-        )
+        if first is None or (others and self._window.holds(first, len(self._shorts), others, now)):
+            return False
+        return self._echo_until(now) is None
+
+    def _echo_until(self, now: float) -> float | None:
+        """Until when shorts wait for those that answer the batch that has just ended, if they do.
+
+        Decode steps do not wait, and nobody does where only one class is served.
+        """
+        if not self._shorts or self._book.decodes or not self._spread.mixed:
+            return None
+        until = self._echo.until(now, len(self._shorts))
+        longest = self._config.express_wait_seconds
+        return until if until is not None and until - now <= longest else None
 
     def _shorts_wait(self) -> bool:
         """Whether shorts wait for the end of the running batch, because that is worth more.
@@ -215,22 +232,6 @@ class LengthAware:
         if top is None or first is None or not top.yielding:
             return False
         return first.seconds * top.yielding > top.rest * len(self._shorts)
-
-    def _steps_due_before(self, pending: Pending, now: float) -> bool:
-        """Whether decode steps go before a chunk of ``pending``, the device being free.
-
-        Streams that ride may be so late that a chunk would have to be very short. Then they get a
-        step first, and ride in a long one.
-        """
-        if not self._book.decodes:
-            return False
-        costs, target = self._promise(pending.history)
-        if self._rides(costs, target, now):
-            lead = costs.riders + target * costs.chunk / (costs.launch + costs.chunk)
-            return self._steps_due(costs, target, lead, 0.0, now)
-        tokens = self._chunk(pending, now)
-        layer = self._layer(self._cost.prefill_seconds(tokens, pending.history))
-        return self._steps_due(costs, target, costs.step + layer, layer, now)
 
     def _steps_due_inside(self, now: float) -> bool:
         """Whether decode steps go before the next layer of the running batch."""
@@ -281,28 +282,44 @@ class LengthAware:
         places = min(config.max_batch_requests, config.max_batch_tokens)
         return Batch(BatchClass.DECODE, decodes=tuple(streams.take(places)))
 
-    def _long(self, pending: Pending, now: float) -> Batch:
-        """One chunk of a long, and those that share its launch.
+    def _long_or_steps(self, pending: Pending, now: float) -> Batch:
+        """One chunk of a long, or decode steps that go before it, the device being free.
 
-        If streams ride it carries the decode steps that are ready, and ends when the first of their
-        tokens is due; else it carries none, and is left for steps of their own.
+        If streams ride, the chunk carries the decode steps that are ready, and ends when the first
+        of their tokens is due. They may be so late that it would have to be very short; then they
+        get a step first, and ride in a long one. If they do not ride, the chunk carries none, and
+        is left for steps of their own.
         """
-        most, riders = self._chunk(pending, now), list[Chunk]()
-        if self._book.decodes:
-            costs, target = self._promise(pending.history)
-            if self._rides(costs, target, now):
-                config, streams = self._config, self._book.decodes
-                seconds = streams.first_due(target) - now
-                most = min(most, self._tokens.chunk_tokens(costs, pending.history, seconds))
-                places = min(config.max_batch_requests - 1, config.max_batch_tokens - most)
-                riders = streams.take(places, target)
+        most, streams = self._chunk(pending, now), self._book.decodes
+        if not streams:
+            return self._long(pending, most, [], now)
+        costs, target = self._promise(pending.history)
+        rides = self._rides(costs, target, now)
+        if rides:
+            layer = 0.0
+            lead = costs.riders + target * costs.chunk / (costs.launch + costs.chunk)
+        else:
+            layer = self._layer(self._cost.prefill_seconds(most, pending.history))
+            lead = costs.step + layer
+        if self._steps_due(costs, target, lead, layer, now):
+            return self._steps(now)
+        if not rides:
+            return self._long(pending, most, [], now)
+        config = self._config
+        seconds = streams.first_due(target) - now
+        most = min(most, self._tokens.chunk_tokens(costs, pending.history, seconds))
+        places = min(config.max_batch_requests - 1, config.max_batch_tokens - most)
+        return self._long(pending, most, streams.take(places, target), now)
+
+    def _long(self, pending: Pending, most: int, riders: list[Chunk], now: float) -> Batch:
+        """A chunk of at most ``most`` tokens with these riders, and longs that share its launch."""
         batch = self._fly(pending, most, now)
         self._current = pending.id
         self._account.start_chunk(now)
         if not riders:
             return batch
         self._flights.board(riders)
-        return replace(batch, decodes=tuple(riders))
+        return Batch(batch.kind, batch.prefills, tuple(riders))
 
     def _chunk(self, pending: Pending, now: float) -> int:
         """Return the most tokens of a prefill that one batch may compute."""

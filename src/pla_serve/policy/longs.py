@@ -86,6 +86,12 @@ class Spread:
         self._requests = self._longs = self._sum = self._squares = 0.0
         self.heavy = False
 
+    @property
+    def mixed(self) -> bool:
+        """Whether recent prefills are of both classes: at least a hundredth of either."""
+        least = 0.01 * self._requests
+        return self._longs >= least and self._requests - self._longs >= least
+
     def add(self, seconds: float, short: bool) -> bool:
         """Count a request; True if ``heavy`` changed with it."""
         self._requests = self._requests * self._keep + 1

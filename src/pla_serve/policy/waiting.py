@@ -22,7 +22,6 @@ be a staircase here, as captured shapes make it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import exp, expm1, inf, isfinite, log
 
 import numpy as np
@@ -40,6 +39,10 @@ LIGHT_LOAD = 0.25
 RATE_STEP = 0.25
 """Rates are rounded down to powers of 1 + RATE_STEP, so that plans are found again."""
 ROUNDS = 50
+MOST_PLANS = 512
+"""Plans that a window keeps."""
+Situation = tuple[tuple[float, ...], float, float, float]
+"""Arguments of `plan_waits`."""
 
 
 class ArrivalRate:
@@ -221,12 +224,15 @@ class WaitOptions:
 class GainWindow:
     """The waiting window of one short queue: zero unless a wait is predicted to pay.
 
-    Tell it every short that arrives (`arrived`); ask `until` when the device could take a batch.
+    Tell it every short that arrives (`arrived`); ask `until` when the device could take a batch,
+    and call `prepare` where milliseconds do not matter.
     """
 
     def __init__(self, options: WaitOptions | None = None, rate: ArrivalRate | None = None) -> None:
         self._options = options or WaitOptions()
         self._rate = rate or ArrivalRate()
+        self._plans: dict[Situation, WaitPlan] = {}
+        self._wanted: Situation | None = None
 
     def arrived(self, now: float) -> None:
         """A short arrived."""
@@ -239,11 +245,29 @@ class GainWindow:
     def plan(
         self, curve: tuple[float, ...], now: float, others: int = 0, idle: int = 0
     ) -> WaitPlan:
-        """The rule in force. Rates and ``others`` are rounded down, so that plans are reused."""
+        """The rule in force. Rates and ``others`` are rounded down, so that plans are reused.
+
+        A decision has no milliseconds to solve for a plan. For a situation that is new it is never
+        to wait; `prepare` makes the plan for the next time.
+        """
         rate = self._rate.rate(now)
         if len(curve) < 2 or rate * curve[0] * (1 + others) < LIGHT_LOAD:
             return NEVER
-        return _cached(curve, rounded(rate), rounded(others), idle)
+        situation = (curve, rounded(rate), rounded(others), idle)
+        plan = self._plans.get(situation)
+        if plan is None:
+            self._wanted = situation
+            return NEVER
+        return plan
+
+    def prepare(self) -> None:
+        """Make the plan that was missing last; milliseconds, if one was, between decisions."""
+        situation, self._wanted = self._wanted, None
+        if situation is None:
+            return
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        self._plans[situation] = plan_waits(*situation)
 
     def until(
         self,
@@ -258,8 +282,7 @@ class GainWindow:
     ) -> float | None:
         """Return the time until which the pending shorts are held back; None if they go now.
 
-        Ask again at that time, or when a short arrives. A call takes microseconds at light load,
-        and for a curve and a rate that were seen before.
+        Ask again at that time, or when a short arrives. A call takes microseconds.
 
         Args:
             now: seconds.
@@ -278,11 +301,6 @@ class GainWindow:
         latest = due - curve[min(depth, len(curve)) - 1] - self._options.margin
         until = min(expected, oldest + self._options.longest_wait, latest)
         return until if until > now else None
-
-
-@lru_cache(maxsize=512)
-def _cached(curve: tuple[float, ...], rate: float, others: float, idle: float) -> WaitPlan:
-    return plan_waits(curve, rate, others, idle)
 
 
 def rounded(value: float) -> float:
