@@ -151,16 +151,17 @@ class TestTokenDeadlines:
         assert step is not None, "31 ms, less a step of both"
         assert {chunk.request_id for chunk in step.decodes} == {"slow", "fast"}
 
-    @pytest.mark.parametrize(("longs", "gap"), [(1, 0.08), (2, 0.16), (3, 0.2), (9, 0.2)])
-    def test_without_settings_the_price_for_longs_is_bounded(self, longs: int, gap: float) -> None:
-        """Launches of 10 ms are an eighth of the time for one long, a twentieth for many."""
+    @pytest.mark.parametrize(("streams", "gap"), [(1, 0.077), (4, 0.098)])
+    def test_without_settings_streams_take_a_share(self, streams: int, gap: float) -> None:
+        """A seventh of the time: 10 ms of a launch, and one for each of them."""
         policy = make(replace(CONFIG, itl_slo_ms=None))
-        for n in range(longs):
-            add(policy, f"l{n}", 5000)
+        add(policy, "long", 5000)
         running = run(policy, 0.0)
-        policy.start_decode("d", 40, 0.0, 0.0)
-        assert policy.at_layer_boundary(gap - 0.012, running) is None
-        assert policy.at_layer_boundary(gap - 0.010, running) is not None
+        for n in range(streams):
+            policy.start_decode(f"d{n}", 40, 0.0, 0.0)
+        step = 0.010 + 0.001 * streams
+        assert policy.at_layer_boundary(gap - step - 0.001, running) is None
+        assert policy.at_layer_boundary(gap - step + 0.001, running) is not None
 
     def test_steps_ride_along_with_the_next_chunk(self) -> None:
         policy = make(replace(CONFIG, max_batch_requests=3))
@@ -182,6 +183,18 @@ class TestTokenDeadlines:
         late = policy.at_layer_boundary(0.56, riding)
         assert late is not None
         assert {chunk.request_id for chunk in late.decodes} == others, "riders are in flight"
+
+    def test_longs_that_share_the_launch_leave_fewer_places(self) -> None:
+        policy = make(
+            replace(CONFIG, max_batch_requests=4, itl_slo_ms=2000, long_chunk_tokens=2000)
+        )
+        for n in range(4):
+            policy.start_decode(f"d{n}", 40, 0.0, 0.0)
+        for n in range(40):
+            add(policy, f"l{n}", 257)
+        batch = run(policy, 0.0)
+        assert len(batch.prefills) > 1
+        assert len(batch.prefills) + len(batch.decodes) == 4
 
     def test_they_do_not_ride_where_steps_cost_less(self) -> None:
         """The history of the long would be read again for every chunk."""

@@ -182,7 +182,7 @@ class LengthAware:
         work = self._long_seconds_ahead(newcomer) + newcomer.seconds
         if book.decodes.total:
             costs, target = self._promise(history)
-            work /= max(1 - costs.step / target, config.long_share)
+            work /= max(1 - costs.least / target, config.long_share)
         share = config.long_share
         return work + min(shorts, work * (1 - share) / share + burst_seconds(config, self._cost))
 
@@ -258,7 +258,7 @@ class LengthAware:
     def _promise(self, history: int) -> tuple[StreamCosts, float]:
         """Return what streams cost beside a long, and their target."""
         costs = self._tokens.costs(history)
-        return costs, self._tokens.target(costs, max(1, self._waiting_longs))
+        return costs, self._tokens.target(costs)
 
     def _rides(self, costs: StreamCosts, target: float, now: float) -> bool:
         return self._tokens.rides(costs, target, self._waiting_longs, self._short_rate.rate(now))
@@ -292,7 +292,7 @@ class LengthAware:
         """
         most, streams = self._chunk(pending, now), self._book.decodes
         if not streams:
-            return self._long(pending, most, [], now)
+            return self._long(pending, most, now)
         costs, target = self._promise(pending.history)
         rides = self._rides(costs, target, now)
         if rides:
@@ -304,22 +304,24 @@ class LengthAware:
         if self._steps_due(costs, target, lead, layer, now):
             return self._steps(now)
         if not rides:
-            return self._long(pending, most, [], now)
-        config = self._config
+            return self._long(pending, most, now)
         seconds = streams.first_due(target) - now
         most = min(most, self._tokens.chunk_tokens(costs, pending.history, seconds))
-        places = min(config.max_batch_requests - 1, config.max_batch_tokens - most)
-        return self._long(pending, most, streams.take(places, target), now)
-
-    def _long(self, pending: Pending, most: int, riders: list[Chunk], now: float) -> Batch:
-        """A chunk of at most ``most`` tokens with these riders, and longs that share its launch."""
-        batch = self._fly(pending, most, now)
-        self._current = pending.id
-        self._account.start_chunk(now)
+        batch = self._long(pending, most, now)
+        config = self._config
+        places = config.max_batch_requests - len(batch.prefills)
+        riders = streams.take(min(places, config.max_batch_tokens - batch.tokens), target)
         if not riders:
             return batch
         self._flights.board(riders)
         return Batch(batch.kind, batch.prefills, tuple(riders))
+
+    def _long(self, pending: Pending, most: int, now: float) -> Batch:
+        """A chunk of at most ``most`` tokens, and longs that share its launch."""
+        batch = self._fly(pending, most, now)
+        self._current = pending.id
+        self._account.start_chunk(now)
+        return batch
 
     def _chunk(self, pending: Pending, now: float) -> int:
         """Return the most tokens of a prefill that one batch may compute."""

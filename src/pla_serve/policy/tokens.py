@@ -52,7 +52,7 @@ class StreamCosts:
     @property
     def least(self) -> float:
         """The price of one token for all of them, in the cheaper way."""
-        return min(self.launch, self.chunk)
+        return min(self.launch, self.chunk) + self.riders
 
 
 class TokenDeadlines:
@@ -83,20 +83,15 @@ class TokenDeadlines:
             riders=riders,
         )
 
-    def target(self, costs: StreamCosts, longs: int) -> float:
+    def target(self, costs: StreamCosts) -> float:
         """Seconds between two tokens of a stream without a target of its own.
 
-        By the settings; else a few idle steps, or as much longer as keeps the price for longs low:
-        each of them waits for what streams cost.
-
-        Args:
-            longs: that wait or run, at least 1.
+        By the settings; else so many that streams take a given share of the time.
         """
         given, tuning = self._config.itl_slo_ms, self._tuning
         if given is not None:
             return given / 1000
-        share = max(tuning.token_share_least, tuning.token_share / longs)
-        return max(tuning.token_steps * costs.step, costs.least / share)
+        return max(tuning.token_steps * costs.step, costs.least / tuning.token_share)
 
     def rides(self, costs: StreamCosts, target: float, longs: int, shorts: float) -> bool:
         """Whether streams ride in chunks, rather than have steps of their own.

@@ -24,13 +24,11 @@ class Tuning:
 
     # Deadlines of tokens
 
-    token_steps: float = 5.0
-    """Without a target in the settings, tokens are due after so many decode steps."""
-    token_share: float = 0.125
-    """Share of the time that keeping such a target may cost a long that is alone; among several it
-    is divided, because all of them wait. If it costs more, the target is longer."""
-    token_share_least: float = 0.05
-    """The same however many longs wait: streams do not stop for them."""
+    token_share: float = 1 / 7
+    """Without a target in the settings, share of the time beside longs that streams take: with four
+    of them on a machine where a token of theirs adds little, a token every ten idle steps or so."""
+    token_steps: float = 3.0
+    """Such a target is at least so many decode steps."""
     short_memory: float = 60.0
     """Seconds over which the rate of short prefills is averaged."""
     least_riding: int = 16
