@@ -5,6 +5,7 @@
     python benchmarks/simulated.py patience --traces FOLDER    # what the bounded wait costs
     python benchmarks/simulated.py one-class                   # one class only, and bursts
     python benchmarks/simulated.py stiff --traces FOLDER       # an engine without preemption
+    python benchmarks/simulated.py tokens --traces FOLDER      # streams beside long prompts
 
 `sweep` takes about twenty minutes of one core; `sweep --only length-aware` renews those runs alone,
 after a change of the policy. FOLDER holds the traces that `simulations/workloads.py` names.
@@ -23,6 +24,7 @@ from cyclopts.validators import Number
 from rich.console import Console
 from simulations import claims as bounds
 from simulations import knobs, one_class, patience, pictures, rows, tables, workloads
+from simulations import tokens as streams
 from simulations.running import run
 
 from pla_serve.environment import describe
@@ -117,6 +119,20 @@ def one_class_runs(
     path = out / "simulated-one-class.json"
     rows.save_plain(path, {"environment": describe(), "comparisons": found})
     one_class.show(found, console)
+    console.print(f"saved {path}", highlight=False)
+
+
+@app.command
+def tokens(*, traces: Traces, out: Out = RESULTS, jobs: Jobs = 1) -> None:
+    """Gaps and pauses of streams, under length-aware and under fcfs with chunks of many sizes."""
+    closed = streams.closed(console)
+    found = streams.measure(traces, console, jobs)
+    path = out / "simulated-tokens.json"
+    checks = streams.bounds(found)
+    rows.save_plain(
+        path, {"environment": describe(), "runs": found, "checks": checks, "closed": closed}
+    )
+    streams.show(found, console)
     console.print(f"saved {path}", highlight=False)
 
 
