@@ -28,8 +28,8 @@ OPENINGS = 4
 SUSPICION_SECONDS = 10.0
 """Time after a slow grammar during which its tenant has one quick opening at a time."""
 HEAVY_SECONDS, HEAVY_TOKENS = 0.002, 16
-"""CPU time for a token above which a text is costly, on average over so many tokens. A sane grammar
-takes 0.1 ms."""
+"""A text is costly if it takes more than HEAVY_SECONDS times HEAVY_TOKENS of CPU time for so many
+tokens, or fewer. A sane grammar takes 0.1 ms for a token."""
 LATE_POINTS, MOST_POINTS = 11, 32
 """A text gets LATE_POINTS when its mask is late, and loses one with each token. Nobody waits for
 texts with MOST_POINTS or more. So three late masks in a row are too many, and one in eleven is
@@ -109,11 +109,10 @@ class WorkerFollower:
         """
         self.spent += seconds
         self.masks += mask
-        if self.masks < HEAVY_TOKENS:
-            return False
-        heavy = self.spent > HEAVY_SECONDS * self.masks and not self.costly
-        self.spent, self.masks = 0.0, 0
-        return heavy
+        heavy = self.spent > HEAVY_SECONDS * HEAVY_TOKENS
+        if heavy or self.masks == HEAVY_TOKENS:
+            self.spent, self.masks = 0.0, 0
+        return heavy and not self.costly
 
 
 class Desk:
