@@ -7,6 +7,10 @@
 #
 #   make test-vllm
 #
+# And one for coding agents from npm, which edit a file through a server (about 250 MB):
+#
+#   make test-agents
+#
 # Variables, as in `make serve PORT=9000`:
 #   PYTHON       the Python to build the environment with, 3.11 or newer     (python3)
 #   VENV         where the environment lies                                 (.venv)
@@ -37,7 +41,7 @@ INSTALLED := $(VENV)/.pla-serve-installed
 DEVELOPED := $(VENV)/.pla-serve-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve test test-vllm lint format
+.PHONY: help install dev serve test test-vllm test-agents lint format
 
 help:
 	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
@@ -58,6 +62,10 @@ test-vllm: $(DEVELOPED)
 	  PLA_SERVE_TEST_PROGRAM="$(abspath $(BIN))/pla-serve" \
 	  PLA_SERVE_TEST_MODEL="$$MODEL_FOLDER" PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest \
 	  -o filterwarnings=default -p no:cacheprovider tests/plugins $(ARGS)
+
+test-agents: $(DEVELOPED)
+	npm ci --prefix tests/agents --no-audit --no-fund --ignore-scripts
+	$(BIN)/pytest tests/agents $(ARGS)
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 
@@ -92,6 +93,42 @@ def test_a_required_call_fits_its_schema(client: openai.OpenAI, seed: int) -> No
     ]
     assert parts[0].function.name == call.function.name
     assert "".join(p.function.arguments for p in parts) == call.function.arguments
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropics_client_gets_calls_that_fit(client: openai.OpenAI, stream: bool) -> None:
+    """A whole loop: a call that has to be made, its result, and an answer."""
+    tools: Any = [
+        {"name": tool["function"]["name"], "input_schema": tool["function"].get("parameters", {})}
+        for tool in TOOLS
+    ]
+    messages = list(ASKED)
+    options: Any = {"model": "m", "tools": tools, "max_tokens": 100}
+    options["extra_body"] = {"temperature": 0}
+    url = str(client.base_url).removesuffix("/v1/")
+    with anthropic.Anthropic(base_url=url, api_key="k", max_retries=0, timeout=120) as theirs:
+
+        def ask(choice: Any) -> Any:
+            fields = {**options, "messages": messages, "tool_choice": choice}
+            if not stream:
+                return theirs.messages.create(**fields)
+            with theirs.messages.stream(**fields) as events:
+                return events.get_final_message()
+
+        answer = ask({"type": "tool", "name": "get_weather"})
+        assert answer.stop_reason == "tool_use"
+        (call,) = answer.content
+        assert call.name == "get_weather"
+        assert set(call.input) == {"city", "unit"}
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "sunny, 21 degrees"}
+        messages += [
+            {"role": "assistant", "content": answer.content},
+            {"role": "user", "content": [result]},
+        ]
+        last = ask({"type": "auto"})
+    assert last.usage.input_tokens + last.usage.cache_read_input_tokens > answer.usage.input_tokens
+    for block in last.content:
+        assert block.type == ("tool_use" if last.stop_reason == "tool_use" else "text")
 
 
 def test_a_whole_turn_with_a_named_function(client: openai.OpenAI) -> None:

@@ -40,14 +40,18 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> Response:
+    def headers(self) -> dict[str, str]:
+        """Return what tells clients when and how to come back."""
         headers = {}
         if self.retry_after is not None:
             # Whole seconds, as HTTP has it; at least one, or clients come back at once.
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return json_response(self.body(), self.status, headers)
+        return headers
+
+    def response(self) -> Response:
+        return json_response(self.body(), self.status, self.headers())
 
 
 def json_response(

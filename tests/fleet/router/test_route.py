@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -181,6 +182,30 @@ def test_tool_calls_through_a_router(
         )
         parts = [part for c in stream for part in c.choices[0].delta.tool_calls or []]
     assert "".join(part.function.arguments for part in parts) == '{"zone": "CET"}'
+
+
+def test_messages_through_a_router(
+    fleet: Callable[..., tuple[Routed, list[Live], Path]],
+) -> None:
+    """The router reads the format off its own template, and answers in Anthropic's words."""
+    template = "{# tools #}{{ messages[-1].content }}"
+    options: Any = {"tool_parser": "hermes", "reasoning_parser": "qwen3"}
+    routed, _, _ = fleet(1, chat_template=template, server=options)
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    messages: Any = [{"role": "user", "content": f"<think>hm</think>I look.\n{call}"}]
+    tools: Any = [{"name": "now", "input_schema": {"type": "object"}}]
+    fields: Any = {"model": MODEL, "max_tokens": 200, "messages": messages, "tools": tools}
+    with anthropic.Anthropic(base_url=routed.url, api_key="none", max_retries=0) as client:
+        answer = client.messages.create(**fields)
+        with client.messages.stream(**fields) as stream:
+            streamed = stream.get_final_message()
+        counted = client.messages.count_tokens(model=MODEL, messages=messages)
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.create(**{**fields, "model": "other"})
+    for found in (answer, streamed):
+        assert [block.type for block in found.content] == ["thinking", "text", "tool_use"]
+        assert found.stop_reason == "tool_use"
+    assert counted.input_tokens == len(messages[0]["content"])
 
 
 def test_without_instances_requests_wait_and_then_fail(

@@ -13,7 +13,7 @@ from tests.server.server_harness import Live
 def test_no_request_causes_a_server_error(live: Live) -> None:
     schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 16
+    assert len(operations) == 18
     for operation in operations:
 
         @settings(

@@ -11,6 +11,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 from pla_serve import __version__
+from pla_serve.server.api.anthropic.endpoints import MessageEndpoints
+from pla_serve.server.api.anthropic.schema import CountTokensRequest, MessagesRequest
 from pla_serve.server.api.body import BodyReader
 from pla_serve.server.api.cross_origin import CrossOrigin
 from pla_serve.server.api.endpoints import Endpoints
@@ -46,6 +48,7 @@ def build_app(
     routes = [
         *_openai(Endpoints(service, bodies, generations)),
         *response_operations(_responses(service, bodies, generations, traffic)),
+        *_anthropic(MessageEndpoints(service, bodies, generations)),
         *_tokens(TokenEndpoints(service, bodies)),
         *_operations(service, traffic),
         *more,
@@ -100,6 +103,29 @@ def _openai(endpoints: Endpoints) -> list[Operation]:
             "One of the names of the model.",
             "OpenAI",
             answers=ERRORS,
+        ),
+    ]
+
+
+def _anthropic(endpoints: MessageEndpoints) -> list[Operation]:
+    return [
+        Operation(
+            "POST",
+            "/v1/messages",
+            endpoints.create,
+            "Answers a conversation in Anthropic's words, whole or as server-sent events.",
+            "Anthropic",
+            MessagesRequest,
+            ERRORS,
+        ),
+        Operation(
+            "POST",
+            "/v1/messages/count_tokens",
+            endpoints.count_tokens,
+            "Counts the tokens of such a conversation.",
+            "Anthropic",
+            CountTokensRequest,
+            ERRORS,
         ),
     ]
 

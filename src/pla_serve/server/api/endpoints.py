@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pla_serve.server.api.answer import EventWriter, Header, whole
+from pla_serve.server.api.anthropic.models import VERSION_HEADER, model_card, model_list
 from pla_serve.server.api.body import BodyReader
 from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
@@ -70,11 +71,14 @@ class Endpoints:
             return await self._answer(asked, body, plan, form, header)
 
     async def models(self, request: Request) -> Response:
-        names = self._service.settings.model_names
-        return json_response({"object": "list", "data": [self._card(name) for name in names]})
+        cards = [self._card(name, request) for name in self._service.settings.model_names]
+        if VERSION_HEADER in request.headers:
+            return json_response(model_list(cards))
+        return json_response({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
-        return json_response(self._card(self._service.model_name(request.path_params["model"])))
+        name = self._service.model_name(request.path_params["model"])
+        return json_response(self._card(name, request))
 
     async def _answer(
         self,
@@ -121,9 +125,9 @@ class Endpoints:
         model = self._service.model_name(body.model)
         return Header(new_id(prefix), int(time.time()), model)
 
-    def _card(self, name: str) -> dict[str, Any]:
+    def _card(self, name: str, request: Request) -> dict[str, Any]:
         info = self._service.engine.info
-        return {
+        card = {
             "id": name,
             "object": "model",
             "created": self._service.started,
@@ -132,3 +136,4 @@ class Endpoints:
             "parent": None,
             "max_model_len": info.max_model_len if info else None,
         }
+        return model_card(card) if VERSION_HEADER in request.headers else card

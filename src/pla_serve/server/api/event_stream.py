@@ -11,7 +11,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from pla_serve.server.errors import failed
+from pla_serve.server.errors import ApiError, failed
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,10 @@ class EventStream(Response):
         *,
         on_end: Callable[[], None],
         stall_seconds: float,
+        write_error: Callable[[ApiError], bytes] | None = None,
     ) -> None:
+        """``write_error`` writes an error as an event; None: as OpenAI does."""
+        self._write_error = write_error or _openai_event
         self._events = events
         self._on_end = on_end
         self._stall_seconds = stall_seconds
@@ -59,9 +62,13 @@ class EventStream(Response):
                     await watch.send(send, _body(block, more=True))
         except Exception:
             log.exception("a stream failed")
-            error = msgspec.json.encode(failed("internal error").body())
-            await watch.send(send, _body(b"data: " + error + b"\n\n", more=True))
+            error = self._write_error(failed("internal error"))
+            await watch.send(send, _body(error, more=True))
         await watch.send(send, _body(b"", more=False))
+
+
+def _openai_event(error: ApiError) -> bytes:
+    return b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
 
 
 class StalledError(Exception):

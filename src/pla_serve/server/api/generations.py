@@ -73,8 +73,13 @@ class Generations:
         settings = service.settings
         self._cache_scopes = CacheScopes(settings.api_keys, shared=settings.share_prefix_cache)
 
-    async def chat(self, asked: Asked, body: ChatRequest, id: str) -> ChatRun:
+    async def chat(
+        self, asked: Asked, body: ChatRequest, id: str, *, cut_to_fit: bool = False
+    ) -> ChatRun:
         """Render and tokenise a conversation, and check everything that it asks for.
+
+        Args:
+            cut_to_fit: lower ``max_tokens`` to what the context has left, rather than refuse it.
 
         Raises:
             ApiError: the request cannot be served, or not now.
@@ -83,6 +88,9 @@ class Generations:
         info = await service.ready_engine()
         size = asked.upload.size
         prompt = await service.encoder.chat(body, limit=info.max_model_len, size=size)
+        if cut_to_fit and body.max_tokens is not None:
+            room = max(info.max_model_len - len(prompt.tokens), 1)
+            body = body.model_copy(update={"max_tokens": min(body.max_tokens, room)})
         plan = await self.plan(asked, body, id, [prompt.tokens], info)
         beginning = service.reasoning.beginning(prompt.ending, continued_text(body))
         budget = body.thinking_token_budget

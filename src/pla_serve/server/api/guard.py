@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pla_serve.logs import request_id
+from pla_serve.server.api.anthropic.errors import is_anthropic, respond
 from pla_serve.server.errors import ApiError, unavailable
 from pla_serve.server.records.metrics import Metrics
 
@@ -117,15 +118,15 @@ class Guard:
         send = name_answers(scope, send)
         serves = scope["path"].startswith(SERVED)
         keys = self._keys if serves else self._scrapers
-        who = keys.admit(dict(scope["headers"]).get(b"authorization"))
+        who = admitted(keys, scope)
         if who is None:
             refusal = ApiError(401, "wrong or missing API key", code="invalid_api_key")
-            await refusal.response()(scope, receive, send)
+            await respond(refusal, scope["path"])(scope, receive, send)
         elif not serves:
             await self._app(scope, receive, send)
         elif self._traffic.draining:
             refusal = unavailable("the server is shutting down", 5.0)
-            await refusal.response()(scope, receive, send)
+            await respond(refusal, scope["path"])(scope, receive, send)
         else:
             scope[TENANT] = who
             await self._serve(scope, receive, send)
@@ -138,15 +139,32 @@ class Guard:
             self._traffic.change(-1)
 
 
+def admitted(keys: Keys, scope: Scope) -> str | None:
+    """Return the tenant that a request proves with a bearer token, or in ``x-api-key``.
+
+    The latter is how Anthropic's clients send keys; None if neither is right.
+    """
+    headers = dict(scope["headers"])
+    who = keys.admit(headers.get(b"authorization"))
+    if who is None and b"x-api-key" in headers:
+        who = keys.admit(b"Bearer " + headers[b"x-api-key"])
+    return who
+
+
 def name_answers(scope: Scope, send: Send) -> Send:
-    """Give the request an id, the client's own if it is usable, and send it with the answer."""
+    """Give the request an id, the client's own if it is usable, and send it with the answer.
+
+    Anthropic's clients look for it in ``request-id``.
+    """
+    names = [b"x-request-id", *([b"request-id"] if is_anthropic(scope["path"]) else [])]
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
     id = given if ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
     request_id.set(id)
 
     async def named(message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = [*message.get("headers", ()), (b"x-request-id", id.encode("latin-1"))]
+            value = id.encode("latin-1")
+            headers = [*message.get("headers", ()), *((name, value) for name in names)]
             if WARNING in scope:
                 headers.append((b"warning", f'299 pla-serve "{scope[WARNING]}"'.encode("latin-1")))
             message = {**message, "headers": headers}

@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 
+from pla_serve.server.api.anthropic.errors import respond
 from pla_serve.server.api.guard import Keys
 from pla_serve.server.errors import ApiError, failed
 
@@ -75,7 +76,7 @@ class Api:
         try:
             await self._router(scope, receive, send)
         except HTTPException as error:
-            response = ApiError(error.status_code, error.detail).response()
+            response = respond(ApiError(error.status_code, error.detail), scope["path"])
             response.headers.update(error.headers or {})
             await response(scope, receive, send)
 
@@ -95,10 +96,11 @@ class _Endpoint:
             self._admit(request)
             return await self._operation.handler(request)
         except ApiError as error:
-            return error.response()
+            return respond(error, request.url.path)
         except Exception:
             log.exception("a request failed")
-            return failed("internal error; the server's log says more").response()
+            fault = failed("internal error; the server's log says more")
+            return respond(fault, request.url.path)
 
     def _admit(self, request: Request) -> None:
         keys = self._operation.keys

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pla_serve.server.reasoning.counter import ReasoningCounter
+from pla_serve.server.reasoning.effort import thinking_variables
 from pla_serve.server.reasoning.formats import (
     HARMONY,
     NO_REASONING,
@@ -46,6 +47,10 @@ class ReasoningSupport:
     def reads(self) -> bool:
         """Whether answers may have reasoning."""
         return self.format is not NO_REASONING
+
+    def switches(self, *, on: bool) -> dict[str, bool]:
+        """Return the variables of the template that turn reasoning on or off; it may have none."""
+        return thinking_variables(self._template, on=on)
 
     def beginning(self, prompt: str, continued: str | None = None) -> Beginning:
         """Return how an answer begins.
