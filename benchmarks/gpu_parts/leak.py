@@ -62,7 +62,7 @@ def leak(report: Report, bed: Bed, scale: Scale, seconds: float) -> None:
         f"{bed.name}: {seconds:.0f} s of mixed load with aborts",
         f"peak of the last third over that of the second: {shown}; "
         f"{free} of {bed.blocks} blocks free at the end",
-        "flat (the issue asks for 10 minutes)",
+        "flat; ten minutes tell more",
         most <= 2**20 and free == bed.blocks if third else None,
     )
 

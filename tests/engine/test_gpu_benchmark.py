@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+NO_RESULTS = shutil.ignore_patterns("results", ".carried", "__pycache__")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
@@ -44,6 +50,65 @@ report.run("late", 5, lambda: report.save("x", 1))
     assert parts["slow"]["status"].startswith("cut after")
     assert (parts["good"]["status"], parts["good"]["x"]) == ("complete", 1)
     assert parts["late"]["status"].startswith("not run")
+
+
+def needed_by(*names: str) -> set[str]:
+    """These distributions, and all that they require without extras."""
+    found: set[str] = set()
+    queue = [canonicalize_name(name) for name in names]
+    while queue:
+        name = queue.pop()
+        try:
+            requires = metadata.distribution(name).requires or []
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        for text in requires:
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                queue.append(canonicalize_name(requirement.name))
+        queue = [name for name in queue if name not in found]
+    return found
+
+
+def link(folder: Path, distributions: set[str]) -> None:
+    """Make the modules and the metadata of these distributions importable from ``folder``."""
+    folder.mkdir(exist_ok=True)
+    for name in distributions:
+        distribution = metadata.distribution(name)
+        for top in {Path(str(file)).parts[0] for file in distribution.files or ()}:
+            source = Path(str(distribution.locate_file(top)))
+            if top not in ("..", "__pycache__") and source.exists():
+                (folder / top).unlink(missing_ok=True)
+                (folder / top).symlink_to(source)
+
+
+def test_an_image_with_torch_and_transformers_is_enough(tmp_path: Path) -> None:
+    """What it lacks is named in a line; carried along, the benchmark runs."""
+    image = tmp_path / "image"
+    link(image, needed_by("torch", "transformers", "triton"))
+    project = tmp_path / "project"
+    root = SCRIPT.parents[1]
+    shutil.copytree(root / "benchmarks", project / "benchmarks", ignore=NO_RESULTS)
+    (project / "src").symlink_to(root / "src")
+    command = [sys.executable, "-S", str(project / "benchmarks" / "gpu.py")]
+    command += ["--device", "cpu", "--tiny", "--only", "model 7B", "-o", str(tmp_path / "r.json")]
+    environment = {"PATH": "/nowhere", "PYTHONPATH": str(image), "HOME": str(tmp_path)}
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, env=environment
+        )
+
+    bare = run()
+    assert bare.returncode == 2, bare.stdout + bare.stderr
+    assert "missing: msgspec, zmq" in bare.stderr
+    assert "--carry 3." in bare.stderr
+    carried = {"msgspec", "pyzmq", "psutil", "rich", "pygments", "markdown-it-py", "mdurl", "scipy"}
+    link(project / "benchmarks" / ".carried", carried)
+    done = run()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "FlashInfer is missing" in done.stderr
 
 
 def test_batches_are_counted_however_the_policy_hears_of_them() -> None:
