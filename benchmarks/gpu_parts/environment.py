@@ -2,16 +2,19 @@
 
 A machine that is lent for measurements often has torch, Triton and transformers in its image,
 nothing else, and no way to install more. What is missing there can be carried: fetched on another
-machine into ``benchmarks/.carried``, copied with the repository, and imported from there. What the
-image has goes first.
+machine into ``benchmarks/.carried`` as wheels (37 MB), copied with the repository, and unpacked
+there. What the image has goes first.
 """
 
 from __future__ import annotations
 
+import atexit
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,10 +29,9 @@ PACKAGES = {
     "markdown_it": "markdown-it-py",
     "mdurl": "mdurl",
     "scipy": "scipy",
-    "numpy": "numpy",
 }
 """Modules beside torch and transformers, and the packages that bring them."""
-IMAGE = ("torch", "transformers")
+IMAGE = ("torch", "transformers", "numpy")
 """Modules that are too large to carry."""
 
 
@@ -37,8 +39,14 @@ def use_carried() -> None:
     """Make the project and what was carried importable, behind what the machine has."""
     if find_spec("pla_serve") is None:
         sys.path.insert(0, str(ROOT / "src"))
-    if CARRIED.is_dir() and str(CARRIED) not in sys.path:
-        sys.path.append(str(CARRIED))
+    wheels = sorted(CARRIED.glob("*.whl"))
+    if wheels:
+        folder = tempfile.mkdtemp(prefix="pla-serve-carried-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)
+        sys.path.append(folder)
 
 
 def missing() -> list[str]:
@@ -84,8 +92,8 @@ def carry(python: str) -> int:
     shutil.rmtree(CARRIED, ignore_errors=True)
     constraints = ROOT / "constraints.txt"
     command = [
-        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"),
-        *("--target", str(CARRIED), "--only-binary", ":all:", "--implementation", "cp"),
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+        *("--dest", str(CARRIED), "--only-binary", ":all:", "--implementation", "cp"),
         *("--python-version", python, "--constraint", str(constraints)),
     ]
     for tag in ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -83,6 +85,16 @@ def link(folder: Path, distributions: set[str]) -> None:
                 (folder / top).symlink_to(source)
 
 
+def pack(folder: Path, wheel: Path) -> None:
+    """Write an archive of what is in ``folder``, as wheels are."""
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for parent, _, names in os.walk(folder, followlinks=True):
+            for name in names:
+                path = Path(parent, name)
+                archive.write(path, path.relative_to(folder))
+
+
 def test_an_image_with_torch_and_transformers_is_enough(tmp_path: Path) -> None:
     """What it lacks is named in a line; carried along, the benchmark runs."""
     image = tmp_path / "image"
@@ -105,7 +117,8 @@ def test_an_image_with_torch_and_transformers_is_enough(tmp_path: Path) -> None:
     assert "missing: msgspec, zmq" in bare.stderr
     assert "--carry 3." in bare.stderr
     carried = {"msgspec", "pyzmq", "psutil", "rich", "pygments", "markdown-it-py", "mdurl", "scipy"}
-    link(project / "benchmarks" / ".carried", carried)
+    link(tmp_path / "carried", carried)
+    pack(tmp_path / "carried", project / "benchmarks" / ".carried" / "all.whl")
     done = run()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "FlashInfer is missing" in done.stderr
