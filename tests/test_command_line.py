@@ -30,6 +30,8 @@ NEW = {
         *("--generation-config", "--override-generation-config", "--cpu-kernels"),
         *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
         *("--max-background-responses", "--cors-origin"),
+        "--max-background-responses",
+        "--quantization",
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),

@@ -12,6 +12,8 @@ from pla_serve.policy.knobs import check_knobs
 AttentionBackendName = Literal["auto", "sdpa", "varlen", "triton", "flashinfer"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["auto", "keep", "none", "int8", "int4"]
+Keep = Literal["auto", "keep", "none"]
 CpuKernelsName = Literal["auto", "amx", "avx512-bf16", "avx512", "avx2", "torch"]
 NO_SHAPES = "none"
 
@@ -70,6 +72,16 @@ class EngineConfig:
     dtype: Annotated[
         DType,
         Flag("Type of the weights. auto is float32 on a CPU, bfloat16 elsewhere.", panel=MODEL),
+    ] = "auto"
+    quantization: Annotated[
+        Quantization,
+        Flag(
+            "Weights that stay quantised in memory, on a CPU. auto keeps those of a GGUF file as "
+            "they are, if kernels can multiply all of them; keep refuses a file otherwise. none "
+            "makes floats of them. int8 and int4 quantise safetensors while they are loaded, in "
+            "groups of 32.",
+            panel=MODEL,
+        ),
     ] = "auto"
     device: Annotated[
         str, Flag("auto, cpu, cuda or cuda:N. auto is cuda if there is one, else cpu.", panel=MODEL)
@@ -246,10 +258,35 @@ class EngineConfig:
         ),
     ] = 120.0
 
+    @property
+    def keeps(self) -> Keep:
+        """Whether quantised weights of a GGUF file stay quantised, on a CPU."""
+        if self.quantization == "keep":
+            return "keep"
+        apart = self.tensor_parallel_size > 1 or self.compile_layers
+        possible = self.device in ("auto", "cpu") and self.cpu_kernels != "torch" and not apart
+        return "auto" if self.quantization == "auto" and possible else "none"
+
     def __post_init__(self) -> None:
         check_knobs(self)
+        if self.quantization not in ("auto", "none"):
+            self._check_quantization()
         if self.kv_transfer and self.tensor_parallel_size > 1:
             raise ValueError(
                 "--kv-transfer is not possible with --tensor-parallel-size: each rank holds a part "
                 "of every token's KV, and other instances expect the whole; drop one of the two"
+            )
+
+    def _check_quantization(self) -> None:
+        """Refuse settings under which no weights can stay quantised."""
+        reasons = {
+            "--tensor-parallel-size": self.tensor_parallel_size > 1,
+            "--compile-layers": self.compile_layers,
+            "--cpu-kernels torch": self.cpu_kernels == "torch",
+            f"--device {self.device}": self.device not in ("auto", "cpu"),
+        }
+        if against := [flag for flag, given in reasons.items() if given]:
+            raise ValueError(
+                f"--quantization {self.quantization} is for one rank on a CPU with kernels of this "
+                f"project; drop it, or {' and '.join(against)}"
             )

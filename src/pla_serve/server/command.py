@@ -191,7 +191,9 @@ def load_for_api(
     from pla_serve.server.generation.numbers_tokenizer import numbers_tokenizer
 
     try:
-        source = resolve(config.model, config.load_format, progress=ConsoleProgress())
+        source = resolve(
+            config.model, config.load_format, keep=config.keeps, progress=ConsoleProgress()
+        )
         tokenizer = load_tokenizer(source)
         if tokenizer is None:
             tokenizer = numbers_tokenizer(load_config(source).vocab_size)

@@ -25,6 +25,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Name and knobs, as ``--policy`` takes them."""
     cpu_kernels: str = ""
     """Level of the kernels that an engine on a CPU computes with; empty on other devices."""
+    quantised: dict[str, int] = {}
+    """Bytes of weights that stay quantised, by format."""
     capabilities: Capabilities = Capabilities()
     """Capabilities of the policy."""
     transfer: str | None = None

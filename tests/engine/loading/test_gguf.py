@@ -205,7 +205,9 @@ def test_a_crash_of_the_converter_is_no_refusal(
 def test_a_changed_file_is_converted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path / "cache"))
     seen: list[bytes] = []
-    monkeypatch.setattr(gguf_cache, "convert", lambda path, *_: seen.append(path.read_bytes()))
+    monkeypatch.setattr(
+        gguf_cache, "convert", lambda path, *_, **__: seen.append(path.read_bytes())
+    )
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF one")
     first = gguf_cache.converted(file, NoLoadingProgress())

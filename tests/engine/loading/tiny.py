@@ -52,6 +52,8 @@ def model(settings: PreTrainedConfig, seed: int = 0) -> Any:
     return made
 
 
+Quantise = Callable[[str, np.ndarray], tuple[np.ndarray, gguf.GGMLQuantizationType]]
+
 SPECIALS = ("<|start|>", "<|end|>", "<|turn|>")
 
 
@@ -70,11 +72,13 @@ def write_gguf(
     *,
     pre: str = "smollm",
     add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
+    quantise: Quantise | None = None,
     **extra_keys: Any,
 ) -> None:
     """Write the file that llama.cpp's converter writes for ``source``, in float32.
 
     ``add_tokenizer`` writes another tokenizer than the byte-level one of `vocabulary`.
+    ``quantise`` returns the bytes and the format of a matrix, given its name and weights.
     """
     arch = source.config.model_type
     settings = source.config
@@ -105,7 +109,10 @@ def write_gguf(
             continue
         base, suffix = name.rsplit(".", 1)
         data = _permuted(name, tensor.numpy(), settings) if arch == "llama" else tensor.numpy()
-        writer.add_tensor(f"{names.get_name(base)}.{suffix}", np.ascontiguousarray(data))
+        data, kind = np.ascontiguousarray(data), None
+        if quantise is not None and data.ndim == 2:
+            data, kind = quantise(name, data)
+        writer.add_tensor(f"{names.get_name(base)}.{suffix}", data, raw_dtype=kind)
     if (factors := _rope_factors(settings)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()

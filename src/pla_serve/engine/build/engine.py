@@ -70,7 +70,9 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         use_threads(config)
-        source = resolve(config.model, config.load_format, progress=NoLoadingProgress())
+        source = resolve(
+            config.model, config.load_format, keep=config.keeps, progress=NoLoadingProgress()
+        )
         device = device_of_rank(config, 0)
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the current device
@@ -155,6 +157,7 @@ def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, Engi
         device=str(settings.device),
         dtype=str(settings.dtype).removeprefix("torch."),
         policy=config.policy,
+        quantised=rank.model.quantised,
         cpu_kernels=rank.model.kernels.level if settings.device.type == "cpu" else "",
         capabilities=parts.policy.capabilities,
         transfer=transfer,

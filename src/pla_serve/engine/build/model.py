@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from pla_serve.engine.attention.interface import APART, IMPLEMENTATION
+from pla_serve.engine.build.quantised import keeps, load_kept, quantise
 from pla_serve.engine.build.roofline import ModelSize
 from pla_serve.engine.build.settings import RankSettings
 from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels, open_kernels
 from pla_serve.engine.kv.cache import KVShape
 from pla_serve.engine.layers import cpu, gpu
+from pla_serve.engine.layers.cpu.quantised import copied_bytes, quantised_memory
 from pla_serve.engine.loading import (
     AttentionShape,
     check_supported,
@@ -20,6 +22,7 @@ from pla_serve.engine.loading import (
     load_config,
     load_model,
     most_positions,
+    resolve,
 )
 from pla_serve.engine.parallel.ranks import agree
 from pla_serve.engine.parallel.share import check_divides, share_of_heads
@@ -49,6 +52,8 @@ class RankModel:
     """Fingerprint of the weights (see `fingerprint`). Empty unless KV is exchanged."""
     kernels: CpuKernels
     """Kernels for the CPU. On other devices there are none."""
+    quantised: dict[str, int]
+    """Bytes of weights that stay quantised, by format."""
 
 
 def build_model(settings: RankSettings) -> RankModel:
@@ -60,13 +65,15 @@ def build_model(settings: RankSettings) -> RankModel:
             were asked for do not work here.
     """
     config, dtype = settings.config, settings.dtype
+    on_cpu = settings.device.type == "cpu"
+    kernels = open_kernels(config.cpu_kernels) if on_cpu else TORCH_ALONE
     model_config = load_config(settings.source)
     whole = check_supported(model_config)
     if settings.ranks.size > 1:
         check_divides(model_config, settings.ranks.size)
     share = share_of_heads(whole, settings.ranks.size)
     kv_shape = KVShape(share.layers, share.kv_heads, share.head_dim, dtype)
-    module = _load(settings, whole)
+    module = _load(settings, whole, kernels)
     layers = decoder_layers(module, share.layers)
     # Parameters are counted and the weights are fingerprinted before fusing, which moves them.
     size = ModelSize.of(
@@ -76,9 +83,8 @@ def build_model(settings: RankSettings) -> RankModel:
         kv_bytes_per_token=kv_shape.bytes_per_token,
     )
     weights = fingerprint(module) if config.kv_transfer else ""
-    on_cpu = settings.device.type == "cpu"
-    kernels = open_kernels(config.cpu_kernels) if on_cpu else TORCH_ALONE
     _fuse(settings, module, layers, kernels)
+    quantised = _report_quantised(module)
     return RankModel(
         module=module,
         layers=layers,
@@ -89,10 +95,11 @@ def build_model(settings: RankSettings) -> RankModel:
         vocab_size=int(model_config.vocab_size),
         weights=weights,
         kernels=kernels,
+        quantised=quantised,
     )
 
 
-def _load(settings: RankSettings, whole: AttentionShape) -> nn.Module:
+def _load(settings: RankSettings, whole: AttentionShape, kernels: CpuKernels) -> nn.Module:
     """Load the modules of ``transformers`` with this rank's share of the weights."""
     config, source, dtype, device = (
         settings.config,
@@ -101,10 +108,16 @@ def _load(settings: RankSettings, whole: AttentionShape) -> nn.Module:
         settings.device,
     )
     if settings.ranks.size == 1:
+        if keeps(config, source, kernels) and kernels.quantised is not None:
+            return load_kept(source, dtype, kernels.quantised, IMPLEMENTATION)
+        if source.kept is not None:
+            source = resolve(config.model, config.load_format)
         attention = APART if config.compile_layers else IMPLEMENTATION
-        return load_model(
+        module = load_model(
             source, dtype, device, config.seed, attn_implementation=attention, checked=True
         )
+        quantise(module, config, kernels)
+        return module
     module = load_share(
         source,
         whole,
@@ -131,3 +144,13 @@ def _fuse(
         fused = gpu.optimise(module, gpu.best_operations())
     if not compiles:
         log.info("fused %d of %d decoder layers", fused, len(layers))
+
+
+def _report_quantised(module: nn.Module) -> dict[str, int]:
+    """Log which weights stay quantised; return their bytes by format."""
+    found = quantised_memory(module)
+    if found:
+        sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in found.items())
+        copied = copied_bytes(module) / 2**20
+        log.info("weights that stay quantised: %s; %.1f MiB of them reordered", sizes, copied)
+    return found

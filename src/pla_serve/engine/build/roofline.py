@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pla_serve.engine.layers.cpu.quantised import QuantisedLinear
 from pla_serve.policy.cost import CostProfile
 
 OPERATIONS_PER_LAYER = 30
@@ -52,8 +53,8 @@ class ModelSize:
     """Parameters of all decoder layers. Every token passes through them."""
     head_parameters: int
     """Parameters of the output matrix. Only tokens whose logits are wanted pass through it."""
-    bytes_each: int
-    """Bytes of one parameter."""
+    bytes_each: float
+    """Bytes of one parameter, on average."""
 
     @classmethod
     def of(
@@ -66,14 +67,24 @@ class ModelSize:
     ) -> ModelSize:
         """Count the parameters of a model whose modules have not been fused yet."""
         head = model.get_output_embeddings()  # type: ignore[operator]
+        body, outputs = _size(layers), (0, 0) if head is None else _size(head)
         return cls(
             layers=len(layers),
             attention_width=attention_width,
             kv_bytes_per_token=kv_bytes_per_token,
-            layer_parameters=sum(parameter.numel() for parameter in layers.parameters()),
-            head_parameters=0 if head is None else head.weight.numel(),
-            bytes_each=next(layers.parameters()).element_size(),
+            layer_parameters=body[0],
+            head_parameters=outputs[0],
+            bytes_each=(body[1] + outputs[1]) / (body[0] + outputs[0]),
         )
+
+
+def _size(module: torch.nn.Module) -> tuple[int, int]:
+    """Return the number of parameters, quantised ones included, and their bytes."""
+    floats = list(module.parameters())
+    kept = [part for part in module.modules() if isinstance(part, QuantisedLinear)]
+    count = sum(part.numel() for part in floats) + sum(part.weight_count for part in kept)
+    size = sum(part.numel() * part.element_size() for part in floats)
+    return count, size + sum(part.matrices.bytes for part in kept)
 
 
 def measure(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> Ceilings:

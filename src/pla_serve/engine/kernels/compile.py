@@ -89,5 +89,5 @@ def _flags(level: Level) -> tuple[str, ...]:
 
 def _sources(level: Level) -> list[Path]:
     """Return the C++ files of a level and of those below it, headers included, in order."""
-    folders = [SOURCES / part.folder for part in with_below(level) if part.folder]
+    folders = [SOURCES / name for part in with_below(level) for name in part.folders]
     return [path for folder in folders for path in sorted(folder.iterdir())]

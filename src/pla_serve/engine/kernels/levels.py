@@ -27,8 +27,8 @@ class Level:
     """Features of the processor, as Linux names them, beyond those of the levels below."""
     flags: tuple[str, ...]
     """Flags of the compiler, beyond those of the levels below."""
-    folder: str
-    """Folder in ``sources/`` with files that only this level and those above it compile."""
+    folders: tuple[str, ...]
+    """Folders in ``sources/`` with files that only this level and those above it compile."""
     onednn: str
     """Name of the level for oneDNN (``ONEDNN_MAX_CPU_ISA``), which torch computes with."""
     aten: str
@@ -40,7 +40,7 @@ LEVELS = (
         "amx",
         frozenset({"amx_tile", "amx_bf16"}),
         ("-mamx-tile", "-mamx-bf16"),
-        "amx",
+        ("amx",),
         "AVX512_CORE_AMX",
         "avx512",
     ),
@@ -48,7 +48,7 @@ LEVELS = (
         "avx512-bf16",
         frozenset({"avx512_bf16", "avx512_vnni"}),
         ("-mavx512bf16", "-mavx512vnni"),
-        "",
+        (),
         "AVX512_CORE_BF16",
         "avx512",
     ),
@@ -56,7 +56,7 @@ LEVELS = (
         "avx512",
         frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
         ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        "",
+        (),
         "AVX512_CORE",
         "avx512",
     ),
@@ -64,7 +64,7 @@ LEVELS = (
         "avx2",
         frozenset({"avx2", "fma", "f16c"}),
         ("-mavx2", "-mfma", "-mf16c"),
-        "vector",
+        ("vector", "quantised"),
         "AVX2",
         "avx2",
     ),

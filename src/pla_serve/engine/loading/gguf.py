@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pla_serve.engine.config import Keep
 from pla_serve.engine.loading.cache import build_once
 from pla_serve.engine.loading.errors import ModelUnavailable, UnsupportedModel
+from pla_serve.engine.loading.formats import FORMATS
 from pla_serve.engine.loading.progress import LoadingProgress
+from pla_serve.engine.loading.tensors import is_quantised, not_kept
 
 FORMAT = 3
 """Part of every cache key. Raise it when the conversion changes: all files are converted again."""
@@ -23,8 +26,41 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def converted(path: Path, progress: LoadingProgress) -> Path:
+def kept(path: Path, keep: Keep, progress: LoadingProgress) -> Path | None:
+    """Return the folder of a GGUF file whose weights stay in it; None if floats are made of them.
+
+    Raises:
+        UnsupportedModel: the file holds something that the conversion would lose; or ``keep`` is
+            "keep", and no kernel multiplies its weights as they are.
+        ModelUnavailable: the conversion could not be carried out.
+    """
+    if keep == "none":
+        return None
+    folder = converted(path, progress, weights=False)
+    if unknown := not_kept(folder):
+        reason = (
+            f"it has weights in {' and '.join(unknown)}, which no kernel multiplies as they are"
+        )
+    elif not is_quantised(folder):
+        reason = "none of its weights are quantised"
+    else:
+        return folder
+    if keep == "keep":
+        raise UnsupportedModel(
+            f"{path}: {reason} (kept are {', '.join(form.name for form in FORMATS)}). "
+            "Drop --quantization keep to make floats of them."
+        )
+    if unknown:
+        progress.say(f"{path.name} is served in floats: {reason}.")
+    return None
+
+
+def converted(path: Path, progress: LoadingProgress, *, weights: bool = True) -> Path:
     """Return the converted folder of a GGUF file; its key is the file's path, size and time.
+
+    Args:
+        weights: whether the folder holds the weights as floats. Otherwise it lists where they lie
+            in the file.
 
     Raises:
         UnsupportedModel: the file holds something that the conversion would lose.
@@ -33,8 +69,9 @@ def converted(path: Path, progress: LoadingProgress) -> Path:
     status = path.stat()
     identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    key = cache_key(path.stem, digest) + ("" if weights else "-settings")
     return build_once(
-        cache_key(path.stem, digest), lambda folder: convert(path, folder, progress), progress
+        key, lambda folder: convert(path, folder, progress, weights=weights), progress
     )
 
 
@@ -43,14 +80,16 @@ def cache_key(stem: str, digest: str) -> str:
     return f"{stem}-{digest}-v{FORMAT}"
 
 
-def convert(path: Path, folder: Path, progress: LoadingProgress) -> None:
+def convert(path: Path, folder: Path, progress: LoadingProgress, *, weights: bool = True) -> None:
     """Fill ``folder`` from a GGUF file, in a process of its own.
 
     The API server calls this. The memory for the weights is free again when that process ends, and
     a crash over a broken file does not end the caller.
     """
-    progress.say(f"Converting {path.name} to safetensors, once.")
+    what = f"{path.name} to safetensors" if weights else f"the settings of {path.name}"
+    progress.say(f"Converting {what}, once.")
     command = [sys.executable, "-m", "pla_serve.engine.loading.convert", str(path), str(folder)]
+    command += [] if weights else ["settings"]
     result = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,

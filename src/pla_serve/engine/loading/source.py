@@ -26,15 +26,21 @@ class ModelSource:
     """Name of the config in ``folder``."""
     dummy: bool = False
     """Whether weights are random instead of read from safetensors."""
+    kept: Path | None = None
+    """GGUF file whose weights stay quantised; ``folder`` lists where they lie. None: floats."""
 
     @property
     def path(self) -> str:
         """Path by which `resolve` finds the same model again."""
+        if self.kept is not None:
+            return str(self.kept)
         return str(self.folder / self.config_file if self.dummy else self.folder)
 
     @property
-    def load_format(self) -> Literal["safetensors", "dummy"]:
+    def load_format(self) -> Literal["safetensors", "gguf", "dummy"]:
         """Load format that goes with ``path``."""
+        if self.kept is not None:
+            return "gguf"
         return "dummy" if self.dummy else "safetensors"
 
 

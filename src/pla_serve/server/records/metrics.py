@@ -95,6 +95,12 @@ class Metrics:
         self._kernels = self._make(
             Info, "pla_serve:cpu_kernels", "Level of the kernels that the engine computes with."
         )
+        self._quantised = self._family(
+            Gauge,
+            "pla_serve:quantised_weight_bytes",
+            "Bytes of weights that stay quantised, by format.",
+            "format",
+        )
         self._seen: EngineStats | None = None
 
     def _make_batches(self) -> None:
@@ -207,6 +213,8 @@ class Metrics:
         self.set("pla_serve:layers", info.layers)
         if info.cpu_kernels:
             self._kernels.info({"level": info.cpu_kernels})
+        for name, size in info.quantised.items():
+            self._by(self._quantised, name).set(size)
         self.set("pla_serve:kv_tokens", info.kv_tokens)
         self.set("pla_serve:kv_bytes_per_token", info.kv_bytes_per_token)
 

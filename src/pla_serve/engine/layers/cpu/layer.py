@@ -13,7 +13,7 @@ from torch import nn
 
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
-from pla_serve.engine.layers.cpu.linear import GatedLinear, PackedLinear
+from pla_serve.engine.layers.cpu.join import Product, gated, joined, reordered
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.loading.stock import require_children
 from pla_serve.engine.parallel.modules import unwrap
@@ -70,8 +70,8 @@ class FusedLayer(nn.Module):
         self.layer_idx: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
-        tiles, vectors = kernels.tiles, kernels.vectors
-        turns = vectors is not None and vectors.turns(self.head_dim, attention.q_proj.weight.dtype)
+        vectors, dtype = kernels.vectors, stock.input_layernorm.weight.dtype
+        turns = vectors is not None and vectors.turns(self.head_dim, dtype)
         self._vectors = vectors if turns else None
         self.query_heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
@@ -80,17 +80,17 @@ class FusedLayer(nn.Module):
         self.before_mlp = _norm(stock.post_attention_layernorm)
         self.query_norm = _norm(attention.q_norm, order) if hasattr(attention, "q_norm") else None
         self.key_norm = _norm(attention.k_norm, order) if hasattr(attention, "k_norm") else None
-        self.qkv = PackedLinear.of(
-            _reordered(attention.q_proj, order),
-            _reordered(attention.k_proj, order),
+        self.qkv = joined(
+            kernels,
+            reordered(attention.q_proj, order),
+            reordered(attention.k_proj, order),
             attention.v_proj,
-            tiles=tiles,
         )
         out, self._ranks = unwrap(attention.o_proj)
         down, _ = unwrap(mlp.down_proj)
-        self.out = PackedLinear.of(out, tiles=tiles)
-        self.gated = GatedLinear(mlp.gate_proj, mlp.up_proj, tiles)
-        self.down = PackedLinear.of(down, tiles=tiles)
+        self.out = joined(kernels, out)
+        self.gated = gated(kernels, mlp.gate_proj, mlp.up_proj)
+        self.down = joined(kernels, down)
 
     def forward(
         self,
@@ -119,7 +119,7 @@ class FusedLayer(nn.Module):
         return self._added(self.out, attended.reshape(tokens, -1), inputs)
 
     def _added(
-        self, product: PackedLinear, inputs: torch.Tensor, residual: torch.Tensor
+        self, product: Product, inputs: torch.Tensor, residual: torch.Tensor
     ) -> torch.Tensor:
         """Return the product, summed over all ranks, plus the residual, which one rank adds."""
         if self._ranks is None:
@@ -165,13 +165,3 @@ def _norm(stock: Any, order: torch.Tensor | None = None) -> FusedRMSNorm:
 def _neighbours(head_dim: int) -> torch.Tensor:
     """Return an order of a head's elements in which elements i and i + dim/2 are neighbours."""
     return torch.arange(head_dim).view(2, -1).t().flatten()
-
-
-def _reordered(linear: nn.Linear, order: torch.Tensor) -> nn.Linear:
-    """Return the linear with the outputs of each head in this order."""
-    rows = torch.arange(linear.out_features).view(-1, len(order))[:, order].flatten()
-    made = nn.Linear(1, 1, bias=False, device="meta")
-    made.in_features, made.out_features = linear.in_features, linear.out_features
-    made.weight = nn.Parameter(linear.weight[rows], requires_grad=False)
-    made.bias = None if linear.bias is None else nn.Parameter(linear.bias[rows], False)
-    return made
