@@ -81,7 +81,7 @@ def use(client: openai.OpenAI, url: str, server: int) -> None:
     stream = client.completions.create(model="tiny", prompt="x", **STREAM)
     next(iter(stream))
     os.kill(follower, signal.SIGKILL)
-    with pytest.raises(openai.APIError, match="rank 1 of 2 ended: killed by SIGKILL"):
+    with pytest.raises(openai.APIError, match="the engine failed"):
         list(stream)
     answers.add(client.completions.create(**GREEDY).choices[0].text)  # waits for the next engine
     assert len(answers) == 1

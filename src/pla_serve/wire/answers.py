@@ -9,8 +9,22 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pla_serve.wire.limits import MOST_LOGPROBS, Count, Duration, Id, Seconds, Text, TokenId, Tokens
+from pla_serve.wire.limits import (
+    MOST_LOGPROBS,
+    MOST_PROMPT_LOGPROBS,
+    MOST_TOKENS,
+    Count,
+    Duration,
+    Id,
+    Logprob,
+    Seconds,
+    Text,
+    TokenId,
+    Tokens,
+)
 
+Scores = Annotated[bytes, Meta(max_length=4 * MOST_PROMPT_LOGPROBS)]
+"""Packed numbers of 4 bytes."""
 FinishReason = Literal["stop", "length", "abort", "error", "handed_over"]
 """``handed_over``: another instance makes the tokens after these; no client ever sees it."""
 
@@ -40,10 +54,10 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     two most likely ones beside it.
     """
 
-    logprob: float
+    logprob: Logprob
     rank: Count
     """1 for the most likely token."""
-    top: Annotated[list[tuple[TokenId, float]], Meta(max_length=1024)]
+    top: Annotated[list[tuple[TokenId, Logprob]], Meta(max_length=1024)]
     """Token ids and log probabilities, the most likely first."""
 
 
@@ -59,13 +73,13 @@ class PromptLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
     top: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)]
     """Most likely tokens of each row."""
-    logprobs: bytes
+    logprobs: Scores
     """(n,) float32: of the prompt's own tokens."""
-    ranks: bytes
+    ranks: Scores
     """(n,) int32: 1 for the most likely token."""
-    top_ids: bytes
+    top_ids: Scores
     """(n, top) int32: the most likely tokens, the likeliest first."""
-    top_logprobs: bytes
+    top_logprobs: Scores
     """(n, top) float32."""
 
     def __post_init__(self) -> None:
@@ -108,7 +122,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defau
 
     id: Id
     tokens: Tokens
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: Annotated[list[TokenLogprob], Meta(max_length=MOST_TOKENS)] | None = None
     """One for each token, if they were asked for."""
     prompt_logprobs: PromptLogprobs | None = None
     """On the first output, if they were asked for."""

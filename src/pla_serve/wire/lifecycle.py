@@ -5,41 +5,42 @@ from __future__ import annotations
 import msgspec
 
 from pla_serve.policy.protocol import Capabilities
+from pla_serve.wire.limits import Count, Name, Text, TokenCount
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The engine has loaded its model and takes requests. First message of an engine."""
 
-    max_model_len: int
+    max_model_len: TokenCount
     """Most tokens of prompt and output together."""
-    kv_tokens: int
+    kv_tokens: Count
     """Tokens whose KV fits in memory."""
-    kv_bytes_per_token: int
+    kv_bytes_per_token: Count
     """Bytes of keys and values of one token, over all layers."""
-    layers: int
+    layers: Count
     """Decoder layers."""
-    vocab_size: int
-    device: str
-    dtype: str
-    policy: str
+    vocab_size: TokenCount
+    device: Name
+    dtype: Name
+    policy: Name
     """Name and knobs, as ``--policy`` takes them."""
-    cpu_kernels: str = ""
+    cpu_kernels: Name = ""
     """Level of the kernels that an engine on a CPU computes with; empty on other devices."""
     quantised: dict[str, int] = {}
     """Bytes of weights that stay quantised, by format."""
     capabilities: Capabilities = Capabilities()
     """Capabilities of the policy."""
-    transfer: str | None = None
+    transfer: Text | None = None
     """Layout of the KV that this engine exchanges, and its fleet: engines with the same text can
     exchange KV. None if it exchanges none."""
-    transfer_agent: str | None = None
+    transfer_agent: Text | None = None
     """Name under which this engine reads KV of others; another one in each life of the process."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The engine raised an error. Last message of an engine process."""
 
-    error: str
+    error: Text
     starting: bool
     """True if the engine never became ready."""
 

@@ -39,6 +39,11 @@ Pace = Annotated[float, Meta(ge=1e-3, le=1e3)]
 """Seconds from one token to the next."""
 Lease = Annotated[float, Meta(ge=0, le=MOST_LEASE_SECONDS)]
 """Seconds for which KV is kept for another instance."""
+Ratio = Annotated[float, Meta(ge=0, le=1e18)]
+Logprob = Annotated[float, Meta(le=1.0)]
+"""Logarithm of a probability: at most 0 but for rounding, and minus infinity for no chance."""
+MOST_NAMES = 4096
+"""Entries of a table of counters by name."""
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -48,4 +53,6 @@ Id = Annotated[str, Meta(max_length=512)]
 """Id of a sequence. The instance's server puts a prefix of its own before a router's."""
 Name = Annotated[str, Meta(max_length=1024)]
 Text = Annotated[str, Meta(max_length=MOST_TEXT)]
+Counts = Annotated[dict[Name, Count], Meta(max_length=MOST_NAMES)]
+Ratios = Annotated[dict[Name, Ratio], Meta(max_length=MOST_NAMES)]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]

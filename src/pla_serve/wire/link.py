@@ -68,7 +68,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
     """Whether `AddRequest.generated` is obeyed, so that a stream goes on there token for token."""
     transfer: Text | None = None
     """As `EngineReady.transfer`: instances with the same text exchange KV."""
-    transfer_agent: str | None = None
+    transfer_agent: Text | None = None
     """As `EngineReady.transfer_agent`: the name that offers to this instance are bound to."""
 
 

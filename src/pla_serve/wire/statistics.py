@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from pla_serve.policy.cost import CostProfile
-from pla_serve.wire.limits import Count, Duration, Share
+from pla_serve.wire.limits import Count, Counts, Duration, Ratio, Ratios, Seconds, Share
+
+MOST_FIRSTS = 1 << 16
+"""First tokens of which one message tells."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,29 +56,29 @@ class LatencySample(msgspec.Struct, frozen=True, array_like=True):
     """Times of one first token, in seconds, by the class the request had on arrival."""
 
     short: bool
-    queue: float
+    queue: Seconds
     """From arrival to the begin of the prefill."""
-    ttft: float
+    ttft: Seconds
 
 
 class TransferStats(msgspec.Struct, frozen=True, kw_only=True):
     """KV transfer of one engine. Counters are totals since its start."""
 
-    offers: int
+    offers: Count
     """Open now: KV kept for other instances."""
-    reserved: int
+    reserved: Count
     """Open now: requests that wait for KV from elsewhere, or for `Begin`."""
-    taken_over: int
+    taken_over: Count
     """Counter: requests begun with all KV that was offered for them."""
-    recomputed: int
+    recomputed: Count
     """Counter: requests begun without some of it."""
-    expired: int
+    expired: Count
     """Counter: offers and reservations that ended with their lease."""
-    bytes_read: int
+    bytes_read: Count
     """Counter."""
-    bytes_early: int
+    bytes_early: Count
     """Counter: of these, what was read before the other instance had computed the last layer."""
-    read_seconds: float
+    read_seconds: Duration
     """Counter: time spent on reading, which runs beside the engine."""
 
 
@@ -80,38 +86,38 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Sent a few times a second while work runs, and once on going idle. Counters are totals."""
 
     load: EngineLoad
-    prefix_queries: int
+    prefix_queries: Count
     """Counter: prompt tokens looked up in the prefix cache."""
-    prefix_hits: int
+    prefix_hits: Count
     """Counter: prompt tokens found there."""
-    prompt_tokens: int
-    generation_tokens: int
-    batches: dict[str, int]
+    prompt_tokens: Count
+    generation_tokens: Count
+    batches: Counts
     """Counter by BatchClass."""
-    express_batches: int
+    express_batches: Count
     """Counter: batches that ran at a layer boundary of another one."""
-    recompute_preemptions: int
-    cost_error: float
+    recompute_preemptions: Count
+    cost_error: Ratio
     """Relative error of the cost model's recent predictions (median absolute)."""
-    wait_error: dict[str, float]
+    wait_error: Ratios
     """Relative error of recently predicted times to first tokens by class (median absolute)."""
-    wait_coverage: dict[str, float]
+    wait_coverage: Ratios
     """Share of recent first tokens by class that came by what was predicted for nine in ten."""
-    firsts: list[LatencySample]
+    firsts: Annotated[list[LatencySample], Meta(max_length=MOST_FIRSTS)]
     """First tokens since the last message."""
     transfer: TransferStats | None = None
     """None without KV transfer."""
-    graph_replays: dict[str, int] = {}
+    graph_replays: Counts = {}
     """Counter by captured shape, as ``tokens x requests``."""
-    graph_fallbacks: dict[str, int] = {}
+    graph_fallbacks: Counts = {}
     """Counter by reason: batches on the ordinary kernels while shapes are captured."""
-    steps_ahead: int = 0
+    steps_ahead: Count = 0
     """Counter: batches enqueued before the tokens of the one before them were known."""
-    steps_waited: dict[str, int] = {}
+    steps_waited: Counts = {}
     """Counter by reason: batches whose end was waited for before the next one was enqueued."""
-    graph_tokens: int = 0
+    graph_tokens: Count = 0
     """Counter: real tokens in captured shapes."""
-    graph_padding: int = 0
+    graph_padding: Count = 0
     """Counter: padding there."""
-    compile_failures: int = 0
+    compile_failures: Count = 0
     """Counter: times that compiled layers were given up for eager ones."""

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from pla_serve.fleet.link.http import Dialect, HttpLink, HttpLinkTimes
+from pla_serve.fleet.link.dialect import Dialect
+from pla_serve.fleet.link.http import HttpLink, HttpLinkTimes
 from pla_serve.fleet.link.mapping import Unmappable, failure, refusal, samples
 from pla_serve.fleet.link.protocol import LinkDown, LinkRefused
 from pla_serve.fleet.link.sglang import SglangDialect

@@ -14,6 +14,7 @@ from pla_serve.server.engine.backend import EngineStartError, EngineUnavailableE
 from pla_serve.server.engine.session import EngineDiedError, SlowReaderError
 from pla_serve.wire.engine import AddRequest, SamplingParams
 from tests.fleet.router.fake_fleet import FakeLink, Recorder, oracle
+from tests.server.server_harness import DEADLINE
 
 
 class LiveLink(FakeLink):
@@ -146,11 +147,31 @@ def test_one_that_refuses_is_asked_again_and_costs_the_others_nothing() -> None:
         running = asyncio.create_task(client.run())
         links[1].connect()
         await client.wait_ready(1)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             while links[0].runs < 3:
                 await asyncio.sleep(0.005)
         links[0].refusal = LinkRefused("i0 has another key now")
         links[1].refusal = LinkRefused("i1 as well")
+        assert not running.done()
+        await client.stop()
+        await running
+
+    asyncio.run(main())
+
+
+def test_a_link_that_fails_is_made_again_and_the_router_lives() -> None:
+    """Whatever the bug: the other instances serve."""
+
+    async def main() -> None:
+        links = [LiveLink("i0"), LiveLink("i1")]
+        links[0].refusal = OverflowError("cannot convert float infinity to integer")
+        client = make(links)
+        running = asyncio.create_task(client.run())
+        links[1].connect()
+        await client.wait_ready(1)
+        async with asyncio.timeout(DEADLINE):
+            while links[0].runs < 3:
+                await asyncio.sleep(0.005)
         assert not running.done()
         await client.stop()
         await running

@@ -24,7 +24,7 @@ from pla_serve.server.run import listen
 
 SERVER = Path(__file__).parent / "fake_server.py"
 QUICK = Health(check_seconds=0.02, hang_seconds=0.5, start_seconds=20, base_seconds=0.01)
-DEADLINE = 20.0
+DEADLINE = 120.0
 
 
 class Fleet:

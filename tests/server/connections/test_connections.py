@@ -214,7 +214,23 @@ def test_a_body_in_tiny_chunks_is_refused(live: Live) -> None:
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
-        assert not takes_all(raw, b"1\r\n \r\n" * 1000, 5000)
+        raw.sendall(b"1\r\n \r\n" * 5000)
+        answer = read_all(raw)
+        assert status_of(answer) == 400
+        assert b"too many small parts" in answer
+        assert answer.count(b"HTTP/1.1") == 1
+        until(lambda: live.instance.traffic.in_flight == 0, "the end of its request")
+        assert not takes_all(raw, b"1\r\n \r\n" * 1000, 10**6), "it is read without an end"
+
+
+def test_a_body_that_cannot_be_parsed_is_refused(live: Live) -> None:
+    with closing(connect(live)) as raw:
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n"
+        )
+        answer = read_all(raw)
+        assert status_of(answer) == 400
     until(lambda: live.instance.traffic.in_flight == 0, "the end of its request")
 
 

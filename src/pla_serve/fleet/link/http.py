@@ -8,11 +8,26 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import httpx
 import msgspec
 
+from pla_serve.fleet.link.bounded import (
+    LEAST_LINE_BYTES,
+    MOST_EVENT_BYTES,
+    STREAM,
+    BoundedTransport,
+    read_error,
+    read_lines,
+)
+from pla_serve.fleet.link.dialect import (
+    NONSENSE,
+    Broken,
+    Dialect,
+    read_event,
+    read_facts,
+    read_load,
+)
 from pla_serve.fleet.link.liveness import Backoff, Retries
 from pla_serve.fleet.link.mapping import Unmappable, refusal, samples
 from pla_serve.fleet.link.protocol import (
@@ -31,7 +46,6 @@ from pla_serve.wire.engine import (
     Accepted,
     AddRequest,
     Begin,
-    EngineLoad,
     Output,
     Rejected,
     Release,
@@ -45,57 +59,6 @@ LIVENESS_SECONDS = 5.0
 """Longest time for an answer to ``/health``, which such servers give between other work."""
 STALL_SECONDS = 60.0
 """A server that has requests and sends nothing for any of them for this long counts as hung."""
-
-
-class Broken(Exception):
-    """The server did not keep to its protocol, or the connection failed in the middle."""
-
-
-class Answer(Protocol):
-    """Reads the stream of one request."""
-
-    def read(self, event: bytes) -> Output | Rejected | None:
-        """Return the answer in one event, or None. `Rejected` may only be the first answer.
-
-        Raises:
-            Broken: it is not an event of such a server.
-        """
-
-
-class Dialect(Protocol):
-    """Protocol of one kind of server: requests, answers, facts and load."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def path(self) -> str:
-        """Path that requests are posted to."""
-
-    def body(self, request: AddRequest, model: str) -> dict[str, Any]:
-        """Return the JSON body of a request in the protocol of the server.
-
-        Raises:
-            Unmappable: the request asks for something that the server lacks.
-        """
-
-    def answer(self, request: AddRequest) -> Answer: ...
-
-    async def facts(
-        self, client: httpx.AsyncClient, model: Mapping[str, Any], metrics: Mapping[str, float]
-    ) -> InstanceFacts:
-        """Return the facts of the server. The link fills in ``boot`` later.
-
-        Args:
-            model: the model's entry in ``/v1/models``.
-            metrics: as `samples` returns them.
-
-        Raises:
-            httpx.HTTPError: the server did not answer.
-        """
-
-    def load(self, metrics: Mapping[str, float]) -> EngineLoad:
-        """Load of the server, as far as its metrics say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +177,12 @@ class HttpLink:
     async def _live(self) -> str:
         """Serve one connected period, from the first answer to the loss; return why it ended."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        timeout = httpx.Timeout(self._times.liveness, pool=None)
+        inner = httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
         async with httpx.AsyncClient(
             base_url=self._url,
             headers=self._headers,
-            limits=limits,
-            timeout=timeout,
+            timeout=httpx.Timeout(self._times.liveness, pool=None),
+            transport=BoundedTransport(inner, self._times.liveness),
             trust_env=False,
         ) as client:
             try:
@@ -262,18 +225,23 @@ class HttpLink:
             model = response.json()["data"][0]
             if not isinstance(model["max_model_len"], int):
                 raise TypeError
-        except (ValueError, KeyError, IndexError, TypeError):
+        except NONSENSE:
             raise Broken("/v1/models does not say how long a prompt may be") from None
-        metrics = samples(await self._metrics(client))
-        facts = await self._dialect.facts(client, model, metrics)
+        metrics = await self._samples(client)
         started = metrics.get("process_start_time_seconds")
         boot = f"{started}" if started is not None else f"link-{self._clock()}"
-        return msgspec.structs.replace(facts, boot=boot), metrics
+        return await read_facts(self._dialect, client, model, metrics, boot), metrics
 
-    async def _metrics(self, client: httpx.AsyncClient) -> str:
-        """Prometheus text; empty where it is not offered."""
-        response = await client.get("/metrics", follow_redirects=True)
-        return response.text if response.is_success else ""
+    async def _samples(self, client: httpx.AsyncClient) -> Mapping[str, float]:
+        """Return the server's metrics; none where they are not offered.
+
+        vLLM redirects to the path with a slash. No redirect is followed, or a server could have the
+        router ask other machines.
+        """
+        response = await client.get("/metrics")
+        if response.is_redirect:
+            response = await client.get("/metrics/")
+        return await asyncio.to_thread(samples, response.text) if response.is_success else {}
 
     async def _watch(self, client: httpx.AsyncClient, metrics: Mapping[str, float]) -> str:
         """Polls until the server is lost; returns why. ``metrics``: the last that are known."""
@@ -284,7 +252,7 @@ class HttpLink:
             try:
                 (await client.get("/health")).raise_for_status()
                 with suppress(httpx.TimeoutException):  # it lives; its load is as it was
-                    metrics = samples(await self._metrics(client))
+                    metrics = await self._samples(client)
             except httpx.HTTPStatusError as error:
                 return f"/health says {error.response.status_code}"
             except httpx.HTTPError as error:
@@ -298,7 +266,7 @@ class HttpLink:
             draining=self._draining,
             kv_tokens=self._facts.kv_tokens if self._facts else 0,
             requests=len(self._requests),
-            load=self._dialect.load(metrics),
+            load=read_load(self._dialect, metrics),
         )
         self._events.report(self, self._report)
 
@@ -324,22 +292,34 @@ class HttpLink:
             content=body,
             headers={"Content-Type": "application/json"},
             timeout=httpx.Timeout(self._times.liveness, read=None, pool=None),
+            extensions=STREAM,
         )
         async with post as response:
             if not response.is_success:
-                self._answered(refusal(request.id, response, await response.aread()))
+                content = await read_error(response, self._times.liveness)
+                self._answered(refusal(request.id, response, content))
                 return
             answer = self._dialect.answer(request)
             accepted = False  # such servers check requests after they have said 200
-            async for line in response.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
+            left = max(1, request.sampling.max_tokens - request.generated)
+            idle = 0
+            async for line in read_lines(response):
+                idle += max(len(line), LEAST_LINE_BYTES)
+                if idle > MOST_EVENT_BYTES:
+                    raise Broken(f"{idle} bytes without a token")
+                if not line.startswith(b"data: ") or line == b"data: [DONE]":
                     continue
-                message = answer.read(line[6:].encode())
+                message = await read_event(answer, line[6:])
                 self._heard = self._clock()
                 if message is None:
                     continue
-                if not accepted and isinstance(message, Output):
-                    self._answered(Accepted(request.id, None))
+                idle = 0
+                if isinstance(message, Output):
+                    if not accepted:
+                        self._answered(Accepted(request.id, None))
+                    left -= len(message.tokens)
+                    if left < 0:
+                        raise Broken("more tokens than were asked for")
                 accepted = True
                 self._answered(message)
                 if isinstance(message, Rejected) or message.finish_reason is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pla_serve.fleet.link import http, own, protocol
-from pla_serve.fleet.link.http import Dialect
+from pla_serve.fleet.link.dialect import Dialect
 from pla_serve.fleet.link.protocol import Link, LinkEvents
 from pla_serve.fleet.link.sglang import SglangDialect
 from pla_serve.fleet.link.vllm import VllmDialect

@@ -45,6 +45,10 @@ log = logging.getLogger(__name__)
 OPEN_SECONDS = 5.0
 """Most time for a connection and its handshake."""
 CLOSE_SECONDS = 1.0
+MOST_FRAME_BYTES = 16 << 20
+"""Largest frame of an instance: it takes no message beyond 1 MiB, and none has more than 4 MiB."""
+TURN_MESSAGES = 32
+"""Messages of one frame that are taken before the event loop does something else."""
 MOST_UNSENT_BYTES = 256 << 20
 """Bytes that may wait for an instance that does not read; far more than any prompt takes."""
 
@@ -201,7 +205,7 @@ class InstanceLink:
             open_timeout=OPEN_SECONDS,
             close_timeout=CLOSE_SECONDS,
             ping_interval=None,
-            max_size=None,
+            max_size=MOST_FRAME_BYTES,
         )
 
     def _refused(self, error: InvalidStatus) -> str:
@@ -226,8 +230,10 @@ class InstanceLink:
             while True:
                 frame = await socket.recv(decode=False)
                 silence.heard()
-                for message in self._decode(frame):
+                for number, message in enumerate(self._decode(frame), 1):
                     self._take(message)
+                    if number % TURN_MESSAGES == 0:
+                        await asyncio.sleep(0)
         except ConnectionClosed as error:
             reason = error.rcvd.reason if error.rcvd is not None else ""
             self._end(f"the instance closed the connection{': ' if reason else ''}{reason}")

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from pla_serve.fleet.link.http import Broken
+from pla_serve.fleet.link.dialect import Broken
 from pla_serve.fleet.link.mapping import Unmappable, check_continuation, failure, rank_among
 from pla_serve.fleet.link.protocol import InstanceFacts
 from pla_serve.wire.engine import (
@@ -214,7 +214,7 @@ async def _server_info(client: httpx.AsyncClient) -> dict[str, Any]:
     for path in ("/server_info", "/get_server_info"):
         response = await client.get(path)
         if response.is_success:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 info = response.json()
                 if isinstance(info, dict):
                     return info

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from pla_serve.fleet.link.http import Broken
+from pla_serve.fleet.link.dialect import Broken
 from pla_serve.fleet.link.mapping import (
     Unmappable,
     check_continuation,

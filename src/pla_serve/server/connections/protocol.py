@@ -71,6 +71,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._read_at = self.loop.time()
         """When the client was last seen to read, or had nothing to read."""
         self._refusal: ApiError | None = None
+        self._refused = False
+        """A body was refused: what is left of it is dropped, until its client knows."""
         self._running: RequestResponseCycle | None = None
         """The request that is being answered, or was last."""
 
@@ -135,7 +137,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), PIECE_BYTES):
-            if self._upgraded or self.transport.is_closing():
+            if self._refused or self._upgraded or self.transport.is_closing():
                 return
             self._feed(data[start : start + PIECE_BYTES])
 
@@ -244,10 +246,17 @@ class BoundedHttp(HttpToolsProtocol):
         raise ValueError(refusal.message)
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer without a request, and close. An answer under way is cut off instead."""
+        """Answer in place of the application, and close.
+
+        An answer that has begun, or that is due to an earlier request, is cut off instead.
+        """
         if self._answering():
-            self.transport.abort()
-            return
+            if self._in_head or self.cycle is not self._running or self.cycle.response_started:
+                self.transport.abort()
+                return
+            self.cycle.disconnected = self._refused = True  # nobody waits for its own answer
+            self.cycle.message_event.set()
+            self.flow.resume_reading()
         body = msgspec.json.encode(error.body())
         head = (
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
@@ -257,7 +266,12 @@ class BoundedHttp(HttpToolsProtocol):
         if error.retry_after is not None:
             head += f"retry-after: {max(1, math.ceil(error.retry_after))}\r\n"
         self.transport.write(head.encode() + b"\r\n" + body)
-        self.transport.close()
+        if self._refused:
+            # To close now would be to reset a client that still sends, before it has read why.
+            self.transport.write_eof()
+            self._deadline = self.loop.time() + LINGER_SECONDS
+        else:
+            self.transport.close()
 
 
 class BoundedWebSocket(WebSocketsSansIOProtocol):

@@ -262,7 +262,8 @@ class EngineClient:
             for observer in self._observers:
                 observer.alive()
         elif isinstance(message, EngineFailed):
-            self._lose(message.error)
+            log.error("the engine failed: %s", message.error)
+            self._lose(message.error, told="the engine failed; the server's log says why")
         else:
             if isinstance(message, Output) and message.finish_reason in ("stop", "length"):
                 self._failures = 0
@@ -279,11 +280,15 @@ class EngineClient:
             what = f"the server failed on this answer ({type(error).__name__}); its log says more"
             session.fail(EngineDiedError(what, answered=True))
 
-    def _lose(self, reason: str) -> None:
-        """Fail everything in flight; later requests wait for the next process."""
+    def _lose(self, reason: str, told: str | None = None) -> None:
+        """Fail everything in flight; later requests wait for the next process.
+
+        Args:
+            told: what clients are told where the reason is not for them, as it may hold paths.
+        """
         self._ready.clear()
         for observer in self._observers:
             observer.lost(reason)
         for session in set(self._routes.values()):
-            session.fail(EngineDiedError(reason))
+            session.fail(EngineDiedError(told or reason))
         self._routes.clear()

@@ -60,7 +60,9 @@ class TokenBytes:
         """Return the bytes of a token inside a text; none for ids that the tokenizer lacks."""
         known = self._known.get(token)
         if known is None:
-            known = self._known[token] = self._find(token)
+            known = self._find(token)
+            if known:  # ids beyond the vocabulary could be any number
+                self._known[token] = known
         return known
 
     def at_start(self, token: int) -> bytes:
