@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -75,6 +76,7 @@ def main() -> int:
     parser.add_argument("--no-times", action="store_true", help="times do not decide the verdict")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers end with this program
     targets = ("serve", "fleet") if options.target == "both" else (options.target,)
     campaign = Campaign(
         options.seed,

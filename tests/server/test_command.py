@@ -74,7 +74,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--max-head-bytes": 999, "--head-seconds": 1, "--body-seconds": 1, "--idle-seconds": 1,
         "--max-connections": 1, "--max-connections-per-address": 0, "--max-upload-bytes": 1,
         "--engine-silence-seconds": 1, "--metrics-key": "m", "--listen-fd": 9,
-        "--link-key-file": tmp_path / "key", "--tool-parser": "hermes",
+        "--link-key-file": tmp_path / "key", "--tool-parser": "hermes", "--cpu-kernels": "torch",
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
     switches = (

@@ -197,7 +197,7 @@ def test_log_probabilities_that_would_be_held_are_bounded(roomy: Live, stream: b
     if not stream:
         response = httpx.post(f"{roomy.url}/v1/completions", json=asked)
         assert response.status_code == 400
-        assert "stream it, or lower n" in response.json()["error"]["message"]
+        assert "stream those of the output" in response.json()["error"]["message"]
         return
     with httpx.stream("POST", f"{roomy.url}/v1/completions", json=asked) as response:
         assert response.status_code == 200
