@@ -75,6 +75,10 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--max-connections": 1, "--max-connections-per-address": 0, "--max-upload-bytes": 1,
         "--engine-silence-seconds": 1, "--metrics-key": "m", "--listen-fd": 9,
         "--link-key-file": tmp_path / "key", "--tool-parser": "hermes", "--cpu-kernels": "torch",
+        "--reasoning-parser": "deepseek_r1", "--generation-config": "vllm",
+        "--override-generation-config": '{"top_k": 3}', "--max-stored-responses": 9,
+        "--max-stored-response-bytes": 9, "--stored-response-seconds": 9,
+        "--max-background-responses": 9,
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
     switches = (
