@@ -2,6 +2,11 @@
 
 It echoes the prompt, ``TOKENS_PER_STEP`` tokens a step, and ends with EOS after one echo, or never
 with ``ignore_eos``. Seeds stand for faults; see the constants.
+
+With ``FAKE_SCRIPTS``, a JSON file of texts and lists of answers, it follows a script instead: the
+first whose text is in the prompt. The first turn after that text gets the first answer, and so on.
+A prompt has a turn for each `TURN`, which the chat template has to write before each message of the
+assistant.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from pla_serve.wire.engine import (
 
 EOS = 256
 VOCAB = 260
+TURN = "[assistant]"
 REJECT_SEED = 429
 """Refused, retry after 1.5 s."""
 REJECT_FOR_GOOD_SEED = 400
@@ -79,6 +85,7 @@ class FakeCore:
             time.sleep(0.005)
         self.gate = Path(os.environ.get("FAKE_GATE", "/nowhere"))
         self.tokens_per_step = int(os.environ.get("FAKE_TOKENS_PER_STEP", "1"))
+        self.scripts = os.environ.get("FAKE_SCRIPTS")
         self.pause = float(os.environ.get("FAKE_PAUSE", "0"))
         self.emit(
             EngineReady(
@@ -124,6 +131,12 @@ class FakeCore:
         self.running[request.id] = Running(request, script, cached, request.generated)
 
     def script(self, request: AddRequest) -> list[int]:
+        if self.scripts:
+            prompt = bytes(request.prompt).decode(errors="replace")
+            scripts: dict[str, list[str]] = json.loads(Path(self.scripts).read_text())
+            for text, answers in scripts.items():
+                if turns := prompt.partition(text)[2].count(TURN):
+                    return [*answers[min(turns, len(answers)) - 1].encode(), EOS]
         grammar = request.sampling.grammar
         if grammar is not None and not grammar.optional:
             return [*json.dumps({"grammar": grammar.kind}).encode(), EOS]

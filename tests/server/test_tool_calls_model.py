@@ -147,3 +147,27 @@ def test_a_whole_turn_with_a_named_function(client: openai.OpenAI) -> None:
     for call in last.choices[0].message.tool_calls or []:
         if last.choices[0].finish_reason == "tool_calls":
             json.loads(call.function.arguments)
+
+
+def test_a_required_call_of_the_responses_api(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "strict": True, **each["function"]} for each in TOOLS]
+    options: Any = {"model": "m", "tools": tools, "max_output_tokens": 100}
+    with client.responses.stream(
+        input="What is the weather in Paris?",
+        tool_choice="required",
+        parallel_tool_calls=False,
+        **options,
+    ) as stream:
+        stream.until_done()
+        answer = stream.get_final_response()
+    (call,) = answer.output
+    assert call.type == "function_call"
+    assert fits(call.name, call.arguments)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    last = client.responses.create(
+        input=[result],
+        previous_response_id=answer.id,
+        **{**options, "max_output_tokens": 20},
+    )
+    assert last.status in ("completed", "incomplete")
+    assert last.usage.input_tokens > answer.usage.input_tokens

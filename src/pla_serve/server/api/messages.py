@@ -102,6 +102,8 @@ class ChatMessage(Strict):
     annotations: Annotated[list[dict[str, Any]], Field(max_length=MAX_ANNOTATIONS)] | None = None
     parsed: Any = None
     cache_control: dict[str, Any] | None = None
+    provider_specific_fields: dict[str, Any] | None = None
+    """litellm adds it to the messages that it returns."""
     # The rest is accepted only as null.
     audio: Any = None
     function_call: Any = None

@@ -160,6 +160,24 @@ def test_a_named_function_is_called(hermes: Live) -> None:
     assert answer["tool_choice"] == named
 
 
+def test_a_group_of_functions(hermes: Live) -> None:
+    group = {"type": "namespace", "name": "maps", "description": "d", "tools": [WEATHER]}
+    called = PARIS.replace("get_weather", "maps__get_weather")
+    answer = ask(hermes, called, tools=[group])
+    (call,) = answer["output"]
+    assert (call["namespace"], call["name"]) == ("maps", "get_weather")
+    assert answer["tools"] == [{**group, "tools": [{**WEATHER, "strict": None}]}]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+    assert texts(ask(hermes, [call, result], tools=[group])) == ["sunny"]
+
+
+def test_a_search_of_openais_is_not_offered(hermes: Live) -> None:
+    answer = ask(hermes, "hi", tools=[{"type": "web_search", "external_web_access": True}, WEATHER])
+    assert [tool["type"] for tool in answer["tools"]] == ["function"]
+    error = refuse(hermes, tools=[{"type": "web_search"}], tool_choice="required")
+    assert error["param"] == "tool_choice"
+
+
 def test_an_answer_cut_short_is_incomplete(hermes: Live) -> None:
     answer = ask(hermes, "hello", max_output_tokens=2)
     assert answer["status"] == "incomplete"
@@ -233,7 +251,7 @@ def test_a_schema_holds_the_answer(hermes: Live) -> None:
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
         ({"input": [{"type": "computer_call_output"}]}, "input"),
         ({"input": [{"type": "reasoning", "encrypted_content": "abc"}]}, "input"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools"),
         ({"tool_choice": {"type": "mcp"}}, "tool_choice"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),

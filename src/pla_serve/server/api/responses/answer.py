@@ -17,6 +17,7 @@ from pla_serve.server.api.generations import ChatRun
 from pla_serve.server.api.logprobs import TokenNames, chat_logprobs
 from pla_serve.server.api.responses.output import OutputEvent, OutputWriter
 from pla_serve.server.api.responses.schema import ResponsesRequest
+from pla_serve.server.api.responses.tools import SearchTool, namespaces
 from pla_serve.server.errors import ApiError
 from pla_serve.server.generation.generation import ChoiceDelta, Generation
 from pla_serve.server.reasoning.reader import TextReader
@@ -54,6 +55,7 @@ class ResponseFrame:
         self, id: str, model: str, body: ResponsesRequest, run: ChatRun, *, stored: bool
     ) -> None:
         self.id = id
+        self.namespaces = namespaces(body.tools)
         sampling = run.plan.sampling[0]
         self._fields: Json = {
             "id": id,
@@ -65,7 +67,7 @@ class ResponseFrame:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "tools": [tool.shown() for tool in body.tools],
+            "tools": [t.shown() for t in body.tools if not isinstance(t, SearchTool)],
             "tool_choice": _shown_choice(body.tool_choice),
             "text": {"format": body.text.format.shown(), "verbosity": "medium"},
             "reasoning": {"effort": body.reasoning.effort, "summary": None},
@@ -108,7 +110,7 @@ class ResponseRun:
         self, frame: ResponseFrame, run: ChatRun, generation: Generation, names: TokenNames | None
     ) -> None:
         self.frame = frame
-        self.output = OutputWriter()
+        self.output = OutputWriter(frame.namespaces)
         self._reading = ChoiceReading(run.reading or Reading(TextReader))
         self.logprobs = 0
         """How many log probabilities the answer has."""

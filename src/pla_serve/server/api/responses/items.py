@@ -137,7 +137,7 @@ class CallItem(Item):
     arguments: str = "{}"
     parsed_arguments: Any = None
     """Accepted, not used: what the client's library made of ``arguments``."""
-    namespace: None = None
+    namespace: str | None = Field(None, max_length=64)
     caller: None = None
 
     def stored(self) -> Json:
@@ -147,6 +147,7 @@ class CallItem(Item):
             call_id=self.call_id,
             name=self.name,
             arguments=self.arguments,
+            **({"namespace": self.namespace} if self.namespace else {}),
         )
 
 
@@ -171,16 +172,23 @@ KINDS = ("message", "reasoning", "function_call", "function_call_output")
 
 
 def _known(value: object) -> object:
-    """Refuse items of other types by name; a message may leave its type out."""
-    kind = value.get("type", "message") if isinstance(value, dict) else "message"
+    """Refuse items of other types by name, and leave out nulls, which say nothing.
+
+    OpenAI's client writes all fields that it knows when it dumps an item, and knows more with each
+    version.
+    """
+    if not isinstance(value, dict):
+        return value
+    kind = _kind(value)
     if kind not in KINDS:
         cure = ": send the item itself" if kind == "item_reference" else ""
-        raise refuse("input", f"items of type {str(kind)[:50]} are not supported{cure}")
-    return value
+        raise refuse("input", f"items of type {kind[:50]} are not supported{cure}")
+    return {name: each for name, each in value.items() if each is not None or name == "content"}
 
 
 def _kind(value: Any) -> str:
-    return str(value.get("type", "message")) if isinstance(value, dict) else "message"
+    """Return the type of an item; a message may leave it out."""
+    return str(value.get("type") or "message") if isinstance(value, dict) else "message"
 
 
 InputItem = Annotated[

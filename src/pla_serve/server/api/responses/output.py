@@ -6,7 +6,7 @@ that is not streamed takes the same way; its events are not sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pla_serve.server.api.formats import Json
@@ -57,11 +57,15 @@ class Growing:
 class OutputWriter:
     """Writes the items of one answer.
 
+    Args:
+        namespaces: group and name of functions that the model knows by one name.
+
     Attributes:
         items: the items that are complete.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, namespaces: Mapping[str, tuple[str, str]]) -> None:
+        self._namespaces = namespaces
         self.items: list[Json] = []
         self._growing: Growing | None = None
         self._blank = ""
@@ -121,6 +125,8 @@ class OutputWriter:
 
     def _open_call(self, event: CallBegins) -> Iterator[OutputEvent]:
         fields = {"call_id": new_item_id("call"), "name": sound(event.name), "arguments": ""}
+        if event.name in self._namespaces:
+            fields["namespace"], fields["name"] = self._namespaces[event.name]
         yield from self._open("function_call", "fc", fields)
 
     def _open(self, kind: str, prefix: str, fields: Json) -> Iterator[OutputEvent]:

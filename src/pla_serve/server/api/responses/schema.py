@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pla_serve.server.api.formats import Json
 from pla_serve.server.api.messages import MAX_MESSAGES
 from pla_serve.server.api.responses.items import InputItem
+from pla_serve.server.api.responses.tools import Choice, ResponseTool
 from pla_serve.server.api.schema import MAX_LOGPROBS, Stop
 from pla_serve.server.api.strict import Strict, at_most, refuse, wrong
-from pla_serve.server.api.tool_schema import MAX_TOOLS, FunctionDefinition
+from pla_serve.server.api.tool_schema import MAX_TOOLS
 
 LOGPROBS = "message.output_text.logprobs"
 """Entry of ``include`` that asks for log probabilities."""
@@ -27,7 +28,6 @@ INCLUDABLE = Literal[
 ]
 """All but the first change nothing, as no answer here has the items that they are about."""
 MOST_METADATA = 16
-_TEXT = {"type": "string"}
 
 
 def _read_input(value: object) -> object:
@@ -40,62 +40,6 @@ Items = Annotated[
     list[InputItem],
     Field(max_length=MAX_MESSAGES, fail_fast=True),
     BeforeValidator(_read_input, json_schema_input_type=str | list[InputItem]),
-]
-
-
-def _only_functions(value: object) -> object:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind is not None and kind != "function":
-        raise refuse(
-            "tools",
-            f"tools of type {str(kind)[:50]} are not supported, only functions: this server runs "
-            "no tools itself",
-        )
-    return value
-
-
-class FunctionTool(FunctionDefinition):
-    """A function, with its fields beside its type."""
-
-    type: Literal["function"]
-    # The rest is accepted only where it asks for nothing.
-    defer_loading: Literal[False] | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
-    output_schema: None = None
-
-    def chat_tool(self) -> Json:
-        """Return the entry of ``tools`` of a chat request that says the same."""
-        names = set(FunctionDefinition.model_fields)
-        function = self.model_dump(include=names, exclude_unset=True)
-        return {"type": "function", "function": function}
-
-    def shown(self) -> Json:
-        """Return the tool as an answer repeats it."""
-        fields = {"description": None, "parameters": None, "strict": None}
-        return {**fields, **self.model_dump(exclude_unset=True), "type": "function"}
-
-
-ResponseTool = Annotated[FunctionTool, BeforeValidator(_only_functions)]
-
-
-def read_choice(value: object) -> object:
-    """Return ``tool_choice`` as chat requests have it."""
-    if value in ("none", "auto", "required"):
-        return value
-    if isinstance(value, dict):
-        kind = value.get("type")
-        if kind != "function":
-            raise refuse("tool_choice", f"tool_choice of type {str(kind)[:50]} is not supported")
-        if isinstance(value.get("name"), str):
-            return {"type": "function", "function": {"name": value["name"]}}
-    raise ValueError("give none, auto, required, or an object of type function with a name")
-
-
-_NAMED = {"type": "object", "properties": {"type": {"const": "function"}, "name": _TEXT}}
-Choice = Annotated[
-    Any,
-    PlainValidator(read_choice),
-    WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required", None]}, _NAMED]}),
 ]
 
 

@@ -20,6 +20,7 @@ from pla_serve.server.api.responses.items import (
     ReasoningInput,
 )
 from pla_serve.server.api.responses.schema import ResponsesRequest, SharedFields
+from pla_serve.server.api.responses.tools import flat_name
 from pla_serve.server.api.schema import ChatRequest
 from pla_serve.server.errors import ApiError
 
@@ -51,7 +52,7 @@ def chat_request(body: ResponsesRequest, before: Sequence[AnyItem]) -> ChatReque
     fields: Json = {
         **{name: value for name, value in shared.items() if value is not None},
         "messages": messages([*before, *body.input], body.instructions),
-        "tools": [tool.chat_tool() for tool in body.tools],
+        "tools": [each for tool in body.tools for each in tool.chat_tools()],
         "tool_choice": body.tool_choice,
         "response_format": body.text.format.chat_format(),
         "max_completion_tokens": body.max_output_tokens,
@@ -72,10 +73,10 @@ def messages(items: Sequence[AnyItem], instructions: str | None) -> list[Json]:
     the assistant.
     """
     found: list[Json] = []
-    if instructions:
-        opening = list(takewhile(lambda text: text is not None, map(_system_text, items)))
-        text = "\n\n".join([instructions, *filter(None, opening)])
-        found.append({"role": "system", "content": text})
+    opening = list(takewhile(lambda text: text is not None, map(_system_text, items)))
+    if instructions or len(opening) > 1:
+        told = filter(None, [instructions, *opening])
+        found.append({"role": "system", "content": "\n\n".join(told)})
         items = items[len(opening) :]
     for item in items:
         _add(found, item)
@@ -94,7 +95,7 @@ def _add(found: list[Json], item: AnyItem) -> None:
         result = {"role": "tool", "tool_call_id": item.call_id, "content": "\n".join(item.output)}
         found.append(result)
     elif isinstance(item, CallItem):
-        function = {"name": item.name, "arguments": item.arguments}
+        function = {"name": flat_name(item.namespace, item.name), "arguments": item.arguments}
         call = {"id": item.call_id, "type": "function", "function": function}
         _assistant(found, not_with=()).setdefault("tool_calls", []).append(call)
     elif isinstance(item, ReasoningInput):
