@@ -52,7 +52,6 @@ async def whole(generation: Generation, form: Format, header: Header) -> Json:
         "model": header.model,
         **choices,
         "usage": usage(generation, form),
-        "system_fingerprint": None,
     }
 
 

@@ -114,7 +114,8 @@ class ChatFormat:
     def _logprobs(self, piece: ChoicePart) -> Json | None:
         if not self._wants_logprobs:
             return None
-        return {"content": chat_logprobs(piece.tokens, piece.logprobs, self._names)}
+        content = chat_logprobs(piece.tokens, piece.logprobs, self._names)
+        return {"content": content, "refusal": None}
 
 
 class CompletionFormat:
