@@ -172,8 +172,11 @@ def test_a_group_of_functions(hermes: Live) -> None:
 
 
 def test_a_search_of_openais_is_not_offered(hermes: Live) -> None:
-    answer = ask(hermes, "hi", tools=[{"type": "web_search", "external_web_access": True}, WEATHER])
-    assert [tool["type"] for tool in answer["tools"]] == ["function"]
+    tools = [{"type": "web_search", "external_web_access": True}, WEATHER]
+    body = {"input": "hi", "tools": tools}
+    found = httpx.post(f"{hermes.url}/v1/responses", json=body, timeout=20)
+    assert [tool["type"] for tool in found.json()["tools"]] == ["function"]
+    assert "web_search was not offered" in found.headers["warning"]
     error = refuse(hermes, tools=[{"type": "web_search"}], tool_choice="required")
     assert error["param"] == "tool_choice"
 

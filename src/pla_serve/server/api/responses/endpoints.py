@@ -15,7 +15,7 @@ from pla_serve.server.api.body import BodyReader
 from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import Json
 from pla_serve.server.api.generations import Asked, ChatRun, Generations, client_of
-from pla_serve.server.api.guard import tenant
+from pla_serve.server.api.guard import tenant, warn
 from pla_serve.server.api.responses.answer import (
     LARGE,
     LARGE_BODY,
@@ -29,6 +29,7 @@ from pla_serve.server.api.responses.input_list import input_list
 from pla_serve.server.api.responses.items import new_item_id
 from pla_serve.server.api.responses.schema import ResponsesRequest
 from pla_serve.server.api.responses.store import ResponseStore, StoredAnswer, Turn
+from pla_serve.server.api.responses.tools import SearchTool
 from pla_serve.server.api.responses.translate import chat_request, errors_renamed, read_items
 from pla_serve.server.api.service import Service
 from pla_serve.server.errors import ApiError, invalid, json_response, unsupported
@@ -71,6 +72,8 @@ class ResponsesEndpoints:
             asked = Asked(request, upload, arrival)
             body = await upload.read_json(request, ResponsesRequest)
             model = self._service.model_name(body.model)
+            if any(isinstance(tool, SearchTool) for tool in body.tools):
+                warn(request.scope, "web_search was not offered: this server runs no tools itself")
             before = self._continued(who, body.previous_response_id)
             if before is not None:
                 upload.carry(before.size)
