@@ -19,7 +19,7 @@ from pla_serve.policy.fairness import (
     short_wait_bound,
     token_wait_bound,
 )
-from pla_serve.policy.protocol import Batch, BatchClass
+from pla_serve.policy.protocol import BatchClass
 from pla_serve.policy.queues import PATIENCE
 from pla_serve.policy.registry import POLICIES, create_policy
 from tests.policy.executor import Executor, Job, Trace
@@ -59,22 +59,14 @@ def long_bound(job: Job, jobs: list[Job], trace: Trace, config: PolicyConfig) ->
 
 def short_bound(config: PolicyConfig, batches: int, trace: Trace) -> float:
     """`short_wait_bound` with what ran."""
-    awaited = [end - start for start, end, batch in trace.batches if gives_tokens(batch)]
     return short_wait_bound(
         config,
         batches,
         trace.express_batch,
         trace.stretch,
         burst(config),
-        awaited=max(awaited, default=0.0),
         streams=any(batch.decodes for _, _, batch in trace.batches),
     )
-
-
-def gives_tokens(batch: Batch) -> bool:
-    """Whether it is long work at whose end somebody gets a token."""
-    completes = any(chunk.completes for chunk in batch.prefills)
-    return batch.kind is BatchClass.LONG and (completes or bool(batch.decodes))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])

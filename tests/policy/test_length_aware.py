@@ -235,36 +235,6 @@ class TestTokenDeadlines:
         assert max(gaps) >= target / 2000, "and no oftener than has to be"
 
 
-class TestShortsWait:
-    """At the end of a batch that gives tokens to many, a short waits for it."""
-
-    def riding(self, streams: int) -> tuple[LengthAware, Batch]:
-        policy = make(replace(CONFIG, itl_slo_ms=200))
-        for n in range(streams):
-            policy.start_decode(f"d{n}", 40, 0.0, 0.0)
-        add(policy, "long", 5000)
-        running = run(policy, 0.0)
-        assert len(running.decodes) == streams
-        return policy, running
-
-    def test_whoever_waits_less_in_all(self) -> None:
-        policy, running = self.riding(2)
-        add(policy, "short", 50, 0.05)
-        assert names(policy.at_layer_boundary(0.05, running)) == ["short"], "150 ms for 2 times 60"
-        policy, running = self.riding(4)
-        add(policy, "short", 50, 0.05)
-        assert policy.at_layer_boundary(0.05, running) is None, "150 ms for 4 times 60"
-        add(policy, "another", 50, 0.05)
-        assert names(policy.at_layer_boundary(0.05, running)) == ["short", "another"]
-
-    def test_not_for_a_chunk_that_gives_nobody_a_token(self) -> None:
-        policy = make()
-        add(policy, "long", 5000)
-        running = run(policy, 0.0)
-        add(policy, "short", 200, 0.45)
-        assert names(policy.at_layer_boundary(0.49, running)) == ["short"]
-
-
 class TestWindow:
     """Shorts share launches only where that is predicted to pay."""
 

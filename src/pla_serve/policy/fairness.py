@@ -124,7 +124,6 @@ def short_wait_bound(
     stretch: float,
     burst: float,
     *,
-    awaited: float = 0.0,
     streams: bool = False,
 ) -> float:
     """Most seconds from the arrival of a short prefill to its first token, under any arrivals.
@@ -137,8 +136,6 @@ def short_wait_bound(
         stretch: seconds of the longest piece of long work that nothing can interrupt: a layer, or a
             chunk where the executor does not ask at layer boundaries.
         burst: `burst_seconds`, the most that it was meanwhile.
-        awaited: seconds of the longest batch of long work that ends with somebody's token; a short
-            may wait for its end before each of those batches. 0 if there is none.
         streams: whether requests decode meanwhile.
 
     The longs' turns pay off at most what the account stood at plus what these batches charge; each
@@ -152,7 +149,7 @@ def short_wait_bound(
     repaid = charged * config.long_share / (1 - config.long_share)
     if streams:
         repaid = 2 * (charged + repaid)
-    held = batches * (config.express_wait_seconds + awaited) + stretch
+    held = batches * config.express_wait_seconds + stretch
     return express + repaid + held + 2 * (batches + 1) * stretch
 
 

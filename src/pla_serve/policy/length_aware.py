@@ -135,7 +135,7 @@ class LengthAware:
         account = self._account
         account.start_long(now)  # it stands still if express work was taken back as a whole
         self._settle(now)
-        if not account.longs_turn and self._shorts_due(now) and not self._shorts_wait():
+        if not account.longs_turn and self._shorts_due(now):
             account.stop_long(now)
             return self._express(now)
         if self._steps_due_inside(now):
@@ -222,16 +222,6 @@ class LengthAware:
         until = self._echo.until(now, len(self._shorts))
         longest = self._config.express_wait_seconds
         return until if until is not None and until - now <= longest else None
-
-    def _shorts_wait(self) -> bool:
-        """Whether shorts wait for the end of the running batch, because that is worth more.
-
-        Everyone who gets a token with it would wait for the shorts, and they wait for its end.
-        """
-        top, first = self._flights.top, self._shorts.first()
-        if top is None or first is None or not top.yielding:
-            return False
-        return first.seconds * top.yielding > top.rest * len(self._shorts)
 
     def _steps_due_inside(self, now: float) -> bool:
         """Whether decode steps go before the next layer of the running batch."""

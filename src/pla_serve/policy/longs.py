@@ -121,19 +121,12 @@ class RunningPrefill:
     """Ids of the requests in the batch that are not computed yet, with decode steps."""
     seconds: float
     """Predicted seconds of the batch, without pauses."""
-    riders: int = 0
-    """Decode steps in the batch."""
-    completing: int = 0
-    """Prefills that end with the batch."""
+    riders: bool = False
+    """Whether the batch has decode steps."""
     ran: float = 0.0
     """Seconds it has run so far."""
     inside: float = 0.0
     """Predicted seconds of the long prefills that were begun inside this batch."""
-
-    @property
-    def yielding(self) -> int:
-        """Requests that get a token when the batch ends."""
-        return self.riders + self.completing
 
     @property
     def rest(self) -> float:
@@ -166,14 +159,13 @@ class RunningPrefills:
     def take_off(self, pending: Pending, batch: Batch, seconds: float) -> None:
         """Add the batch that begins now; ``seconds`` is its predicted time."""
         members = {chunk.request_id for chunk in batch.prefills}
-        completing = sum(chunk.completes for chunk in batch.prefills)
-        self._flights.append(RunningPrefill(pending, members, seconds, completing=completing))
+        self._flights.append(RunningPrefill(pending, members, seconds))
 
     def board(self, riders: Sequence[Chunk]) -> None:
         """Add decode steps to the innermost batch."""
         top = self._flights[-1]
         top.members.update(chunk.request_id for chunk in riders)
-        top.riders = len(riders)
+        top.riders = True
 
     def land(self, request_id: str) -> None:
         """Remove a request that is computed or was taken back, and batches without requests."""

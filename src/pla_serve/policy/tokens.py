@@ -97,8 +97,7 @@ class TokenDeadlines:
         """Whether streams ride in chunks, rather than have steps of their own.
 
         Both ways are counted in request-seconds of waiting, a second: every long waits for what
-        streams cost; and a short that comes while streams ride either waits for the chunk to end,
-        or has them all wait.
+        streams cost; and all streams that ride wait for each short that comes meanwhile.
 
         Args:
             longs: that wait or run.
@@ -107,7 +106,7 @@ class TokenDeadlines:
         if not self._config.interruptible:
             return True
         short = self._cost.prefill_seconds(self._tuning.typical_short, 0)
-        held = shorts * min(target / 2, short * self._streams.total)
+        held = shorts * short * self._streams.total
         return longs * costs.chunk / target + held <= longs * costs.launch / target
 
     def chunk_tokens(self, costs: StreamCosts, history: int, seconds: float) -> int:
