@@ -12,6 +12,7 @@ gives the most tokens a second that a decode step can reach which reads every we
 from __future__ import annotations
 
 import argparse
+import json
 import secrets
 import sys
 import time
@@ -69,12 +70,10 @@ def main() -> None:
     programs = llama_cpp.prepare()
     folder = resolve(DEFAULT_MODEL, progress=ConsoleProgress()).folder
     filler = make_filler(secrets.token_hex(8), load_tokenizer(folder))
-    result: dict = {
-        "environment": describe(),
-        "llama.cpp": {"package": llama_cpp.VERSION, "version": llama_cpp.version(programs)},
-        "bytes_per_second": bandwidth(),
-        "formats": {},
-    }
+    result: dict = {"formats": {}}
+    if options.output.exists():  # formats of earlier runs stay
+        result = json.loads(options.output.read_text())
+    most_bytes = bandwidth()
     for form in options.formats.split(","):
         file = llama_cpp.model_file(programs, form)
         sides = [ours(file, form, options.ours), theirs(programs, file)]
@@ -83,10 +82,13 @@ def main() -> None:
         wanted = WANTED.get(form, WANTED[""])
         rows = compare(form, mine, other, (sides[0].name, sides[1].name), wanted)
         size = file.stat().st_size
-        most = result["bytes_per_second"] / size
+        most = most_bytes / size
         share = mine["decode, batch 1"] / most
         print(f"{form}: {share:.0%} of the {most:.0f} tokens/s that memory allows at batch 1")
         result["formats"][form] = {
+            "environment": describe(),
+            "llama.cpp": {"package": llama_cpp.VERSION, "version": llama_cpp.version(programs)},
+            "bytes_per_second": most_bytes,
             "commands": {side.name: side.shown for side in sides},
             "file_bytes": size,
             "decode_bound": most,

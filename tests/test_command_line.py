@@ -30,7 +30,6 @@ NEW = {
         *("--generation-config", "--override-generation-config", "--cpu-kernels"),
         *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
         *("--max-background-responses", "--cors-origin"),
-        "--max-background-responses",
         "--quantization",
     },
     "route": {
