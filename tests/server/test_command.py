@@ -78,7 +78,8 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--reasoning-parser": "deepseek_r1", "--generation-config": "vllm",
         "--override-generation-config": '{"top_k": 3}', "--max-stored-responses": 9,
         "--max-stored-response-bytes": 9, "--stored-response-seconds": 9,
-        "--max-background-responses": 9, "--cors-origin": "https://chat.example.com",
+        "--quantization": "none", "--max-background-responses": 9,
+        "--cors-origin": "https://chat.example.com",
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
     switches = (
