@@ -13,7 +13,16 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.registry import create_policy
 from tests.engine.chaos import ChaosPolicy
-from tests.engine.tiny import BLOCK, CONFIGS, VOCABULARY, Engine, expected, make_engine
+from tests.engine.levels import NAMES, kernels_of
+from tests.engine.tiny import (
+    BLOCK,
+    CONFIGS,
+    VOCABULARY,
+    Engine,
+    expected,
+    make_engine,
+    runner_with,
+)
 
 PATIENT = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOKENS = 8
@@ -88,6 +97,16 @@ def test_random_schedules(name: str, seed: int, cached: bool, aborts: bool, tigh
         prefix_cache=cached,
     )
     serve_at_random(engine, name, rng, count=8, aborts=aborts)
+
+
+@pytest.mark.parametrize("level", NAMES)
+@settings(PATIENT, max_examples=8)
+@given(seed=st.integers(0, 2**32), aborts=st.booleans())
+def test_random_schedules_on_each_level_of_kernels(level: str, seed: int, aborts: bool) -> None:
+    engine = make_engine(
+        "qwen3", ChaosPolicy(seed), runner_of=runner_with("qwen3", kernels_of(level))
+    )
+    serve_at_random(engine, "qwen3", Random(seed), count=8, aborts=aborts)
 
 
 # One of each kind of batch; the baselines left out differ from fcfs in their order only.

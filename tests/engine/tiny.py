@@ -24,13 +24,14 @@ from transformers import (
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.attention.padded import PaddedAttention
-from pla_serve.engine.attention.sdpa import SdpaCpu
+from pla_serve.engine.attention.vector import attention_of
 from pla_serve.engine.batch.staging import DirectUploader
 from pla_serve.engine.build.engine import build_parts
 from pla_serve.engine.build.sampling import Sampling
 from pla_serve.engine.build.scheduling import Scheduling
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.device.marks import HostDevice
+from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.layers import cpu
@@ -106,21 +107,27 @@ def padded_runner(name: str) -> ModelRunner:
     return new_runner(name, padded=True)
 
 
-def new_runner(name: str, padded: bool = False) -> ModelRunner:
+@cache
+def runner_with(name: str, kernels: CpuKernels) -> ModelRunner:
+    """One that computes with these kernels."""
+    return new_runner(name, kernels=kernels)
+
+
+def new_runner(name: str, padded: bool = False, kernels: CpuKernels = TORCH_ALONE) -> ModelRunner:
     """One with KV memory of its own."""
     config = CONFIGS[name]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()
     model.load_state_dict(reference_model(name).state_dict())
     model.requires_grad_(False)
     layers = decoder_layers(model, config.num_hidden_layers)
-    cpu.optimise(model)
+    cpu.optimise(model, kernels)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // 4
     shape = KVShape(config.num_hidden_layers, 2, head_dim, torch.float32)
     cache = KVCache(shape, (MAX_BLOCKS + padded) * BLOCK, torch.device("cpu"))
     for memory in (*cache.keys, *cache.values):
         memory.fill_(torch.nan)  # whatever is read before it was written shows
-    backend = PaddedAttention(SdpaCpu()) if padded else SdpaCpu()
-    return ModelRunner(model, layers, cache, backend)
+    backend = attention_of(kernels)
+    return ModelRunner(model, layers, cache, PaddedAttention(backend) if padded else backend)
 
 
 def plain_executor(runner: ModelRunner) -> BatchExecutor:

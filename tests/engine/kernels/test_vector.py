@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pla_serve.engine.attention.vector import VectorAttention
 from pla_serve.engine.kernels.vector import Vectors
+from tests.engine.attention.problems import make_problem
 from tests.engine.levels import NAMES, kernels_of
 
 
@@ -39,3 +45,59 @@ def test_rotary_and_cache(
     others = torch.ones(100, dtype=torch.bool).index_fill(0, slots, False)
     assert keys[others].isnan().all()
     assert values[others].isnan().all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32))
+def test_attention_of_random_batches(vectors: Vectors, seed: int) -> None:
+    rng = Random(seed)
+    lengths = [
+        (rng.choice((1, 1, 2, 7, 33, 90)), rng.choice((0, 0, 1, 31, 64, 97, 200)))
+        for _ in range(rng.randint(1, 4))
+    ]
+    dtype = rng.choice((torch.float32, torch.bfloat16))
+    problem = make_problem(
+        seed,
+        lengths,
+        heads=rng.choice((1, 2, 3)),
+        group=rng.choice((1, 3, 8)),
+        dim=rng.choice((16, 48, 64, 80, 96, 128)),
+        dtype=dtype,
+    )
+    backend = VectorAttention(vectors)
+    got = backend.attend(0, problem.query, problem.cache, problem.batch, 0.2).double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (got - problem.expected(0.2)).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("lengths", [[(1, 5000)], [(1, 4097), (3, 1100)], [(600, 900)]])
+def test_attention_of_long_contexts(
+    vectors: Vectors, lengths: list[tuple[int, int]], threads: int
+) -> None:
+    problem = make_problem(1, lengths, heads=2, group=3, dim=64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        backend = VectorAttention(vectors)
+        got = backend.attend(0, problem.query, problem.cache, problem.batch, 0.125).double()
+    finally:
+        torch.set_num_threads(before)
+    assert (got - problem.expected(0.125)).abs().max() <= 5e-6
+
+
+def test_attention_passes_on_what_is_no_number(vectors: Vectors) -> None:
+    problem = make_problem(1, [(70, 0)], heads=1, group=2, dim=32)
+    start, _ = problem.batch.spans[0].runs[0]
+    problem.cache.keys[0][start, 0, 3] = torch.nan
+    got = VectorAttention(vectors).attend(0, problem.query, problem.cache, problem.batch, 0.2)
+    assert got.isnan().all()
+
+
+def test_attention_takes_only_heads_that_fit() -> None:
+    assert Vectors.attends(9, 3, 64, torch.float32)
+    assert Vectors.attends(9, 3, 80, torch.bfloat16)
+    assert not Vectors.attends(9, 3, 8, torch.float32)
+    assert not Vectors.attends(9, 3, 272, torch.float32)
+    assert not Vectors.attends(130, 2, 64, torch.float32)
+    assert not Vectors.attends(9, 3, 64, torch.float16)

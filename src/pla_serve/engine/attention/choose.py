@@ -17,8 +17,9 @@ from pla_serve.engine.attention.flashinfer import (
 )
 from pla_serve.engine.attention.interface import AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
-from pla_serve.engine.attention.sdpa import SdpaCpu, SdpaReference
+from pla_serve.engine.attention.sdpa import SdpaReference
 from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
+from pla_serve.engine.attention.vector import attention_of
 from pla_serve.engine.batch.flat import FlatBatch, SpanRequest
 from pla_serve.engine.batch.staging import Capacity, Scratch, capacity_of, pack, unpack
 from pla_serve.engine.device.capture import Capturer
@@ -66,7 +67,7 @@ def choose_backend(
                 f"the attention backend {name} needs a CUDA device, and this engine runs on the "
                 "CPU; leave out --attention-backend"
             )
-        return "sdpa", SdpaCpu(kernels)
+        return "sdpa", attention_of(kernels)
     reasons: list[str] = []
     for candidate in ON_CUDA if name == "auto" else (name,):
         made = _make(candidate, device)

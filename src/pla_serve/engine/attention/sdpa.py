@@ -8,12 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pla_serve.engine.batch.flat import FlatBatch, Span
-from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kv.blocks import BlockRun
 from pla_serve.engine.kv.cache import KVCache
-
-TILED_TOKENS = 64
-"""Least new tokens for which the matrix unit pays: it needs a rearranged context."""
 
 
 class SdpaReference:
@@ -50,39 +46,21 @@ class SdpaCpu:
     over the history without a mask and one over the new tokens with the causal mask, which are
     merged by their log-sum-exps. Without a mask, all queries that share a KV head are rows of one
     product, so the head is read once; with the causal mask they share it through a stride of zero.
-
-    Args:
-        kernels: those for the matrix unit are used for many float32 tokens, if heads have a shape
-            that they support.
     """
-
-    def __init__(self, kernels: CpuKernels = TORCH_ALONE) -> None:
-        self._tiles = kernels.tiles
 
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
     ) -> torch.Tensor:
         """See `AttentionBackend`."""
         keys, values = cache.keys[layer], cache.values[layer]
-        heads, tokens, head_dim = query.shape
+        _, tokens, head_dim = query.shape
         kv_heads = cache.shape.heads
-        tiles = self._tiles
-        if tiles is not None and not tiles.attends(heads, kv_heads, head_dim, query.dtype):
-            tiles = None
         grouped = query.view(kv_heads, -1, tokens, head_dim)
         attended = [
             _attend_one(grouped[:, :, span.start], keys, values, span, scaling)
             if span.length == 1
             else _attend_many(
                 grouped[:, :, span.start : span.start + span.length], keys, values, span, scaling
-            )
-            if tiles is None or span.length < TILED_TOKENS
-            else tiles.attention(
-                query[:, span.start : span.start + span.length],
-                context(keys, span.runs),
-                context(values, span.runs),
-                span.history,
-                scaling,
             )
             for span in batch.spans
         ]

@@ -12,7 +12,6 @@ import torch
 from pla_serve.engine.attention.choose import CAPTURABLE, choose_backend
 from pla_serve.engine.attention.interface import AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
-from pla_serve.engine.attention.sdpa import SdpaCpu
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.build.device import RankDevice
 from pla_serve.engine.build.memory import RankMemory
@@ -79,7 +78,7 @@ def _choose_attention(settings: RankSettings, model: RankModel) -> tuple[str, At
         model.kernels,
         CudaCapture(settings.device) if settings.on_cuda and settings.pads else None,
     )
-    if settings.pads and isinstance(backend, SdpaCpu):
+    if settings.pads and not settings.on_cuda:
         return name, PaddedAttention(backend)  # it loops over the spans of real sequences
     return name, backend
 

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+
+from pla_serve.engine.batch.flat import Span
 
 NUMBERS = (torch.float32, torch.bfloat16)
 """Types that the kernels read and write; they compute in float32."""
 MULTIPLE = 16
 """Sizes of heads must be multiples of this."""
+MOST_DIM = 256
+"""Largest size of a head; the same as in ``attention.cpp``."""
+MOST_GROUPS = 64
+"""Most query heads that may share a KV head; ``attention.cpp`` has room for more."""
+
+
+class Layout(NamedTuple):
+    """Lengths and KV slots of the sequences of a batch, as the attention kernel reads them."""
+
+    spans: torch.Tensor
+    """(sequences, 5) int64: first new token in the batch, new tokens, history, first run, runs."""
+    runs: torch.Tensor
+    """(runs, 2) int64: KV slots of history and new tokens, as runs (first, end) of neighbours."""
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> Layout:
+        """Return the layout of a batch with these spans, of which there is at least one."""
+        rows, runs = [], []
+        for span in spans:
+            rows.append((span.start, span.length, span.history, len(runs), len(span.runs)))
+            runs += span.runs
+        return cls(torch.tensor(rows), torch.tensor(runs))
 
 
 class Vectors:
@@ -20,6 +46,10 @@ class Vectors:
         self._rotary = library.vectors_rotary
         self._rotary.restype = None
         self._rotary.argtypes = [pointer, ctypes.c_int, *[count] * 4, *[pointer] * 4]
+        self._attention = library.vectors_attention
+        self._attention.restype = None
+        self._attention.argtypes = [pointer, count, count, pointer, pointer, ctypes.c_int, pointer]
+        self._attention.argtypes += [count, pointer, *[count] * 3, ctypes.c_float, pointer]
 
     @staticmethod
     def turns(head_dim: int, dtype: torch.dtype) -> bool:
@@ -65,9 +95,73 @@ class Vectors:
             values.data_ptr(),
         )
 
+    @staticmethod
+    def attends(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether `attention` supports heads of this number, size and type."""
+        fits = head_dim % MULTIPLE == 0 and head_dim <= MOST_DIM
+        return dtype in NUMBERS and fits and heads // kv_heads <= MOST_GROUPS
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layout: Layout,
+        scaling: float,
+        output: torch.Tensor,
+    ) -> None:
+        """Write the causal attention of the new tokens of some sequences, computed in float32.
+
+        Args:
+            query: (heads, tokens, head dim), float32 or bfloat16. The last dimension is dense.
+            keys: memory of a layer (slots, KV heads, head dim), contiguous, of the same type, as
+                is ``values``. KV of the new tokens is there already.
+            output: (tokens, heads, head dim), contiguous, of the same type. Only the rows of
+                sequences in ``layout`` are written.
+        """
+        heads, tokens, dim = query.shape
+        kv_heads = keys.shape[1]
+        assert query.stride(2) == 1
+        assert query.dtype == keys.dtype == values.dtype == output.dtype
+        assert keys.is_contiguous()
+        assert values.is_contiguous()
+        assert output.is_contiguous()
+        assert output.shape == (tokens, heads, dim)
+        self._attention(
+            query.data_ptr(),
+            query.stride(1),
+            query.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            query.dtype == torch.bfloat16,
+            layout.spans.data_ptr(),
+            len(layout.spans),
+            layout.runs.data_ptr(),
+            kv_heads,
+            heads // kv_heads,
+            dim,
+            scaling,
+            output.data_ptr(),
+        )
+
     def is_right(self) -> bool:
-        """Whether the kernels agree with torch on a small problem."""
-        return self._turns_right()
+        """Whether the kernels agree with torch on small problems."""
+        return self._turns_right() and self._attends_right()
+
+    def _attends_right(self) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(4, 30, 32, generator=generator)
+        keys, values = torch.randn(2, 140, 2, 32, generator=generator)
+        slots = torch.cat((torch.arange(20, 140), torch.arange(10)))
+        mask = torch.ones(30, 130, dtype=torch.bool).tril(100)
+        parts = (keys[slots].transpose(0, 1), values[slots].transpose(0, 1))
+        right = torch.nn.functional.scaled_dot_product_attention(
+            query, *parts, attn_mask=mask, scale=0.5, enable_gqa=True
+        ).transpose(0, 1)
+        layout = Layout(torch.tensor([[0, 30, 100, 0, 2]]), torch.tensor([[20, 140], [0, 10]]))
+        got = torch.empty(30, 4, 32)
+        self.attention(query, keys, values, layout, 0.5, got)
+        return torch.allclose(got, right, 1e-4, 1e-4)
 
     def _turns_right(self) -> bool:
         generator = torch.Generator().manual_seed(0)

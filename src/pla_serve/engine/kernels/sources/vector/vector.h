@@ -43,6 +43,8 @@ inline Floats first(long count, Floats v, Floats other) {
 inline Floats nearest(Floats v) { return _mm512_roundscale_ps(v, 0); }
 // v times 2^n, for whole n.
 inline Floats scale_by_power(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
+// x within the exponents that `scale_by_power` can make.
+inline Floats representable(Floats x) { return x; }
 inline Floats evens(Floats v) { return _mm512_moveldup_ps(v); }
 inline Floats odds(Floats v) { return _mm512_movehdup_ps(v); }
 inline Floats swapped(Floats v) { return _mm512_permute_ps(v, 0xB1); }
@@ -104,6 +106,9 @@ inline Floats scale_by_power(Floats v, Floats n) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), shifted));
 }
+inline Floats representable(Floats x) {
+  return larger(every(-126.f), smaller(every(127.f), x));
+}
 inline Floats evens(Floats v) { return _mm256_moveldup_ps(v); }
 inline Floats odds(Floats v) { return _mm256_movehdup_ps(v); }
 inline Floats swapped(Floats v) { return _mm256_permute_ps(v, 0xB1); }
@@ -125,11 +130,10 @@ inline void store(Half* to, Floats v) {
 
 #endif
 
-// 2^x to about 1 unit in the last place, for x from -126 to 127: 2^n by the exponent, the rest by a
-// polynomial fitted on [-1/2, 1/2] to a relative error of 7.5e-8. x below -126 counts as -126. NaN
-// stays NaN.
+// 2^x to about 1 unit in the last place: 2^n by the exponent, the rest by a polynomial fitted on
+// [-1/2, 1/2] to a relative error of 7.5e-8. NaN stays NaN.
 inline Floats power_of_two(Floats x) {
-  x = larger(every(-126.f), smaller(every(127.f), x));
+  x = representable(x);
   const Floats n = nearest(x), rest = sub(x, n);
   Floats p = every(1.327646730e-3f);
   p = fma(p, rest, every(9.675541681e-3f));
@@ -138,6 +142,13 @@ inline Floats power_of_two(Floats x) {
   p = fma(p, rest, every(6.931469671e-1f));
   p = fma(p, rest, every(1.000000072f));
   return scale_by_power(p, n);
+}
+
+// Asks for memory to be brought into the second level of the cache.
+template <typename Number>
+inline void prefetch(const Number* from, long count) {
+  for (const char* at = (const char*)from; at < (const char*)(from + count); at += 64)
+    _mm_prefetch(at, _MM_HINT_T1);
 }
 
 // Memory of this thread that is kept between calls.
