@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pla_serve.engine.kernels.amx import Tiles, TileWeight
+from pla_serve.engine.kernels.open import CpuKernels
 from pla_serve.engine.layers.cpu import FusedRMSNorm, PackedLinear
 from pla_serve.engine.layers.cpu.linear import FEW_TOKENS
 from tests.engine.levels import kernels_of
@@ -101,10 +102,10 @@ def test_large_and_small_numbers_survive(tiles: Tiles) -> None:
 
 def test_only_sizes_that_fit_take_it(tiles: Tiles) -> None:
     for size in ((48, 64), (64, 48)):
-        assert PackedLinear(torch.randn(size), None, tiles).tiled is None
-    odd = PackedLinear(torch.randn(64, 64).bfloat16(), None, tiles)
+        assert PackedLinear(torch.randn(size), None, CpuKernels("amx", tiles)).tiled is None
+    odd = PackedLinear(torch.randn(64, 64).bfloat16(), None, CpuKernels("amx", tiles))
     assert odd.tiled is None
-    linear = PackedLinear(torch.randn(64, 64).half().float(), None, tiles)
+    linear = PackedLinear(torch.randn(64, 64).half().float(), None, CpuKernels("amx", tiles))
     assert linear.tiled is not None
     x = torch.randn(1, FEW_TOKENS + 1, 64)
     assert linear(x).shape == x.shape

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pla_serve.engine.kernels import levels, open
+from pla_serve.engine.kernels import compile, levels, open
 from pla_serve.engine.kernels.compile import compile_level, find_compiler
 from pla_serve.engine.kernels.levels import (
     LEVELS,
@@ -70,7 +70,7 @@ def test_without_a_compiler(
 ) -> None:
     if not runnable_levels():
         pytest.skip("no level runs on this processor")
-    monkeypatch.setattr("pla_serve.engine.kernels.compile.BUILT", tmp_path)
+    monkeypatch.setattr(compile, "BUILT", tmp_path)
     monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -81,6 +81,19 @@ def test_without_a_compiler(
     assert open_kernels("auto").level == "torch"
     with pytest.raises(ValueError, match="does not work here"):
         open_kernels(runnable_levels()[0].name)
+
+
+def test_a_library_of_the_wheel_needs_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    brought = tmp_path / "avx2.so"
+    brought.touch()
+    monkeypatch.setattr(compile, "BUILT", tmp_path)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert compile.library_of(level_named("avx2"), tmp_path / "cache") == brought
+    with pytest.raises(OSError, match="no C\\+\\+ compiler"):
+        compile.library_of(level_named("avx512"), tmp_path / "cache")
 
 
 def test_a_level_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

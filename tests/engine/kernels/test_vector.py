@@ -47,6 +47,19 @@ def test_rotary_and_cache(
     assert values[others].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 16), (3, 5, 48), (70, 576)])
+def test_norm(vectors: Vectors, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    inputs, weight = (torch.randn(size) * 3).to(dtype), torch.rand(size[-1]) + 0.5
+    truth = torch.nn.functional.rms_norm(inputs.double(), [size[-1]], weight.double(), 1e-5)
+    assert vectors.norms(inputs)
+    assert not vectors.norms(inputs[..., :8])
+    got = vectors.norm(inputs, weight, 1e-5)
+    assert got.shape == inputs.shape
+    torch.testing.assert_close(got, truth.to(dtype))
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32))
 def test_attention_of_random_batches(vectors: Vectors, seed: int) -> None:

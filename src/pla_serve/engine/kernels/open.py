@@ -12,6 +12,7 @@ import torch
 
 from pla_serve.engine.kernels.amx import Tiles
 from pla_serve.engine.kernels.compile import library_of
+from pla_serve.engine.kernels.few import FewTokens
 from pla_serve.engine.kernels.levels import (
     Level,
     LevelName,
@@ -35,7 +36,9 @@ class CpuKernels:
     tiles: Tiles | None = None
     """Matrix unit, for float32 linears and attention of many tokens."""
     vectors: Vectors | None = None
-    """Vector units, for what the matrix unit does not do."""
+    """Vector units, for what lies between linears."""
+    few: FewTokens | None = None
+    """Vector units, for linears of few tokens."""
     quantised: Quantised | None = None
     """Linears of weights that stay quantised."""
 
@@ -92,13 +95,13 @@ def _open(level: Level) -> CpuKernels | str:
         return f"the compiler failed: {error.stderr.decode(errors='replace').strip()[:500]}"
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    vectors, quantised = Vectors(library), Quantised(library)
-    for part in (tiles, vectors, quantised):
+    vectors, few, quantised = Vectors(library), FewTokens(library), Quantised(library)
+    for part in (tiles, vectors, few, quantised):
         if part is not None and not part.is_right():
             return (
                 f"its {type(part).__name__.lower()} kernels compute wrong results on this machine"
             )
-    return CpuKernels(level.name, tiles, vectors, quantised)
+    return CpuKernels(level.name, tiles, vectors, few, quantised)
 
 
 def load(level: Level) -> ctypes.CDLL:

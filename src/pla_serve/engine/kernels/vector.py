@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from pla_serve.engine.batch.flat import Span
+from pla_serve.engine.kv.blocks import BlockRun
 
 NUMBERS = (torch.float32, torch.bfloat16)
 """Types that the kernels read and write; they compute in float32."""
@@ -31,7 +32,8 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, spans: Sequence[Span]) -> Layout:
         """Return the layout of a batch with these spans, of which there is at least one."""
-        rows, runs = [], []
+        rows: list[tuple[int, ...]] = []
+        runs: list[BlockRun] = []
         for span in spans:
             rows.append((span.start, span.length, span.history, len(runs), len(span.runs)))
             runs += span.runs
@@ -46,6 +48,10 @@ class Vectors:
         self._rotary = library.vectors_rotary
         self._rotary.restype = None
         self._rotary.argtypes = [pointer, ctypes.c_int, *[count] * 4, *[pointer] * 4]
+        self._norm = library.vectors_norm
+        self._norm.restype = None
+        self._norm.argtypes = [pointer, ctypes.c_int, count, count, pointer, ctypes.c_float]
+        self._norm.argtypes += [pointer]
         self._attention = library.vectors_attention
         self._attention.restype = None
         self._attention.argtypes = [pointer, count, count, pointer, pointer, ctypes.c_int, pointer]
@@ -94,6 +100,27 @@ class Vectors:
             keys.data_ptr(),
             values.data_ptr(),
         )
+
+    @staticmethod
+    def norms(inputs: torch.Tensor) -> bool:
+        """Whether `norm` supports these inputs."""
+        fits = inputs.shape[-1] % MULTIPLE == 0 and inputs.dtype in NUMBERS
+        return fits and inputs.is_contiguous()
+
+    def norm(self, inputs: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """Return the root-mean-square norm of ``inputs`` (..., dim), times ``weight`` (dim,)."""
+        dim = inputs.shape[-1]
+        outputs = torch.empty_like(inputs)
+        self._norm(
+            inputs.data_ptr(),
+            inputs.dtype == torch.bfloat16,
+            inputs.numel() // dim,
+            dim,
+            weight.data_ptr(),
+            epsilon,
+            outputs.data_ptr(),
+        )
+        return outputs
 
     @staticmethod
     def attends(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -146,7 +173,13 @@ class Vectors:
 
     def is_right(self) -> bool:
         """Whether the kernels agree with torch on small problems."""
-        return self._turns_right() and self._attends_right()
+        return self._turns_right() and self._norms_right() and self._attends_right()
+
+    def _norms_right(self) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        inputs, weight = torch.randn(17, 48, generator=generator), torch.arange(48.0)
+        right = torch.nn.functional.rms_norm(inputs, [48], weight, 0.1)
+        return torch.allclose(self.norm(inputs, weight, 0.1), right, 1e-4, 1e-4)
 
     def _attends_right(self) -> bool:
         generator = torch.Generator().manual_seed(0)

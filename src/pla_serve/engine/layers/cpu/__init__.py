@@ -67,8 +67,9 @@ def _replace(parent: nn.Module, kernels: CpuKernels, keep: nn.Module | None) -> 
         if child is keep or isinstance(child, FusedLayer):
             continue
         if type(child) is nn.Linear and packs(child.weight.dtype):
-            setattr(parent, name, PackedLinear.of(child, tiles=kernels.tiles))
+            setattr(parent, name, PackedLinear.of(child, kernels=kernels))
         elif (epsilon := rms_epsilon(child)) is not None:
-            setattr(parent, name, FusedRMSNorm(cast("torch.Tensor", child.weight), epsilon))
+            weight = cast("torch.Tensor", child.weight)
+            setattr(parent, name, FusedRMSNorm(weight, epsilon, kernels.vectors))
         else:
             _replace(child, kernels, keep)

@@ -23,7 +23,7 @@ def joined(kernels: CpuKernels, *linears: Any) -> Product:
     """
     if _all_quantised(linears):
         return QuantisedLinear.joined(*linears)
-    return PackedLinear.of(*linears, tiles=kernels.tiles)
+    return PackedLinear.of(*linears, kernels=kernels)
 
 
 def gated(kernels: CpuKernels, gate: Any, up: Any) -> GatedLinear | QuantisedGate:
@@ -35,7 +35,7 @@ def gated(kernels: CpuKernels, gate: Any, up: Any) -> GatedLinear | QuantisedGat
     """
     if _all_quantised((gate, up)):
         return QuantisedGate(gate, up)
-    return GatedLinear(gate, up, kernels.tiles)
+    return GatedLinear(gate, up, kernels)
 
 
 def reordered(linear: Any, order: torch.Tensor) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 
 from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
+from pla_serve.engine.kernels.vector import Vectors
 from pla_serve.engine.layers.cpu.join import Product, gated, joined, reordered
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.loading.stock import require_children
@@ -76,10 +77,11 @@ class FusedLayer(nn.Module):
         self.query_heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         order = _neighbours(self.head_dim)
-        self.before_attention = _norm(stock.input_layernorm)
-        self.before_mlp = _norm(stock.post_attention_layernorm)
-        self.query_norm = _norm(attention.q_norm, order) if hasattr(attention, "q_norm") else None
-        self.key_norm = _norm(attention.k_norm, order) if hasattr(attention, "k_norm") else None
+        self.before_attention = _norm(stock.input_layernorm, vectors)
+        self.before_mlp = _norm(stock.post_attention_layernorm, vectors)
+        has_norms = hasattr(attention, "q_norm"), hasattr(attention, "k_norm")
+        self.query_norm = _norm(attention.q_norm, vectors, order) if has_norms[0] else None
+        self.key_norm = _norm(attention.k_norm, vectors, order) if has_norms[1] else None
         self.qkv = joined(
             kernels,
             reordered(attention.q_proj, order),
@@ -155,11 +157,12 @@ class FusedLayer(nn.Module):
         return torch.cat((self.query_norm(queries), self.key_norm(keys), values), dim=1)
 
 
-def _norm(stock: Any, order: torch.Tensor | None = None) -> FusedRMSNorm:
+def _norm(stock: Any, vectors: Vectors | None, order: torch.Tensor | None = None) -> FusedRMSNorm:
     epsilon = rms_epsilon(stock)
     if epsilon is None:
         raise TypeError(f"{type(stock).__name__} is no plain RMS norm")
-    return FusedRMSNorm(stock.weight if order is None else stock.weight[order], epsilon)
+    weight = stock.weight if order is None else stock.weight[order]
+    return FusedRMSNorm(weight, epsilon, vectors)
 
 
 def _neighbours(head_dim: int) -> torch.Tensor:

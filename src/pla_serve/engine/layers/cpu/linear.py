@@ -7,12 +7,12 @@ from typing import Literal, cast
 import torch
 
 from pla_serve.engine.kernels.amx import Tiles, TileWeight
+from pla_serve.engine.kernels.few import FEW_TOKENS, FewTokens, FewWeight
+from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm
 
 PACKING_TOKENS = 256
 """Batch size that oneDNN packs weights for; the layout is good for smaller batches as well."""
-FEW_TOKENS = 12
-"""Most tokens for which reading weights takes longest, so that float16 weights are faster."""
 
 AfterOne = Literal["none", "swish"]
 AfterTwo = Literal["add", "mul"]
@@ -25,34 +25,41 @@ class PackedLinear(torch.nn.Module):
     batch. An activation, or a sum or product with another tensor, is computed while the result of
     the linear is still in the processor's cache.
 
-    Weights that float16 represents exactly, as most GGUF files have, are kept in float16 as well,
-    if this build of torch can multiply them with float32 inputs (fbgemm). They are converted before
-    they are multiplied, so results stay the same, and half as many bytes are read.
+    Weights that bfloat16 or float16 represents exactly, as most files have, are kept in that form
+    as well, for few tokens: by kernels of this project, or if there are none by torch's for float16
+    weights and float32 inputs (fbgemm). They are converted before they are multiplied, so results
+    stay the same, and half as many bytes are read.
 
     Args:
         weight: (out, in).
         bias: (out,).
-        tiles: kernels for the matrix unit; used for more than FEW_TOKENS if they fit the weight.
+        kernels: used if they fit the weight.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, tiles: Tiles | None = None
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        kernels: CpuKernels = TORCH_ALONE,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-        self.narrow = _pack_half(weight, bias)
-        self._tiles = tiles if TileWeight.fits(weight) else None
+        self._few = kernels.few
+        self.few = None if self._few is None else self._few.pack(weight)
+        self._wide_bias = None if bias is None else bias.float()
+        self.narrow = _pack_half(weight, bias) if self.few is None else None
+        self._tiles = kernels.tiles if TileWeight.fits(weight) else None
         # Not parameters: packed tensors have no storage, which state_dict and .to() need.
         self.tiled = None if self._tiles is None else TileWeight(weight)
         self.packed = None
-        if self.tiled is None or self.narrow is None:
+        if self.tiled is None or (self.narrow is None and self.few is None):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(
                 weight.contiguous(), PACKING_TOKENS
             )
 
     @classmethod
-    def of(cls, *linears: torch.nn.Linear, tiles: Tiles | None = None) -> PackedLinear:
+    def of(cls, *linears: torch.nn.Linear, kernels: CpuKernels = TORCH_ALONE) -> PackedLinear:
         """Return one linear with the outputs of all these, one after another.
 
         Raises:
@@ -62,7 +69,7 @@ class PackedLinear(torch.nn.Module):
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if len(biases) not in (0, len(linears)):
             raise ValueError("linears with and without a bias cannot be joined")
-        return cls(weight, torch.cat([bias.data for bias in biases]) if biases else None, tiles)
+        return cls(weight, torch.cat([bias.data for bias in biases]) if biases else None, kernels)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
@@ -73,6 +80,10 @@ class PackedLinear(torch.nn.Module):
         tokens = inputs.numel() // self.in_features
         if tokens == 0:
             return inputs.new_empty(*inputs.shape[:-1], self.out_features)
+        if (few := self.few_for(tokens)) is not None:
+            flat = inputs.reshape(tokens, self.in_features)
+            outputs = few[0].linear(flat, few[1], self._wide_bias, after)
+            return outputs.view(*inputs.shape[:-1], self.out_features)
         if self.narrow is not None and tokens <= FEW_TOKENS:
             outputs = _multiply_half(inputs, self.narrow)
             return torch.nn.functional.silu(outputs, inplace=True) if after == "swish" else outputs
@@ -83,6 +94,12 @@ class PackedLinear(torch.nn.Module):
         outputs = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, after, [], "")
         return cast("torch.Tensor", outputs)
 
+    def few_for(self, tokens: int) -> tuple[FewTokens, FewWeight] | None:
+        """Return the kernels for few tokens and the weight for them; None if others are faster."""
+        if self._few is None or self.few is None or tokens > FEW_TOKENS:
+            return None
+        return self._few, self.few
+
     def tiles_for(self, tokens: int) -> tuple[Tiles, TileWeight] | None:
         """Return the matrix unit kernels and the weight for them; None if others are faster."""
         if self._tiles is None or self.tiled is None or tokens <= FEW_TOKENS:
@@ -91,6 +108,8 @@ class PackedLinear(torch.nn.Module):
 
     def of_normed(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
         """Return the linear of the norm of ``inputs`` (tokens, in)."""
+        if (few := self.few_for(inputs.shape[0])) is not None:
+            return few[0].linear(inputs, few[1], self._wide_bias, norm=norm)
         if (tiles := self.tiles_for(inputs.shape[0])) is not None:
             return tiles[0].linear(inputs, tiles[1], self.bias, norm=norm)
         return self.then(norm(inputs), "none")
@@ -99,6 +118,8 @@ class PackedLinear(torch.nn.Module):
         self, inputs: torch.Tensor, other: torch.Tensor, after: AfterTwo
     ) -> torch.Tensor:
         """Return the linear's result plus or times ``other`` (tokens, out)."""
+        if (few := self.few_for(inputs.shape[0])) is not None:
+            return few[0].linear(inputs, few[1], self._wide_bias, after, other)
         if self.narrow is not None and inputs.shape[0] <= FEW_TOKENS:
             outputs = _multiply_half(inputs, self.narrow)
             return outputs.add_(other) if after == "add" else outputs.mul_(other)
@@ -112,17 +133,24 @@ class GatedLinear(torch.nn.Module):
     """Gated part of an MLP: ``up(norm(x)) * SiLU(gate(norm(x)))``."""
 
     def __init__(
-        self, gate: torch.nn.Linear, up: torch.nn.Linear, tiles: Tiles | None = None
+        self, gate: torch.nn.Linear, up: torch.nn.Linear, kernels: CpuKernels = TORCH_ALONE
     ) -> None:
         super().__init__()
-        self.gate = PackedLinear.of(gate, tiles=tiles)
-        self.up = PackedLinear.of(up, tiles=tiles)
+        self.gate = PackedLinear.of(gate, kernels=kernels)
+        self.up = PackedLinear.of(up, kernels=kernels)
+        plain = self.gate.bias is None and self.up.bias is None
+        few = self.gate.few, self.up.few
+        same_kind = few[0] is not None and few[1] is not None and few[0].kind == few[1].kind
+        self._few_together = plain and same_kind
         gates, ups = self.gate.tiled, self.up.tiled
         same = gates is not None and ups is not None and gates.parts == ups.parts
-        self._together = same and self.gate.bias is None and self.up.bias is None
+        self._together = same and plain
 
     def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
         """Map (tokens, in) to (tokens, out)."""
+        few = self.up.few_for(inputs.shape[0])
+        if self._few_together and few is not None:
+            return few[0].linear(inputs, few[1], gate=self.gate.few, norm=norm)
         tiles = self.up.tiles_for(inputs.shape[0])
         if self._together and tiles is not None:
             return tiles[0].linear(inputs, tiles[1], None, gate=self.gate.tiled, norm=norm)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import torch
 
+from pla_serve.engine.kernels.vector import Vectors
+
 
 class FusedRMSNorm(torch.nn.Module):
     """Root-mean-square norm, computed in float32.
 
-    Torch has no single kernel for it on a CPU. Its own version makes eight calls; this one makes
-    five, of which three read the whole input.
+    Torch has no single kernel for it on a CPU. Its own version makes eight calls; without
+    ``vectors`` this one makes five, of which three read the whole input.
 
     Args:
         weight: (dim,).
         epsilon: number that is added to the mean square.
+        vectors: kernels that do it in one pass.
     """
 
-    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+    def __init__(
+        self, weight: torch.Tensor, epsilon: float, vectors: Vectors | None = None
+    ) -> None:
         super().__init__()
+        self._vectors = vectors
         self.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
         self.epsilon = epsilon
         self._added = torch.tensor(epsilon)
@@ -25,6 +31,8 @@ class FusedRMSNorm(torch.nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the norm of ``inputs`` (..., dim)."""
+        if self._vectors is not None and self._vectors.norms(inputs):
+            return self._vectors.norm(inputs, self.weight, self.epsilon)
         wide = inputs.float()
         lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scales = torch.addcmul(self._added, lengths, lengths, value=self._per_element).rsqrt_()

@@ -3,6 +3,9 @@
 // The rows of one task are the queries of some tokens, with all heads that share a KV head. Keys are
 // transposed and values copied a block at a time, from wherever their slots lie, and used for all
 // rows of the task while they are in the cache.
+//
+// With PAIRS, products are those of pairs of bfloat16 numbers, which stand in the place of one float32
+// number each: two elements of a head that follow each other, or those of two keys.
 
 #include <omp.h>
 
@@ -39,6 +42,8 @@ struct Batch {
   float scale;
   Number* out;  // (tokens, heads * groups, dim)
 
+  // Factor that turns products of queries and keys into exponents of two.
+  float factor() const { return scale * LOG2_E; }
   // Numbers in a row of sums: dim, and zeros up to whole products.
   long wide() const { return (dim + WIDTH - 1) / WIDTH * WIDTH; }
 };
@@ -83,9 +88,9 @@ struct Slots {
 // Rows of queries, and their sums so far.
 struct State {
   long rows, padded;  // rows, and a multiple of those of a product that holds them
-  float* queries;     // [group of rows of a product][dim][row], times scale and log2(e)
+  float* queries;     // [group of rows of a product][dim][row]; without PAIRS times the factor
   float* sums;        // [row][wide]
-  float *keys, *values, *scores;
+  float *keys, *values, *scores, *weights;
   float most[MOST_ROWS + ROWS];
   alignas(64) float totals[(MOST_ROWS + ROWS) * LANES];  // a sum for each lane
   long seen[MOST_ROWS + ROWS];                           // number of keys that a row sees
@@ -93,10 +98,11 @@ struct State {
   float total(long row) const { return sum(load(totals + row * LANES)); }
 };
 
-template <long R, typename Number>
+template <long R, bool PAIRS, typename Number>
 void pack_queries(const Batch<Number>& batch, const Task& task, State& state) {
   const Span& span = *task.span;
-  const Floats scale = every(batch.scale * LOG2_E);
+  const Floats factor = every(batch.factor());
+  const long words = PAIRS ? batch.dim / 2 : batch.dim;
   alignas(64) float row[MOST_DIM];
   for (long number = 0; number < state.padded; ++number) {
     // Rows beyond the last repeat it; what becomes of them is not written.
@@ -104,9 +110,12 @@ void pack_queries(const Batch<Number>& batch, const Task& task, State& state) {
     const long at = task.token + real / batch.groups, group = real % batch.groups;
     const Number* from = batch.q + (span.start + at) * batch.q_token +
                          (task.head * batch.groups + group) * batch.q_head;
-    for (long i = 0; i < batch.dim; i += LANES) store(row + i, mul(load(from + i), scale));
-    float* to = state.queries + number / R * R * batch.dim + number % R;
-    for (long i = 0; i < batch.dim; ++i) to[i * R] = row[i];
+    if constexpr (PAIRS)
+      std::memcpy(row, from, words * sizeof(float));
+    else
+      for (long i = 0; i < words; i += LANES) store(row + i, mul(load(from + i), factor));
+    float* to = state.queries + number / R * R * words + number % R;
+    for (long i = 0; i < words; ++i) std::memcpy(to + i * R, row + i, sizeof(float));
     state.seen[number] = span.history + at + 1;
     state.most[number] = NEVER;
   }
@@ -114,37 +123,58 @@ void pack_queries(const Batch<Number>& batch, const Task& task, State& state) {
   std::fill_n(state.sums, state.padded * batch.wide(), 0.f);
 }
 
+// Writes values of one key, and with PAIRS those of the key before it, to their panels. `before` may
+// be null: a last key without a partner.
+template <bool PAIRS, typename Number>
+inline void pack_values(const Number* before, const Number* value, long number, long dim, float* to) {
+  for (long i = 0; i < dim; i += LANES) {
+    float* panel = to + i / WIDTH * (PAIRS ? KEYS / 2 : KEYS) * WIDTH + i % WIDTH;
+    if constexpr (PAIRS)
+      store_pairs(panel + number / 2 * WIDTH, before ? before + i : value + i, before ? value + i : nullptr);
+    else
+      store(panel + number * WIDTH, load(value + i));
+  }
+}
+
 // Writes a block of keys as [panel of WIDTH keys][dim][WIDTH], and values as
 // [panel of WIDTH elements][KEYS][WIDTH]. Missing keys become zeros.
-template <typename Number>
-void pack_block(const Batch<Number>& batch, Slots& slots, long head, long count,
-                State& s) {
-  const long dim = batch.dim, offset = head * dim;
+template <bool PAIRS, typename Number>
+void pack_block(const Batch<Number>& batch, Slots& slots, long head, long count, State& s) {
+  const long dim = batch.dim, offset = head * dim, words = PAIRS ? dim / 2 : dim;
   if (count < KEYS) {
-    std::fill_n(s.keys, KEYS * dim, 0.f);
-    std::fill_n(s.values, KEYS * batch.wide(), 0.f);
+    std::fill_n(s.keys, KEYS * words, 0.f);
+    std::fill_n(s.values, KEYS * batch.wide() / (PAIRS ? 2 : 1), 0.f);
   }
   const float* rows[LANES];
+  const Number* before = nullptr;
   alignas(64) float widened[LANES * MOST_DIM];
   slots.take(count, [&](long number, int64_t slot) {
     const Number* key = batch.k + slot * batch.kv_token + offset;
     const Number* value = batch.v + slot * batch.kv_token + offset;
-    for (long i = 0; i < dim; i += LANES)
-      store(s.values + i / WIDTH * KEYS * WIDTH + number * WIDTH + i % WIDTH, load(value + i));
+    if (!PAIRS || number % 2 || number == count - 1)
+      pack_values<PAIRS>(number % 2 ? before : nullptr, value, number, dim, s.values);
+    before = value;
     const long lane = number % LANES;
-    rows[lane] = as_floats(key, dim, widened + lane * MOST_DIM);
+    if constexpr (PAIRS)
+      rows[lane] = (const float*)key;
+    else
+      rows[lane] = as_floats(key, dim, widened + lane * MOST_DIM);
     if (lane != LANES - 1 && number != count - 1) return;
     const long first = number - lane;
-    for (long missing = lane + 1; missing < LANES; ++missing)
-      rows[missing] = (const float*)std::memset(widened + missing * MOST_DIM, 0, dim * sizeof(float));
-    float* to = s.keys + first / WIDTH * dim * WIDTH + first % WIDTH;
-    for (long i = 0; i < dim; i += LANES) transpose(rows, i, to + i * WIDTH, WIDTH);
+    for (long missing = lane + 1; missing < LANES; ++missing) {
+      std::fill_n(widened + missing * MOST_DIM, words, 0.f);
+      rows[missing] = widened + missing * MOST_DIM;
+    }
+    float* to = s.keys + first / WIDTH * words * WIDTH + first % WIDTH;
+    for (long i = 0; i < words; i += LANES) transpose(rows, i, to + i * WIDTH, WIDTH);
   });
 }
 
 // Turns R rows of scores into weights, and scales their sums down where the maximum has grown.
-template <long R>
-void soften(State& state, long first_row, long first_key, long keys, long wide) {
+// `factor` turns scores into exponents, with PAIRS; otherwise they are exponents already.
+template <long R, bool PAIRS>
+void soften(State& state, long first_row, long first_key, long keys, long wide, float factor) {
+  if (!PAIRS) factor = 1.f;
   for (long i = 0; i < R; ++i) {
     const long row = first_row + i, seen = state.seen[row] - first_key;
     float* own = state.scores + i * KEYS;
@@ -156,18 +186,22 @@ void soften(State& state, long first_row, long first_key, long keys, long wide) 
     float* totals = state.totals + row * LANES;
     if (any_above(top, every(state.most[row]))) {
       const float most = std::max(state.most[row], largest(top));
-      const Floats kept = power_of_two(every(state.most[row] - most));
+      const Floats kept = power_of_two(every((state.most[row] - most) * factor));
       state.most[row] = most;
       store(totals, mul(load(totals), kept));
       float* sums = state.sums + row * wide;
       for (long at = 0; at < wide; at += LANES) store(sums + at, mul(load(sums + at), kept));
     }
-    const Floats base = every(state.most[row]);
+    const Floats base = every(state.most[row] * factor);
     Floats total = load(totals);
     for (long key = 0; key < keys; key += LANES) {
-      const Floats weight = power_of_two(sub(load(own + key), base));
+      const Floats score = PAIRS ? mul(load(own + key), every(factor)) : load(own + key);
+      const Floats weight = power_of_two(sub(score, base));
       total = add(total, weight);
-      store(own + key, weight);
+      if (PAIRS)
+        store((Half*)(state.weights + i * (KEYS / 2)) + key, weight);
+      else
+        store(own + key, weight);
     }
     store(totals, total);
   }
@@ -182,34 +216,37 @@ void write(const Batch<Number>& batch, const Task& task, long row, const float* 
   for (long i = 0; i < batch.dim; i += LANES) store(to + i, mul(load(sums + i), every(1.f / total)));
 }
 
-// Keeps the results of a task that has seen some of the keys: maximum, total and sums of each row.
-inline void keep(const Task& task, const State& state, long wide) {
+// Keeps the results of a task that has seen some of the keys: the maximum as an
+// exponent, total and sums of each row.
+inline void keep(const Task& task, const State& state, long wide, float factor) {
   for (long row = 0; row < state.rows; ++row) {
     float* to = task.part + row * (wide + 2);
-    to[0] = state.most[row];
+    to[0] = state.most[row] * factor;
     to[1] = state.total(row);
     std::copy_n(state.sums + row * wide, wide, to + 2);
   }
 }
 
-template <long R, typename Number>
+template <long R, bool PAIRS, typename Number>
 void attend(const Batch<Number>& batch, const Task& task) {
-  const long dim = batch.dim, wide = batch.wide();
+  constexpr long IN_WORD = PAIRS ? 2 : 1;  // numbers that stand in the place of one float32
+  const long dim = batch.dim, wide = batch.wide(), words = dim / IN_WORD;
   State state;
   state.rows = task.tokens * batch.groups;
   state.padded = (state.rows + R - 1) / R * R;
-  state.queries = buffer(state.padded * (dim + wide) + KEYS * (dim + wide + R));
-  state.sums = state.queries + state.padded * dim;
+  state.queries = buffer(state.padded * (words + wide) + KEYS * (words + wide + 2 * R));
+  state.sums = state.queries + state.padded * words;
   state.keys = state.sums + state.padded * wide;
-  state.values = state.keys + KEYS * dim;
-  state.scores = state.values + KEYS * wide;
-  pack_queries<R>(batch, task, state);
-  if (wide > dim) std::fill_n(state.values, KEYS * wide, 0.f);
+  state.values = state.keys + KEYS * words;
+  state.scores = state.values + KEYS * wide / IN_WORD;
+  state.weights = PAIRS ? state.scores + KEYS * R : state.scores;
+  pack_queries<R, PAIRS>(batch, task, state);
+  if (wide > dim) std::fill_n(state.values, KEYS * wide / IN_WORD, 0.f);
   Slots slots(batch.runs + task.span->first_run);
   slots.skip(task.first_key);
   for (long first_key = task.first_key; first_key < task.end_key; first_key += KEYS) {
     const long count = std::min(KEYS, task.end_key - first_key);
-    pack_block(batch, slots, task.head, count, state);
+    pack_block<PAIRS>(batch, slots, task.head, count, state);
     const long keys = (count + WIDTH - 1) / WIDTH * WIDTH;
     Slots next = slots;
     const long rest = std::min(KEYS, task.end_key - first_key - count);
@@ -221,16 +258,18 @@ void attend(const Batch<Number>& batch, const Task& task) {
         prefetch(batch.v + slot * batch.kv_token + task.head * dim, dim);
       });
       if (state.seen[row + R - 1] <= first_key) continue;
-      const float* queries = state.queries + row * dim;
+      const float* queries = state.queries + row * words;
       for (long key = 0; key < keys; key += WIDTH)
-        multiply<R, false>(queries, R, 1, state.keys + key * dim, dim, state.scores + key, KEYS);
-      soften<R>(state, row, first_key, keys, wide);
+        multiply<R, false, PAIRS>(queries, R, 1, state.keys + key * words, words,
+                                  state.scores + key, KEYS);
+      soften<R, PAIRS>(state, row, first_key, keys, wide, batch.factor());
       for (long at = 0; at < wide; at += WIDTH)
-        multiply<R, true>(state.scores, 1, KEYS, state.values + at * KEYS, keys,
-                          state.sums + row * wide + at, wide);
+        multiply<R, true, PAIRS>(state.weights, 1, KEYS / IN_WORD,
+                                 state.values + at * KEYS / IN_WORD, keys / IN_WORD,
+                                 state.sums + row * wide + at, wide);
     }
   }
-  if (task.part) return keep(task, state, wide);
+  if (task.part) return keep(task, state, wide, PAIRS ? batch.factor() : 1.f);
   for (long row = 0; row < state.rows; ++row)
     write(batch, task, row, state.sums + row * wide, state.total(row));
 }
@@ -316,7 +355,7 @@ struct Plan {
   }
 };
 
-template <typename Number>
+template <bool PAIRS, typename Number>
 void attend_batch(const Batch<Number>& batch, const Span* spans, long count) {
   const Plan plan(spans, count, batch.heads, batch.groups, batch.wide(), omp_get_max_threads());
   const long tasks = plan.tasks.size(), joined = plan.joined.size();
@@ -326,9 +365,9 @@ void attend_batch(const Batch<Number>& batch, const Span* spans, long count) {
     for (long i = 0; i < tasks; ++i) {
       const Task& task = plan.tasks[plan.order[i]];
       if (task.tokens * batch.groups <= 2 * FEW_ROWS)
-        attend<FEW_ROWS>(batch, task);
+        attend<FEW_ROWS, PAIRS>(batch, task);
       else
-        attend<ROWS>(batch, task);
+        attend<ROWS, PAIRS>(batch, task);
     }
 #pragma omp for schedule(dynamic, 1)
     for (long i = 0; i < joined; ++i)
@@ -350,12 +389,16 @@ extern "C" void vectors_attention(const void* q, long q_token, long q_head, cons
                                   const int64_t* runs, long heads, long groups, long dim,
                                   float scale, void* out) {
   const Run* slots = (const Run*)runs;
-  if (narrow)
-    attend_batch(Batch<Half>{(const Half*)q, (const Half*)k, (const Half*)v, q_token, q_head,
-                             heads * dim, slots, heads, groups, dim, scale, (Half*)out},
-                 (const Span*)spans, count);
+  const Span* sequences = (const Span*)spans;
+  if (!narrow)
+    return attend_batch<false>(
+        Batch<float>{(const float*)q, (const float*)k, (const float*)v, q_token, q_head,
+                     heads * dim, slots, heads, groups, dim, scale, (float*)out},
+        sequences, count);
+  const Batch<Half> batch{(const Half*)q, (const Half*)k, (const Half*)v, q_token, q_head,
+                          heads * dim, slots, heads, groups, dim, scale, (Half*)out};
+  if (HAS_PAIRS && dim % (2 * LANES) == 0 && scale > 0)
+    attend_batch<HAS_PAIRS>(batch, sequences, count);
   else
-    attend_batch(Batch<float>{(const float*)q, (const float*)k, (const float*)v, q_token, q_head,
-                              heads * dim, slots, heads, groups, dim, scale, (float*)out},
-                 (const Span*)spans, count);
+    attend_batch<false>(batch, sequences, count);
 }

@@ -13,9 +13,28 @@ constexpr long ROWS = 6, COLUMNS = 2;  // 12 of 16
 #endif
 constexpr long WIDTH = COLUMNS * LANES;
 
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
+inline Floats dot_pairs(Floats a, Floats b, Floats c) {
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+}
+// Writes numbers of two rows as pairs; those of `high` are zeros if it is null.
+inline void store_pairs(float* to, const Half* low, const Half* high) {
+  const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
+  if (!high) return _mm512_storeu_si512(to, first);
+  const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+  _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+#else
+constexpr bool HAS_PAIRS = false;
+inline Floats dot_pairs(Floats, Floats, Floats c) { return c; }  // never called
+inline void store_pairs(float*, const Half*, const Half*) {}
+#endif
+
 // c (R, WIDTH), with c_row numbers from row to row, becomes a b, or c + a b if ADDS. The element
 // of row r and step i of a is a[i * a_step + r * a_row]; b is (steps, WIDTH), dense.
-template <long R, bool ADDS>
+// With PAIRS each number of a and b is two bfloat16 ones, whose products are added.
+template <long R, bool ADDS, bool PAIRS = false>
 [[gnu::always_inline]] inline void multiply(const float* a, long a_step, long a_row, const float* b, long steps, float* c,
                      long c_row) {
   Floats sums[R][COLUMNS];
@@ -33,7 +52,8 @@ template <long R, bool ADDS>
       const Floats factor = every(a[row * a_row]);
 #pragma GCC unroll 2
       for (long column = 0; column < COLUMNS; ++column)
-        sums[row][column] = fma(factor, columns[column], sums[row][column]);
+        sums[row][column] = PAIRS ? dot_pairs(factor, columns[column], sums[row][column])
+                                  : fma(factor, columns[column], sums[row][column]);
     }
   }
 #pragma GCC unroll 12

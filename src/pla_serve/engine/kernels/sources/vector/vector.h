@@ -14,6 +14,9 @@
 namespace {
 
 using Half = uint16_t;  // the bits of a bfloat16
+struct Half16 {         // those of a float16
+  uint16_t bits;
+};
 
 #if defined(__AVX512F__)
 
@@ -53,6 +56,9 @@ inline Floats fmaddsub(Floats a, Floats b, Floats c) { return _mm512_fmaddsub_ps
 inline Floats load(const Half* from) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline Floats load(const Half16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 }
 inline __m512i bits(Floats v) { return _mm512_castps_si512(v); }
 inline void store(Half* to, Floats v) {
@@ -116,6 +122,9 @@ inline Floats fmaddsub(Floats a, Floats b, Floats c) { return _mm256_fmaddsub_ps
 inline Floats load(const Half* from) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Floats load(const Half16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 }
 inline void store(Half* to, Floats v) {
   const __m256i bits = _mm256_castps_si256(v);
