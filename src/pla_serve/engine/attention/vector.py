@@ -8,7 +8,7 @@ from pla_serve.engine.attention.sdpa import SdpaCpu, context
 from pla_serve.engine.batch.flat import FlatBatch, Span
 from pla_serve.engine.kernels.amx import Tiles
 from pla_serve.engine.kernels.open import CpuKernels
-from pla_serve.engine.kernels.vector import Layout, Vectors
+from pla_serve.engine.kernels.vector import SpanTable, Vectors
 from pla_serve.engine.kv.cache import KVCache
 
 TILED_TOKENS = 64
@@ -30,7 +30,7 @@ class VectorAttention:
         self._vectors = vectors
         self._tiles = tiles
         self._torch = SdpaCpu()
-        self._last: tuple[FlatBatch | None, Layout | None] = None, None
+        self._last: tuple[FlatBatch | None, SpanTable | None] = None, None
 
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
@@ -45,8 +45,8 @@ class VectorAttention:
             query = query.contiguous()
         output = query.new_empty(tokens, heads, dim)
         tiles = self._tiles if self._tiles and self._tiles.attends(*shape) else None
-        if (layout := self._layout(batch, tiles is not None)) is not None:
-            self._vectors.attention(query, keys, values, layout, scaling, output)
+        if (table := self._table(batch, tiles is not None)) is not None:
+            self._vectors.attention(query, keys, values, table, scaling, output)
         if tiles is not None:
             for span in filter(_is_long, batch.spans):
                 end = span.start + span.length
@@ -55,11 +55,11 @@ class VectorAttention:
                 output[span.start : end] = tiles.attention(new, *own, span.history, scaling)
         return output
 
-    def _layout(self, batch: FlatBatch, without_long: bool) -> Layout | None:
-        """Return the layout of the batch for the vector units, made once for all layers."""
+    def _table(self, batch: FlatBatch, without_long: bool) -> SpanTable | None:
+        """Return the table of the batch for the vector units, made once for all layers."""
         if self._last[0] is not batch:
             spans = [span for span in batch.spans if not (without_long and _is_long(span))]
-            self._last = batch, Layout.of(spans) if spans else None
+            self._last = batch, SpanTable.of(spans) if spans else None
         return self._last[1]
 
 

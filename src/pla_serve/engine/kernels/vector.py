@@ -21,7 +21,7 @@ MOST_GROUPS = 64
 """Most query heads that may share a KV head; ``attention.cpp`` has room for more."""
 
 
-class Layout(NamedTuple):
+class SpanTable(NamedTuple):
     """Lengths and KV slots of the sequences of a batch, as the attention kernel reads them."""
 
     spans: torch.Tensor
@@ -30,8 +30,8 @@ class Layout(NamedTuple):
     """(runs, 2) int64: KV slots of history and new tokens, as runs (first, end) of neighbours."""
 
     @classmethod
-    def of(cls, spans: Sequence[Span]) -> Layout:
-        """Return the layout of a batch with these spans, of which there is at least one."""
+    def of(cls, spans: Sequence[Span]) -> SpanTable:
+        """Return the table of a batch with these spans, of which there is at least one."""
         rows: list[tuple[int, ...]] = []
         runs: list[BlockRun] = []
         for span in spans:
@@ -133,7 +133,7 @@ class Vectors:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        layout: Layout,
+        table: SpanTable,
         scaling: float,
         output: torch.Tensor,
     ) -> None:
@@ -144,7 +144,7 @@ class Vectors:
             keys: memory of a layer (slots, KV heads, head dim), contiguous, of the same type, as
                 is ``values``. KV of the new tokens is there already.
             output: (tokens, heads, head dim), contiguous, of the same type. Only the rows of
-                sequences in ``layout`` are written.
+                sequences in ``table`` are written.
         """
         heads, tokens, dim = query.shape
         kv_heads = keys.shape[1]
@@ -161,9 +161,9 @@ class Vectors:
             keys.data_ptr(),
             values.data_ptr(),
             query.dtype == torch.bfloat16,
-            layout.spans.data_ptr(),
-            len(layout.spans),
-            layout.runs.data_ptr(),
+            table.spans.data_ptr(),
+            len(table.spans),
+            table.runs.data_ptr(),
             kv_heads,
             heads // kv_heads,
             dim,
@@ -191,9 +191,9 @@ class Vectors:
         right = torch.nn.functional.scaled_dot_product_attention(
             query, *parts, attn_mask=mask, scale=0.5, enable_gqa=True
         ).transpose(0, 1)
-        layout = Layout(torch.tensor([[0, 30, 100, 0, 2]]), torch.tensor([[20, 140], [0, 10]]))
+        table = SpanTable(torch.tensor([[0, 30, 100, 0, 2]]), torch.tensor([[20, 140], [0, 10]]))
         got = torch.empty(30, 4, 32)
-        self.attention(query, keys, values, layout, 0.5, got)
+        self.attention(query, keys, values, table, 0.5, got)
         return torch.allclose(got, right, 1e-4, 1e-4)
 
     def _turns_right(self) -> bool:

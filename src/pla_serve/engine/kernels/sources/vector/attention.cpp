@@ -258,14 +258,16 @@ void attend(const Batch<Number>& batch, const Task& task) {
         prefetch(batch.v + slot * batch.kv_token + task.head * dim, dim);
       });
       if (state.seen[row + R - 1] <= first_key) continue;
+      const long seen = (state.seen[row + R - 1] - first_key + WIDTH - 1) / WIDTH * WIDTH;
+      const long own = std::min(keys, seen);
       const float* queries = state.queries + row * words;
-      for (long key = 0; key < keys; key += WIDTH)
+      for (long key = 0; key < own; key += WIDTH)
         multiply<R, false, PAIRS>(queries, R, 1, state.keys + key * words, words,
                                   state.scores + key, KEYS);
-      soften<R, PAIRS>(state, row, first_key, keys, wide, batch.factor());
+      soften<R, PAIRS>(state, row, first_key, own, wide, batch.factor());
       for (long at = 0; at < wide; at += WIDTH)
         multiply<R, true, PAIRS>(state.weights, 1, KEYS / IN_WORD,
-                                 state.values + at * KEYS / IN_WORD, keys / IN_WORD,
+                                 state.values + at * KEYS / IN_WORD, own / IN_WORD,
                                  state.sums + row * wide + at, wide);
     }
   }

@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr long MOST = LANES == 16 ? 12 : 6;  // tokens that pass over the weights together
+
 struct Few {
   long rows, inputs, outputs;
   const float* bias;  // may be null
@@ -119,14 +121,14 @@ void dispatch(const Few& job, const Number* x, const Weight* w, const Weight* ga
     multiply_few<1>(job, x, w, gate, other, y);
   else if (job.rows <= 4)
     multiply_few<4>(job, x, w, gate, other, y);
-  else if (job.rows <= 8 && ROWS > 8)
+  else if (job.rows <= 8 && MOST > 8)
     multiply_few<8>(job, x, w, gate, other, y);
-  else if (job.rows <= ROWS)
-    multiply_few<ROWS>(job, x, w, gate, other, y);
-  else  // two halves, where there are few registers
-    for (long first = 0; first < job.rows; first += ROWS) {
+  else if (job.rows <= MOST)
+    multiply_few<MOST>(job, x, w, gate, other, y);
+  else
+    for (long first = 0; first < job.rows; first += MOST) {
       Few part = job;
-      part.rows = std::min(ROWS, job.rows - first);
+      part.rows = std::min(MOST, job.rows - first);
       dispatch(part, x + first * job.inputs, w, gate, other ? other + first * job.outputs : other,
                y + first * job.outputs);
     }

@@ -9,7 +9,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr long ROWS = 12, COLUMNS = 2;  // 24 of 32 registers hold results
 #else
-constexpr long ROWS = 6, COLUMNS = 2;  // 12 of 16
+constexpr long ROWS = 4, COLUMNS = 2;  // 8 of 16; of more, compilers keep some in memory
 #endif
 constexpr long WIDTH = COLUMNS * LANES;
 
