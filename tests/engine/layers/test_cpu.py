@@ -10,11 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, OlmoConfig
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.batch.flat import SpanRequest, last_tokens
+from pla_serve.engine.batch.staging import DirectUploader, stage
 from pla_serve.engine.layers.cpu import FusedLayer, FusedRMSNorm, PackedLinear, optimise
 from pla_serve.engine.layers.cpu.layer import TurningRotary
 from pla_serve.engine.layers.cpu.linear import FEW_TOKENS
 from pla_serve.engine.layers.cpu.probe import same_results
-from tests.engine.tiny import CONFIGS, FUSED, SIZES, reference_model
+from tests.engine.tiny import BLOCK, CONFIGS, FUSED, SIZES, new_runner, reference_model
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -164,3 +166,32 @@ def test_weights_are_not_kept_twice(name: str) -> None:
     optimise(model)
     gc.collect()
     assert weight() is None
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_last_layer_computes_wanted_tokens_only(name: str) -> None:
+    whole, picking = new_runner(name), new_runner(name)
+    for module in whole._model.modules():
+        if isinstance(module, FusedLayer):
+            assert module.is_last == (module.layer_idx == 2)
+            module.is_last = False
+    requests = [
+        SpanRequest([5, 6, 7, 8, 9], 0, [(0, 2)], True),
+        SpanRequest([3] * 9, 0, [(4, 7)], False),
+        SpanRequest([4], 0, [(8, 9)], True),
+    ]
+    for asked in (requests, requests[1:2]):
+        batch = stage(asked, BLOCK, DirectUploader())
+        wanted = last_tokens(batch)
+        assert wanted is not None
+        assert [(span.length, span.history) for span in wanted.spans] == [(1, 4), (1, 0)][
+            : len(batch.outputs)
+        ]
+        expected, got = (runner.forward(batch) for runner in (whole, picking))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        for slots in (span.runs for span in batch.spans):
+            for start, end in slots:
+                kept, written = (r._cache.keys[2][start:end] for r in (whole, picking))
+                torch.testing.assert_close(written, kept)
+    decode = stage([SpanRequest([4], 0, [(8, 9)], True)], BLOCK, DirectUploader())
+    assert last_tokens(decode) is None

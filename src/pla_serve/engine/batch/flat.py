@@ -136,6 +136,31 @@ class FlatBatch:
     """Lengths and blocks for attention backends that read them on the device."""
 
 
+def last_tokens(batch: FlatBatch) -> FlatBatch | None:
+    """Return a batch of the tokens whose logits are wanted, with all before them as history.
+
+    The last decoder layer needs to compute no others, once the KV of all tokens is written.
+
+    Returns:
+        None if that would save little, or if a token whose logits are wanted is not the last of
+        its sequence.
+    """
+    rows = batch.outputs.tolist()
+    if 2 * len(rows) > len(batch.tokens):
+        return None
+    ends = {span.start + span.length - 1: span for span in batch.spans}
+    if not all(row in ends for row in rows):
+        return None
+    spans = []
+    for index, row in enumerate(rows):
+        span = ends[row]
+        history = span.history + span.length - 1
+        spans.append(Span(index, 1, history, span.blocks, span.block_tokens))
+    own = (batch.tokens, batch.positions, batch.slots)
+    picked = (part[batch.outputs] for part in own)
+    return FlatBatch(*picked, torch.arange(len(rows)), tuple(spans))
+
+
 def slot_runs(runs: Sequence[BlockRun], tokens: int, block_tokens: int) -> tuple[BlockRun, ...]:
     """Return the first ``tokens`` KV slots of these runs of blocks, as runs of slots.
 

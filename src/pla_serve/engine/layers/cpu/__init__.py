@@ -50,6 +50,7 @@ def _fuse_layers(model: nn.Module, kernels: CpuKernels) -> int:
         for index, stock in enumerate(layers):
             fused = _fused(stock, kernels)
             if fused is not None and same_results(stock, fused, rotary):
+                fused.is_last = index == len(layers) - 1
                 layers[index] = fused
                 replaced += 1
     return replaced

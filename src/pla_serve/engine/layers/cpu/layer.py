@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pla_serve.engine.attention.interface import ForwardContext
+from pla_serve.engine.batch.flat import FlatBatch, last_tokens
 from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kernels.vector import Vectors
 from pla_serve.engine.layers.cpu.join import Product, gated, joined, reordered
@@ -69,6 +70,8 @@ class FusedLayer(nn.Module):
         require_children(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
         require_children(mlp, {"gate_proj", "up_proj", "down_proj"}, {"act_fn"})
         self.layer_idx: int = attention.layer_idx
+        self.is_last = False
+        """Whether no decoder layer follows; whoever puts the layer into a model says so."""
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
         vectors, dtype = kernels.vectors, stock.input_layernorm.weight.dtype
@@ -102,23 +105,43 @@ class FusedLayer(nn.Module):
         forward_context: ForwardContext,
         **_: Any,
     ) -> torch.Tensor:
-        """Return the layer's output (1, tokens, hidden), and write the KV of its tokens."""
-        inputs = hidden_states[0]
-        middle = self._attend(inputs, position_embeddings.turn, forward_context)
-        gated = self.gated(middle, self.before_mlp)
-        return self._added(self.down, gated, middle).unsqueeze(0)
+        """Return the layer's output (1, tokens, hidden), and write the KV of its tokens.
 
-    def _attend(
-        self, inputs: torch.Tensor, turn: torch.Tensor, context: ForwardContext
-    ) -> torch.Tensor:
-        """Return the attention block of ``inputs`` (tokens, hidden), with its residual."""
-        tokens = inputs.shape[0]
+        The last layer returns zeros for tokens whose logits nobody wants, if they are many.
+        """
+        inputs = hidden_states[0]
         heads = self.qkv.of_normed(inputs, self.before_attention)
-        queries = self._turned(heads.view(tokens, -1, self.head_dim), turn, context)
+        heads = heads.view(len(inputs), -1, self.head_dim)
+        queries = self._turned(heads, position_embeddings.turn, forward_context)
+        batch = forward_context.batch
+        wanted = last_tokens(batch) if self.is_last else None
+        if wanted is None:
+            return self._rest(inputs, queries, forward_context, batch).unsqueeze(0)
+        output = torch.zeros_like(inputs)
+        if len(wanted.tokens):
+            rows = batch.outputs
+            output[rows] = self._rest(inputs[rows], queries[rows], forward_context, wanted)
+        return output.unsqueeze(0)
+
+    def _rest(
+        self,
+        inputs: torch.Tensor,
+        queries: torch.Tensor,
+        context: ForwardContext,
+        batch: FlatBatch,
+    ) -> torch.Tensor:
+        """Return the layer's output of the tokens of a batch whose KV is written.
+
+        Args:
+            inputs: (tokens, hidden).
+            queries: (tokens, query heads, head dim), rotated.
+        """
         attended = context.backend.attend(
-            self.layer_idx, queries.transpose(0, 1), context.cache, context.batch, self.scaling
+            self.layer_idx, queries.transpose(0, 1), context.cache, batch, self.scaling
         )
-        return self._added(self.out, attended.reshape(tokens, -1), inputs)
+        middle = self._added(self.out, attended.reshape(len(inputs), -1), inputs)
+        gated = self.gated(middle, self.before_mlp)
+        return self._added(self.down, gated, middle)
 
     def _added(
         self, product: Product, inputs: torch.Tensor, residual: torch.Tensor
