@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pla_serve.engine.attention.vector import VectorAttention
+from pla_serve.engine.kernels.amx import Tiles
 from pla_serve.engine.kernels.vector import Vectors
 from tests.engine.attention.problems import make_problem
 from tests.engine.levels import NAMES, kernels_of
@@ -114,3 +115,39 @@ def test_attention_takes_only_heads_that_fit() -> None:
     assert not Vectors.attends(9, 3, 272, torch.float32)
     assert not Vectors.attends(130, 2, 64, torch.float32)
     assert not Vectors.attends(9, 3, 64, torch.float16)
+
+
+class CountedTiles(Tiles):
+    """Stands for the matrix unit: remembers what it attended, and gives what torch gives."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        history: int,
+        scaling: float,
+    ) -> torch.Tensor:
+        self.lengths.append(query.shape[1])
+        mask = torch.ones(query.shape[1], len(keys), dtype=torch.bool).tril(history)
+        parts = (query, keys.transpose(0, 1), values.transpose(0, 1))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *(part.unsqueeze(0) for part in parts), attn_mask=mask, scale=scaling, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("lengths", [[(70, 3)], [(1, 50), (64, 0), (63, 9), (100, 31)], [(5, 6)]])
+def test_the_matrix_unit_takes_long_sequences_only(
+    vectors: Vectors, lengths: list[tuple[int, int]]
+) -> None:
+    problem = make_problem(3, lengths, heads=2, group=3, dim=32)
+    tiles = CountedTiles()
+    got = VectorAttention(vectors, tiles).attend(
+        0, problem.query, problem.cache, problem.batch, 0.2
+    )
+    assert tiles.lengths == [new for new, _ in lengths if new >= 64]
+    assert (got.double() - problem.expected(0.2)).abs().max() <= 1e-5

@@ -75,6 +75,9 @@ def test_gauges_are_taken_as_they_are() -> None:
     assert value(metrics, "pla_serve:layers") == 2
     assert value(metrics, "pla_serve:kv_tokens") == 8
     assert value(metrics, "pla_serve:kv_bytes_per_token") == 64
+    assert value(metrics, "pla_serve:cpu_kernels_info", level="avx2") is None
+    metrics.ready(msgspec.structs.replace(READY, cpu_kernels="avx2"))
+    assert value(metrics, "pla_serve:cpu_kernels_info", level="avx2") == 1
 
 
 def test_totals_go_on_over_a_restart() -> None:

@@ -43,16 +43,21 @@ class VectorAttention:
         keys, values = cache.keys[layer], cache.values[layer]
         if query.stride(2) != 1:
             query = query.contiguous()
-        output = query.new_empty(tokens, heads, dim)
         tiles = self._tiles if self._tiles and self._tiles.attends(*shape) else None
+
+        def tiled(tiles: Tiles, span: Span) -> torch.Tensor:
+            own = context(keys, span.runs), context(values, span.runs)
+            new = query[:, span.start : span.start + span.length]
+            return tiles.attention(new, *own, span.history, scaling)
+
+        if tiles is not None and len(batch.spans) == 1 and _is_long(batch.spans[0]):
+            return tiled(tiles, batch.spans[0])
+        output = query.new_empty(tokens, heads, dim)
         if (table := self._table(batch, tiles is not None)) is not None:
             self._vectors.attention(query, keys, values, table, scaling, output)
         if tiles is not None:
             for span in filter(_is_long, batch.spans):
-                end = span.start + span.length
-                own = context(keys, span.runs), context(values, span.runs)
-                new = query[:, span.start : end]
-                output[span.start : end] = tiles.attention(new, *own, span.history, scaling)
+                output[span.start : span.start + span.length] = tiled(tiles, span)
         return output
 
     def _table(self, batch: FlatBatch, without_long: bool) -> SpanTable | None:

@@ -156,9 +156,14 @@ def last_tokens(batch: FlatBatch) -> FlatBatch | None:
         span = ends[row]
         history = span.history + span.length - 1
         spans.append(Span(index, 1, history, span.blocks, span.block_tokens))
-    own = (batch.tokens, batch.positions, batch.slots)
-    picked = (part[batch.outputs] for part in own)
-    return FlatBatch(*picked, torch.arange(len(rows)), tuple(spans))
+    picked = batch.outputs
+    return FlatBatch(
+        tokens=batch.tokens[picked],
+        positions=batch.positions[picked],
+        slots=batch.slots[picked],
+        outputs=torch.arange(len(rows)),
+        spans=tuple(spans),
+    )
 
 
 def slot_runs(runs: Sequence[BlockRun], tokens: int, block_tokens: int) -> tuple[BlockRun, ...]:
