@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION
-from pla_serve.engine.attention.sdpa import SdpaCpu
+from pla_serve.engine.attention.vector import attention_of
 from pla_serve.engine.build.quantised import load_kept, quantise_at_load
 from pla_serve.engine.kernels.quantised import Quantised
 from pla_serve.engine.kv.cache import KVCache, KVShape
@@ -57,7 +57,7 @@ def runner_of(model: torch.nn.Module, level: str = "avx2") -> ModelRunner:
     cache = KVCache(memory, BLOCKS * BLOCK, torch.device("cpu"))
     for part in (*cache.keys, *cache.values):
         part.fill_(torch.nan)
-    return ModelRunner(model, layers, cache, SdpaCpu())
+    return ModelRunner(model, layers, cache, attention_of(kernels_of(level)))
 
 
 def prompts() -> list[tuple[int, ...]]:
@@ -103,6 +103,8 @@ def test_tokens_are_those_of_the_dequantised_weights(
     model = load_kept(source, torch.float32, kernels, IMPLEMENTATION)
     runner = runner_of(model)
     assert set(quantised_memory(model)) <= set(formats)
+    called_whole = [layer.whole is not None for layer in decoder_layers(model, 2)]
+    assert all(called_whole) == (family != "Qwen3")  # which has norms of queries and keys
     if family == "Llama":  # its file has the order that the kernels want
         assert copied_bytes(model) == 0
     check_schedules(runner, quantised.reference_of(source))

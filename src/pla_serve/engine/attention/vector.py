@@ -53,14 +53,14 @@ class VectorAttention:
         if tiles is not None and len(batch.spans) == 1 and _is_long(batch.spans[0]):
             return tiled(tiles, batch.spans[0])
         output = query.new_empty(tokens, heads, dim)
-        if (table := self._table(batch, tiles is not None)) is not None:
+        if (table := self.table(batch, without_long=tiles is not None)) is not None:
             self._vectors.attention(query, keys, values, table, scaling, output)
         if tiles is not None:
             for span in filter(_is_long, batch.spans):
                 output[span.start : span.start + span.length] = tiled(tiles, span)
         return output
 
-    def _table(self, batch: FlatBatch, without_long: bool) -> SpanTable | None:
+    def table(self, batch: FlatBatch, *, without_long: bool = False) -> SpanTable | None:
         """Return the table of the batch for the vector units, made once for all layers."""
         if self._last[0] is not batch:
             spans = [span for span in batch.spans if not (without_long and _is_long(span))]

@@ -63,6 +63,9 @@ class Quantised:
         self._rows = library.quantised_rows
         self._rows.restype = None
         self._rows.argtypes = [pointer, count, pointer, count, pointer]
+        self.layer = library.quantised_layer
+        self.layer.restype = None
+        self.layer.argtypes = [pointer, pointer, count, *[pointer] * 5, count, *[pointer] * 3]
 
     def linear(
         self,

@@ -17,6 +17,7 @@ from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kernels.vector import Vectors
 from pla_serve.engine.layers.cpu.join import Product, gated, joined, reordered
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
+from pla_serve.engine.layers.cpu.whole import whole_layer
 from pla_serve.engine.loading.stock import require_children
 from pla_serve.engine.parallel.modules import unwrap
 
@@ -52,7 +53,8 @@ class FusedLayer(nn.Module):
 
     Queries, keys and values come from one product. The rows of queries and keys are reordered such
     that the two elements that the rotary embedding rotates together are neighbours. Both have the
-    same order, so no score changes.
+    same order, so no score changes. Few tokens of a layer of quantised weights run as one call
+    (``whole``), where its parts allow.
 
     Args:
         stock: layer of transformers whose weights are taken over.
@@ -96,6 +98,12 @@ class FusedLayer(nn.Module):
         self.out = joined(kernels, out)
         self.gated = gated(kernels, mlp.gate_proj, mlp.up_proj)
         self.down = joined(kernels, down)
+        self.whole = whole_layer(self, kernels) if self._ranks is None else None
+
+    @property
+    def turns_in_vectors(self) -> bool:
+        """Whether a kernel applies the rotary embedding."""
+        return self._vectors is not None
 
     def forward(
         self,
@@ -109,10 +117,14 @@ class FusedLayer(nn.Module):
 
         The last layer returns zeros for tokens whose logits nobody wants, if they are many.
         """
-        inputs = hidden_states[0]
+        inputs, turn = hidden_states[0], position_embeddings.turn
+        if self.whole is not None:
+            outputs = self.whole.forward(inputs, turn, forward_context)
+            if outputs is not None:
+                return outputs.unsqueeze(0)
         heads = self.qkv.of_normed(inputs, self.before_attention)
         heads = heads.view(len(inputs), -1, self.head_dim)
-        queries = self._turned(heads, position_embeddings.turn, forward_context)
+        queries = self._turned(heads, turn, forward_context)
         batch = forward_context.batch
         wanted = last_tokens(batch) if self.is_last else None
         if wanted is None:

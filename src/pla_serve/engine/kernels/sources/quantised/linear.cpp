@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "many.h"
+#include "matrix.h"
 
 namespace {
 
@@ -10,12 +11,6 @@ constexpr long FEW = 8;                  // most tokens for which weights are no
 constexpr long CHUNK_BYTES = 384 << 10;  // of levels of tokens that share a panel: half a cache
 
 enum After { NONE, SWISH, ADD, MUL };
-
-struct Matrix {  // the same as in Python
-  const uint8_t* data;
-  int64_t type;  // the number of the format in GGUF files
-  int64_t outputs;
-};
 
 template <typename Use>
 inline void with_format(int64_t type, const Use& use) {
@@ -173,9 +168,6 @@ void many(const Linear& job) {
 
 }  // namespace
 
-// y (tokens, outputs) = after(x' w + bias, other), and with a gate times swish(x' gate). x' is
-// x (tokens, inputs), or its root-mean-square norm with the weight `norm`. w are `count` matrices
-// whose outputs follow each other. gate: as many matrices of the same sizes, or null.
 extern "C" void quantised_linear(const float* x, long tokens, long inputs, const Matrix* w,
                                  const Matrix* gate, long count, const float* bias, int after,
                                  const float* other, const float* norm, float epsilon, float* y) {
