@@ -260,7 +260,7 @@ class EngineConfig:
 
     @property
     def keeps(self) -> Keep:
-        """Whether quantised weights of a GGUF file stay quantised, on a CPU."""
+        """Say whether quantised weights of a GGUF file have to stay so, may, or do not (`Keep`)."""
         if self.quantization == "keep":
             return "keep"
         apart = self.tensor_parallel_size > 1 or self.compile_layers

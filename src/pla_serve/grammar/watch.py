@@ -1,4 +1,4 @@
-"""What a nursery watches in its workers: long work, and the memory of all of them together."""
+"""Watches the workers of a nursery: long work, and the memory of all of them together."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ class Assembler:
         most_tokens: int | None = None,
         rider_share: float | None = None,
     ) -> Batch | None:
-        """The next batch, at most ``max_batch_requests`` and ``max_batch_tokens``; None if empty.
+        """Return the next batch, within ``max_batch_requests`` and ``max_batch_tokens``, or None.
 
         ``most_tokens`` is a further limit. With ``rider_share``, decode steps beside prefills take
         at most that share of the prefills' time, but for one step.
 
-        Its class is SHORT, LONG or DECODE if its prefills are of one class (or none), where a
-        SHORT one may carry decode steps; otherwise MIXED.
+        The batch is SHORT or LONG if its prefills are of that class (a SHORT one may carry decode
+        steps as well), DECODE if it has none, and otherwise MIXED. None: there is nothing to run.
         """
         book, config = self._book, self._book.config
         decodes = book.decodes

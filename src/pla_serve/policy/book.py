@@ -207,14 +207,14 @@ class RequestBook:
         return Taken(chunks, tokens - left, shorts, twice_attention, cached)
 
     def hand_out(self, pending: Pending, tokens: int) -> Chunk:
-        """The next ``tokens`` tokens of a prefill that its queue has let go."""
+        """Hand out the next ``tokens`` tokens of a prefill that its queue has let go."""
         chunk = Chunk(pending.id, tokens, pending.history, tokens == pending.new_tokens)
         pending.flight = chunk
         self._flying.add(pending.id)
         return chunk
 
     def settle(self, batch: Batch, now: float) -> None:
-        """``batch`` was computed, and ends at ``now``: what is left of its prefills waits again.
+        """Note that ``batch`` has run until ``now``. What is left of its prefills waits again.
 
         Raises:
             ValueError: a chunk differs from the one that was handed out for its request.

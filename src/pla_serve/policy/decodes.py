@@ -102,7 +102,7 @@ class DecodePool:
         self._drop_empty(tenant, tpot)
 
     def first_due(self, default: float, least: float = 0.0) -> float:
-        """When the first token of a ready request is due; infinite if none is ready.
+        """Return the time at which the first token of a ready request is due; infinite for none.
 
         Args:
             default: seconds between two tokens of a request without a target of its own.
@@ -136,7 +136,7 @@ class DecodePool:
         return chunks
 
     def settle(self, chunks: tuple[Chunk, ...], now: float) -> None:
-        """These steps were computed; requests that were removed meanwhile stay forgotten."""
+        """Note that these steps were computed. Requests removed meanwhile stay forgotten."""
         flying, owners = self._flying, self._owners
         for chunk in chunks:
             request_id, _, history, _ = chunk

@@ -1,4 +1,4 @@
-"""Whether requests come in answer to answers, and what it is worth to wait for them.
+"""Says whether shorts wait for clients that answer the batch that has just ended.
 
 A client that sends its next request as soon as it has the last answer comes back the moment a batch
 ends, and just too late for the batch that begins at that moment. Two such clients then take turns
@@ -14,9 +14,9 @@ from pla_serve.policy.cost import CostModel
 WINDOW = 1 / 16
 """The wait, as a share of the time of a launch."""
 MEMORY = 32
-"""Batches over which the share of answers that are answered is averaged."""
+"""Batches over which the share of answers that a short follows at once is averaged."""
 LEAST_SEEN = 16
-"""Batches before it is believed."""
+"""Batches that have to be seen before that share is used."""
 
 
 class EchoWindow:
@@ -31,7 +31,7 @@ class EchoWindow:
         self._share = 0.0
 
     def ended(self, now: float, answers: int) -> None:
-        """A batch ended that gave ``answers`` requests their first token."""
+        """Note that a batch has ended that gave ``answers`` requests their first token."""
         if not answers:
             return
         if self._answers:
@@ -41,12 +41,12 @@ class EchoWindow:
         self._ended, self._answers, self._came = now, answers, 0
 
     def arrived(self, now: float) -> None:
-        """A short prefill arrived."""
+        """Note that a short prefill has arrived."""
         if now < self._until:
             self._came += 1
 
     def until(self, now: float, pending: int) -> float | None:
-        """Until when the pending shorts wait for those that are about to come; None: not at all.
+        """Return the time until which ``pending`` shorts wait for those to come; None to go now.
 
         Each that comes saves itself the wait for a launch; the pending ones lose the wait, and what
         the others bring along, which is little for shorts.

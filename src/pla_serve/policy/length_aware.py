@@ -213,9 +213,9 @@ class LengthAware:
         return self._echo_until(now) is None
 
     def _echo_until(self, now: float) -> float | None:
-        """Until when shorts wait for those that answer the batch that has just ended, if they do.
+        """Return the time until which shorts wait for answers to the batch that has just ended.
 
-        Decode steps do not wait, and nobody does where only one class is served.
+        None: they go now. Decode steps do not wait, and nobody does where only one class is served.
         """
         if not self._shorts or self._book.decodes or not self._spread.mixed:
             return None

@@ -169,7 +169,7 @@ class TenantShares:
         return self._accounts[tenant].charged
 
     def add(self, request: Pending) -> None:
-        """Queue a new prefill, or hold it."""
+        """Put a new prefill into its queue, or hold it until its tenant may go on (`release`)."""
         account = self._accounts.get(request.tenant)
         if account is None:
             account = self._join(request.tenant)

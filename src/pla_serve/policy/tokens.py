@@ -38,20 +38,20 @@ def coarse(target: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StreamCosts:
-    """What it takes to keep the deadlines of all streams beside one long prefill, in seconds."""
+    """Seconds that all streams together cost beside one long prefill, in steps and in chunks."""
 
     step: float
     """One decode step of all of them, alone."""
     launch: float
-    """The part of it that a step costs because it is a batch of its own."""
+    """The part of `step` that is paid because it is a batch of its own."""
     chunk: float
-    """What one chunk more costs, without the streams in it."""
+    """One further chunk of the same prefill, without the streams in it."""
     riders: float
-    """What the streams add to a batch."""
+    """What all streams add to a batch that runs anyway."""
 
     @property
     def least(self) -> float:
-        """The price of one token for all of them, in the cheaper way."""
+        """One token for each stream, in the cheaper of the two ways."""
         return min(self.launch, self.chunk) + self.riders
 
 
@@ -67,7 +67,7 @@ class TokenDeadlines:
         self._tuning = tuning
 
     def costs(self, history: int) -> StreamCosts:
-        """What streams cost beside a long prefill with so many cached tokens."""
+        """Return what the streams cost beside a long prefill with ``history`` cached tokens."""
         count = self._streams.total
         context = self._streams.context
         unit, bulk = self._cost.profile, self._cost.bulk
@@ -84,9 +84,10 @@ class TokenDeadlines:
         )
 
     def target(self, costs: StreamCosts) -> float:
-        """Seconds between two tokens of a stream without a target of its own.
+        """Return the seconds between two tokens of a stream without a target of its own.
 
-        By the settings; else so many that streams take a given share of the time.
+        They are those of ``itl_slo_ms``. Where that is None, streams take `Tuning.token_share` of
+        the time, and have at least `Tuning.token_steps` decode steps between two tokens.
         """
         given, tuning = self._config.itl_slo_ms, self._tuning
         if given is not None:
@@ -100,7 +101,7 @@ class TokenDeadlines:
         streams cost; and all streams that ride wait for each short that comes meanwhile.
 
         Args:
-            longs: that wait or run.
+            longs: number of long prefills that wait or run.
             shorts: arrivals of short prefills a second.
         """
         if not self._config.interruptible:
@@ -110,9 +111,9 @@ class TokenDeadlines:
         return longs * costs.chunk / target + held <= longs * costs.launch / target
 
     def chunk_tokens(self, costs: StreamCosts, history: int, seconds: float) -> int:
-        """Tokens of a chunk that takes ``seconds`` with all streams in it.
+        """Return the tokens of a chunk that takes ``seconds`` with all streams in it.
 
-        No fewer than leave longs their share of the time.
+        They are at least so many that long prefills get their share of the time.
         """
         bulk, most = self._cost.bulk, self._config.max_batch_tokens
         tokens = timed_chunk(bulk, history, seconds - costs.riders)
@@ -120,7 +121,7 @@ class TokenDeadlines:
         return int(min(most, max(tokens, least, self._tuning.least_riding)))
 
     def least_target(self, costs: StreamCosts, layer: float) -> float:
-        """The shortest target that is kept in the longs' turn, in seconds.
+        """Return the shortest target that is kept in the longs' turn, in seconds.
 
         Between two steps longs then pay off twice what a step is charged (`fairness.ShareAccount`),
         so that their turn ends, and streams do not wait for that.

@@ -39,7 +39,7 @@ from pla_serve.simulator.timeline import Timeline
 from pla_serve.simulator.turns import SimulatedTurn
 from pla_serve.wire.engine import AddRequest, Output, RequestAnswer, SamplingParams
 
-PATIENT = FleetOptions(patience_seconds=1e9, most_failures=10**9, most_lives=10**9)
+PATIENT = FleetOptions(patience_seconds=1e9, most_failures=10**9, most_lost_engines=10**9)
 """No request of a simulation is given up: its clients wait for as long as it takes."""
 
 
@@ -328,7 +328,7 @@ def _server_options(
     make_tokens: Callable[[str, Sequence[int], int], Iterator[int]],
     token_made: Callable[[str, float], None],
 ) -> ServerOptions:
-    """Everything that the instances of a cluster have in common."""
+    """Return the options that all instances of a cluster have in common."""
     cost = machine.cost
     layers = machine.layers if options.interruptible else 1
 

@@ -103,7 +103,7 @@ def test_it_goes_on_when_an_instance_is_back_in_time() -> None:
 
 
 def test_a_request_that_breaks_every_instance_is_given_up() -> None:
-    bench = Bench(6, most_failures=3, most_lives=9)
+    bench = Bench(6, most_failures=3, most_lost_engines=9)
     client = bench.submit(PROMPT)
     for _ in range(3):
         bench.where(client).cut()

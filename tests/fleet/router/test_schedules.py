@@ -54,7 +54,7 @@ class Schedule:
             roles=[role for role in roles if role != "fetch"],
             transfer=fetch,
             most_failures=10_000,
-            most_lives=10_000,
+            most_lost_engines=10_000,
             patience_seconds=1e9,
         )
         self.clients: list[Any] = []

@@ -255,7 +255,7 @@ class World:
             circuit=CircuitOptions(failures=rng.choice((1, 3))),
             max_predicted_wait=rng.choice((None, None, 2.0)),
             most_failures=10_000 if self.unlimited else 4,
-            most_lives=10_000 if self.unlimited else 2,
+            most_lost_engines=10_000 if self.unlimited else 2,
             patience_seconds=1e9 if self.unlimited else 5.0,
         )
         self.controller = rng.choice((None, BalanceController, PressureController))

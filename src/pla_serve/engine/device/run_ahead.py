@@ -1,4 +1,4 @@
-"""How far the host enqueues layers ahead of the device, and when it decides on the next one."""
+"""Bounds how far the host enqueues layers ahead of the device, and times its next decision."""
 
 from __future__ import annotations
 

@@ -85,6 +85,13 @@ def convert(path: Path, folder: Path, progress: LoadingProgress, *, weights: boo
 
     The API server calls this. The memory for the weights is free again when that process ends, and
     a crash over a broken file does not end the caller.
+
+    Args:
+        weights: see `converted`.
+
+    Raises:
+        UnsupportedModel: the file is refused.
+        ModelUnavailable: the process crashed, or found no room on the disk or in memory.
     """
     what = f"{path.name} to safetensors" if weights else f"the settings of {path.name}"
     progress.say(f"Converting {what}, once.")

@@ -74,7 +74,11 @@ class TensorFile:
 
 
 def not_kept(folder: Path) -> list[str]:
-    """Return the formats of a converted file that no kernel multiplies, in order."""
+    """Return the formats in a GGUF file that no kernel multiplies, sorted by name.
+
+    Args:
+        folder: folder that the conversion of the file has filled.
+    """
     tensors = read_json(folder / TENSORS)["tensors"]
     found = {entry["format"] for entry in tensors.values()}
     return sorted(found - set(BY_NAME) - set(FLOATS))

@@ -39,7 +39,7 @@ class ScoredTokens(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What scoring the prompts of a batch has given."""
+    """Scores of the prompts of one batch."""
 
     scored: Sequence[ScoredTokens | None]
     """One for each request; None where it wants no scores."""

@@ -1,4 +1,4 @@
-"""Which grammar worker follows which text: quick workers, slow ones, and the queues before both.
+"""Gives texts to grammar workers: quick ones, slow ones, and the queues before both.
 
 A grammar is costly to begin (it is compiled) or to follow (its masks take long), and neither is
 known before it was tried. So a text of a new grammar is *opened*: it gets a worker that opens

@@ -1,4 +1,4 @@
-"""How long a loop may wait for others: a part of its time, shared between tenants."""
+"""Bounds how long a loop waits for others: a part of its time, shared between tenants."""
 
 from __future__ import annotations
 

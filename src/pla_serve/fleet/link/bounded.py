@@ -50,13 +50,17 @@ class _BoundedPage(httpx.AsyncByteStream):
 
 
 class BoundedTransport(httpx.AsyncBaseTransport):
-    """Fails answers that are too long, take too long or are compressed, with `httpx.HTTPError`.
+    """Transport of httpx that refuses answers that are too long, too slow or compressed.
 
-    A few compressed bytes may be gigabytes, and no server needs to compress for its router.
+    A page is bounded in bytes, parts and time; a stream (`STREAM`) is bounded by those who read
+    it. A few compressed bytes may be gigabytes, and no server needs to compress for its router.
 
     Args:
-        inner: does the work; it bounds heads (100 KiB).
+        inner: transport that sends the requests, and bounds the heads of answers (100 KiB).
         seconds: longest time for a page, from the request to its last byte.
+
+    Raises:
+        httpx.HTTPError: an answer is refused, when its head comes or while its content is read.
     """
 
     def __init__(self, inner: httpx.AsyncBaseTransport, seconds: float) -> None:
@@ -85,7 +89,7 @@ class BoundedTransport(httpx.AsyncBaseTransport):
 
 
 async def read_error(response: httpx.Response, seconds: float) -> bytes:
-    """Return the begin of an error's content: what has come of it after ``seconds``."""
+    """Return the beginning of an error's content: what has come of it after ``seconds``."""
     content = b""
     try:
         async with asyncio.timeout(seconds):

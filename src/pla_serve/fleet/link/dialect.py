@@ -1,4 +1,4 @@
-"""What is specific to one kind of server that streams over HTTP, and checks of what it answers."""
+"""Protocols of kinds of servers that stream over HTTP, and checks of what they answer."""
 
 from __future__ import annotations
 

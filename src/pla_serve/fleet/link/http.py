@@ -244,7 +244,7 @@ class HttpLink:
         return await asyncio.to_thread(samples, response.text) if response.is_success else {}
 
     async def _watch(self, client: httpx.AsyncClient, metrics: Mapping[str, float]) -> str:
-        """Polls until the server is lost; returns why. ``metrics``: the last that are known."""
+        """Poll until the server is lost, and return why. ``metrics``: the last that are known."""
         while True:
             await asyncio.sleep(self._times.poll)
             if self._requests and self._clock() - self._heard > self._times.stall:

@@ -37,7 +37,7 @@ class LinkRefused(Exception):
 
 
 class LossCause(StrEnum):
-    """What a link knows of the cause of a loss."""
+    """Cause of a loss, as far as the link knows it."""
 
     ENDED = "ended"
     """The engine has ended, with everything in it."""

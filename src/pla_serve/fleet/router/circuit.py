@@ -95,7 +95,7 @@ class Circuit:
             self._probe = None
 
     def succeeded(self) -> bool:
-        """Close the circuit; returns whether it was open."""
+        """Close the circuit, and return whether it was open."""
         was_open = self._until is not None
         self._failures = self._opened = 0
         self._until = self._probe = None

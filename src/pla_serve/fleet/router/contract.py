@@ -87,7 +87,7 @@ class FleetOptions:
             name="--max-failures",
         ),
     ] = 4
-    most_lives: Annotated[
+    most_lost_engines: Annotated[
         int,
         Knob(
             "Engines that may end with one request, without a token from them in between, before "

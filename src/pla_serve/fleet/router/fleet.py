@@ -77,7 +77,7 @@ class Fleet:
             self._attempts, self.dispatcher, self._instances, observer, clock, options.lease_seconds
         )
         self.shares = KeyShares()
-        self._suspects = Suspects(options.most_lives, self._parking.wake_all)
+        self._suspects = Suspects(options.most_lost_engines, self._parking.wake_all)
 
     # State, for others to look at
 

@@ -60,7 +60,7 @@ class Blame(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Loss:
-    """Record that an instance was lost."""
+    """The loss of an instance."""
 
     name: str
     """The instance."""
@@ -141,8 +141,8 @@ class RoutedRequest:
         return not self.tokens and self.original.scores_prompt
 
     @property
-    def lives(self) -> int:
-        """Engines that ended, or may have, with this request and without a token of it."""
+    def lost_engines(self) -> int:
+        """Engines that have ended, or may have, before they made a token of this request."""
         return len(self.losses)
 
     @property

@@ -1,4 +1,4 @@
-"""Finds the request that instances die of, so that it does not get another one.
+"""Finds the request of which instances die, so that no further instance gets it.
 
 An instance may be lost because of a request, or with it. A request is *suspect* of each loss in
 which it had got no token from that instance. The next connection shows what a loss was: an engine
@@ -28,16 +28,16 @@ TOGETHER_SECONDS = 4.0
 
 
 class Suspects:
-    """Which requests may be what instances were lost of. Notes losses in `RoutedRequest.losses`.
+    """Knows the requests of which instances may have been lost, by `RoutedRequest.losses`.
 
     Args:
-        most_lives: so many engines may end with a request, without a token from them, before it is
-            kept apart from others like it or given up.
+        most_lost_engines: so many engines may end with a request, without a token from them, before
+            it is kept apart from others like it or given up.
         on_free: called when an instance may have another request that is kept apart.
     """
 
-    def __init__(self, most_lives: int, on_free: Callable[[], None]) -> None:
-        self._most_lives = most_lives
+    def __init__(self, most_lost_engines: int, on_free: Callable[[], None]) -> None:
+        self._most_lost_engines = most_lost_engines
         self._on_free = on_free
         self._apart: dict[str, str] = {}
         """Instances that have a request that is kept apart, and its id."""
@@ -63,10 +63,10 @@ class Suspects:
             self._open[instance.name] = loss
         if cause is LossCause.SILENT:
             self._silent[instance.name] = now
-        apart = [one for one in suspects if one.lives >= self._most_lives]
+        apart = [one for one in suspects if one.lost_engines >= self._most_lost_engines]
         for request in suspects:
             request.losses.append(loss)
-        accused = apart or [one for one in suspects if one.lives >= self._most_lives]
+        accused = apart or [one for one in suspects if one.lost_engines >= self._most_lost_engines]
         if len(accused) == 1:
             self._held[accused[0].id] = accused[0]
 
@@ -85,12 +85,12 @@ class Suspects:
         return [
             request
             for request in self._held.values()
-            if sum(loss.ended for loss in request.losses) >= self._most_lives
+            if sum(loss.ended for loss in request.losses) >= self._most_lost_engines
         ]
 
     def kept_from(self, request: RoutedRequest) -> frozenset[str] | None:
         """Return the instances to which the request must not be sent now; None for all."""
-        if request.lives < self._most_lives:
+        if request.lost_engines < self._most_lost_engines:
             return NOBODY
         if request.id in self._held:
             return None
@@ -98,7 +98,7 @@ class Suspects:
 
     def sent(self, request: RoutedRequest, instance: FleetInstance) -> None:
         """Note that the request was sent there."""
-        if request.lives >= self._most_lives:
+        if request.lost_engines >= self._most_lost_engines:
             self._apart[instance.name] = request.id
 
     def cleared(self, request: RoutedRequest) -> None:
@@ -121,11 +121,11 @@ class Suspects:
                 continue  # it has got a token since, or has ended
             request.losses.remove(loss)
             request.fruitless -= together
-            if request.lives < self._most_lives:
+            if request.lost_engines < self._most_lost_engines:
                 self._free(request)
 
     def _free(self, request: RoutedRequest) -> None:
-        """End that the request is held or kept apart."""
+        """Hold the request no longer, and keep it apart from no other."""
         self._held.pop(request.id, None)
         places = [name for name, id in self._apart.items() if id == request.id]
         for name in places:
@@ -136,7 +136,7 @@ class Suspects:
 
 def given_up(request: RoutedRequest) -> Output:
     """Return the last message of a request that instances were lost of."""
-    error = f"given up, because {request.lives} instances ended with it"
+    error = f"given up, because {request.lost_engines} instances ended with it"
     return Output(id=request.id, tokens=[], finish_reason="error", error=error, fault="request")
 
 

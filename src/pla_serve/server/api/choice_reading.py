@@ -1,4 +1,4 @@
-"""What is read out of the choices of an answer: reasoning, text, calls, and how many tokens."""
+"""Reads the choices of an answer: reasoning, text and calls, and how many tokens reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pla_serve.server.tools.events import (
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How the choices of one answer are read.
+    """Says how the choices of one answer are read.
 
     Attributes:
         make_reader: returns a fresh reader, for one choice.

@@ -24,7 +24,7 @@ from pla_serve.wire.engine import EngineReady
 
 
 class Endpoints:
-    """One method a route. Answers are ready responses, errors are raised as `ApiError`."""
+    """Methods that answer the routes, one for each. They raise `ApiError` for failures."""
 
     def __init__(self, service: Service, bodies: BodyReader, generations: Generations) -> None:
         self._service = service

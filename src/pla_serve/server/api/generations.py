@@ -1,4 +1,4 @@
-"""From a validated body to a generation that the engine has admitted.
+"""Makes a generation of a validated body, and has the engine admit it.
 
 Every endpoint that makes text goes this way. Those that speak another API than chat completions
 translate their bodies into a `ChatRequest` first.
@@ -245,7 +245,7 @@ class Generations:
 
 
 def client_of(request: Request) -> str:
-    """Whom uploads are charged to: the API key's owner, or an address where there are no keys."""
+    """Return whom uploads are charged to: the key's tenant, or an address if there are no keys."""
     address = request.client.host if request.client else ""
     return tenant(request.scope) or address
 
@@ -261,9 +261,10 @@ def new_id(prefix: str) -> str:
 
 
 def output_limit(prompt: int, asked: int | None, context: int, most: int | None) -> int:
-    """How many tokens a prompt of so many may make.
+    """Return the most output tokens of a choice.
 
     Args:
+        prompt: tokens of the prompt.
         asked: tokens that the request asks for; None for all that fit.
         context: most tokens of prompt and output together.
         most: most output tokens of any request; None for any number.

@@ -73,7 +73,10 @@ class TextOffsets:
         self._unseen = dict(unseen or {})
 
     def push(self, token: int) -> int:
-        """Where the token begins, in characters; one inside a character begins where that does."""
+        """Count a token, and return the place in the text, in characters, at which it begins.
+
+        A token that begins inside a character begins where the character does.
+        """
         place = self._length
         if self._unseen.get(token):
             self._unseen[token] -= 1
@@ -85,7 +88,7 @@ class TextOffsets:
 def chat_logprobs(
     tokens: list[int], logprobs: list[TokenLogprob], names: TokenNames
 ) -> list[dict[str, Any]]:
-    """The ``logprobs.content`` of a chat choice."""
+    """Return the ``logprobs.content`` of a chat choice."""
     return [
         {
             **_entry(token, entry.logprob, names),
@@ -101,9 +104,11 @@ def completion_logprobs(
     names: TokenNames,
     offsets: TextOffsets,
 ) -> dict[str, Any]:
-    """The ``logprobs`` of a completion choice; ``offsets`` counts on from the tokens before.
+    """Return the ``logprobs`` of a completion choice, or of the part that a chunk has of it.
 
-    The first token of an echoed prompt has none, which is null.
+    Args:
+        logprobs: one for each token. None for the first token of an echoed prompt, which has none.
+        offsets: counter of the choice's text, which has counted the tokens before these.
     """
     return {
         "tokens": [names.spelled(token) for token in tokens],

@@ -38,9 +38,9 @@ TokenField = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 def read_prompts(value: object) -> list[str | list[int]]:
-    """Any of the four shapes of ``prompt`` as a list of texts and token lists.
+    """Return any of the four shapes of ``prompt`` as a list of texts and token lists.
 
-    By hand, because a union of lists reports every item that does not fit every member.
+    A union of lists would report, for every item, each member that it does not fit.
     """
     if isinstance(value, str):
         return [value]

@@ -1,4 +1,4 @@
-"""Between which markers the families of models reason."""
+"""Formats of reasoning: the markers between which each family of models reasons."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pla_serve.server.tools.formats.harmony import CHANNEL, ENDS, MARKERS, MESSA
 
 
 class Beginning(enum.Enum):
-    """How an answer begins, as far as its prompt tells."""
+    """Says how an answer begins, as far as its prompt tells."""
 
     REASONING = "reasoning"
     """The prompt has begun the reasoning, so the answer goes on with it."""
     EITHER = "either"
-    """With the opening marker if the model reasons."""
+    """The answer begins with the opening marker if the model reasons."""
     ANSWER = "answer"
     """The prompt has ended the reasoning, or has begun the text of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """How a family of models marks its reasoning.
+    """Markers between which a family of models writes its reasoning.
 
     Attributes:
         name: for ``--reasoning-parser``.

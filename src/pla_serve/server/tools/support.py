@@ -92,9 +92,9 @@ class ToolSupport:
         return known.optional(writer, writer.json(content, strict=True))
 
     def answer_grammar(self, content: Schema) -> str | None:
-        """Return the grammar of an answer in JSON to a request without tools, in Lark.
+        """Return the grammar, in Lark, of an answer in JSON to a request without tools.
 
-        None: the format writes such answers as they are.
+        None: the format puts no markers around such an answer, so its schema is all of the grammar.
         """
         known = self._grammar()
         if not isinstance(known, HarmonyGrammar):

@@ -157,7 +157,7 @@ class QuantisedEmbedding(torch.nn.Module):
         self._dtype = dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Map (...) to (..., hidden)."""
+        """Map token ids (...) int64 to their rows (..., hidden)."""
         rows = self.linear.kernels.rows(self.linear.matrices, ids.reshape(-1))
         return rows.view(*ids.shape, -1).to(self._dtype)
 

@@ -1,4 +1,4 @@
-"""What is read out of an answer, as Anthropic's content blocks and the events that build them."""
+"""Writes what a reader finds in an answer as content blocks, and as the events that build them."""
 
 from __future__ import annotations
 

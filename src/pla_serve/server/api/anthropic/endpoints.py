@@ -22,7 +22,7 @@ from pla_serve.server.reasoning.reader import TextReader
 
 
 class MessageEndpoints:
-    """One method a route, as `Endpoints`. Errors are raised as `ApiError`."""
+    """Methods that answer the routes, one for each. They raise `ApiError` for failures."""
 
     def __init__(self, service: Service, bodies: BodyReader, generations: Generations) -> None:
         self._service = service

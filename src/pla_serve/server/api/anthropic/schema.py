@@ -99,7 +99,7 @@ def _kept_edits(value: object) -> object:
 
 
 class ConversationBody(Strict):
-    """What both endpoints share: all that makes the prompt."""
+    """Fields of both endpoints: those that make the prompt."""
 
     model: str
     messages: Annotated[

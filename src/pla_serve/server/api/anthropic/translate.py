@@ -1,4 +1,4 @@
-"""Anthropic's bodies as chat requests."""
+"""Translates Anthropic's bodies into chat requests."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ LARGE_BODY = 64 * 2**10
 
 
 class ResponseFrame:
-    """What stays the same in an answer from its beginning to its end.
+    """Fields of an answer that stay the same from its beginning to its end.
 
     Args:
         id: of the answer.

@@ -1,4 +1,4 @@
-"""Answers that are made while nobody waits for them."""
+"""Makes answers in the background: their clients ask for them later, by id."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class BackgroundRuns:
         self._running: dict[str, _Running] = {}
 
     def check_room(self, tenant: str) -> None:
-        """Check that one more may run.
+        """Check that one more answer of this tenant may be made in the background.
 
         Raises:
-            ApiError: 429, too many run already.
+            ApiError: 429, too many are being made, of this tenant or of all together.
         """
         own = sum(running.tenant == tenant for running in self._running.values())
         if len(self._running) >= self._most or own >= (self._most + 1) // 2:

@@ -38,7 +38,7 @@ from pla_serve.server.generation.generation import Generation
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One request, and what its answer becomes part of."""
+    """One request: who asks, its answer, and the conversation that it continues."""
 
     tenant: str
     body: ResponsesRequest
@@ -49,7 +49,7 @@ class Exchange:
 
 
 class ResponsesEndpoints:
-    """One method a route. Answers are ready responses, errors are raised as `ApiError`."""
+    """Methods that answer the routes, one for each. They raise `ApiError` for failures."""
 
     def __init__(
         self,

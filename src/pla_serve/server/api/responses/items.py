@@ -33,7 +33,7 @@ TEXT_PARTS = {
 def read_texts(value: object) -> list[str]:
     """Return the texts of a content: a string, or parts of a type that is text.
 
-    By hand, because a union of parts reports every part that does not fit every member.
+    A union of parts would report, for every part, each member that it does not fit.
     """
     if value is None:
         return []
@@ -76,7 +76,7 @@ OptionalTexts = Annotated[
 
 
 class Item(Strict):
-    """What all items have. The status says nothing to the model."""
+    """Fields of every item. The model is not shown ``id`` and ``status``."""
 
     id: str | None = Field(None, max_length=256)
     status: ItemStatus | None = None
@@ -90,7 +90,7 @@ class Item(Strict):
 
 
 class MessageItem(Item):
-    """A message of anybody."""
+    """A message of the system, a developer, the user or the assistant."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -107,7 +107,7 @@ class MessageItem(Item):
 
 
 class ReasoningInput(Item):
-    """What the model wrote for itself in an earlier answer."""
+    """Reasoning of the model in an earlier answer."""
 
     type: Literal["reasoning"]
     summary: OptionalTexts = Field(default_factory=list)

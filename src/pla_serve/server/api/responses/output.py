@@ -1,4 +1,4 @@
-"""From what a reader finds in an answer to output items, and to the events of a stream.
+"""Writes what a reader finds in an answer as output items, and as the events of a stream.
 
 Items come one after another: each is opened, grows and is closed before the next one. An answer
 that is not streamed takes the same way; its events are not sent.
@@ -89,7 +89,10 @@ class OutputWriter:
                 yield from self._grow(event.text)
 
     def finish(self, status: ItemStatus) -> Iterator[OutputEvent]:
-        """The answer is over: close the last item, with this status."""
+        """Close the last item with this status, because the answer is over.
+
+        An answer in which nothing was found becomes one message without text.
+        """
         if self._growing is None and not self.items:
             blank = self._blank
             yield from self._open_message()
@@ -97,7 +100,7 @@ class OutputWriter:
         yield from self._close(status)
 
     def abandon(self) -> Iterator[OutputEvent]:
-        """Nothing more will come: close what there is of an item."""
+        """Close the item that is being written as incomplete, because nothing more will come."""
         yield from self._close("incomplete")
 
     @property

@@ -1,4 +1,4 @@
-"""The body of ``POST /v1/responses``. Strict, as those of the other endpoints."""
+"""Body of ``POST /v1/responses``. Unknown fields are refused, as on the other endpoints."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class SharedFields(Strict):
 
 
 class ResponsesRequest(Unused, SharedFields):
-    """What one answer is asked for."""
+    """Body of ``POST /v1/responses``."""
 
     model: str | None = None
     input: Items
@@ -166,7 +166,7 @@ class ResponsesRequest(Unused, SharedFields):
 
     @property
     def logprobs(self) -> int | None:
-        """How many log probabilities beside the token's own are asked for; None: not even that."""
+        """Likeliest tokens wanted beside each token of the text; None for no log probabilities."""
         if LOGPROBS in (self.include or ()):
             return self.top_logprobs or 0
         return self.top_logprobs or None

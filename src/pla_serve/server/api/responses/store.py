@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 ENTRY_BYTES = 1024
-"""What an answer is counted with besides its texts."""
+"""Bytes that each answer counts for besides its texts."""
 
 
 class Turn:
@@ -36,7 +36,7 @@ class Turn:
         return [turn.items for turn in self._back()][::-1]
 
     def hold(self) -> int:
-        """Count one more answer or turn that needs this one; bytes that are held because of it."""
+        """Count one more holder (an answer, or a later turn); return the bytes that it adds."""
         added = 0
         for turn in self._back():
             turn.holders += 1
@@ -46,7 +46,7 @@ class Turn:
         return added
 
     def release(self) -> int:
-        """Count one holder less; bytes that nobody needs any more."""
+        """Count one holder less; return the bytes that nobody needs any more."""
         freed = 0
         for turn in self._back():
             turn.holders -= 1
@@ -68,8 +68,8 @@ class StoredAnswer:
 
     Attributes:
         body: JSON of the answer.
-        turn: its turn of the conversation. The last item is not part of the input.
-        inputs: how many items of the turn are input; those that follow are output.
+        turn: its turn of the conversation.
+        inputs: number of items of the turn that are input; those that follow are output.
         background: the client did not wait for it.
         can_continue: it ended as an answer that another request may continue.
     """
@@ -88,7 +88,7 @@ class _Kept:
 
 
 class _Shelf:
-    """Answers of one tenant, the one that was not used for longest first."""
+    """Answers of one tenant, the least recently used one first."""
 
     def __init__(self) -> None:
         self.answers: OrderedDict[str, _Kept] = OrderedDict()
@@ -104,10 +104,10 @@ class _Shelf:
 
 
 class ResponseStore:
-    """Answers of all tenants, within bounds of number, size and time.
+    """Keeps the answers of all tenants, within bounds of number, size and time.
 
-    Where there is no room, the answer goes that was not used for longest, of the tenant that holds
-    the most. Belongs to one event loop.
+    Where there is no room, the tenant that holds most loses its least recently used answer. A store
+    belongs to one event loop.
 
     Args:
         most_answers: how many answers are kept.
@@ -133,7 +133,7 @@ class ResponseStore:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all answers, as they are counted."""
+        """Bytes that all answers count for."""
         return sum(shelf.bytes for shelf in self._shelves.values())
 
     def __len__(self) -> int:

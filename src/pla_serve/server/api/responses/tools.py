@@ -74,8 +74,8 @@ class NamespaceTool(Strict):
 class SearchTool(BaseModel):
     """A search that OpenAI's servers run by themselves.
 
-    Coding agents offer it with every request. The model is not shown it, so it answers without, as
-    it might anyway; the answer does not list it.
+    Coding agents offer it with every request. The model is not shown it and answers without it, as
+    it might anyway. The answer does not list it.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -88,7 +88,7 @@ class SearchTool(BaseModel):
     ]
 
     def chat_tools(self) -> list[Json]:
-        """Return nothing."""
+        """Return no entry: the model is not shown the search."""
         return []
 
 

@@ -1,4 +1,4 @@
-"""From items to the messages of a chat request."""
+"""Translates items into the messages of a chat request."""
 
 from __future__ import annotations
 
