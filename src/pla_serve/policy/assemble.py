@@ -58,7 +58,7 @@ class Assembler:
         return Batch(kind, tuple(prefills), tuple(steps))
 
     def _riders(self, taken: Taken, share: float) -> int:
-        """Number of decode steps that fit into this share of the prefills' time; at least one."""
+        """Return how many decode steps fit into this share of the prefills' time; at least one."""
         count, cost = len(self._book.decodes), self._book.cost
         if count < 2:
             return count

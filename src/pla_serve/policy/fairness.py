@@ -126,7 +126,7 @@ def short_wait_bound(
     *,
     streams: bool = False,
 ) -> float:
-    """Most seconds from the arrival of a short prefill to its first token, under any arrivals.
+    """Return the most seconds from a short prefill's arrival to its first token, in any traffic.
 
     Args:
         batches: express batches until its own is over, the one under way included. With as many
@@ -162,7 +162,7 @@ def token_wait_bound(
     stretch: float,
     burst: float,
 ) -> float:
-    """Most seconds from one token of a stream to the next, under any arrivals.
+    """Return the most seconds from one token of a stream to the next, in any traffic.
 
     Args:
         target: its TPOT target.

@@ -307,7 +307,7 @@ class LengthAware:
         return Batch(batch.kind, batch.prefills, tuple(riders))
 
     def _long(self, pending: Pending, most: int, now: float) -> Batch:
-        """A chunk of at most ``most`` tokens, and longs that share its launch."""
+        """Return a chunk of at most ``most`` tokens, with the longs that share its launch."""
         batch = self._fly(pending, most, now)
         self._current = pending.id
         self._account.start_chunk(now)

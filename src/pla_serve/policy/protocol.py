@@ -172,7 +172,7 @@ class PrefillPolicy(Protocol):
         tenant: str = "",
         tpot: float | None = None,
     ) -> None:
-        """A completed prefill wants one token after another; ``context`` tokens are cached.
+        """Decode a request whose prefill is complete; ``context`` of its tokens are cached.
 
         Args:
             now: when it got its first token, or the last one elsewhere.

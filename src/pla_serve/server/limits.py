@@ -90,8 +90,7 @@ class Limits:
         int,
         Flag(
             "Answers of /v1/responses that are kept so that clients can continue them. Where there "
-            "is no room, the one goes that was not used for longest, of the API key that has the "
-            "most.",
+            "is no room, the API key that has the most loses the one that it used least recently.",
             least=1,
             panel=LIMITS,
         ),

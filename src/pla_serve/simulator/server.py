@@ -349,7 +349,7 @@ class SimulatedServer:
     def finished(self, job: SimulatedRequest, now: float) -> None:
         served = self._served.pop(job.id)
         options = self._options
-        if job.produced > 1:  # of an only token `prefilled` has told
+        if job.produced > 1:  # `prefilled` has counted an answer's only token
             options.token_made(job.id, now)
         reason: wire.FinishReason = "length"
         count = job.produced - served.sent

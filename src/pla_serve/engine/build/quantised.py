@@ -54,7 +54,9 @@ def load_kept(
         )
     file = TensorFile(source.folder)
     tied = bool(config.tie_word_embeddings)
-    require_names(file, (name for name, _ in model.named_parameters()))  # none for a tied head
+    require_names(
+        file, (name for name, _ in model.named_parameters())
+    )  # a tied head has none of its own
     reader = _Reader(file, config, dtype, kernels)
     for name, module in list(model.named_modules()):
         if tied and name == "lm_head":
@@ -67,7 +69,7 @@ def load_kept(
                 setattr(module, own, nn.Parameter(read, requires_grad=False))
     if tied:
         _put(model, "lm_head", _head_of(model.get_input_embeddings()))
-    owner: Any = rotary_owner(model)  # computed, not read: made again with memory
+    owner: Any = rotary_owner(model)  # no file has its values, so it is made again, with memory
     owner.rotary_emb = type(owner.rotary_emb)(config)
     model.requires_grad_(False)
     loaded: nn.Module = model.eval()

@@ -16,7 +16,7 @@ LevelName = Literal["amx", "avx512-bf16", "avx512", "avx2", "torch"]
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One level.
+    """A level: instructions that kernels use, and how compiler and libraries name them.
 
     Example: a processor without bfloat16 instructions, but with 512-bit registers, has the level
     ``avx512``.

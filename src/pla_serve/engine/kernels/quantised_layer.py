@@ -12,7 +12,7 @@ from pla_serve.engine.kernels.quantised import Quantised, QuantisedMatrices
 from pla_serve.engine.kernels.vector import SpanTable
 
 MOST_TOKENS = 8
-"""Most tokens of a call: with more the time is not that of calls."""
+"""Most tokens of a call. With more, the time that calls take does not matter."""
 
 
 class _Product(ctypes.Structure):
@@ -81,11 +81,16 @@ class LayerWeights:
 
 
 class QuantisedLayer:
-    """Calls the kernel of a layer. Its weights must not move."""
+    """Calls into the compiled kernel that runs a decoder layer of quantised weights as a whole.
+
+    Args:
+        kernels: kernels of the level in use.
+        weights: weights of the layer. Their memory must not move while this object is used.
+    """
 
     def __init__(self, kernels: Quantised, weights: LayerWeights) -> None:
         w = weights
-        self._weights = weights  # kept alive: the record has their addresses
+        self._weights = weights  # they are kept alive, because the record has their addresses
         norms = [_Norm(n.weight.data_ptr(), n.epsilon) for n in (w.before_attention, w.before_mlp)]
         products = [part.record() for part in (w.qkv, w.out, w.gate, w.up, w.down)]
         sizes = (w.query_heads, w.kv_heads, w.head_dim)

@@ -1,4 +1,4 @@
-"""Free parts of a row of blocks, found by length and joined when their neighbours come free."""
+"""Keeps the free parts of a row of blocks: finds them by length, joins those that touch."""
 
 from __future__ import annotations
 

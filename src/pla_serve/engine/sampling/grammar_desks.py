@@ -29,7 +29,7 @@ SUSPICION_SECONDS = 10.0
 """Time after a slow grammar during which its tenant has one quick opening at a time."""
 HEAVY_SECONDS, HEAVY_TOKENS = 0.002, 16
 """A text is costly if it takes more than HEAVY_SECONDS times HEAVY_TOKENS of CPU time for so many
-tokens, or fewer. A sane grammar takes 0.1 ms for a token."""
+tokens, or fewer."""
 LATE_POINTS, MOST_POINTS = 11, 32
 """A text gets LATE_POINTS when its mask is late, and loses one with each token. Nobody waits for
 texts with MOST_POINTS or more. So three late masks in a row are too many, and one in eleven is
@@ -116,7 +116,7 @@ class WorkerFollower:
 
 
 class Desk:
-    """One worker, its followers, and the state of its work."""
+    """A grammar worker with the texts that it follows and the state of its work."""
 
     def __init__(self, worker: GrammarWorker, clock: Callable[[], float], *, slow: bool) -> None:
         self.worker = worker

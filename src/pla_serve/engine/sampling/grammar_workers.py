@@ -162,7 +162,7 @@ class GrammarWorkers:
                 self._receive(desk)
         for desk in list(self._desks.all):
             if desk.worker.end is not None:
-                self._receive(desk)  # its last words
+                self._receive(desk)  # messages that it sent before it ended
                 self._ended(desk)
             elif desk.worker.slow_for is not None:
                 text, desk.worker.slow_for = desk.worker.slow_for, None

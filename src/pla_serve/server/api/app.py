@@ -41,7 +41,7 @@ def build_app(
     traffic: Traffic,
     more: Sequence[ApiRoute] = (),
 ) -> ASGIApp:
-    """The application of a server, with ``more`` routes beside those that every server has."""
+    """Return the application of a server, with ``more`` routes beside those that all have."""
     settings = service.settings
     bodies = BodyReader(settings.max_body_bytes, settings.limits)
     generations = Generations(service)

@@ -104,8 +104,12 @@ class PromptEncoder:
         )
 
     async def chat(self, request: ChatRequest, *, limit: int, size: int) -> RenderedChat:
-        """A conversation as a prompt. ``size`` is that of its body, in bytes: a template may show
-        any part of it.
+        """Render a conversation, and return its prompt.
+
+        Args:
+            limit: most tokens of the prompt.
+            size: bytes of the body. A template may show any part of it, so a large one is rendered
+                in a thread.
 
         Raises:
             ApiError: no template, a template that refuses the messages, more than ``limit`` tokens.

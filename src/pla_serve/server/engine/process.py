@@ -66,7 +66,7 @@ class EngineSpec:
 
 
 def spawn(spec: EngineSpec) -> subprocess.Popen[bytes]:
-    """A child that imports what it needs and then waits to be told what to serve."""
+    """Start an engine process. It imports what it needs, then waits to be told what to serve."""
     limits = limits_of_torch(spec.config.cpu_kernels)
     return subprocess.Popen(
         [sys.executable, "-m", "pla_serve.engine.host.process", spec.factory],

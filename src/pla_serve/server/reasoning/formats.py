@@ -99,7 +99,7 @@ ALIASES = {"openai_gptoss": "harmony", "gpt-oss": "harmony"}
 
 
 def choose_reasoning(template: str, name: str = "auto") -> ReasoningFormat:
-    """The format called ``name``, or for "auto" the one that ``template`` shows.
+    """Return the format called ``name``, or for "auto" the one that ``template`` shows.
 
     Raises:
         ValueError: there is no such format; the message lists those there are.

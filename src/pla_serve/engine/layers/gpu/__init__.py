@@ -87,5 +87,5 @@ def _difference(stock: nn.Module, fused: GpuLayer, rotary: Any) -> str | None:
     """Return how the results of both layers differ, as text; None if they do not."""
     try:
         return same_results(stock, fused, rotary)
-    except Exception as error:  # as above
+    except Exception as error:  # a compiler, a driver or a library may raise anything
         return f"an error, {first_line(error)}"

@@ -1,4 +1,4 @@
-"""The list of models as Anthropic's clients read it."""
+"""Writes the list of models as Anthropic's clients read it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model_card(card: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a list of such cards; it is never longer than a page."""
+    """Return the list of these models (see `model_card`), all on one page."""
     return {
         "object": "list",
         "data": cards,
