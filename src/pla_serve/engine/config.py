@@ -259,7 +259,7 @@ class EngineConfig:
     ] = 120.0
 
     @property
-    def keeps(self) -> Keep:
+    def keep(self) -> Keep:
         """Say whether quantised weights of a GGUF file have to stay so, may, or do not (`Keep`)."""
         if self.quantization == "keep":
             return "keep"

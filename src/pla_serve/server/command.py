@@ -192,7 +192,7 @@ def load_for_api(
 
     try:
         source = resolve(
-            config.model, config.load_format, keep=config.keeps, progress=ConsoleProgress()
+            config.model, config.load_format, keep=config.keep, progress=ConsoleProgress()
         )
         tokenizer = load_tokenizer(source)
         if tokenizer is None:

@@ -71,7 +71,7 @@ class EngineCore:
     ) -> None:
         use_threads(config)
         source = resolve(
-            config.model, config.load_format, keep=config.keeps, progress=NoLoadingProgress()
+            config.model, config.load_format, keep=config.keep, progress=NoLoadingProgress()
         )
         device = device_of_rank(config, 0)
         if device.index is not None and device.type == "cuda":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pla_serve.engine.attention.interface import APART, IMPLEMENTATION
-from pla_serve.engine.build.quantised import keeps, load_kept, quantise
+from pla_serve.engine.build.quantised import load_kept, quantise, stays_quantised
 from pla_serve.engine.build.roofline import ModelSize
 from pla_serve.engine.build.settings import RankSettings
 from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels, open_kernels
@@ -108,7 +108,7 @@ def _load(settings: RankSettings, whole: AttentionShape, kernels: CpuKernels) ->
         settings.device,
     )
     if settings.ranks.size == 1:
-        if keeps(config, source, kernels) and kernels.quantised is not None:
+        if stays_quantised(config, source, kernels) and kernels.quantised is not None:
             return load_kept(source, dtype, kernels.quantised, IMPLEMENTATION)
         if source.kept is not None:
             source = resolve(config.model, config.load_format)

@@ -76,7 +76,7 @@ def load_kept(
     return loaded
 
 
-def keeps(config: EngineConfig, source: ModelSource, kernels: CpuKernels) -> bool:
+def stays_quantised(config: EngineConfig, source: ModelSource, kernels: CpuKernels) -> bool:
     """Whether the weights of a GGUF file stay quantised.
 
     Raises:

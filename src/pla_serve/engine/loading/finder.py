@@ -34,7 +34,7 @@ def resolve(
 
     Args:
         model: a folder, a GGUF file, a Hugging Face id, or a config in JSON for random weights.
-        keep: whether quantised weights of a GGUF file stay quantised (`EngineConfig.keeps`).
+        keep: whether quantised weights of a GGUF file stay quantised (`EngineConfig.keep`).
         hub: the Hugging Face hub; another one for tests.
         without_hub: gets the default model if the hub does not answer; another one for tests.
 
