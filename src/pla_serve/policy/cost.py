@@ -150,10 +150,10 @@ class CostModel:
 
     @property
     def bulk(self) -> CostProfile:
-        """Coefficients for batches of at least BULK_TOKENS alone.
+        """Coefficients that are fitted to batches of at least BULK_TOKENS alone.
 
-        `profile` has one price for a launch. But where weights are read while others are computed
-        with, a batch of many tokens hides what a decode step takes all of its time for.
+        `profile` has one price for a launch, which is mostly the reading of weights. A decode step
+        pays it in full. A batch of many tokens may read weights while it computes, and pay less.
         """
         return self._bulk or self._profile
 

@@ -86,8 +86,8 @@ class TokenDeadlines:
     def target(self, costs: StreamCosts) -> float:
         """Return the seconds between two tokens of a stream without a target of its own.
 
-        They are those of ``itl_slo_ms``. Where that is None, streams take `Tuning.token_share` of
-        the time, and have at least `Tuning.token_steps` decode steps between two tokens.
+        They are those of ``itl_slo_ms``. Where that is None, they are so many that streams take
+        `Tuning.token_share` of the time, and at least those of `Tuning.token_steps` decode steps.
         """
         given, tuning = self._config.itl_slo_ms, self._tuning
         if given is not None:

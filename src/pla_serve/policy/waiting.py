@@ -245,10 +245,10 @@ class GainWindow:
     def plan(
         self, curve: tuple[float, ...], now: float, others: int = 0, idle: int = 0
     ) -> WaitPlan:
-        """The rule in force. Rates and ``others`` are rounded down, so that plans are reused.
+        """Return the plan in force. Rates and ``others`` are rounded down, so plans are reused.
 
-        A decision has no milliseconds to solve for a plan. For a situation that is new it is never
-        to wait; `prepare` makes the plan for the next time.
+        To solve for a plan takes milliseconds, which a decision does not have. In a situation that
+        is new the plan is therefore never to wait, and `prepare` solves for the next time.
         """
         rate = self._rate.rate(now)
         if len(curve) < 2 or rate * curve[0] * (1 + others) < LIGHT_LOAD:
@@ -261,7 +261,7 @@ class GainWindow:
         return plan
 
     def prepare(self) -> None:
-        """Make the plan that was missing last; milliseconds, if one was, between decisions."""
+        """Solve for the plan that was missing last, if one was. Takes milliseconds."""
         situation, self._wanted = self._wanted, None
         if situation is None:
             return

@@ -108,7 +108,7 @@ def run_and_report(spec: RunSpec, progress: RequestsDone) -> RunReport:
 
 
 def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
-    """Make the report of a run."""
+    """Return the report of a run."""
     setting, workload, jobs = spec.setting, spec.workload, outcome.jobs
     cost = KnownCost(setting.machine.profile)
     ttft = np.array([job.ttft for job in jobs])

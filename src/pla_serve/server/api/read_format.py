@@ -1,4 +1,4 @@
-"""Chat completions whose answers may have reasoning and tool calls."""
+"""Writes chat completions whose answers may have reasoning and tool calls."""
 
 from __future__ import annotations
 

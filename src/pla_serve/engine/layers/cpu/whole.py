@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class WholeLayer:
-    """A fused layer as one call, for few tokens.
+    """Runs a fused layer of quantised weights in one call, for at most MOST_TOKENS tokens.
 
     Args:
-        layer: its weights are those of the call.
-        kernels: of quantised weights.
+        layer: fused layer whose weights are used, where they lie.
+        kernels: kernels for quantised weights and for attention.
 
     Raises:
-        TypeError: the layer has a part that the call has not.
+        TypeError: the layer has a part for which the call has no code.
     """
 
     def __init__(self, layer: FusedLayer, kernels: CpuKernels) -> None:

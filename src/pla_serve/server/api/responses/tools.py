@@ -126,7 +126,12 @@ def namespaces(tools: Iterable[ResponseTool]) -> dict[str, tuple[str, str]]:
 
 
 def read_choice(value: object) -> object:
-    """Return ``tool_choice`` as chat requests have it."""
+    """Return ``tool_choice`` as chat requests have it.
+
+    Raises:
+        PydanticCustomError: the type of the choice is not supported.
+        ValueError: the value is no choice at all.
+    """
     if value in ("none", "auto", "required"):
         return value
     if isinstance(value, dict):
