@@ -146,3 +146,12 @@ def test_names() -> None:
     assert choose_reasoning("", "openai_gptoss").name == "harmony"
     with pytest.raises(ValueError, match="qwen3"):
         choose_reasoning("", "nonsense")
+
+
+def test_white_space_before_an_answer_is_not_gathered() -> None:
+    """To look through all of it for every token held the event loop for seconds."""
+    counter = ReasoningCounter(QWEN, Beginning.EITHER, [b" ", b"<think>", b"x"].__getitem__)
+    counter.push([0] * 1_000)
+    assert not counter._tail
+    counter.push([1, 2, 2])
+    assert counter.count == 2

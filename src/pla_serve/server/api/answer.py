@@ -19,7 +19,7 @@ from pla_serve.server.generation.generation import ChoiceDelta, Generation
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 LONG = 10_000
-"""Tokens of an answer above which it is encoded in a thread."""
+"""Tokens of an answer above which it is read and encoded in a thread."""
 LOGPROB_COST = 10
 """Tokens that take as long to encode as the log probabilities of one."""
 

@@ -148,11 +148,11 @@ def validate(value: Any, model: type[Model]) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
 
 
-def _explain(error: ValidationError) -> ApiError:
-    """The first fault, by the name that the client used."""
+def explain(error: ValidationError) -> ApiError:
+    """Return the first fault, by the name that the client used."""
     first = error.errors(include_url=False, include_context=True, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])[:200]
     param = str(first["loc"][0])[:200] if first["loc"] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,11 +48,11 @@ class TokenNames:
         if echo is None:
             text = Detokenizer(self._bytes, skip_special_tokens=skip_special, prompt=prompt)
             return TextOffsets(text)
+        special = Counter(filter(self._bytes.is_special, prompt))
         added = {
-            token: max(0, prompt.count(token) - echo.count(self[token][0]))
-            for token in set(filter(self._bytes.is_special, prompt))
+            token: max(0, count - echo.count(self[token][0])) for token, count in special.items()
         }
-        kept = frozenset(token for token in prompt if self._bytes.is_special(token))
+        kept = frozenset(special)
         text = Detokenizer(self._bytes, skip_special_tokens=skip_special, keep=kept)
         return TextOffsets(text, unseen=added)
 

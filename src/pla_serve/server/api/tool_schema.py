@@ -31,6 +31,15 @@ class FunctionDefinition(Strict):
             raise ValueError("the arguments of a function are an object: type must be object")
         return value
 
+    def given(self) -> dict[str, Any]:
+        """Return the fields of a function that the client has given, in a fixed order.
+
+        The schema is not copied: pydantic would hold the interpreter lock until it has gone through
+        a large one.
+        """
+        given = self.model_fields_set
+        return {n: getattr(self, n) for n in FunctionDefinition.model_fields if n in given}
+
 
 class ToolDefinition(Strict):
     """One entry of ``tools``."""
@@ -52,7 +61,7 @@ class ToolDefinition(Strict):
 
     def shown(self) -> dict[str, Any]:
         """Return the tool as chat templates take it: as the client wrote it."""
-        return self.model_dump(exclude_unset=True, exclude={"cache_control"})
+        return {"type": self.type, "function": self.function.given()}
 
 
 @dataclass(frozen=True, slots=True)

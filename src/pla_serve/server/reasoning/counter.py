@@ -66,7 +66,8 @@ class ReasoningCounter:
     def _outside(self, raw: bytes) -> None:
         self._tail += raw
         if not self._repeats:
-            text = self._tail.lstrip()
+            # White space does not add up: an answer may be nothing else for 100,000 tokens.
+            self._tail = text = self._tail.lstrip()
             if not any(marker.startswith(text[: len(marker)]) for marker in self._opens):
                 self._waits = False
         if _first(self._tail, self._opens) is not None:

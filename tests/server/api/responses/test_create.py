@@ -293,6 +293,22 @@ def test_mistakes_name_the_field_of_this_api(
     assert "max_tokens" not in error["message"]
 
 
+def test_a_function_of_a_name_that_nobody_may_send_ends_the_conversation(hermes: Live) -> None:
+    """The model chose the name, and the stored item cannot be read again."""
+    call = PARIS.replace("get_weather", "n" * 300)
+    first = ask(hermes, call, tools=[WEATHER])
+    assert first["output"][0]["name"] == "n" * 300
+    error = refuse(hermes, input="x", previous_response_id=first["id"])
+    assert error["param"] == "previous_response_id"
+    assert "256 characters" in error["message"]
+
+
+def test_a_long_list_of_callers_is_one_mistake(hermes: Live) -> None:
+    """Each of them was an error of its own, which took 10 microseconds."""
+    tool = {**WEATHER, "allowed_callers": ["nobody"] * 1_000}
+    assert "at most 1 item" in refuse(hermes, input="x", tools=[tool])["message"]
+
+
 def test_a_model_of_another_name_is_unknown(hermes: Live) -> None:
     assert refuse(hermes, 404, model="other")["code"] == "model_not_found"
 

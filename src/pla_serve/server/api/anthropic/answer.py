@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import msgspec
 
-from pla_serve.server.api.answer import KEEP_ALIVE
+from pla_serve.server.api.answer import KEEP_ALIVE, LONG
 from pla_serve.server.api.anthropic.blocks import BlockWriter, assembled
 from pla_serve.server.api.anthropic.errors import error_body
 from pla_serve.server.api.choice_reading import ChoiceReading, Reading
@@ -62,12 +63,16 @@ class MessageAnswer:
                     tokens += delta.tokens
                     last = delta
         assert last is not None
-        events = self._writer.push(self._reading.push(text, tokens, last=True))
-        ending = self._ending(last)
+
+        def content() -> list[Json]:
+            events = self._writer.push(self._reading.push(text, tokens, last=True))
+            return assembled(events)
+
+        blocks = content() if len(tokens) < LONG else await asyncio.to_thread(content)
         return {
             **self._message,
-            "content": assembled(events),
-            **ending,
+            "content": blocks,
+            **self._ending(last),
             "usage": self._whole_usage(),
         }
 

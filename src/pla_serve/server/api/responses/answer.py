@@ -49,12 +49,21 @@ class ResponseFrame:
         body: the request.
         run: the request as it is generated.
         stored: whether the answer will be kept.
+        large: the request is large, so that what repeats it is encoded in a thread.
     """
 
     def __init__(
-        self, id: str, model: str, body: ResponsesRequest, run: ChatRun, *, stored: bool
+        self,
+        id: str,
+        model: str,
+        body: ResponsesRequest,
+        run: ChatRun,
+        *,
+        stored: bool,
+        large: bool,
     ) -> None:
         self.id = id
+        self.large = large
         self.namespaces = namespaces(body.tools)
         sampling = run.plan.sampling[0]
         self._fields: Json = {
@@ -170,11 +179,13 @@ class ResponseRun:
         }
 
 
-async def encoded(content: Any, *, large: bool) -> bytes:
-    """Return ``content`` as JSON; encoded in a thread if it is large."""
-    if large:
-        return await asyncio.to_thread(msgspec.json.encode, content)
-    return msgspec.json.encode(content)
+async def encoded(content: Json | Callable[[], Any], *, large: bool) -> bytes:
+    """Return ``content`` as JSON; made and encoded in a thread if it is large."""
+
+    def work() -> bytes:
+        return msgspec.json.encode(content() if callable(content) else content)
+
+    return await asyncio.to_thread(work) if large else work()
 
 
 class ResponseStream:
@@ -182,13 +193,11 @@ class ResponseStream:
 
     Args:
         run: the answer.
-        large: the request that the answer repeats is large.
         settle: takes the finished answer and returns its JSON, once it is kept.
     """
 
-    def __init__(self, run: ResponseRun, *, large: bool, settle: Settle) -> None:
+    def __init__(self, run: ResponseRun, *, settle: Settle) -> None:
         self._run = run
-        self._large = large
         self._settle = settle
         self._number = 0
 
@@ -199,8 +208,8 @@ class ResponseStream:
 
         A failure ends the stream with ``response.failed``.
         """
-        run = self._run
-        begun = msgspec.Raw(await encoded(run.frame.snapshot("in_progress"), large=self._large))
+        run, frame = self._run, self._run.frame
+        begun = msgspec.Raw(await encoded(frame.snapshot("in_progress"), large=frame.large))
         yield self._write("response.created", response=begun)
         yield self._write("response.in_progress", response=begun)
         sent = clock()
@@ -216,7 +225,7 @@ class ResponseStream:
             final = run.whole()
         except ApiError as error:
             yield self._join(run.output.abandon())
-            final = run.frame.failed(error, run.output.items)
+            final = frame.failed(error, run.output.items)
         body = await self._settle(final)
         yield self._write(f"response.{final['status']}", response=msgspec.Raw(body))
 

@@ -7,21 +7,26 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from pla_serve.server.api.formats import Json
 from pla_serve.server.api.guard import Traffic
 from pla_serve.server.api.responses.answer import ResponseFrame
 from pla_serve.server.errors import over_capacity
 
 log = logging.getLogger(__name__)
 
-MakesAnswer = Callable[[], Awaitable[None]]
-"""Makes an answer and keeps it, also where it is cancelled or fails."""
+MakesAnswer = Callable[[], Awaitable[Json]]
+"""Returns an answer that is over, also where the making of it is cancelled or fails."""
+KeepsAnswer = Callable[[Json], Awaitable[object]]
+"""Stores an answer that is over."""
 
 
 @dataclass(slots=True)
 class _Running:
     tenant: str
     frame: ResponseFrame
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None
+    can_be_cancelled: bool = True
+    """Only once, and not while the answer is being stored: it would be lost."""
 
 
 class BackgroundRuns:
@@ -49,12 +54,19 @@ class BackgroundRuns:
         if len(self._running) >= self._most or own >= (self._most + 1) // 2:
             raise over_capacity("too many answers are being made in the background", 1.0)
 
-    def start(self, tenant: str, frame: ResponseFrame, work: MakesAnswer) -> None:
-        """Run ``work`` until it ends, or until `cancel`."""
-        task = asyncio.get_running_loop().create_task(self._run(work))
-        self._running[frame.id] = _Running(tenant, frame, task)
+    def start(
+        self, tenant: str, frame: ResponseFrame, make: MakesAnswer, keep: KeepsAnswer
+    ) -> None:
+        """Run ``make`` until it ends, or until `cancel`, and give its answer to ``keep``.
+
+        Raises:
+            ApiError: 429, too many run already.
+        """
+        self.check_room(tenant)
+        running = self._running[frame.id] = _Running(tenant, frame)
         self._traffic.change(+1)
-        task.add_done_callback(lambda _: self._end(frame.id))
+        running.task = asyncio.get_running_loop().create_task(self._run(running, make, keep))
+        running.task.add_done_callback(lambda _: self._end(frame.id))
 
     def get(self, tenant: str, id: str) -> ResponseFrame | None:
         """Return the tenant's own answer, if it is still being made."""
@@ -64,16 +76,21 @@ class BackgroundRuns:
     async def cancel(self, tenant: str, id: str) -> None:
         """End the making of the tenant's own answer, and wait until it is kept as it is."""
         running = self._running.get(id)
-        if running is not None and running.tenant == tenant:
+        if running is None or running.tenant != tenant or running.task is None:
+            return
+        if running.can_be_cancelled:
+            running.can_be_cancelled = False
             running.task.cancel()
-            await asyncio.wait({running.task})
+        await asyncio.wait({running.task})
 
     def _end(self, id: str) -> None:
         del self._running[id]
         self._traffic.change(-1)
 
-    async def _run(self, work: MakesAnswer) -> None:
+    async def _run(self, running: _Running, make: MakesAnswer, keep: KeepsAnswer) -> None:
         try:
-            await work()
+            answer = await make()
+            running.can_be_cancelled = False
+            await keep(answer)
         except Exception:
             log.exception("an answer in the background failed")

@@ -44,8 +44,6 @@ class Exchange:
     body: ResponsesRequest
     frame: ResponseFrame
     before: Turn | None
-    large: bool
-    """The request is large, so that what repeats it is encoded in a thread."""
 
 
 class ResponsesEndpoints:
@@ -82,8 +80,11 @@ class ResponsesEndpoints:
             with errors_renamed():
                 run = await self._generations.chat(asked, chat, id)
             stored = body.store and self._store.takes(0)
-            frame = ResponseFrame(id, model, body, run, stored=stored)
-            exchange = Exchange(who, body, frame, before, upload.size > LARGE_BODY)
+            large = upload.size > LARGE_BODY
+            frame = await upload.run(
+                lambda: ResponseFrame(id, model, body, run, stored=stored, large=large)
+            )
+            exchange = Exchange(who, body, frame, before)
             if body.background:
                 if not stored:
                     raise invalid("this server keeps no answers", "background")
@@ -96,7 +97,7 @@ class ResponsesEndpoints:
             raise unsupported("stream", "a stored answer cannot be streamed: ask without stream")
         frame = self._background.get(who, id)
         if frame is not None:
-            return json_response(frame.snapshot("in_progress"))
+            return await self._begun(frame)
         return _json(self._found(who, id).body)
 
     async def delete_response(self, request: Request) -> Response:
@@ -132,11 +133,14 @@ class ResponsesEndpoints:
                 await generation.admit()
             asked.upload.release()
             if body.background:
-                frame, handed_on = exchange.frame, True
                 self._background.start(
-                    exchange.tenant, frame, lambda: self._work(exchange, answer, generation)
+                    exchange.tenant,
+                    exchange.frame,
+                    lambda: self._make(exchange, answer, generation),
+                    lambda final: self._settle(exchange, answer, final),
                 )
-                return json_response(frame.snapshot("in_progress"))
+                handed_on = True
+                return await self._begun(exchange.frame)
             if not body.stream:
                 async for _ in answer.events():
                     pass
@@ -147,7 +151,6 @@ class ResponsesEndpoints:
                 generation.close()
         stream = ResponseStream(
             answer,
-            large=exchange.large,
             settle=lambda final: self._settle(exchange, answer, final),
         )
         return EventStream(
@@ -156,35 +159,39 @@ class ResponsesEndpoints:
             stall_seconds=settings.stall_seconds,
         )
 
-    async def _work(self, exchange: Exchange, answer: ResponseRun, generation: Generation) -> None:
-        """Make an answer in the background, and keep what becomes of it."""
+    async def _begun(self, frame: ResponseFrame) -> Response:
+        return _json(await encoded(frame.snapshot("in_progress"), large=frame.large))
+
+    async def _make(self, exchange: Exchange, answer: ResponseRun, generation: Generation) -> Json:
+        """Make an answer in the background, and return what becomes of it."""
         output = answer.output
         try:
             async for _ in answer.events():
                 pass
-            final = answer.whole()
+            return answer.whole()
         except ApiError as error:
             list(output.abandon())
-            final = exchange.frame.failed(error, output.items)
+            return exchange.frame.failed(error, output.items)
         except asyncio.CancelledError:
             list(output.abandon())
-            final = exchange.frame.snapshot("cancelled", output.items)
+            return exchange.frame.snapshot("cancelled", output.items)
         finally:
             generation.close()
-        await self._settle(exchange, answer, final)
 
     async def _settle(self, exchange: Exchange, answer: ResponseRun, final: Json) -> bytes:
         """Return the JSON of an answer that is over, and keep it if it is to be kept."""
-        large = exchange.large or answer.logprobs > LARGE
+        large = exchange.frame.large or answer.logprobs > LARGE
         body = await encoded(final, large=large)
         if not final["store"]:
             return body
-        inputs = [item.stored() for item in exchange.body.input]
-        items = await encoded([*inputs, *final["output"]], large=large)
+        items = await encoded(
+            lambda: [*(item.stored() for item in exchange.body.input), *final["output"]],
+            large=large,
+        )
         kept = StoredAnswer(
             body,
             Turn(exchange.before, items),
-            len(inputs),
+            len(exchange.body.input),
             exchange.body.background,
             final["status"] in ("completed", "incomplete"),
         )

@@ -63,7 +63,14 @@ class TextFormat(Strict):
 
     def shown(self) -> Json:
         """Return the format as an answer repeats it."""
-        return self.model_dump(by_alias=True, exclude_none=True)
+        fields = {
+            "type": self.type,
+            "name": self.name,
+            "description": self.description,
+            "schema": self.schema_,
+            "strict": self.strict,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
     def chat_format(self) -> Json:
         """Return the ``response_format`` of a chat request that says the same."""

@@ -38,19 +38,21 @@ class FunctionTool(FunctionDefinition):
     type: Literal["function"]
     # The rest is accepted only where it asks for nothing.
     defer_loading: Literal[False] | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
     output_schema: None = None
 
     def chat_tools(self, prefix: str = "") -> list[Json]:
         """Return the entries of ``tools`` of a chat request that say the same."""
-        names = set(FunctionDefinition.model_fields)
-        function = self.model_dump(include=names, exclude_unset=True)
-        return [{"type": "function", "function": {**function, "name": prefix + self.name}}]
+        function = {**self.given(), "name": prefix + self.name}
+        return [{"type": "function", "function": function}]
 
     def shown(self) -> Json:
         """Return the tool as an answer repeats it."""
         fields = {"description": None, "parameters": None, "strict": None}
-        return {**fields, **self.model_dump(exclude_unset=True), "type": "function"}
+        more: Json = {} if self.defer_loading is None else {"defer_loading": self.defer_loading}
+        if self.allowed_callers is not None:
+            more["allowed_callers"] = self.allowed_callers
+        return {**fields, **self.given(), **more, "type": "function"}
 
 
 class NamespaceTool(Strict):
@@ -68,7 +70,12 @@ class NamespaceTool(Strict):
 
     def shown(self) -> Json:
         """Return the group as an answer repeats it."""
-        return {**self.model_dump(), "tools": [tool.shown() for tool in self.tools]}
+        return {
+            "type": self.type,
+            "name": self.name,
+            "description": self.description,
+            "tools": [tool.shown() for tool in self.tools],
+        }
 
 
 class SearchTool(BaseModel):

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from pla_serve.server.api.body import validate
+from pla_serve.server.api.body import explain, validate
 from pla_serve.server.api.formats import Json
 from pla_serve.server.api.responses.items import (
     CallItem,
@@ -22,7 +22,7 @@ from pla_serve.server.api.responses.items import (
 from pla_serve.server.api.responses.schema import ResponsesRequest, SharedFields
 from pla_serve.server.api.responses.tools import flat_name
 from pla_serve.server.api.schema import ChatRequest
-from pla_serve.server.errors import ApiError
+from pla_serve.server.errors import ApiError, invalid
 
 PARTS = ("reasoning_content", "content", "tool_calls")
 """Parts of a message of the assistant, in the order in which they come."""
@@ -128,5 +128,17 @@ def errors_renamed() -> Iterator[None]:
 
 
 def read_items(values: Any) -> list[AnyItem]:
-    """Return items that the server has stored."""
-    return ITEMS.validate_python(values)
+    """Return items that the server has stored.
+
+    Raises:
+        ApiError: 400, the model wrote something that no request may have, such as the name of a
+            function of a thousand characters.
+    """
+    try:
+        return ITEMS.validate_python(values)
+    except ValidationError as error:
+        reason = explain(error).message
+        raise invalid(
+            f"the conversation cannot be continued, as an item of it is not valid: {reason}",
+            "previous_response_id",
+        ) from None
