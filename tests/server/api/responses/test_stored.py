@@ -177,7 +177,8 @@ def test_without_a_store_nothing_is_kept(serve: Callable[..., Live]) -> None:
 
 
 def test_an_answer_that_is_too_large_says_that_it_is_not_kept(serve: Callable[..., Live]) -> None:
-    live = serve(context=4096, limits=Limits(max_stored_response_bytes=4_000))
+    limits = Limits(max_stored_response_bytes=4_000)
+    live = serve(context=4096, limits=limits, max_unread_tokens=100_000)
     assert create(live, input="hi")["store"] is True
     answer = create(live, input="x" * 1_500)
     assert answer["store"] is (send(live, "GET", f"/{answer['id']}").status_code == 200)
