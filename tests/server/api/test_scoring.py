@@ -9,9 +9,11 @@ import openai
 import pytest
 
 from pla_serve.server.api.logprobs import TokenNames, completion_logprobs
+from pla_serve.server.api.params import check_echoes
+from pla_serve.server.errors import ApiError
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.wire.engine import PromptLogprobs
-from tests.server.server_harness import CONTEXT, MODEL, Live, make_tokenizer
+from tests.server.server_harness import CONTEXT, DEADLINE, MODEL, Live, make_tokenizer
 
 
 def complete(live: Live, **body: Any) -> httpx.Response:
@@ -177,3 +179,14 @@ def test_places_after_special_tokens_of_the_output() -> None:
 def test_fields_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="different lengths"):
         PromptLogprobs(top=1, logprobs=bytes(8), ranks=bytes(8), top_ids=bytes(8), top_logprobs=b"")
+
+
+def test_an_echo_in_every_choice_is_bounded(live: Live) -> None:
+    """256 choices of a prompt that fills a long context were an answer of a gigabyte."""
+    with pytest.raises(ApiError, match="16777472 characters") as refused:
+        check_echoes(["x" * 2**16, "y"], 256)
+    assert refused.value.param == "echo"
+    check_echoes(["x" * 2**16], 256)
+    asked = {"prompt": "x" * 400, "echo": True, "n": 256, "max_tokens": 1}
+    answer = httpx.post(f"{live.url}/v1/completions", json=asked, timeout=DEADLINE).json()
+    assert {choice["text"] for choice in answer["choices"]} == {"x" * 401}

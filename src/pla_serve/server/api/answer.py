@@ -22,6 +22,8 @@ LONG = 10_000
 """Tokens of an answer above which it is read and encoded in a thread."""
 LOGPROB_COST = 10
 """Tokens that take as long to encode as the log probabilities of one."""
+ECHO_PER_TOKEN = 64
+"""Characters of an echo that take as long to encode as a token, or less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ async def _choices(form: Format, pieces: list[ChoicePart]) -> Json:
     def encode() -> Json:
         return {name: msgspec.Raw(msgspec.json.encode(each)) for name, each in fields().items()}
 
-    if sum(map(_cost, pieces)) < LONG:
+    if sum(map(_cost, pieces)) + form.repeated // ECHO_PER_TOKEN < LONG:
         return fields()
     return await asyncio.to_thread(encode)
 

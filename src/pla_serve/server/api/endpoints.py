@@ -15,6 +15,7 @@ from pla_serve.server.api.body import BodyReader
 from pla_serve.server.api.event_stream import EventStream
 from pla_serve.server.api.formats import ChatFormat, CompletionFormat, Format
 from pla_serve.server.api.generations import Asked, Generations, client_of, new_id
+from pla_serve.server.api.params import check_echoes
 from pla_serve.server.api.read_format import ReadChatFormat
 from pla_serve.server.api.schema import ChatRequest, CompletionRequest
 from pla_serve.server.api.service import Service
@@ -58,6 +59,7 @@ class Endpoints:
             prompts = await self._prompts(body, info)
             plan = await self._generations.plan(asked, body, header.id, prompts, info)
             echoes = await service.encoder.texts(body.prompt) if body.echo else []
+            check_echoes(echoes, plan.n)
             await self._generations.check_grammar(request, plan)
             form = CompletionFormat(
                 service.names,

@@ -45,6 +45,8 @@ class Format(Protocol):
 
     object: str
     chunk_object: str
+    repeated: int
+    """Characters of prompts that the answer repeats."""
 
     def opening(self, index: int) -> Json | None:
         """Return the ``choice`` that a stream sends before the first text; None for none."""
@@ -64,6 +66,7 @@ class Format(Protocol):
 class ChatFormat:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    repeated = 0
 
     def __init__(
         self, names: TokenNames, *, logprobs: bool, scored_prompt: Sequence[int] | None = None
@@ -150,6 +153,7 @@ class CompletionFormat:
         self._top = logprobs
         self._prompt_top = prompt_logprobs
         self._echoes = echoes
+        self.repeated = n * sum(map(len, echoes))
         self._n = n
         self._skip_special = skip_special
         self._offsets: dict[int, TextOffsets] = {}

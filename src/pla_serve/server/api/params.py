@@ -16,6 +16,8 @@ from pla_serve.wire.limits import GREEDY_BELOW, MOST_PROMPT_LOGPROBS
 
 MOST_HELD_LOGPROBS = 2_000_000
 """Log probabilities of one answer that is not streamed; each takes about 100 bytes meanwhile."""
+MOST_ECHOED = 2**24
+"""Characters of prompts in one answer, all choices together."""
 MOST_CONSTRAINT = 2**17
 """Characters of a schema, a regular expression or a grammar; each sequence carries its own."""
 
@@ -99,6 +101,25 @@ def check_held_logprobs(
             f"the answer may have {held} log probabilities, more than the {MOST_HELD_LOGPROBS} "
             "that are held for one answer: ask for fewer at once, or stream those of the output",
             "logprobs",
+        )
+
+
+def check_echoes(echoes: list[str], n: int) -> None:
+    """Check that the prompts, which are repeated in every choice, do not add up to too much.
+
+    Args:
+        echoes: the texts that the choices of each prompt begin with.
+        n: choices of each prompt.
+
+    Raises:
+        ApiError: 400, they are more than `MOST_ECHOED` characters.
+    """
+    echoed = n * sum(map(len, echoes))
+    if echoed > MOST_ECHOED:
+        raise invalid(
+            f"the answer would repeat {echoed} characters of prompts, more than {MOST_ECHOED}: "
+            "lower n, or send the prompts in several requests",
+            "echo",
         )
 
 

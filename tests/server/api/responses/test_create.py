@@ -309,6 +309,22 @@ def test_a_long_list_of_callers_is_one_mistake(hermes: Live) -> None:
     assert "at most 1 item" in refuse(hermes, input="x", tools=[tool])["message"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"metadata": {"a": "x" * 513}},
+        {"metadata": {"x" * 65: "a"}},
+        {"user": "x" * 1025},
+        {"safety_identifier": "x" * 1025},
+        {"prompt_cache_key": "x" * 1025},
+    ],
+    ids=["value", "key", "user", "safety", "cache"],
+)
+def test_what_an_answer_repeats_is_bounded(hermes: Live, fields: dict[str, Any]) -> None:
+    """Nothing counts it any more once the engine has taken the request."""
+    assert refuse(hermes, input="x", **fields)["param"] in fields
+
+
 def test_a_model_of_another_name_is_unknown(hermes: Live) -> None:
     assert refuse(hermes, 404, model="other")["code"] == "model_not_found"
 

@@ -28,6 +28,9 @@ INCLUDABLE = Literal[
 ]
 """All but the first change nothing, as no answer here has the items that they are about."""
 MOST_METADATA = 16
+MOST_NAME = 1024
+"""Characters of a name that the answer repeats, such as the user's."""
+Name = Annotated[str, Field(max_length=MOST_NAME)]
 
 
 def _read_input(value: object) -> object:
@@ -107,10 +110,17 @@ class ResponseStreamOptions(Strict):
 class Unused(Strict):
     """Fields that cannot change an answer here. They are accepted, and some are repeated in it."""
 
-    metadata: Annotated[dict[str, str], BeforeValidator(at_most(MOST_METADATA))] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            BeforeValidator(at_most(MOST_METADATA)),
+        ]
+        | None
+    ) = None
+    """As OpenAI bounds it: answers are held, and repeat it, for as long as they are made."""
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     max_tool_calls: int | None = Field(None, ge=1)
