@@ -28,9 +28,9 @@ INCLUDABLE = Literal[
 ]
 """All but the first change nothing, as no answer here has the items that they are about."""
 MOST_METADATA = 16
-MOST_NAME = 1024
-"""Characters of a name that the answer repeats, such as the user's."""
-Name = Annotated[str, Field(max_length=MOST_NAME)]
+MOST_LABEL = 1024
+"""Characters of a label that the answer repeats, such as the user's."""
+Label = Annotated[str, Field(max_length=MOST_LABEL)]
 
 
 def _read_input(value: object) -> object:
@@ -118,9 +118,9 @@ class Unused(Strict):
         | None
     ) = None
     """As OpenAI bounds it: answers are held, and repeat it, for as long as they are made."""
-    user: Name | None = None
-    safety_identifier: Name | None = None
-    prompt_cache_key: Name | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     max_tool_calls: int | None = Field(None, ge=1)
