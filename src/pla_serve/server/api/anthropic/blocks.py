@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from collections.abc import Iterable
 from typing import Any
@@ -114,8 +115,17 @@ def read_input(text: str) -> dict[str, Any]:
     try:
         found = from_json(text, allow_partial=True)
     except ValueError:
-        return {}
+        found = _read_unsound(text)
     return found if isinstance(found, dict) else {}
+
+
+def _read_unsound(text: str) -> Any:
+    """Return the value of JSON with halves of characters or line breaks in strings, else None."""
+    try:
+        found = json.loads(text, strict=False)
+        return from_json(sound(json.dumps(found, ensure_ascii=False)))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _call(name: str) -> Json:
