@@ -20,7 +20,7 @@ from tests.engine.tiny import VOCABULARY, make_engine
         ([1] * 64, {}, "64 tokens"),
         ([1, VOCABULARY], {}, f"outside 0 to {VOCABULARY - 1}"),
         ([1, -1], {}, "outside"),
-        ([1], {"max_tokens": 0}, "max_tokens"),
+        ([1] * 65, {"max_tokens": 0}, "65 tokens, more than this model's 64"),
         ([1], {"stop_token_ids": (VOCABULARY,)}, "stop_token_ids"),
         ([1], {"logit_bias": {-5: 1.0}}, "logit_bias"),
     ],

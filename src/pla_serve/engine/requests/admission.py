@@ -173,9 +173,10 @@ class Intake:
         if not request.prompt:
             return "the prompt is empty; give at least one token"
         if len(request.prompt) + bool(request.sampling.max_tokens) > limits.max_model_len:
+            output = "; with at least one of output that is" if request.sampling.max_tokens else ","
             return (
-                f"the prompt has {len(request.prompt)} tokens; with at least one of output that is "
-                f"more than this model's {limits.max_model_len}"
+                f"the prompt has {len(request.prompt)} tokens{output} more than this model's "
+                f"{limits.max_model_len}"
             )
         if not (min(request.prompt) >= 0 and max(request.prompt) < limits.vocab_size):
             return f"the prompt has a token id outside 0 to {limits.vocab_size - 1}"
