@@ -29,6 +29,7 @@ PACKAGES = {
     "markdown_it": "markdown-it-py",
     "mdurl": "mdurl",
     "scipy": "scipy",
+    "gguf": "gguf",
 }
 """Modules beside torch and transformers, and the packages that bring them."""
 IMAGE = ("torch", "transformers", "numpy")

@@ -258,7 +258,7 @@ def _read_logprobs(logprobs: _Logprobs, first: int, most: int) -> list[TokenLogp
 
 
 async def _follows_grammars(client: httpx.AsyncClient, model: str) -> bool | None:
-    """Ask for one token under a grammar of llguidance; None if no answer comes in time."""
+    """Ask for one token under a grammar of llguidance; None if no answer comes, or not in time."""
     probe = {
         "model": model,
         "prompt": [0],
@@ -267,7 +267,7 @@ async def _follows_grammars(client: httpx.AsyncClient, model: str) -> bool | Non
     }
     try:
         answer = await client.post("/v1/completions", json=probe, timeout=PROBE_SECONDS)
-    except httpx.TimeoutException:
+    except httpx.HTTPError:
         return None
     return answer.is_success
 
