@@ -56,6 +56,8 @@ class ForwardContext:
     batch: FlatBatch
     cache: KVCache
     backend: AttentionBackend
+    every_state: bool = False
+    """Whether the hidden states of all tokens are wanted, and not of ``batch.outputs`` only."""
 
 
 def paged_attention(

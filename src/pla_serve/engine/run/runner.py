@@ -84,7 +84,7 @@ class ModelRunner:
 
         Returns (tokens, hidden size), for `logits`.
         """
-        context = ForwardContext(batch, self._cache, self._backend)
+        context = ForwardContext(batch, self._cache, self._backend, every_state=True)
         with self._boundary(at_boundary):
             result = self._head.decoder(
                 input_ids=batch.tokens.unsqueeze(0),

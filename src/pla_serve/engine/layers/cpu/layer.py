@@ -115,7 +115,8 @@ class FusedLayer(nn.Module):
     ) -> torch.Tensor:
         """Return the layer's output (1, tokens, hidden), and write the KV of its tokens.
 
-        The last layer returns zeros for tokens whose logits nobody wants, if they are many.
+        The last layer returns zeros for tokens whose logits nobody wants, if they are many and not
+        every state is wanted.
         """
         inputs, turn = hidden_states[0], position_embeddings.turn
         if self.whole is not None:
@@ -126,7 +127,8 @@ class FusedLayer(nn.Module):
         heads = heads.view(len(inputs), -1, self.head_dim)
         queries = self._turned(heads, turn, forward_context)
         batch = forward_context.batch
-        wanted = last_tokens(batch) if self.is_last else None
+        prunes = self.is_last and not forward_context.every_state
+        wanted = last_tokens(batch) if prunes else None
         if wanted is None:
             return self._rest(inputs, queries, forward_context, batch).unsqueeze(0)
         output = torch.zeros_like(inputs)
