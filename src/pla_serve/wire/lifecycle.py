@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pla_serve.policy.protocol import Capabilities
-from pla_serve.wire.limits import Count, Name, Text, TokenCount
+from pla_serve.wire.limits import Count, Counts, Name, Text, TokenCount
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -26,7 +26,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Name and knobs, as ``--policy`` takes them."""
     cpu_kernels: Name = ""
     """Level of the kernels that an engine on a CPU computes with; empty on other devices."""
-    quantised: dict[str, int] = {}
+    quantised: Counts = {}
     """Bytes of weights that stay quantised, by format."""
     capabilities: Capabilities = Capabilities()
     """Capabilities of the policy."""
