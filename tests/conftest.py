@@ -1,8 +1,7 @@
 """What holds for all tests."""
 
 import os
-
-from hypothesis import settings
+from importlib.util import find_spec
 
 # Tiny models gain nothing from a second thread, and torch's threads spin while they wait for each
 # other: on a loaded machine the engine's tests took several times as long with two. Tests that are
@@ -10,7 +9,10 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A run tries the same examples each time, and no example fails for being slow: test machines are
-# shared. `pytest --hypothesis-profile random` tries others.
-settings.register_profile("random", deadline=None)
-settings.register_profile("same", deadline=None, derandomize=True)
-settings.load_profile("same")
+# shared. `pytest --hypothesis-profile random` tries others. vLLM's environment has no hypothesis.
+if find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile("random", deadline=None)
+    settings.register_profile("same", deadline=None, derandomize=True)
+    settings.load_profile("same")
