@@ -47,7 +47,7 @@ class StreamCosts:
     chunk: float
     """One further chunk of the same prefill, without the streams in it."""
     riders: float
-    """What all streams add to a batch that runs anyway."""
+    """Seconds that the tokens of all streams add to a batch that runs anyway."""
 
     @property
     def least(self) -> float:

@@ -16,7 +16,7 @@ MOST_PAGE_BYTES = 1 << 20
 MOST_PARTS = 4096
 """Chunks of a page: each of them takes time, however short it is."""
 LEAST_LINE_BYTES = 1 << 10
-"""What a line counts at least, for the same reason."""
+"""Bytes that a shorter line counts as, because each line takes time as well."""
 MOST_ERROR_BYTES = 1 << 16
 """Bytes of an error that are read; what follows is dropped with the connection."""
 MOST_EVENT_BYTES = 32 << 20

@@ -35,7 +35,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class _Override(SamplingDefaults, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The same from a flag, where an unknown name is a mistake."""
+    """Sampling defaults given by ``--override-generation-config``, in which an unknown name is an
+    error."""
 
 
 def read_defaults(choice: str, override: str | None, folder: Path) -> SamplingDefaults:

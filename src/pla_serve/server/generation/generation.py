@@ -77,7 +77,7 @@ class AnswerChoice:
     tokens: int = 0
     last_tokens_at: float = 0.0
     begun: bool = False
-    """Its first delta was given."""
+    """Whether the first delta of the choice was given."""
     done: bool = False
 
 

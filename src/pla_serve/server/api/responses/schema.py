@@ -124,7 +124,8 @@ class Unused(Strict):
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     max_tool_calls: int | None = Field(None, ge=1)
-    """It bounds calls of tools that a server runs itself, of which there are none here."""
+    """The bound on calls of tools that a server runs itself. There are no such tools here, so any
+    bound is kept."""
     stream_options: ResponseStreamOptions | None = None
     client_metadata: dict[str, Any] | None = None
 
