@@ -7,11 +7,10 @@ products. The kernels are the C++ files in `sources/amx/`; `open` compiles and l
 from __future__ import annotations
 
 import ctypes
-from typing import Literal, Protocol
 
 import torch
 
-After = Literal["none", "swish", "add", "mul"]
+from pla_serve.engine.kernels.epilogue import After, Norm, last_arguments
 
 MULTIPLE = 32
 """Numbers of inputs and outputs of a linear must be multiples of this."""
@@ -21,7 +20,6 @@ KEYS = 256
 """Keys in one block of the scratch memory of attention; the same as in ``attention.cpp``."""
 MOST_GROUPS = 32
 """Most query heads that may share a KV head."""
-_AFTER: dict[After, int] = {"none": 0, "swish": 1, "add": 2, "mul": 3}
 
 
 class TileWeight:
@@ -44,20 +42,6 @@ class TileWeight:
         """Whether the kernel supports a linear with this weight."""
         sizes = all(size % MULTIPLE == 0 for size in weight.shape)
         return weight.dtype == torch.float32 and sizes
-
-
-class Norm(Protocol):
-    """Parameters of a root-mean-square norm."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Factors (in,), float32."""
-        ...
-
-    @property
-    def epsilon(self) -> float:
-        """Number that is added to the mean square."""
-        ...
 
 
 class Tiles:
@@ -112,12 +96,7 @@ class Tiles:
             weight.tiles.data_ptr(),
             None if gate is None else gate.tiles.data_ptr(),
             weight.parts,
-            None if bias is None else bias.data_ptr(),
-            _AFTER[after],
-            None if other is None else other.data_ptr(),
-            None if norm is None else norm.weight.data_ptr(),
-            0.0 if norm is None else norm.epsilon,
-            outputs.data_ptr(),
+            *last_arguments(bias, after, other, norm, outputs),
         )
         return outputs
 

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from pla_serve.engine.kernels.amx import After, Norm
+from pla_serve.engine.kernels.epilogue import After, Norm, last_arguments
 
 FEW_TOKENS = 12
 """Most tokens for which reading weights takes longest."""
@@ -14,7 +14,6 @@ MULTIPLE = 16
 """Numbers of inputs must be multiples of this."""
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights, in the order of the numbers that the kernel knows them by."""
-_AFTER: dict[After, int] = {"none": 0, "swish": 1, "add": 2, "mul": 3}
 
 
 class FewWeight:
@@ -93,12 +92,7 @@ class FewTokens:
             weight.panels.data_ptr(),
             None if gate is None else gate.panels.data_ptr(),
             weight.kind,
-            None if bias is None else bias.data_ptr(),
-            _AFTER[after],
-            None if other is None else other.data_ptr(),
-            None if norm is None else norm.weight.data_ptr(),
-            0.0 if norm is None else norm.epsilon,
-            outputs.data_ptr(),
+            *last_arguments(bias, after, other, norm, outputs),
         )
         return outputs
 

@@ -13,11 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pla_serve.engine.kernels.amx import After, Norm
+from pla_serve.engine.kernels.epilogue import After, Norm, last_arguments
 from pla_serve.engine.loading.formats import BY_NAME, WeightFormat
 from pla_serve.engine.loading.tensors import Bytes
-
-_AFTER: dict[After, int] = {"none": 0, "swish": 1, "add": 2, "mul": 3}
 
 
 class _Matrix(ctypes.Structure):
@@ -97,12 +95,7 @@ class Quantised:
             weights.table,
             None if gate is None else gate.table,
             weights.count,
-            None if bias is None else bias.data_ptr(),
-            _AFTER[after],
-            None if other is None else other.data_ptr(),
-            None if norm is None else norm.weight.data_ptr(),
-            0.0 if norm is None else norm.epsilon,
-            outputs.data_ptr(),
+            *last_arguments(bias, after, other, norm, outputs),
         )
         return outputs
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pla_serve.engine.kernels.amx import Norm
+from pla_serve.engine.kernels.epilogue import Norm
 from pla_serve.engine.kernels.quantised import Quantised, QuantisedMatrices
 from pla_serve.engine.kernels.vector import SpanTable
 

@@ -145,7 +145,7 @@ class FleetClient:
                 if len(self._refusals) == len(self._links) and not self._was_ready:
                     raise EngineStartError("; ".join(self._refusals.values())) from None
             except Exception:
-                # A link that fails on what its instance says must not end the service of the others.
+                # A link that fails on what its instance says must not end the others' service.
                 log.exception("the link to %s failed; a new one begins", link.url)
             await asyncio.sleep(self._refused_seconds)
 
