@@ -31,8 +31,13 @@ LAST_WORDS_SECONDS = 0.2
 KEPT_BYTES = 2**30
 """Freed memory that the allocator keeps, so that the next forward pass finds it mapped."""
 
+KEPT_DESCRIPTIONS, KEPT_PRIMITIVES = 128, 256
+"""Matrix products that torch and oneDNN remember, about 0.3 MiB each."""
+
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "10000",
+    "LRU_CACHE_CAPACITY": str(KEPT_DESCRIPTIONS),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRIMITIVES),
     "GLIBC_TUNABLES": (
         "glibc.malloc.hugetlb=1"
         f":glibc.malloc.trim_threshold={KEPT_BYTES}:glibc.malloc.mmap_threshold={KEPT_BYTES}"
@@ -45,6 +50,11 @@ Threads of the engine that wait for each other spin some tens of microseconds, t
 Without a bound, on a machine that other processes use too (this one and its clients, say), a
 spinning thread keeps the very thread from running that it waits for, and steps take many times as
 long. Without any spinning a step of many small operations pays for a wake-up in each.
+
+A linear of oneDNN is set up anew for each number of tokens, and kept by two caches: torch's, which
+``LRU_CACHE_CAPACITY`` bounds, and its own. With their default of 1,024 entries, prompts of many
+lengths made them grow by hundreds of MiB. A pass needs 4 entries of the first and 8 of the second,
+so 32 numbers of tokens stay. Any other is set up again in the first layer of its pass.
 
 Large pages, where Linux grants them on request: a decode step reads every weight once, and with
 small ones it waits for address translations. Activations of a pass are allocated and freed layer by
