@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from itertools import count
 
+import msgspec
 import pytest
 import zmq
 
-from pla_serve.wire.engine import Begin, Lend, Output, Release, Reserve
-from pla_serve.wire.kv_offer import bind
+from pla_serve.engine.transfer.layout import KVSource
+from pla_serve.wire.engine import Begin, Lend, Output, Rejected, Release, Reserve
+from pla_serve.wire.kv_offer import SIGNATURE_BYTES, bind
 from tests.engine.tiny import BLOCK, VOCABULARY, expected
 from tests.engine.transfer.peer import Peer
 from tests.engine.transfer.world import request
@@ -113,6 +115,48 @@ def test_a_cached_prefix_is_lent(pair: tuple[Peer, Peer]) -> None:
     p.send(Release(name))
     assert d.stats(probe()).recomputed == 0
     assert first.tokens
+
+
+def edited(offer: bytes) -> bytes:
+    """Point an offer at the first blocks of the cache, and leave its signature as it is."""
+    source = msgspec.msgpack.decode(offer[:-SIGNATURE_BYTES], type=KVSource)
+    changed = msgspec.structs.replace(source, runs=[(0, source.runs[0][1])])
+    return msgspec.msgpack.encode(changed) + offer[-SIGNATURE_BYTES:]
+
+
+def test_hostile_offers_read_nothing_between_live_engines(pair: tuple[Peer, Peer]) -> None:
+    """A copied, an edited, a cut and a foreign offer each fail their own request with the reason;
+    no byte is read, and the offer itself still serves the request that it was made for."""
+    p, d = pair
+    victim, prompt, name = prompt_of(200, 11), prompt_of(200, 12), fresh()
+    p.send(request(name, victim, lease=20.0, max_tokens=TOKENS))
+    offer = p.offer(name).source
+    first = p.tokens(name)
+    before = d.stats(probe())
+    hostile = {
+        "copied": (prompt, bind(offer, d.name)),
+        "edited": (victim, bind(edited(offer), d.name)),
+        "cut": (victim, bind(offer, d.name)[:-7]),
+        "of another reader": (victim, bind(offer, p.name)),
+        "rubbish": (victim, b"\xff" * 300),
+    }
+    for kind, (tokens, source) in hostile.items():
+        attack = fresh()
+        add = request(attack, tokens, max_tokens=TOKENS)
+        d.send(Reserve(request=add, source=source, lease_seconds=20.0))
+        refusal = d.end(attack)
+        assert isinstance(refusal, Rejected), kind
+        assert refusal.reason, kind
+    after = d.stats(probe())
+    assert (after.bytes_read, after.taken_over) == (before.bytes_read, before.taken_over)
+    add = request(name, victim, max_tokens=TOKENS)
+    d.send(Reserve(request=add, source=bind(offer, d.name), lease_seconds=20.0))
+    d.send(Begin(id=name, tokens=list(first)))
+    assert (*first, *d.tokens(name)) == expected("llama", victim, TOKENS)
+    p.send(Release(name))
+    own = fresh()
+    d.send(request(own, prompt, max_tokens=TOKENS))
+    assert d.tokens(own) == expected("llama", prompt, TOKENS)
 
 
 def test_a_stopped_prefill_delays_nothing_for_long(pair: tuple[Peer, Peer]) -> None:
