@@ -1,8 +1,9 @@
 """Fuzzes a live server with so many bodies and frames of links: no 5xx but 503, no restart.
 
 Unlike `abuse.py`, which attacks for a time while others are measured, this program counts: what it
-sends follows from the seed, and a fault is printed with its number. The server is a real one with a
-tiny model; bodies go over HTTP, frames over its link.
+sends follows from the seed, and a fault is printed with its number. One body in 20 may be large or
+a costly grammar, as those of `abuse.py` are. The server is a real one with a tiny model; bodies go
+over HTTP, frames over its link.
 
     python benchmarks/fuzz.py --bodies 200000 --frames 20000 -o benchmarks/results/fuzz.json
     python benchmarks/fuzz.py --seed 3 --bodies 500 --frames 500
@@ -19,12 +20,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from random import Random
 
 from abuse import LINK, server
-from abuse_parts.bodies import hostile_bodies
+from abuse_parts.bodies import Body, hostile_bodies, hostile_fields
 from abuse_parts.links import frame
 from abuse_parts.processes import ProcessWatch
 from abuse_parts.sockets import Address, post
@@ -39,6 +40,7 @@ from pla_serve.wire.link import PATH, SUBPROTOCOL
 
 AT_ONCE = 8
 ANSWER_SECONDS = 60.0
+COSTLY_EVERY = 20
 FRAMES_PER_LINK = 50
 
 
@@ -50,10 +52,17 @@ class Found:
     faults: list[str] = field(default_factory=list)
 
 
-async def send_bodies(seed: int, count: int, address: Address, found: Found) -> None:
-    """Send the first ``count`` bodies of a seed, several at once."""
-    bodies: Iterator[tuple[int, tuple[str, bytes]]] = enumerate(
-        islice(hostile_bodies(Random(f"bodies/{seed}")), count)
+def mixed_bodies(rng: Random) -> Iterator[Body]:
+    """Without end; one in `COSTLY_EVERY` is of any kind, the others are quick to refuse."""
+    costly, quick = hostile_bodies(rng), hostile_fields(rng)
+    for number in count():
+        yield next(quick if number % COSTLY_EVERY else costly)
+
+
+async def send_bodies(seed: int, total: int, address: Address, found: Found) -> None:
+    """Send the first ``total`` bodies of a seed, several at once."""
+    bodies: Iterator[tuple[int, Body]] = enumerate(
+        islice(mixed_bodies(Random(f"bodies/{seed}")), total)
     )
 
     async def work() -> None:
@@ -68,14 +77,14 @@ async def send_bodies(seed: int, count: int, address: Address, found: Found) -> 
     await asyncio.gather(*(work() for _ in range(AT_ONCE)))
 
 
-async def send_frames(seed: int, count: int, address: Address, found: Found) -> None:
-    """Send ``count`` frames; a link that the server ends is opened anew."""
+async def send_frames(seed: int, total: int, address: Address, found: Found) -> None:
+    """Send ``total`` frames; a link that the server ends is opened anew."""
     sent = 0
-    while sent < count:
+    while sent < total:
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 async with _link(address) as link:
-                    for _ in range(min(FRAMES_PER_LINK, count - sent)):
+                    for _ in range(min(FRAMES_PER_LINK, total - sent)):
                         await link.send(frame(Random(f"frames/{seed}/{sent}")))
                         sent += 1
                         found.counts["frame"] += 1

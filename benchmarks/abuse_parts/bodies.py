@@ -37,6 +37,13 @@ def hostile_bodies(rng: Random) -> Iterator[Body]:
         yield path, body[:MOST_BYTES]
 
 
+def hostile_fields(rng: Random) -> Iterator[Body]:
+    """Without end; bodies with odd fields, damaged ones and nested ones."""
+    while True:
+        path, body = rng.choice((odd_fields, odd_fields, damaged, nested))(rng)
+        yield path, body[:MOST_BYTES]
+
+
 def size(rng: Random, most: int) -> int:
     """From 1 to ``most``, small and large ones alike."""
     return max(1, round(most ** rng.random()))
