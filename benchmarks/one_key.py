@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--only", choices=tuple(FLOODS), help="one flood instead of all")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with this program
     floods = (options.only,) if options.only else tuple(FLOODS)
     with tempfile.TemporaryDirectory() as folder:
         words = [] if options.model is None else [options.model]
