@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from random import Random
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from pla_serve.policy.registry import create_policy
 from pla_serve.wire.engine import Grammar, TokenLogprob
 from tests.engine.chaos import ChaosPolicy
 from tests.engine.test_outputs import assert_at_rest
-from tests.engine.tiny import VOCABULARY, Engine, grammar_compiler, make_engine
+from tests.engine.tiny import VOCABULARY, WINDOWED, Engine, grammar_compiler, make_engine
 
 TOLERANCE = 1e-3
 """Of log probabilities: batches of other shapes round differently."""
@@ -48,13 +49,11 @@ def results(engine: Engine, request_id: str) -> Result:
 
 
 @cache
-def undisturbed(seed: int) -> dict[str, Result]:
+def undisturbed(seed: int, name: str = "qwen3") -> dict[str, Result]:
     """One request after the other, with all memory and nothing cached."""
     cost = CostModel()
     policy = create_policy("fcfs", PolicyConfig(), cost)
-    engine = make_engine(
-        "qwen3", policy, cost=cost, prefix_cache=False, grammars=grammar_compiler()
-    )
+    engine = make_engine(name, policy, cost=cost, prefix_cache=False, grammars=grammar_compiler())
     for request_id, (prompt, sampling) in requests(seed).items():
         engine.add(request_id, prompt, **sampling)
         engine.run()
@@ -71,11 +70,11 @@ def assert_same(found: Result, right: Result) -> None:
             assert abs(mine - theirs) < TOLERANCE
 
 
-def disturbed(seed: int, schedule: int, blocks: int, cached: bool) -> Engine:
+def disturbed(seed: int, schedule: int, blocks: int, cached: bool, name: str = "qwen3") -> Engine:
     """Random chunks, preemption and arrivals, in the memory of about two requests."""
     rng = Random(schedule)
     engine = make_engine(
-        "qwen3",
+        name,
         ChaosPolicy(schedule),
         blocks=blocks,
         prefix_cache=cached,
@@ -108,6 +107,15 @@ def test_sampling_does_not_depend_on_the_schedule(
 ) -> None:
     engine = disturbed(seed, schedule, blocks, cached)
     for request_id, right in undisturbed(seed).items():
+        assert_same(results(engine, request_id), right)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schedule=st.integers(0, 2**32), blocks=st.integers(20, 40), cached=st.booleans())
+def test_nor_does_it_with_windows(name: str, schedule: int, blocks: int, cached: bool) -> None:
+    engine = disturbed(0, schedule, blocks, cached, name)
+    for request_id, right in undisturbed(0, name).items():
         assert_same(results(engine, request_id), right)
 
 

@@ -18,6 +18,7 @@ from tests.engine.tiny import (
     BLOCK,
     CONFIGS,
     VOCABULARY,
+    WINDOWED,
     Engine,
     expected,
     make_engine,
@@ -99,14 +100,29 @@ def test_random_schedules(name: str, seed: int, cached: bool, aborts: bool, tigh
     serve_at_random(engine, name, rng, count=8, aborts=aborts)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("level", NAMES)
 @settings(PATIENT, max_examples=8)
 @given(seed=st.integers(0, 2**32), aborts=st.booleans())
-def test_random_schedules_on_each_level_of_kernels(level: str, seed: int, aborts: bool) -> None:
-    engine = make_engine(
-        "qwen3", ChaosPolicy(seed), runner_of=runner_with("qwen3", kernels_of(level))
-    )
-    serve_at_random(engine, "qwen3", Random(seed), count=8, aborts=aborts)
+def test_random_schedules_on_each_level_of_kernels(
+    level: str, name: str, seed: int, aborts: bool
+) -> None:
+    engine = make_engine(name, ChaosPolicy(seed), runner_of=runner_with(name, kernels_of(level)))
+    serve_at_random(engine, name, Random(seed), count=8, aborts=aborts)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_prefixes_are_reused_at_odd_places_of_windows(name: str) -> None:
+    """Turns of a conversation whose prefix is several windows long, and forks off the middle."""
+    engine = make_engine(name, ChaosPolicy(1))
+    history = tuple(Random(2).choices(range(1, VOCABULARY), k=75))
+    for turn, kept in enumerate((75, 75, 38, 9, 67)):
+        prompt = (*history[:kept], *range(turn + 1, turn + 4))
+        engine.add(str(turn), prompt, max_tokens=TOKENS)
+        engine.run()
+        assert engine.tokens(str(turn)) == expected(name, prompt, TOKENS)
+        if turn:
+            assert engine.outputs(str(turn))[0].cached_tokens >= kept - kept % BLOCK
 
 
 # One of each kind of batch; the baselines left out differ from fcfs in their order only.

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -22,9 +23,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from pla_serve.engine.attention.interface import IMPLEMENTATION
+from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBackend
 from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.vector import attention_of
+from pla_serve.engine.attention.window import WindowedAttention
 from pla_serve.engine.batch.staging import DirectUploader
 from pla_serve.engine.build.engine import build_parts
 from pla_serve.engine.build.sampling import Sampling
@@ -35,7 +37,7 @@ from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.kv.sizing import KVPlan
 from pla_serve.engine.layers import cpu
-from pla_serve.engine.loading import decoder_layers
+from pla_serve.engine.loading import check_supported, decoder_layers
 from pla_serve.engine.loop.loop import EngineLoop
 from pla_serve.engine.loop.parts import EngineParts
 from pla_serve.engine.requests.admission import RequestLimits
@@ -82,8 +84,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "arcee": lambda: ArceeConfig(**SIZES),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "mistral-window": lambda: MistralConfig(**SIZES, sliding_window=21),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=20,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
 }
-FUSED = tuple(sorted(set(CONFIGS) - {"arcee"}))
+WINDOWED = ("gemma3", "mistral-window")
+"""Families with layers whose tokens see the latest tokens only."""
+FUSED = tuple(sorted(set(CONFIGS) - {"arcee", "gemma3"}))
 """Families whose decoder layers are replaced as a whole."""
 
 
@@ -126,7 +138,9 @@ def new_runner(name: str, padded: bool = False, kernels: CpuKernels = TORCH_ALON
     cache = KVCache(shape, (MAX_BLOCKS + padded) * BLOCK, torch.device("cpu"))
     for memory in (*cache.keys, *cache.values):
         memory.fill_(torch.nan)  # whatever is read before it was written shows
-    backend = attention_of(kernels)
+    backend: AttentionBackend = attention_of(kernels)
+    if windows := check_supported(config).windows:
+        backend = WindowedAttention(windows, lambda: attention_of(kernels))
     return ModelRunner(model, layers, cache, PaddedAttention(backend) if padded else backend)
 
 

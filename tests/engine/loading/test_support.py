@@ -55,6 +55,14 @@ ACCEPTED = [
     ("Olmo", {}),
     ("Glm", {}),
     ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    ("Mistral", {"sliding_window": 6}),
+    ("Mistral", {"sliding_window": 1}),
+    ("Phi3", {"sliding_window": 6}),
+    ("Starcoder2", {"sliding_window": 6}),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ("Cohere2", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("Gemma3Text", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("Olmo3", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
 ]
 
 TOKENS = torch.arange(20, 40)[None] * 7 % 300
@@ -96,6 +104,8 @@ def _in_pieces(model: Any, shape: AttentionShape) -> torch.Tensor:
         kept[module.layer_idx] = (key, value)
         lower = key.shape[2] - query.shape[2]
         allowed = torch.ones(query.shape[2], key.shape[2]).tril(lower).bool()
+        if shape.windows and (window := shape.windows[module.layer_idx]) is not None:
+            allowed = allowed.triu(lower - window + 1)
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True
         )
@@ -115,14 +125,9 @@ def _in_pieces(model: Any, shape: AttentionShape) -> torch.Tensor:
 
 
 REFUSED = [
-    ("Mistral", {"sliding_window": 16}, "sliding window of 16"),
-    ("Phi3", {"sliding_window": 16}, "sliding window of 16"),
-    ("Starcoder2", {"sliding_window": 16}, "sliding window of 16"),
-    ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding"),
-    ("Cohere2", {}, "sliding_attention"),
-    ("Gemma2", {}, "sliding_attention"),
+    ("Gemma2", {}, "soft-capping"),
+    ("Gemma3Text", {"use_bidirectional_attention": True}, "causal"),
     ("Gemma2", {"layer_types": ["full_attention"] * 2}, "soft-capping"),
-    ("Gemma3Text", {}, "sliding_attention"),
     ("Llama4Text", {}, "experts"),
     ("DeepseekV3", {}, "experts"),
     ("MiniCPM3", {}, "latent attention"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
@@ -20,6 +20,7 @@ from pla_serve.engine.attention.padded import PaddedAttention
 from pla_serve.engine.attention.sdpa import SdpaReference
 from pla_serve.engine.attention.varlen import VarlenAttention, varlen_missing
 from pla_serve.engine.attention.vector import attention_of
+from pla_serve.engine.attention.window import WindowedAttention
 from pla_serve.engine.batch.flat import FlatBatch, SpanRequest
 from pla_serve.engine.batch.staging import Capacity, Scratch, capacity_of, pack, unpack
 from pla_serve.engine.device.capture import Capturer
@@ -49,6 +50,7 @@ def choose_backend(
     device: torch.device,
     kernels: CpuKernels = TORCH_ALONE,
     capturer: Capturer | None = None,
+    windows: Sequence[int | None] = (),
 ) -> tuple[str, AttentionBackend]:
     """Return the name and the backend: the one asked for, or for ``auto`` the first that works.
 
@@ -57,6 +59,7 @@ def choose_backend(
         query_heads: query heads of this rank.
         kernels: for backends on the CPU.
         capturer: captures batches as graphs; None if no shapes will be captured.
+        windows: see `AttentionShape`. With a window, ``sdpa`` is the only backend.
 
     Raises:
         ValueError: the backend that was asked for does not work here; the message says why.
@@ -67,7 +70,16 @@ def choose_backend(
                 f"the attention backend {name} needs a CUDA device, and this engine runs on the "
                 "CPU; leave out --attention-backend"
             )
+        if windows:
+            return "sdpa", _windowed(windows, lambda: attention_of(kernels))
         return "sdpa", attention_of(kernels)
+    if windows:
+        if name not in ("auto", "sdpa"):
+            raise ValueError(
+                f"the attention backend {name} has no sliding windows, and this model needs them; "
+                "leave out --attention-backend"
+            )
+        return "sdpa", PaddedAttention(_windowed(windows, SdpaReference))
     reasons: list[str] = []
     for candidate in ON_CUDA if name == "auto" else (name,):
         made = _make(candidate, device)
@@ -85,6 +97,20 @@ def choose_backend(
         f"no attention backend works on this device ({'; '.join(reasons)})"
         + ("" if name == "auto" else "; leave out --attention-backend to have one chosen")
     )
+
+
+def _windowed(
+    windows: Sequence[int | None], make: Callable[[], AttentionBackend]
+) -> WindowedAttention:
+    sizes = ", ".join(map(str, sorted({window for window in windows if window is not None})))
+    log.info(
+        "attention: %d of %d layers have a sliding window (%s tokens); prompts longer than that "
+        "are attended there by torch with a mask, all else as in the other layers",
+        sum(window is not None for window in windows),
+        len(windows),
+        sizes,
+    )
+    return WindowedAttention(windows, make)
 
 
 def _make(name: BackendName, device: torch.device) -> AttentionBackend | str:

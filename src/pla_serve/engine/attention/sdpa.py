@@ -75,7 +75,7 @@ def context(memory: torch.Tensor, runs: Sequence[BlockRun]) -> torch.Tensor:
     return torch.cat([memory[start:end] for start, end in runs])
 
 
-def _for_groups(memory: torch.Tensor, runs: Sequence[BlockRun], groups: int) -> torch.Tensor:
+def grouped_context(memory: torch.Tensor, runs: Sequence[BlockRun], groups: int) -> torch.Tensor:
     """Return the context in ``runs`` as (KV heads, groups, slots, dim), with stride 0 for groups.
 
     The view is made by one call: a decode step makes many views, and each call takes 1 µs.
@@ -104,8 +104,8 @@ def _attend_one(
     """
     output, _ = _flash(
         query.unsqueeze(1),
-        _for_groups(keys, span.runs, 1),
-        _for_groups(values, span.runs, 1),
+        grouped_context(keys, span.runs, 1),
+        grouped_context(values, span.runs, 1),
         False,
         scaling,
     )
@@ -116,8 +116,8 @@ def _attend_many(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, scaling: float
 ) -> torch.Tensor:
     """Attend several new tokens: query (KV heads, groups, tokens, dim) to (tokens, heads, dim)."""
-    keys = _for_groups(keys, span.runs, query.shape[1])
-    values = _for_groups(values, span.runs, query.shape[1])
+    keys = grouped_context(keys, span.runs, query.shape[1])
+    values = grouped_context(values, span.runs, query.shape[1])
     if (split := span.history) == 0:
         attended = _flash(query, keys, values, True, scaling)[0]
     else:

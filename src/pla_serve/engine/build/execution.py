@@ -77,6 +77,7 @@ def _choose_attention(settings: RankSettings, model: RankModel) -> tuple[str, At
         settings.device,
         model.kernels,
         CudaCapture(settings.device) if settings.on_cuda and settings.pads else None,
+        model.windows,
     )
     if settings.pads and not settings.on_cuda:
         return name, PaddedAttention(backend)  # it loops over the spans of real sequences

@@ -41,6 +41,8 @@ class RankModel:
     """Decoder layers in order. Layer boundaries lie between them."""
     query_heads: int
     """Query heads of this rank."""
+    windows: tuple[int | None, ...]
+    """Window of each layer; see `AttentionShape`."""
     kv_shape: KVShape
     """Shape of one token's KV on this rank."""
     size: ModelSize
@@ -89,6 +91,7 @@ def build_model(settings: RankSettings) -> RankModel:
         module=module,
         layers=layers,
         query_heads=share.query_heads,
+        windows=share.windows,
         kv_shape=kv_shape,
         size=size,
         positions=most_positions(model_config),

@@ -22,9 +22,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from pla_serve.engine.loading.errors import UnsupportedModel
 
 CURE = (
-    "Models with full causal attention in every layer are served, such as Llama, Qwen2, Qwen3, "
-    "and Mistral without a sliding window."
+    "Dense models with causal attention are served, in all or some layers with a sliding window, "
+    "such as Llama, Qwen2, Qwen3, Mistral and Gemma 3 (text)."
 )
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 UNSTEADY_ROPE = ("dynamic", "longrope")
@@ -50,12 +52,18 @@ _PROBE_TOKENS = 3
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Sizes of attention, equal in every layer, as one KV cache for all layers needs it."""
+    """Sizes of attention, equal in every layer, as one KV cache for all layers needs it.
+
+    The windows of layers may differ, because KV of all tokens is kept for each layer.
+    """
 
     layers: int
     query_heads: int
     kv_heads: int
     head_dim: int
+    windows: tuple[int | None, ...] = ()
+    """For each layer the number of latest tokens, a token itself included, that the token sees;
+    None for all tokens. Empty if no layer has a window."""
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -137,14 +145,11 @@ def _config_reason(config: PreTrainedConfig) -> str | None:
         return "it uses multi-head latent attention (MLA)"
     if get("alibi"):
         return "it uses ALiBi position biases"
-    kinds = sorted(set(get("layer_types") or ()) - {"full_attention"})
+    kinds = sorted(set(get("layer_types") or ()) - LAYER_TYPES)
     if kinds:
         return f"it has layers of type {', '.join(kinds)}"
     if get("attn_logit_softcapping"):
         return "it caps attention scores (soft-capping)"
-    window = get("sliding_window")
-    if window and get("layer_types") is None and get("use_sliding_window") is not False:
-        return f"it uses a sliding window of {window} tokens"
     return _rope_reason(get("rope_parameters"))
 
 
@@ -195,7 +200,18 @@ class _Trace:
     layers: list[int] = field(default_factory=list)
     """Index of each decoder layer, in the order in which they were entered."""
     layer_of_call: list[int] = field(default_factory=list)
+    windows: list[int | None] = field(default_factory=list)
+    """Window of each call, as the attention mask of the model has it."""
+    masks: list[_WindowMask] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _WindowMask:
+    """A mask that the model asked for, in whose place it got ``stand_in``."""
+
+    stand_in: torch.Tensor
+    window: int
 
 
 _trace: contextvars.ContextVar[_Trace] = contextvars.ContextVar("pla_serve_trace")
@@ -242,8 +258,15 @@ def _record_attention(
     trace.modules.append(module)
     trace.shapes.append((query.shape[1], key.shape[1], key.shape[3], value.shape[3]))
     trace.layer_of_call.append(trace.layers[-1] if trace.layers else -1)
-    if attention_mask is not None:
+    found = [mask.window for mask in trace.masks if mask.stand_in is attention_mask]
+    if attention_mask is not None and not found:
         trace.reasons.append("it brings an attention mask of its own")
+    trace.windows.append(found[0] if found else None)
+    said = extras.pop("sliding_window", None)
+    if said is not None and said != trace.windows[-1]:
+        trace.reasons.append(
+            f"it passes sliding_window={said} to its attention, but its mask has no such window"
+        )
     if not getattr(module, "is_causal", True) or extras.pop("is_causal", True) is False:
         trace.reasons.append("its attention is not causal")
     for name, setting in extras.items():
@@ -253,15 +276,37 @@ def _record_attention(
     return output, None
 
 
-def _record_mask(*_: Any, **settings: Any) -> None:
-    """Record a request for a mask; the engine needs none for plain causal attention."""
-    if settings.get("local_size") is not None:
-        _trace.get().reasons.append(
-            f"it uses a sliding or chunked window of {settings['local_size']} tokens"
-        )
-    function = settings.get("mask_function")
-    if function is not None and getattr(function, "__name__", "") != "causal_mask_function":
-        _trace.get().reasons.append("its attention mask is not the causal one")
+def _record_mask(*_: Any, **settings: Any) -> torch.Tensor | None:
+    """Record a request for a mask; the engine needs none, but the window of each layer."""
+    trace = _trace.get()
+    function, size = settings.get("mask_function"), settings.get("local_size")
+    if size is None:
+        if function is not None and getattr(function, "__name__", "") != "causal_mask_function":
+            trace.reasons.append("its attention mask is not the causal one")
+        return None
+    if not isinstance(size, int) or size < 1 or function is None or not _slides(function, size):
+        trace.reasons.append(f"its mask of {size} tokens is no causal sliding window")
+        return None
+    mask = _WindowMask(torch.empty((1, 1, _PROBE_TOKENS, _PROBE_TOKENS), device="meta"), size)
+    trace.masks.append(mask)
+    return mask.stand_in
+
+
+def _slides(function: Any, window: int) -> bool:
+    """Whether a mask function of transformers is that of a causal sliding window.
+
+    It is tried at the positions where windows and chunks of this size begin and end.
+    """
+    near = {k * window + d for k in range(4) for d in (-1, 0, 1)} | {0, window // 2}
+    places = torch.tensor(sorted(position for position in near if position >= 0))
+    queries, keys = places[:, None], places[None, :]
+    zero = torch.tensor(0)
+    try:
+        got = function(zero, zero, queries, keys)
+    except Exception:  # it needs more than positions
+        return False
+    seen = (keys <= queries) & (keys > queries - window)
+    return isinstance(got, torch.Tensor) and got.shape == seen.shape and bool((got == seen).all())
 
 
 def _examine(config: PreTrainedConfig, trace: _Trace) -> AttentionShape:
@@ -279,4 +324,5 @@ def _examine(config: PreTrainedConfig, trace: _Trace) -> AttentionShape:
     query_heads, kv_heads, key_size, value_size = trace.shapes[0]
     if key_size != value_size:
         raise _refusal(config, f"its keys ({key_size}) and values ({value_size}) differ in size")
-    return AttentionShape(count, query_heads, kv_heads, key_size)
+    windows = tuple(trace.windows) if any(trace.windows) else ()
+    return AttentionShape(count, query_heads, kv_heads, key_size, windows)

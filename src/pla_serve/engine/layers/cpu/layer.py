@@ -39,9 +39,9 @@ class TurningRotary(nn.Module):
         super().__init__()
         self.stock = stock
 
-    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Angles:
-        """Return the angles of ``position_ids`` (1, tokens)."""
-        cos, sin = self.stock(hidden, position_ids)
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor, *kind: str) -> Angles:
+        """Return the angles of ``position_ids`` (1, tokens), for a kind of layers if they differ."""
+        cos, sin = self.stock(hidden, position_ids, *kind)
         angles = Angles((cos, sin))
         half = cos.shape[-1] // 2
         angles.turn = torch.complex(cos[0, :, None, :half].float(), sin[0, :, None, :half].float())
