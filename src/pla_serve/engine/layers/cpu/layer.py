@@ -40,7 +40,7 @@ class TurningRotary(nn.Module):
         self.stock = stock
 
     def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor, *kind: str) -> Angles:
-        """Return the angles of ``position_ids`` (1, tokens), for a kind of layers if they differ."""
+        """Return the angles of ``position_ids`` (1, tokens); ``kind`` is that of the layers."""
         cos, sin = self.stock(hidden, position_ids, *kind)
         angles = Angles((cos, sin))
         half = cos.shape[-1] // 2
