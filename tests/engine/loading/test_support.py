@@ -57,6 +57,9 @@ ACCEPTED = [
     ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     ("Mistral", {"sliding_window": 6}),
     ("Mistral", {"sliding_window": 1}),
+    ("Mistral", {"sliding_window": 10**9}),
+    ("Ministral", {"sliding_window": 6}),
+    ("Exaone4", {"sliding_window": 6}),
     ("Phi3", {"sliding_window": 6}),
     ("Starcoder2", {"sliding_window": 6}),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
@@ -125,6 +128,10 @@ def _in_pieces(model: Any, shape: AttentionShape) -> torch.Tensor:
 
 
 REFUSED = [
+    ("Mistral", {"sliding_window": 0}, "mask of 0 tokens"),
+    ("Mistral", {"sliding_window": -3}, "mask of -3 tokens"),
+    ("Gemma3Text", {"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+    ("Gemma3Text", {"attn_logit_softcapping": 30.0}, "soft-capping"),
     ("Gemma2", {}, "soft-capping"),
     ("Gemma3Text", {"use_bidirectional_attention": True}, "causal"),
     ("Gemma2", {"layer_types": ["full_attention"] * 2}, "soft-capping"),
