@@ -183,6 +183,9 @@ class CountingRunner(ModelRunner):
         self._fake.enqueue("pass")
         return self._inner.forward(batch, at_boundary)
 
+    def use_idle_time(self) -> bool:
+        return self._inner.use_idle_time()
+
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32), aborts=st.booleans())

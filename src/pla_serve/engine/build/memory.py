@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pla_serve.engine.batch.staging import Scratch
@@ -28,6 +31,7 @@ def build_memory(settings: RankSettings, model: RankModel) -> RankMemory:
     Raises:
         ValueError: the settings do not fit the model or the memory. Says what to change.
     """
+    _return_freed_memory()
     plan = plan_kv(
         settings.config,
         model.kv_shape,
@@ -40,3 +44,10 @@ def build_memory(settings: RankSettings, model: RankModel) -> RankMemory:
     if not settings.pads:
         return RankMemory(plan, None, slots)
     return RankMemory(plan, Scratch(slots, block_tokens), slots + block_tokens)
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what loading and fusing have freed; allocators keep it otherwise."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # a C library that is not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from pla_serve.engine.kv.system_memory import SystemMemory
+
+AHEAD_BYTES = 128 * 2**20
+"""Memory beyond the highest slot in use that is made ready while the engine is idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +34,27 @@ class KVCache:
 
     A slot holds one token. Block ``b`` of ``n`` tokens is the slots from ``b * n`` to
     ``(b + 1) * n - 1``.
+
+    On a CPU the cache takes memory as slots come into use. The system clears a page at its first
+    write, so `make_ready` has pages given ahead of that while there is nothing to compute.
     """
 
     def __init__(self, shape: KVShape, slots: int, device: torch.device) -> None:
         self.shape = shape
         self.slots = slots
+        self._used = 0
+        """Slots up to the highest one that was ever written."""
+        self._ready = 0
+        """Slots up to here have memory, or will have when `_steps` are done."""
+        self._steps: Iterator[None] = iter(())
+        self._memories: list[SystemMemory] = []
         size = (shape.layers, slots, shape.heads, shape.head_dim)
-        # The memory is written now, so that no prompt waits for it: the system clears a page at its
-        # first write, and with large pages even a short prompt would wait for one in each layer.
-        # `torch.zeros` would leave the pages to be cleared then.
-        keys = torch.empty(size, dtype=shape.dtype, device=device).zero_()
-        values = torch.empty(size, dtype=shape.dtype, device=device).zero_()
+        if device.type == "cpu":
+            self._memories = [SystemMemory(size, shape.dtype) for _ in range(2)]
+            keys, values = (memory.tensor for memory in self._memories)
+        else:
+            keys = torch.zeros(size, dtype=shape.dtype, device=device)
+            values = torch.zeros(size, dtype=shape.dtype, device=device)
         self.keys = list(keys.unbind(0))
         self.values = list(values.unbind(0))
 
@@ -48,3 +64,33 @@ class KVCache:
         """Store keys and values, each (tokens, KV heads, head dim), at ``slots`` (tokens,)."""
         self.keys[layer].index_copy_(0, slots, keys)
         self.values[layer].index_copy_(0, slots, values)
+
+    def note_use(self, slots: torch.Tensor) -> None:
+        """Note that these slots (tokens,) are written now. Does nothing for a GPU."""
+        if self._memories and len(slots):
+            self._used = max(self._used, int(slots.max()) + 1)
+
+    def make_ready(self) -> bool:
+        """Have the system give memory for slots that may be used next: one layer's keys or values.
+
+        Returns False if nothing is left to do.
+        """
+        if next(self._steps, True) is None:
+            return True
+        ahead = AHEAD_BYTES // max(1, self.shape.bytes_per_token)
+        wanted = min(self.slots, self._used + ahead)
+        if not self._memories or self._used + ahead // 2 < self._ready or wanted <= self._ready:
+            return False
+        self._steps = self._populate(self._ready, wanted)
+        self._ready = wanted
+        return True
+
+    def _populate(self, first: int, end: int) -> Iterator[None]:
+        layers = self.shape.layers
+        row = self.shape.bytes_per_token // (2 * layers)
+        for memory in self._memories:
+            for layer in range(layers):
+                at = layer * self.slots
+                if not memory.populate((at + first) * row, (at + end) * row):
+                    return
+                yield

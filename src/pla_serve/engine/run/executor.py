@@ -129,7 +129,9 @@ class BatchExecutor:
         return Executed(logits, False, scoring)
 
     def use_idle_time(self) -> bool:
-        """See `Executor`: captures one shape that batches have often missed."""
+        """See `Executor`: makes KV memory ready, or captures a shape that batches often missed."""
+        if self._runner.use_idle_time():
+            return True
         return self._grid is not None and self._grid.capture_hot()
 
     def counts(self) -> GridCounts | None:

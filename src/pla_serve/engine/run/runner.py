@@ -66,6 +66,7 @@ class ModelRunner:
 
         An exception of ``at_boundary`` leaves the pass. Layers before it have written their KV.
         """
+        self._cache.note_use(batch.slots)
         context = ForwardContext(batch, self._cache, self._backend)
         with self._boundary(at_boundary):
             result = self._model(
@@ -84,6 +85,7 @@ class ModelRunner:
 
         Returns (tokens, hidden size), for `logits`.
         """
+        self._cache.note_use(batch.slots)
         context = ForwardContext(batch, self._cache, self._backend, every_state=True)
         with self._boundary(at_boundary):
             result = self._head.decoder(
@@ -99,6 +101,10 @@ class ModelRunner:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (rows, vocabulary) of some of the rows of `hidden`."""
         return self._head(hidden)
+
+    def use_idle_time(self) -> bool:
+        """Make KV memory ready for the next batches, a step of it. Returns False if all is."""
+        return self._cache.make_ready()
 
     @contextmanager
     def _boundary(self, at_boundary: AtBoundary | None) -> Iterator[None]:
