@@ -243,6 +243,7 @@ def build(
     address: str,
 ) -> Any:
     """Make the API server whose backend is the fleet. To be called on the event loop."""
+    from pla_serve.fleet.page_view import FleetPageView
     from pla_serve.fleet.router.client import FleetClient
     from pla_serve.fleet.router.metrics import FleetMetrics
     from pla_serve.fleet.router.observers import WithControl
@@ -279,6 +280,7 @@ def build(
         client,
         metrics,
         model,
+        view=FleetPageView(client, status),
         on_ready=announce,
         more_routes=status.routes,
     )

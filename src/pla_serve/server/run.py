@@ -35,6 +35,8 @@ from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.link.hub import LinkHub
 from pla_serve.server.loop_lag import LoopLag
 from pla_serve.server.model import ServedModel
+from pla_serve.server.page.instance_view import InstancePageView
+from pla_serve.server.page.operations import PageView, page_operations
 from pla_serve.server.reasoning.support import ReasoningSupport, check_together
 from pla_serve.server.records.journal import Journals, LogJournal
 from pla_serve.server.records.metrics import Metrics
@@ -134,6 +136,7 @@ class ApiServer:
 
     Args:
         backend: ends with this server.
+        view: what the page at ``/ui`` shows of it.
         on_ready: called once, when the backend is ready for the first time.
         more_routes: returns routes of its own; called once `traffic` is there.
     """
@@ -145,6 +148,7 @@ class ApiServer:
         metrics: Metrics,
         model: ServedModel,
         *,
+        view: PageView,
         on_ready: Callable[[], None] = lambda: None,
         more_routes: Callable[[], Sequence[ApiRoute]] = tuple,
     ) -> None:
@@ -176,7 +180,9 @@ class ApiServer:
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )
-        config = _uvicorn_config(build_app(service, self.traffic, more_routes()), settings)
+        pages = page_operations(service, self.traffic, view)
+        app = build_app(service, self.traffic, more_routes(), pages)
+        config = _uvicorn_config(app, settings)
         self.connections = ConnectionRegistry(settings.limits)
         self.http = DrainingServer(config, self.stop, self.connections)
         self._drain_task: asyncio.Task[None] | None = None
@@ -284,11 +290,14 @@ class InstanceServer(ApiServer):
             start=_starter(child),
             silence_seconds=settings.limits.engine_silence_seconds,
         )
+        view = InstancePageView()
+        self.engine.watch(view)
         super().__init__(
             settings,
             self.engine,
             metrics,
             model,
+            view=view,
             on_ready=lambda: on_ready(self.engine),
             more_routes=lambda: self._link_routes(spec.config.block_tokens),
         )

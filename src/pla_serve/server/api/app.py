@@ -40,8 +40,14 @@ def build_app(
     service: Service,
     traffic: Traffic,
     more: Sequence[ApiRoute] = (),
+    pages: Sequence[Operation] = (),
 ) -> ASGIApp:
-    """Return the application of a server, with ``more`` routes beside those that all have."""
+    """Return the application of a server.
+
+    Args:
+        more: routes beside those that all servers have.
+        pages: routes for browsers, which ``/openapi.json`` does not describe.
+    """
     settings = service.settings
     bodies = BodyReader(settings.max_body_bytes, settings.limits)
     generations = Generations(service)
@@ -54,7 +60,7 @@ def build_app(
         *more,
     ]
     described = [each for each in routes if isinstance(each, Operation)]
-    api = Api([*routes, *_descriptions(described)])
+    api = Api([*routes, *pages, *_descriptions(described)])
     scrapers = [*settings.api_keys, *filter(None, [settings.metrics_key])]
     may_scrape = operator_keys(settings.link_key, scrapers) or Keys(())
     guard = Guard(api, Keys(settings.api_keys), traffic, may_scrape)

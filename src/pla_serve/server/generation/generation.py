@@ -316,13 +316,14 @@ class Generation:
 
     def _time(self, choice: AnswerChoice, tokens: int) -> None:
         now = self._clock()
+        new_tokens = len(self.plan.prompts[choice.prompt]) - self._cached.get(choice.prompt, 0)
         if choice.tokens == 0:
             if choice.index % self.plan.n == 0:
-                self._metrics.first_token(now - self.plan.arrival)
+                self._metrics.first_token(now - self.plan.arrival, new_tokens)
             if self._entry.first_token is None:
                 self._entry.first_token = now
         elif tokens:
-            self._metrics.next_tokens((now - choice.last_tokens_at) / tokens)
+            self._metrics.next_tokens((now - choice.last_tokens_at) / tokens, new_tokens)
         choice.last_tokens_at = now
 
     def _finish(self, choice: AnswerChoice, reason: FinishReason) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from pla_serve.server.records.latencies import RecentLatencies
 from pla_serve.server.records.transfer_metrics import TransferMetrics
 from pla_serve.wire.engine import EngineReady, EngineStats, FinishReason, Rejected
 
@@ -82,6 +83,8 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self.latencies = RecentLatencies()
+        """What the page at ``/ui`` shows of TTFT and ITL."""
         self._label = {"model_name": model_name}
         self._gauges = {name: self._make(Gauge, name, text) for name, text in GAUGES.items()}
         self._counters = {
@@ -261,11 +264,15 @@ class Metrics:
     def loop_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)
 
-    def first_token(self, seconds: float) -> None:
+    def first_token(self, seconds: float, new_tokens: int) -> None:
+        """Count the first token of a choice whose prompt had ``new_tokens`` to compute."""
         self._ttft.observe(seconds)
+        self.latencies.first_token(seconds, new_tokens)
 
-    def next_tokens(self, seconds_each: float) -> None:
+    def next_tokens(self, seconds_each: float, new_tokens: int) -> None:
+        """Count tokens of a choice that came together; ``new_tokens`` as for the first one."""
         self._itl.observe(seconds_each)
+        self.latencies.next_tokens(seconds_each, new_tokens)
 
     def finished(self, reason: FinishReason, seconds: float) -> None:
         self._by(self._success, reason).inc()

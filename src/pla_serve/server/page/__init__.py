@@ -1,0 +1,1 @@
+"""The page at ``/ui``: its samples, how they get there, and its files in ``static/``."""
