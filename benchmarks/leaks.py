@@ -401,12 +401,13 @@ def trend(rests: list[Rest], process: str) -> Trend:
 
 
 def grown(rests: list[Rest], kind: str) -> list[str]:
-    """Whether there are more of these in the last third than there ever were in the second."""
+    """Return a problem for each process that never has as few of these in the last third as it had
+    in the second. What is open for a moment, such as a grammar worker's socket, is no leak."""
     third = len(rests) // 3
     problems = []
     for process in rests[0].rss:
         counts = [getattr(rest, kind)[process] for rest in rests]
-        if third and max(counts[-third:]) > max(counts[third : 2 * third]):
+        if third and min(counts[-third:]) > min(counts[third : 2 * third]):
             problems.append(f"{kind} of the {process} grow: {counts}")
     return problems
 
