@@ -78,6 +78,8 @@ class OneWindow:
         self._backend = backend
         self._piece = min(MOST_PIECE, max(LEAST_PIECE, window))
         self._last: tuple[FlatBatch, _Split] | None = None
+        self._mask: torch.Tensor | None = None
+        """Mask of the longest piece, of which all others are parts."""
 
     def attend(
         self, layer: int, query: torch.Tensor, cache: KVCache, batch: FlatBatch, scaling: float
@@ -125,13 +127,25 @@ class OneWindow:
                 grouped,
                 grouped_context(keys, runs, heads // kv_heads),
                 grouped_context(values, runs, heads // kv_heads),
-                attn_mask=_mask(count, position - begin, self._window, query),
+                attn_mask=self._mask_of(count, position - begin, query),
                 scale=scaling,
             )
             yield start, attended.flatten(0, 1).transpose(0, 1)
 
+    def _mask_of(self, tokens: int, history: int, like: torch.Tensor) -> torch.Tensor:
+        """Return the mask (tokens, history + tokens) of a piece: a view of `_mask`.
 
-def _mask(tokens: int, history: int, window: int, like: torch.Tensor) -> torch.Tensor:
+        Which keys a token sees depends on how far they are before it, and on nothing else. Making
+        a mask takes half as long as attending with it, so it is made once.
+        """
+        longest = self._window - 1
+        if self._mask is None:
+            self._mask = _make_mask(self._piece, longest, self._window, like)
+        first = longest - history
+        return self._mask[:tokens, first : first + history + tokens]
+
+
+def _make_mask(tokens: int, history: int, window: int, like: torch.Tensor) -> torch.Tensor:
     """Return (tokens, history + tokens): 0 where a key is seen, minus infinity elsewhere.
 
     Every token sees itself, so no row is minus infinity only.
