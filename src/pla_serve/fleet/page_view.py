@@ -1,4 +1,4 @@
-"""What the router's page shows of its fleet."""
+"""A view of a fleet for the page of its router: the state that ``/fleet`` tells, cut short."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class FleetPageView:
 
     def describe(self) -> dict[str, Any]:
         """Return the state of the fleet, JSON-ready."""
-        state = self._status.describe()
-        shown = state["instances"][:MOST_INSTANCES]
+        state = self._status.describe(MOST_INSTANCES)
         return {
             "kind": "router",
             "parked": state["requests_parked"],
@@ -35,8 +34,8 @@ class FleetPageView:
             "controller": state["controller"],
             "moves": state["moves"],
             "moves_total": state["moves_total"],
-            "instances": [_instance(each) for each in shown],
-            "instances_total": len(state["instances"]),
+            "instances": [_instance(each) for each in state["instances"]],
+            "instances_total": len(self._client.instances),
         }
 
 

@@ -42,8 +42,12 @@ class FleetStatus:
         summary = "Instances, pools, recent moves, and how many instances there should be."
         return [Operation("GET", "/fleet", fleet, summary, keys=self._keys)]
 
-    def describe(self) -> dict[str, Any]:
-        """Return the state, JSON-ready. Times are seconds; ``seconds_ago`` counts back from now."""
+    def describe(self, most_instances: int | None = None) -> dict[str, Any]:
+        """Return the state, JSON-ready. Times are seconds; ``seconds_ago`` counts back from now.
+
+        Args:
+            most_instances: how many instances are described; None for all. Pools count all.
+        """
         fleet, now = self._client.fleet, self._clock()
         instances = self._client.instances
         pools: dict[str, int] = {}
@@ -68,7 +72,7 @@ class FleetStatus:
                 }
                 for moved in self._control.moves
             ],
-            "instances": [self._instance(instance, now) for instance in instances],
+            "instances": [self._instance(instance, now) for instance in instances[:most_instances]],
         }
 
     def _instance(self, instance: FleetInstance, now: float) -> dict[str, Any]:
