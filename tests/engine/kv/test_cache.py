@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ MIB = 2**20
 def resident() -> int:
     """Bytes of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * kv_cache.SystemMemory.PAGE
+    return pages * mmap.PAGESIZE
 
 
 def ready(cache: KVCache) -> int:
@@ -49,7 +50,10 @@ def test_memory_comes_with_use() -> None:
     assert resident() - before > 100 * MIB
 
 
-@pytest.mark.skipif(not SystemMemory.can_populate(), reason="Linux 5.14 gives memory ahead of use")
+@pytest.mark.skipif(
+    not SystemMemory((1,), torch.uint8).populate(0, 1),
+    reason="Linux 5.14 gives memory ahead of use",
+)
 def test_memory_is_given_ahead_of_use_while_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "AHEAD_BYTES", 64 * MIB)
     before = resident()

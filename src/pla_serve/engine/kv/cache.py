@@ -10,7 +10,8 @@ import torch
 from pla_serve.engine.kv.system_memory import SystemMemory
 
 AHEAD_BYTES = 128 * 2**20
-"""Memory beyond the highest slot in use that is made ready while the engine is idle."""
+"""Memory beyond the highest slot in use that is made ready while the engine is idle. The system
+rounds the part of each layer up to its pages, which may be large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class KVCache:
         """Slots up to the highest one that was ever written."""
         self._ready = 0
         """Slots up to here have memory, or will have when `_steps` are done."""
-        self._steps: Iterator[None] = iter(())
+        self._steps: Iterator[bool] = iter(())
         self._memories: list[SystemMemory] = []
         size = (shape.layers, slots, shape.heads, shape.head_dim)
         if device.type == "cpu":
@@ -75,17 +76,20 @@ class KVCache:
 
         Returns False if nothing is left to do.
         """
-        if next(self._steps, True) is None:
+        if next(self._steps, False):
             return True
         ahead = AHEAD_BYTES // max(1, self.shape.bytes_per_token)
         wanted = min(self.slots, self._used + ahead)
-        if not self._memories or self._used + ahead // 2 < self._ready or wanted <= self._ready:
+        if not self._memories or wanted <= self._ready:
+            return False
+        if self._used + ahead // 2 < self._ready:  # so that not each new token brings a step
             return False
         self._steps = self._populate(self._ready, wanted)
         self._ready = wanted
         return True
 
-    def _populate(self, first: int, end: int) -> Iterator[None]:
+    def _populate(self, first: int, end: int) -> Iterator[bool]:
+        """Populate these slots, one layer's keys or values a step; yields True after each."""
         layers = self.shape.layers
         row = self.shape.bytes_per_token // (2 * layers)
         for memory in self._memories:
@@ -93,4 +97,4 @@ class KVCache:
                 at = layer * self.slots
                 if not memory.populate((at + first) * row, (at + end) * row):
                     return
-                yield
+                yield True

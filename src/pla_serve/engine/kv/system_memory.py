@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from contextlib import suppress
 from math import prod
 
@@ -22,9 +23,6 @@ class SystemMemory:
         size: shape of the tensor.
     """
 
-    PAGE = mmap.PAGESIZE
-    """Bytes of a page of the system."""
-
     def __init__(self, size: tuple[int, ...], dtype: torch.dtype) -> None:
         count = prod(size)
         self._map = mmap.mmap(
@@ -37,7 +35,7 @@ class SystemMemory:
             self.tensor = torch.frombuffer(self._map, dtype=dtype, count=count).view(size)
         else:
             self.tensor = torch.empty(size, dtype=dtype)
-        self._populates = hasattr(self._map, "madvise")
+        self._populates = sys.platform == "linux"
 
     def populate(self, first: int, end: int) -> bool:
         """Have the bytes from ``first`` until ``end`` given by the system now.
@@ -45,7 +43,7 @@ class SystemMemory:
         Their content does not change. Returns False if the system cannot do that; then they are
         given at their first write, as all others.
         """
-        page = self.PAGE
+        page = mmap.PAGESIZE
         start, stop = first // page * page, min(-(-end // page) * page, len(self._map))
         if not self._populates or start >= stop:
             return self._populates
@@ -54,8 +52,3 @@ class SystemMemory:
         except (OSError, ValueError):
             self._populates = False
         return self._populates
-
-    @classmethod
-    def can_populate(cls) -> bool:
-        """Whether this system gives memory ahead of its first write."""
-        return cls((1,), torch.uint8).populate(0, 1)

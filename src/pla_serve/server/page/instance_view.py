@@ -1,4 +1,4 @@
-"""What the page shows of one instance: the last statistics of its engine."""
+"""A view of one instance for its page: the last statistics of its engine."""
 
 from __future__ import annotations
 

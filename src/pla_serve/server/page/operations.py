@@ -39,7 +39,7 @@ HEADERS = {
 
 
 class PageView(Protocol):
-    """What stands behind a server, as its page shows it: one engine, or a fleet."""
+    """Source of what the page shows beyond the server itself: its engine, or its fleet."""
 
     @property
     def boundary_tokens(self) -> int:

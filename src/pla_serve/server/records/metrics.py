@@ -84,7 +84,7 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.latencies = RecentLatencies()
-        """What the page at ``/ui`` shows of TTFT and ITL."""
+        """TTFT and ITL of the last seconds, for the page at ``/ui``."""
         self._label = {"model_name": model_name}
         self._gauges = {name: self._make(Gauge, name, text) for name, text in GAUGES.items()}
         self._counters = {
