@@ -68,14 +68,16 @@ def test_what_it_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
         make_scheduler(LengthAwareScheduler, tmp_path, chunked=False)
 
 
-@pytest.mark.parametrize("found", ["0.31.4", "0.33.0", "1.32.0", "0.3", "0.320.1"])
+@pytest.mark.parametrize("found", ["0.31.4", "0.34.0", "1.32.0", "0.3", "0.320.1"])
 def test_another_vllm_is_refused_with_what_to_install(found: str) -> None:
-    with pytest.raises(ImportError, match=rf"made for vLLM 0\.32\.x, and this is {found}"):
+    with pytest.raises(
+        ImportError, match=rf"made for vLLM 0\.32\.x or 0\.33\.x, and this is {found}"
+    ):
         check_version(found)
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.32.1+cpu", "0.32.0rc1"])
-def test_this_series_is_taken(found: str) -> None:
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.1+cpu", "0.32.0rc1", "0.33.0"])
+def test_these_series_are_taken(found: str) -> None:
     check_version(found)
 
 

