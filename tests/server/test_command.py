@@ -80,6 +80,8 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--max-stored-response-bytes": 9, "--stored-response-seconds": 9,
         "--quantization": "none", "--max-background-responses": 9,
         "--cors-origin": "https://chat.example.com",
+        "--batch-dir": tmp_path / "batches", "--batch-lines-at-once": 1, "--max-batch-lines": 9,
+        "--max-batch-file-mib": 1, "--max-batch-key-gib": 1, "--batch-free-mib": 1,
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
     switches = (
@@ -95,6 +97,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         (policy, PolicyConfig()),
         (started.server, default_server),
         (started.server.limits, default_server.limits),
+        (started.server.offline, default_server.offline),
     ):
         for field in fields(default):
             if field.name == "tensor_parallel_size":
@@ -102,6 +105,12 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
             assert getattr(mine, field.name) != getattr(default, field.name), field.name
     assert (started.template, started.log_level) == ("hello", "debug")
     assert started.log_format == "json"
+
+
+def test_flags_of_batches_need_their_folder() -> None:
+    result = serve("--max-batch-lines", "9")
+    assert result.exit_code != 0
+    assert "--max-batch-lines does nothing without --batch-dir" in result.output
 
 
 def test_names_of_vllm(started: Started) -> None:

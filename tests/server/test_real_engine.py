@@ -17,6 +17,14 @@ import openai
 import pytest
 from transformers import LlamaConfig
 
+from tests.server.offline.batch_client import (
+    chat_line,
+    check_answers,
+    jsonl,
+    read_lines,
+    submit,
+    wait_over,
+)
 from tests.server.server_harness import DEADLINE, children_that_run, make_tokenizer, until
 
 NAME = "tiny"
@@ -71,9 +79,10 @@ def command(folder: Path | str, *flags: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     keys = ("--api-key", "secret", "--api-key", OTHER_KEY)
-    flags = ("--served-model-name", NAME, *keys, "--keep-alive-seconds", "0.5")
+    batches = ("--batch-dir", str(tmp_path_factory.mktemp("batches")), "--batch-free-mib", "0")
+    flags = ("--served-model-name", NAME, *keys, "--keep-alive-seconds", "0.5", *batches)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command(folder, *flags), stdout=subprocess.PIPE, env=env) as child:
         try:
@@ -99,6 +108,16 @@ def test_ready_line_says_what_to_try(server: Server) -> None:
     assert "curl http://" in server.told
     assert NAME in server.told
     assert "secret" not in server.told
+
+
+def test_offline_batch(client: openai.OpenAI) -> None:
+    lines = [chat_line(str(i), "hello " * (i + 1), temperature=0) for i in range(12)]
+    batch = wait_over(client, submit(client, jsonl(lines)).id)
+    assert batch.status == "completed"
+    check_answers(client, batch, [str(i) for i in range(12)])
+    answer = read_lines(client, batch.output_file_id)[3]["response"]["body"]
+    online = client.chat.completions.create(**lines[3]["body"], model=NAME)
+    assert answer["choices"][0]["message"]["content"] == online.choices[0].message.content
 
 
 def test_chat_streams_what_it_answers(client: openai.OpenAI) -> None:

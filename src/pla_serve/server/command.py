@@ -17,6 +17,7 @@ from pla_serve.logs import LogFormat, configure
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.server.limits import Limits
 from pla_serve.server.model import ServedModel
+from pla_serve.server.offline_options import OfflineOptions
 from pla_serve.server.records import tracing
 from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, server_settings
 
@@ -64,6 +65,7 @@ SERVE = CliCommand(
         ),
         FlagsOf(ServerSettings),
         FlagsOf(Limits),
+        FlagsOf(OfflineOptions),
         FlagsOf(LogSettings),
     ),
 )

@@ -22,7 +22,7 @@ from pla_serve.server.api.guard import Traffic
 from pla_serve.server.api.link_access import LinkAccess, operator_keys
 from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.api.prompts import PromptEncoder
-from pla_serve.server.api.routes import ApiRoute
+from pla_serve.server.api.routes import ApiRoute, Operation
 from pla_serve.server.api.service import Service
 from pla_serve.server.connections.acceptor import Acceptor
 from pla_serve.server.connections.descriptors import RESERVED, raise_limit
@@ -35,6 +35,10 @@ from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.link.hub import LinkHub
 from pla_serve.server.loop_lag import LoopLag
 from pla_serve.server.model import ServedModel
+from pla_serve.server.offline.operations import offline_operations
+from pla_serve.server.offline.service import OfflineService
+from pla_serve.server.offline.store import FolderError
+from pla_serve.server.online_waits import OnlineWaits
 from pla_serve.server.page.instance_view import InstancePageView
 from pla_serve.server.page.operations import PageView, page_operations
 from pla_serve.server.reasoning.support import ReasoningSupport, check_together
@@ -158,6 +162,7 @@ class ApiServer:
         self._on_ready = on_ready
         self.metrics = metrics
         self.traffic = Traffic(metrics)
+        self.waits = OnlineWaits()
         self.encoder = PromptEncoder(model.tokenizer, chat_template=model.chat_template)
         token_bytes = TokenBytes(model.tokenizer)
         self._tracing = (
@@ -178,11 +183,12 @@ class ApiServer:
             reasoning=reasoning,
             defaults=model.defaults,
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
+            waits=self.waits,
             started=int(time.time()),
         )
         pages = page_operations(service, self.traffic, view)
-        app = build_app(service, self.traffic, more_routes(), pages)
-        config = _uvicorn_config(app, settings)
+        self.app = build_app(service, self.traffic, more_routes(), pages)
+        config = _uvicorn_config(self.app, settings)
         self.connections = ConnectionRegistry(settings.limits)
         self.http = DrainingServer(config, self.stop, self.connections)
         self._drain_task: asyncio.Task[None] | None = None
@@ -284,6 +290,7 @@ class InstanceServer(ApiServer):
     ) -> None:
         """``child`` is a process of `spawn` in which the engine starts for the first time."""
         metrics = Metrics(settings.model_names[0])
+        self._offline: OfflineService | None = None
         self.engine = EngineClient(
             spec,
             metrics,
@@ -299,8 +306,38 @@ class InstanceServer(ApiServer):
             model,
             view=view,
             on_ready=lambda: on_ready(self.engine),
-            more_routes=lambda: self._link_routes(spec.config.block_tokens),
+            more_routes=lambda: [
+                *self._link_routes(spec.config.block_tokens),
+                *self._offline_routes(),
+            ],
         )
+
+    async def run(self, listener: socket.socket) -> int:
+        """As `ApiServer.run`, with the offline batches of ``settings.offline``."""
+        if self._offline is None:
+            return await super().run(listener)
+        async with self._offline.serving(self.app):
+            return await super().run(listener)
+
+    def stop(self) -> None:
+        """As `ApiServer.stop`; a drain does not wait for lines, which the next server runs."""
+        if self._offline is not None:
+            self._offline.stop()
+        super().stop()
+
+    def _offline_routes(self) -> list[Operation]:
+        """Return the routes of files and batches.
+
+        Raises:
+            EngineStartError: their folder cannot be used.
+        """
+        if self._settings.offline.batch_dir is None:
+            return offline_operations(None)
+        try:
+            self._offline = OfflineService(self._settings, self.engine, self.waits, self.metrics)
+        except FolderError as error:
+            raise EngineStartError(str(error)) from None
+        return self._offline.operations
 
     def _link_routes(self, block_tokens: int) -> list[ApiRoute]:
         """Return the routes over which routers connect."""

@@ -18,6 +18,7 @@ from pla_serve.policy.knobs import check_knobs
 from pla_serve.server.cors_origins import check_origins
 from pla_serve.server.limits import Limits
 from pla_serve.server.link_key import find_link_key
+from pla_serve.server.offline_options import OfflineOptions
 from pla_serve.server.reasoning.formats import BY_NAME as REASONING_BY_NAME
 from pla_serve.server.reasoning.formats import choose_reasoning
 from pla_serve.server.tools.choice import BY_NAME, choose_format
@@ -156,6 +157,7 @@ class ServerSettings:
         ),
     ] = None
     limits: Limits = field(default_factory=Limits)
+    offline: OfflineOptions = field(default_factory=OfflineOptions)
     role: Annotated[
         Role,
         Flag(
@@ -308,5 +310,6 @@ def server_settings(given: Given, model: ModelFlags) -> ServerSettings:
         model_names=model.names,
         model_root=model.source,
         limits=given.make(Limits),
+        offline=given.make(OfflineOptions),
     )
     return replace(settings, link_key=find_link_key(settings.link_key_file, os.environ))

@@ -16,7 +16,7 @@ from pla_serve.logs import request_id
 from pla_serve.server.api.body import Upload
 from pla_serve.server.api.cache_scope import CacheScopes
 from pla_serve.server.api.choice_reading import Reading
-from pla_serve.server.api.guard import tenant, warn
+from pla_serve.server.api.guard import OFFLINE_WORK, tenant, warn
 from pla_serve.server.api.params import check_held_logprobs, sampling_params, unheld_keywords
 from pla_serve.server.api.schema import (
     MAX_SEQUENCES,
@@ -35,6 +35,9 @@ from pla_serve.server.records.tracing import TRACE_HEADERS
 from pla_serve.server.tools.events import AnswerReader
 from pla_serve.server.tools.tool import ToolUse
 from pla_serve.wire.engine import EngineReady, Grammar
+
+OFFLINE_PRIORITY = 2**31 - 1
+"""Priority of lines of offline batches: the least urgent that there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,8 @@ class Generations:
 
         def work() -> tuple[GenerationPlan, list[str]]:
             plan = self._plan(body, id, asked.arrival, prompts, info, scope)
+            if OFFLINE_WORK in asked.request.scope:
+                plan = replace(plan, priority=OFFLINE_PRIORITY)
             return plan, unheld_keywords(body)
 
         plan, unheld = await asked.upload.run(work)
@@ -184,8 +189,15 @@ class Generations:
         session = service.engine.session(service.settings.max_unread_tokens, tenant(request.scope))
         trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
         entry = JournalEntry(request_id.get() or plan.id, plan.arrival, trace)
+        offline = OFFLINE_WORK in request.scope
         return Generation(
-            plan, session, service.token_bytes, service.metrics, entry, service.journal
+            plan,
+            session,
+            service.token_bytes,
+            service.metrics,
+            entry,
+            service.journal,
+            end_wait=(lambda: None) if offline else service.waits.begin(),
         )
 
     def _plan(

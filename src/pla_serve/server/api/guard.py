@@ -25,6 +25,9 @@ TENANT = "pla_serve.tenant"
 WARNING = "pla_serve.warning"
 """Key of what `warn` has said."""
 
+OFFLINE_WORK = "pla_serve.offline"
+"""Key that is in the scope of a line of an offline batch. No client can set it."""
+
 METRICS = "/metrics"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 SERVED = ("/v1/", TOKENIZE, DETOKENIZE)

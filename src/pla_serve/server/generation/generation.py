@@ -98,13 +98,20 @@ class Generation:
         entry: JournalEntry,
         journal: Journal,
         clock: Callable[[], float] = time.monotonic,
+        end_wait: Callable[[], None] = lambda: None,
     ) -> None:
-        """``entry`` is completed and written to ``journal`` by `close`."""
+        """Make a generation that is not yet admitted.
+
+        Args:
+            entry: completed and written to ``journal`` by `close`.
+            end_wait: called with the first token, and by `close`.
+        """
         self.plan = plan
         self._session = session
         self._metrics = metrics
         self._entry = entry
         self._journal: Journal | None = journal
+        self._end_wait = end_wait
         self._clock = clock
         self._choices = {
             choice.id: choice
@@ -181,6 +188,7 @@ class Generation:
         """End unfinished sequences in the engine at once, and write the journal entry."""
         for retry in self._retries:
             retry.cancel()
+        self._end_wait()
         self._session.close()
         if self._journal is not None:
             journal, self._journal = self._journal, None
@@ -322,6 +330,7 @@ class Generation:
                 self._metrics.first_token(now - self.plan.arrival, new_tokens)
             if self._entry.first_token is None:
                 self._entry.first_token = now
+                self._end_wait()
         elif tokens:
             self._metrics.next_tokens((now - choice.last_tokens_at) / tokens, new_tokens)
         choice.last_tokens_at = now

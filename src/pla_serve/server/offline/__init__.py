@@ -1,0 +1,1 @@
+"""Offline batches: files of requests that are answered when nobody waits."""
