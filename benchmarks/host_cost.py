@@ -75,6 +75,9 @@ class Packing:
         self.rows = sum(request.wants_logits for request in requests)
         return Executed(self._logits.expand(self.rows, -1), False)
 
+    def end_warm_up(self) -> None:
+        """See `Executor`."""
+
     def use_idle_time(self) -> bool:
         """See `Executor`."""
         return False

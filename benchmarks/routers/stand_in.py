@@ -83,6 +83,9 @@ class Waiting:
         chunks = (Chunk("", len(request.tokens), request.history) for request in requests)
         return self._cost.seconds(Batch(BatchClass.MIXED, tuple(chunks)))
 
+    def end_warm_up(self) -> None:
+        """See `Executor`."""
+
     def use_idle_time(self) -> bool:
         """See `Executor`."""
         return False

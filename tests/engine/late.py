@@ -144,6 +144,9 @@ class LateExecutor:
         assert not executed.whole
         return executed
 
+    def end_warm_up(self) -> None:
+        return None
+
     def use_idle_time(self) -> bool:
         return False
 

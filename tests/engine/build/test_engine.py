@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from pathlib import Path
 from typing import Literal
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from pla_serve.engine.build import execution
 from pla_serve.engine.build.engine import EngineCore
 from pla_serve.engine.config import EngineConfig
-from pla_serve.engine.kv.cache import KVShape
+from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.kv.sizing import GIB, plan_kv
 from pla_serve.policy.config import PolicyConfig
@@ -78,6 +80,31 @@ def test_bfloat16_runs_and_float32_is_exact(folder: Path, tokenizer_files: None)
     ready, tokens = serve_one(narrow, (1, 2, 3))
     assert ready.dtype == "bfloat16"
     assert 1 <= len(tokens) <= 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the pages")
+def test_no_kv_of_the_warm_up_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the warm-up wrote is given back; batches of requests find zeros, as in a new cache."""
+    caches: list[KVCache] = []
+    written: list[bool] = []
+
+    class Watched(KVCache):
+        def __init__(self, shape: KVShape, slots: int, device: torch.device) -> None:
+            super().__init__(shape, slots, device)
+            caches.append(self)
+
+        def forget(self) -> None:
+            written.append(bool(self.keys[0].any()))
+            super().forget()
+
+    monkeypatch.setattr(execution, "KVCache", Watched)
+    config = EngineConfig(
+        model=str(folder), load_format="dummy", kv_cache_gib=0.001, threads=1, seed=5
+    )
+    EngineCore(config, inbox=lambda: [], emit=lambda _: None)
+    (cache,) = caches
+    assert written == [True]
+    assert not any(bool(part.any()) for part in (*cache.keys, *cache.values))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,38 @@ def test_system_memory_is_zero_and_may_be_empty(dtype: torch.dtype) -> None:
     memory.populate(4, 3)
     memory.populate(0, 10**9)
     assert bool((memory.tensor == 1).all())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the pages")
+def test_a_cache_that_forgets_gives_its_memory_back() -> None:
+    """Also twice, with work of idle times half done; then it grows as a new one does."""
+    cache = KVCache(SHAPE, 2**30 // SHAPE.bytes_per_token, CPU)
+    use(cache, list(range(128 * MIB // SHAPE.bytes_per_token)))
+    cache.make_ready()
+    held = resident()
+    cache.forget()
+    assert held - resident() > 100 * MIB
+    cache.forget()
+    assert not any(bool(part.any()) for part in (cache.keys[0][:9], cache.values[-1][:9]))
+    use(cache, [7])
+    assert float(cache.keys[1][7, 0, 0]) == 8.0
+    if SystemMemory((1,), torch.uint8).populate(0, 1):
+        assert ready(cache) >= 2 * SHAPE.layers
+    assert float(cache.keys[1][7, 0, 0]) == 8.0
+
+
+def test_pages_that_cannot_be_given_back_stay() -> None:
+    """A kernel that refuses, for locked pages say, leaves a cache that works."""
+    cache = KVCache(SHAPE, 97, CPU)
+    use(cache, [3])
+
+    class Locked:
+        def madvise(self, *_: int) -> None:
+            raise OSError("locked")
+
+    for memory in cache._memories:
+        memory._map = Locked()  # type: ignore[assignment]
+    cache.forget()
+    assert float(cache.keys[0][3, 0, 0]) == 3.0
+    use(cache, [96])
+    assert float(cache.keys[2][96, 0, 0]) == 98.0

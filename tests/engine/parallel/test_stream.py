@@ -55,6 +55,9 @@ class Recorder:
         self.log.append((name, "head"))
         return Executed(torch.empty(0), False)
 
+    def end_warm_up(self) -> None:
+        self.log.append(("warm",))
+
     def use_idle_time(self) -> bool:
         self.log.append(("idle",))
         return False
@@ -110,6 +113,8 @@ def test_followers_compute_what_the_leader_computes(seed: int) -> None:
         while True:
             if rng.random() < 0.1:
                 executor.use_idle_time()
+            if rng.random() < 0.1:
+                executor.end_warm_up()
             lead(executor, rng, numbers, 0)
     except StopIteration:
         # An error of the loop's own, deep inside: every batch on the stack is left.

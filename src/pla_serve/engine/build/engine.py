@@ -114,16 +114,7 @@ def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, Engi
     """
     settings, plan, cost = rank.settings, rank.memory.plan, rank.device.cost
     config = settings.config
-    warm_up(
-        lambda requests: executor.forward(requests, lambda: None),
-        cost,
-        chunk=config.policy_config.max_chunk_tokens,
-        longest=plan.max_model_len,
-        blocks=plan.blocks,
-        block_tokens=config.block_tokens,
-        device=settings.device,
-        clock=settings.clock,
-    )
+    _warm_up(rank, executor)
     limits = RequestLimits(
         max_model_len=plan.max_model_len,
         vocab_size=rank.model.vocab_size,
@@ -163,6 +154,22 @@ def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, Engi
         transfer=transfer,
         transfer_agent=transfer_agent,
     )
+
+
+def _warm_up(rank: BuiltRank, executor: Executor) -> None:
+    """Teach the cost model what batches take, and give back the memory that they took."""
+    settings, plan = rank.settings, rank.memory.plan
+    warm_up(
+        lambda requests: executor.forward(requests, lambda: None),
+        rank.device.cost,
+        chunk=settings.config.policy_config.max_chunk_tokens,
+        longest=plan.max_model_len,
+        blocks=plan.blocks,
+        block_tokens=settings.config.block_tokens,
+        device=settings.device,
+        clock=settings.clock,
+    )
+    executor.end_warm_up()
 
 
 def build_parts(

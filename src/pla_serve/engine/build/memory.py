@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-from contextlib import suppress
 from dataclasses import dataclass
 
 from pla_serve.engine.batch.staging import Scratch
 from pla_serve.engine.build.model import RankModel
 from pla_serve.engine.build.settings import RankSettings
 from pla_serve.engine.kv.sizing import KVPlan, plan_kv
+from pla_serve.engine.kv.system_memory import return_freed_memory
 from pla_serve.engine.parallel.ranks import least
 
 
@@ -31,7 +30,8 @@ def build_memory(settings: RankSettings, model: RankModel) -> RankMemory:
     Raises:
         ValueError: the settings do not fit the model or the memory. Says what to change.
     """
-    _return_freed_memory()
+    gc.collect()  # stock layers that were fused since; their modules refer to each other
+    return_freed_memory()
     plan = plan_kv(
         settings.config,
         model.kv_shape,
@@ -44,10 +44,3 @@ def build_memory(settings: RankSettings, model: RankModel) -> RankMemory:
     if not settings.pads:
         return RankMemory(plan, None, slots)
     return RankMemory(plan, Scratch(slots, block_tokens), slots + block_tokens)
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what loading and fusing have freed; allocators keep it otherwise."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # a C library that is not glibc
-        ctypes.CDLL(None).malloc_trim(0)

@@ -71,6 +71,13 @@ class KVCache:
         if self._memories and len(slots):
             self._used = max(self._used, int(slots.max()) + 1)
 
+    def forget(self) -> None:
+        """Give back the memory of all slots; none may be in use. Does nothing for a GPU."""
+        for memory in self._memories:
+            memory.release()
+        self._used = self._ready = 0
+        self._steps = iter(())
+
     def make_ready(self) -> bool:
         """Have the system give memory for slots that may be used next: one layer's keys or values.
 

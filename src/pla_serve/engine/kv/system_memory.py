@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from contextlib import suppress
@@ -52,3 +53,18 @@ class SystemMemory:
         except (OSError, ValueError):
             self._populates = False
         return self._populates
+
+    def release(self) -> None:
+        """Give all pages back: the tensor is zeros again, and takes memory as it is written.
+
+        On a system other than Linux pages and content stay as they are.
+        """
+        if sys.platform == "linux":
+            with suppress(OSError):  # pages that somebody has locked
+                self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def return_freed_memory() -> None:
+    """Give the system back what has been freed and the allocator of glibc keeps."""
+    with suppress(OSError, AttributeError):  # a C library that is not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -74,7 +74,11 @@ class End(msgspec.Struct, frozen=True, tag=4, array_like=True):
     """End the rank; no command follows."""
 
 
-Command = BeginPass | Go | Abandon | UseIdleTime | End
+class EndWarmUp(msgspec.Struct, frozen=True, tag=5, array_like=True):
+    """See `Executor.end_warm_up`."""
+
+
+Command = BeginPass | Go | Abandon | UseIdleTime | EndWarmUp | End
 
 
 class SendCommand(Protocol):

@@ -9,6 +9,7 @@ from pla_serve.engine.parallel.commands import (
     BeginPass,
     Command,
     End,
+    EndWarmUp,
     Go,
     ReceiveCommand,
     UseIdleTime,
@@ -35,6 +36,8 @@ def follow(executor: Executor, receive: ReceiveCommand) -> None:
             _run(executor, receive, command, 0)
         elif isinstance(command, UseIdleTime):
             executor.use_idle_time()
+        elif isinstance(command, EndWarmUp):
+            executor.end_warm_up()
         else:
             raise _unexpected(command, "between batches")
 

@@ -8,7 +8,14 @@ import torch
 
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.device.marks import Device
-from pla_serve.engine.parallel.commands import Abandon, BeginPass, Go, SendCommand, UseIdleTime
+from pla_serve.engine.parallel.commands import (
+    Abandon,
+    BeginPass,
+    EndWarmUp,
+    Go,
+    SendCommand,
+    UseIdleTime,
+)
 from pla_serve.engine.run.executor import Executed, Executor
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.runner import AtBoundary
@@ -57,6 +64,11 @@ class LeadingExecutor:
             raise
         finally:
             self._depth = depth
+
+    def end_warm_up(self) -> None:
+        """See `Executor`."""
+        self._send(EndWarmUp())
+        self._executor.end_warm_up()
 
     def use_idle_time(self) -> bool:
         """See `Executor`."""

@@ -12,6 +12,7 @@ import torch
 from pla_serve.engine.batch.flat import SpanRequest
 from pla_serve.engine.batch.staging import Uploader, stage
 from pla_serve.engine.device.marks import Device
+from pla_serve.engine.kv.system_memory import return_freed_memory
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.graphs.grid import ShapeGrid
 from pla_serve.engine.run.runner import AtBoundary, ModelRunner
@@ -53,6 +54,10 @@ class Executor(Protocol):
             carried: (rows,) int64 on the device: tokens that requests name by their row. None
                 unless the executor ``carries``.
         """
+        ...
+
+    def end_warm_up(self) -> None:
+        """Give back memory that the batches of a warm-up took. No request may be running."""
         ...
 
     def use_idle_time(self) -> bool:
@@ -127,6 +132,11 @@ class BatchExecutor:
             requests, batch.spans, hidden, self._runner.logits, at_boundary, self._clock
         )
         return Executed(logits, False, scoring)
+
+    def end_warm_up(self) -> None:
+        """See `Executor`: on a CPU that is their KV, and freed activations."""
+        self._runner.forget_kv()
+        return_freed_memory()
 
     def use_idle_time(self) -> bool:
         """See `Executor`: makes KV memory ready, or captures a shape that batches often missed."""

@@ -106,6 +106,10 @@ class ModelRunner:
         """Make KV memory ready for the next batches, a step of it. Returns False if all is."""
         return self._cache.make_ready()
 
+    def forget_kv(self) -> None:
+        """Give back the memory of all KV. No request may be running."""
+        self._cache.forget()
+
     @contextmanager
     def _boundary(self, at_boundary: AtBoundary | None) -> Iterator[None]:
         """Have layers call ``at_boundary``, and afterwards that of the outer pass again."""
