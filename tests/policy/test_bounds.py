@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -140,7 +141,9 @@ def streams_and_prompts(draw: st.DrawFn) -> list[Job]:
     jobs = []
     for number in range(draw(st.integers(1, 6))):
         tpot = draw(st.sampled_from([None, 0.02, 0.1, 1.0]))
-        jobs.append(Job(f"d{number}", 0.0, 20, outputs=draw(st.integers(20, 120)), tpot=tpot))
+        tenant = draw(st.sampled_from(["", "", "a", "b"]))
+        outputs = draw(st.integers(20, 120))
+        jobs.append(Job(f"d{number}", 0.0, 20, outputs=outputs, tpot=tpot, tenant=tenant))
     return jobs + draw(one_priority())
 
 
@@ -149,12 +152,15 @@ def streams_and_prompts(draw: st.DrawFn) -> list[Job]:
     target=st.sampled_from([None, 15.0, 60.0, 500.0]),
     share=st.sampled_from([0.1, 0.5, 0.9]),
     layers=st.sampled_from([1, 5, 20]),
+    places=st.sampled_from([2, 5, 64]),
 )
 @settings(max_examples=80, deadline=None)
 def test_every_token_comes_within_its_bound(
-    jobs: list[Job], target: float | None, share: float, layers: int
+    jobs: list[Job], target: float | None, share: float, layers: int, places: int
 ) -> None:
-    config = replace(CONFIG, long_share=share, itl_slo_ms=target, layers=layers)
+    config = replace(
+        CONFIG, long_share=share, itl_slo_ms=target, layers=layers, max_batch_requests=places
+    )
     trace = serve(jobs, config, layers)
     times: dict[str, list[float]] = {}
     for _, end, batch in trace.batches:
@@ -163,12 +169,13 @@ def test_every_token_comes_within_its_bound(
                 times.setdefault(chunk.request_id, []).append(end)
     riding = [e - s for s, e, b in trace.batches if b.kind is BatchClass.LONG and b.decodes]
     chunk_seconds = max((CostModel(PROFILE).seconds(b) for *_, b in trace.batches if b.decodes))
+    tenants = Counter(job.tenant for job in jobs)
     for job in jobs:
         own = job.tpot if job.tpot is not None else (target / 1000 if target else longest_auto())
         bound = token_wait_bound(
             config,
             own,
-            len(jobs),
+            tenants[job.tenant] * len(tenants),
             trace.express_batch,
             chunk_seconds if riding else 0.0,
             trace.stretch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pla_serve.policy.book import RequestBook, Taken
+from pla_serve.policy.decodes import LOOSE_TARGET
 from pla_serve.policy.protocol import Batch, BatchClass
 from pla_serve.policy.queues import PrefillSource
 
@@ -25,11 +26,13 @@ class Assembler:
         now: float,
         most_tokens: int | None = None,
         rider_share: float | None = None,
+        tpot: float = LOOSE_TARGET,
     ) -> Batch | None:
         """Return the next batch, within ``max_batch_requests`` and ``max_batch_tokens``, or None.
 
         ``most_tokens`` is a further limit. With ``rider_share``, decode steps beside prefills take
-        at most that share of the prefills' time, but for one step.
+        at most that share of the prefills' time, but for one step. ``tpot`` is the target of
+        requests that decode without one of their own, in seconds.
 
         The batch is SHORT or LONG if its prefills are of that class (a SHORT one may carry decode
         steps as well), DECODE if it has none, and otherwise MIXED. None: there is nothing to run.
@@ -45,7 +48,7 @@ class Assembler:
         free = min(places - len(prefills), tokens - taken.tokens)
         if prefills and rider_share is not None:
             free = min(free, self._riders(taken, rider_share))
-        steps = decodes.take(free)
+        steps = decodes.take(free, tpot)
         if not prefills and not steps:
             return None
         self._prefill_turn = not prefills

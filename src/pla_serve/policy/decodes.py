@@ -7,8 +7,9 @@ from math import inf
 
 from pla_serve.policy.protocol import Chunk
 
-MOST_TURNS = 1024
-"""Tenants whose turns are remembered; with more of them all turns begin anew."""
+LOOSE_TARGET = 1.0
+"""TPOT target in seconds that a request without one of its own has where the caller knows no better
+one. Requests with shorter targets go before it, and it waits for them a second and some steps."""
 
 Owner = tuple[str, float | None]
 """Tenant of a request, and its own TPOT target in seconds."""
@@ -22,23 +23,23 @@ class DecodePool:
     """Decoding requests; the one whose next token is due first goes first, so nobody starves.
 
     A token is due one TPOT target after the one before it. Where all requests have the same target,
-    or none, the one stepped least recently goes first.
+    or none, the one stepped least recently goes first. A request without a target has a finite one
+    all the same, so targets of others keep nobody out: among n ready requests of t tenants, one
+    that is due is handed out in at most ``n * ceil(t / places)`` calls of `take`.
 
     If more are ready than a batch has places, places are shared between tenants: each gets an equal
     part of them, and what one does not need goes to the others. So a tenant with n ready requests
     gets at least ``min(n, places // tenants)`` of them, whatever the others have. Where there are
-    fewer places than tenants, tenants take turns.
+    fewer places than tenants, tenants take turns; a tenant that comes anew is last.
 
     Every operation is O(1) a request that it names; `first_due` is O(tenants and targets), and
     `take` is so more where places are short. Times must not fall from call to call.
     """
 
     def __init__(self) -> None:
-        self._rings: dict[str, dict[float | None, Ring]] = {}
-        """Ready requests by tenant and TPOT target."""
-        self._turns: dict[str, int] = {}
-        """When each tenant got an odd place last, counted in odd places."""
-        self._turn = 0
+        self._rings: OrderedDict[str, dict[float | None, Ring]] = OrderedDict()
+        """Ready requests by tenant and TPOT target; the tenant first that got an odd place longest
+        ago."""
         self._owners: dict[str, Owner] = {}
         """Tenant and target of requests, ready or in flight, that have either."""
         self._flying: dict[str, Chunk] = {}
@@ -115,7 +116,7 @@ class DecodePool:
                 first = min(first, times[next(iter(ring))] + target)
         return first
 
-    def take(self, places: int, default: float = inf) -> list[Chunk]:
+    def take(self, places: int, default: float = LOOSE_TARGET) -> list[Chunk]:
         """Hand out the next step of at most ``places`` requests; ``default`` as in `first_due`."""
         if self._count <= places:
             chunks = [
@@ -197,11 +198,7 @@ class DecodePool:
         parts = {tenant: min(size, share) for tenant, size in sizes.items()}
         odd = places - sum(parts.values())
         wanting = [tenant for tenant in sizes if parts[tenant] < sizes[tenant]]
-        wanting.sort(key=lambda tenant: self._turns.get(tenant, 0))
-        if len(self._turns) > MOST_TURNS:
-            self._turns.clear()
         for tenant in wanting[:odd]:
             parts[tenant] += 1
-            self._turn += 1
-            self._turns[tenant] = self._turn
+            self._rings.move_to_end(tenant)
         return [(tenant, part) for tenant, part in parts.items() if part]

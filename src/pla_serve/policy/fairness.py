@@ -166,16 +166,18 @@ def token_wait_bound(
 
     Args:
         target: its TPOT target.
-        streams: that decode at the same time; at most half the places of a batch.
+        streams: that decode at the same time; of several tenants, the number of its own tenant's,
+            times the tenants.
         express_batch: seconds of the longest express batch, decode steps included.
         chunk: seconds of the longest batch of long work with decode steps in it; 0 if none had any.
         stretch: seconds of the longest piece of long work that nothing can interrupt.
         burst: `burst_seconds`, the most that it was meanwhile.
 
     A token is due after its target, or in the longs' turn after `TokenDeadlines.least_target`. Then
-    every express batch takes the stream along that has waited longest. It may have to wait for the
-    end of a chunk in which it rides; express work inside that is bounded as for longs, and longs
-    inside it take at most as long again.
+    every express batch takes the stream along that is due first, and nobody who has had a token
+    meanwhile is due before one that was due already. It may have to wait for the end of a chunk in
+    which it rides; express work inside that is bounded as for longs, and longs inside it take at
+    most as long again.
     """
     share = config.long_share
     least = stretch + express_batch * (1 + 2 * share / (1 - share))

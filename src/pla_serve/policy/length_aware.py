@@ -260,7 +260,8 @@ class LengthAware:
 
     def _express(self, now: float) -> Batch | None:
         share = self._tuning.rider_share if self._contested() else self._tuning.idle_rider_share
-        batch = self._assembler.batch(self._shorts, now, rider_share=share)
+        target = self._tokens.usual_target()
+        batch = self._assembler.batch(self._shorts, now, rider_share=share, tpot=target)
         if batch is not None:
             self._express_started = now
         return batch
@@ -270,7 +271,8 @@ class LengthAware:
         config, streams = self._config, self._book.decodes
         self._express_started = now
         places = min(config.max_batch_requests, config.max_batch_tokens)
-        return Batch(BatchClass.DECODE, decodes=tuple(streams.take(places)))
+        steps = streams.take(places, self._tokens.usual_target())
+        return Batch(BatchClass.DECODE, decodes=tuple(steps))
 
     def _long_or_steps(self, pending: Pending, now: float) -> Batch:
         """One chunk of a long, or decode steps that go before it, the device being free.

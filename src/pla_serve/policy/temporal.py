@@ -17,6 +17,7 @@ from pla_serve.policy.protocol import (
     Run,
     TenantLoad,
 )
+from pla_serve.policy.tokens import coarse
 
 
 class PrefillFirst:
@@ -52,7 +53,8 @@ class PrefillFirst:
         tpot: float | None = None,
     ) -> None:
         self._inner.remove(request_id)
-        self._decodes.start(request_id, context, now, tenant)
+        target = None if tpot is None else coarse(tpot)
+        self._decodes.start(request_id, context, now, tenant, target)
 
     def remove(self, request_id: str) -> None:
         self._inner.remove(request_id)

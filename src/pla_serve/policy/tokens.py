@@ -83,6 +83,10 @@ class TokenDeadlines:
             riders=riders,
         )
 
+    def usual_target(self) -> float:
+        """Return `target` beside a long prefill without history."""
+        return self.target(self.costs(0))
+
     def target(self, costs: StreamCosts) -> float:
         """Return the seconds between two tokens of a stream without a target of its own.
 
