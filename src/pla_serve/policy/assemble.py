@@ -6,6 +6,7 @@ from pla_serve.policy.book import RequestBook, Taken
 from pla_serve.policy.decodes import LOOSE_TARGET
 from pla_serve.policy.protocol import Batch, BatchClass
 from pla_serve.policy.queues import PrefillSource
+from pla_serve.policy.tenant_time import BatchLimit
 
 
 class Assembler:
@@ -27,12 +28,13 @@ class Assembler:
         most_tokens: int | None = None,
         rider_share: float | None = None,
         tpot: float = LOOSE_TARGET,
+        limit: BatchLimit | None = None,
     ) -> Batch | None:
         """Return the next batch, within ``max_batch_requests`` and ``max_batch_tokens``, or None.
 
         ``most_tokens`` is a further limit. With ``rider_share``, decode steps beside prefills take
-        at most that share of the prefills' time, but for one step. ``tpot`` is the target of
-        requests that decode without one of their own, in seconds.
+        at most that share of the prefills' time, but for one step; ``limit`` replaces that.
+        ``tpot`` is the target of requests that decode without one of their own, in seconds.
 
         The batch is SHORT or LONG if its prefills are of that class (a SHORT one may carry decode
         steps as well), DECODE if it has none, and otherwise MIXED. None: there is nothing to run.
@@ -43,11 +45,17 @@ class Assembler:
         if most_tokens is not None:
             tokens = min(tokens, most_tokens)
         kept = min(len(decodes), self._decode_places(min(places, tokens))) if queue else 0
-        taken = book.take(queue, places - kept, tokens - kept, now)
+        if limit is None:
+            taken = book.take(queue, places - kept, tokens - kept, now)
+        else:
+            most = min(tokens - kept, limit.tokens)
+            taken = book.take(queue, places - kept, most, now, limit.each)
         prefills = taken.chunks
         free = min(places - len(prefills), tokens - taken.tokens)
-        if prefills and rider_share is not None:
-            free = min(free, self._riders(taken, rider_share))
+        if limit is not None:
+            free = min(free, max(limit.steps, self.steps_within(limit.seconds, taken)))
+        elif prefills and rider_share is not None:
+            free = min(free, self._fitting(rider_share * taken.seconds(book.cost)))
         steps = decodes.take(free, tpot)
         if not prefills and not steps:
             return None
@@ -60,14 +68,20 @@ class Assembler:
             kind = BatchClass.MIXED if taken.shorts or steps else BatchClass.LONG
         return Batch(kind, tuple(prefills), tuple(steps))
 
-    def _riders(self, taken: Taken, share: float) -> int:
-        """Return how many decode steps fit into this share of the prefills' time; at least one."""
-        count, cost = len(self._book.decodes), self._book.cost
-        if count < 2:
-            return count
-        each = (self._book.step_seconds() - cost.profile.per_launch) / count
-        room = share * taken.seconds(cost)
-        return count if each * count <= room else max(1, int(room / each))
+    def steps_within(self, seconds: float, taken: Taken | None = None) -> int:
+        """Return how many decode steps end within ``seconds``, beside these prefills; at least one.
+
+        It is 0 where no request is ready.
+        """
+        cost = self._book.cost
+        beside = taken.seconds(cost) if taken is not None and taken.chunks else 0.0
+        return self._fitting(seconds - max(beside, cost.profile.per_launch))
+
+    def _fitting(self, seconds: float) -> int:
+        """Return how many decode steps add at most ``seconds`` to a batch; at least one of any."""
+        count, context = len(self._book.decodes), self._book.decodes.mean_context
+        each = self._book.cost.work_seconds(1, context, context + 1, 1, 0)
+        return count if each * count <= seconds else min(count, max(1, int(seconds / each)))
 
     def _decode_places(self, places: int) -> int:
         if places > 1:

@@ -103,6 +103,8 @@ class RequestBook:
         self._adds = 0
         self._epoch = cost.epoch
         self._loads: dict[str, Backlog] = {}
+        self.short_loads: dict[str, Backlog] = {}
+        """Unfinished short prefills of each tenant that has some."""
         if one_account or shorts is longs:
             queues = {False: longs} if shorts is longs else {False: longs, True: shorts}
             shares = self._make_shares(queues, lambda request: True)
@@ -179,19 +181,28 @@ class RequestBook:
         shares.remove(pending)
         shares.release()
 
-    def take(self, queue: PrefillSource, places: int, tokens: int, now: float) -> Taken:
+    def take(
+        self, queue: PrefillSource, places: int, tokens: int, now: float, each: int | None = None
+    ) -> Taken:
         """Hand out prefills in the queue's order until ``places`` or ``tokens`` are used up.
 
-        Nobody gets more than ``cap`` tokens; the last one may get a part.
+        No request gets more than ``cap`` tokens, and no tenant more than ``each``; the last request
+        may get a part. Who comes after its tenant has got them waits on.
         """
         chunks: list[Chunk] = []
         shorts, left, twice_attention, cached = 0, tokens, 0, 0
         if places <= 0 or tokens <= 0:
             return Taken(chunks, 0, 0, 0, 0)
+        parts: dict[str, int] = {}
+        passed: list[Pending] = []
         for pending in queue.drain(now):
             chunk, count = pending.whole, pending.new_tokens
-            if chunk is None or count > left:
-                count = min(count, self.cap, left)
+            most = left if each is None else min(left, parts.get(pending.tenant, each))
+            if most == 0:
+                passed.append(pending)
+                continue
+            if chunk is None or count > most:
+                count = min(count, self.cap, most)
                 chunk = Chunk(pending.id, count, pending.history, count == pending.new_tokens)
             pending.flight = chunk
             shorts += pending.short
@@ -199,10 +210,14 @@ class RequestBook:
             cached += history
             twice_attention += count * (2 * history + count)
             left -= count
+            if each is not None:
+                parts[pending.tenant] = parts.get(pending.tenant, each) - count
             chunks.append(chunk)
             places -= 1
             if left == 0 or places == 0:
                 break
+        for pending in passed:
+            self._queues[pending.short].push(pending)
         self._flying.update([chunk[0] for chunk in chunks])
         return Taken(chunks, tokens - left, shorts, twice_attention, cached)
 
@@ -365,9 +380,10 @@ class RequestBook:
     def _count(self, pending: Pending, sign: int) -> None:
         backlog = self.short_backlog if pending.short else self.long_backlog
         backlog.change(sign, pending.new_tokens, pending.history, self.cap)
-        load = self._loads.get(pending.tenant)
-        if load is None:
-            load = self._loads[pending.tenant] = Backlog()
-        load.change(sign, pending.new_tokens, pending.history, self.cap)
-        if not load.requests:
-            del self._loads[pending.tenant]
+        for loads in (self._loads, self.short_loads) if pending.short else (self._loads,):
+            load = loads.get(pending.tenant)
+            if load is None:
+                load = loads[pending.tenant] = Backlog()
+            load.change(sign, pending.new_tokens, pending.history, self.cap)
+            if not load.requests:
+                del loads[pending.tenant]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from math import inf
+from typing import NamedTuple
 
 from pla_serve.policy.protocol import Chunk
 
@@ -17,6 +19,17 @@ NOBODY: Owner = ("", None)
 
 Ring = OrderedDict[str, Chunk]
 """Ready requests, the one whose last token is oldest first."""
+
+
+class Load(NamedTuple):
+    """Ready requests of one tenant."""
+
+    requests: int
+    context: int
+    """Their cached tokens in all."""
+
+
+NOTHING = Load(0, 0)
 
 
 class DecodePool:
@@ -40,6 +53,7 @@ class DecodePool:
         self._rings: OrderedDict[str, dict[float | None, Ring]] = OrderedDict()
         """Ready requests by tenant and TPOT target; the tenant first that got an odd place longest
         ago."""
+        self._loads: dict[str, Load] = {}
         self._owners: dict[str, Owner] = {}
         """Tenant and target of requests, ready or in flight, that have either."""
         self._flying: dict[str, Chunk] = {}
@@ -67,6 +81,11 @@ class DecodePool:
     def context(self) -> int:
         """Cached tokens of all requests, in flight or not."""
         return self._context
+
+    @property
+    def loads(self) -> Mapping[str, Load]:
+        """The ready requests of each tenant that has some."""
+        return self._loads
 
     def start(
         self,
@@ -97,10 +116,8 @@ class DecodePool:
         chunk = None if ring is None else ring.pop(request_id, None)
         if rings is None or ring is None or chunk is None:
             return
-        self._count -= 1
         self._context -= chunk.history
-        self._ready_context -= chunk.history
-        self._drop_empty(tenant, tpot)
+        self._leave(tenant, tpot, chunk)
 
     def first_due(self, default: float, least: float = 0.0) -> float:
         """Return the time at which the first token of a ready request is due; infinite for none.
@@ -126,13 +143,12 @@ class DecodePool:
                 for chunk in ring.values()
             ]
             self._rings.clear()
+            self._loads.clear()
             self._count = self._ready_context = 0
         else:
             chunks = []
             for tenant, part in self._parts(places):
                 chunks += self._take_of(tenant, part, default)
-            self._count -= len(chunks)
-            self._ready_context -= sum([chunk[2] for chunk in chunks])
         self._flying.update([(chunk[0], chunk) for chunk in chunks])
         return chunks
 
@@ -159,6 +175,8 @@ class DecodePool:
         self._times[chunk[0]] = now
         self._count += 1
         self._ready_context += chunk[2]
+        load = self._loads.get(tenant, NOTHING)
+        self._loads[tenant] = Load(load[0] + 1, load[1] + chunk[2])
 
     def _take_of(self, tenant: str, part: int, default: float) -> list[Chunk]:
         """Take ``part`` requests of one tenant out of its rings, by due time."""
@@ -173,22 +191,28 @@ class DecodePool:
                         times[next(iter(rings[key]))] + (default if key is None else key)
                     ),
                 )
-            chunks.append(rings[tpot].popitem(last=False)[1])
-            self._drop_empty(tenant, tpot)
+            chunk = rings[tpot].popitem(last=False)[1]
+            self._leave(tenant, tpot, chunk)
+            chunks.append(chunk)
         return chunks
 
-    def _drop_empty(self, tenant: str, tpot: float | None) -> None:
+    def _leave(self, tenant: str, tpot: float | None, chunk: Chunk) -> None:
+        """Count off a request that was taken out of this ring."""
+        self._count -= 1
+        self._ready_context -= chunk.history
+        load = self._loads[tenant]
+        self._loads[tenant] = Load(load.requests - 1, load.context - chunk.history)
         rings = self._rings[tenant]
         if not rings[tpot]:
             del rings[tpot]
             if not rings:
-                del self._rings[tenant]
+                del self._rings[tenant], self._loads[tenant]
 
     def _parts(self, places: int) -> list[tuple[str, int]]:
         """Places of each tenant, where more requests are ready than there are places."""
         if len(self._rings) == 1:
             return [(next(iter(self._rings)), places)]
-        sizes = {tenant: sum(map(len, rings.values())) for tenant, rings in self._rings.items()}
+        sizes = {tenant: self._loads[tenant].requests for tenant in self._rings}
         share, left, others = 0, places, len(sizes)
         for size in sorted(sizes.values()):
             share = left // others

@@ -30,6 +30,7 @@ from pla_serve.policy.protocol import (
     Wait,
 )
 from pla_serve.policy.queues import DueQueue
+from pla_serve.policy.tenant_time import TenantTime
 from pla_serve.policy.tokens import StreamCosts, TokenDeadlines
 from pla_serve.policy.tuning import Tuning
 from pla_serve.policy.waiting import ArrivalRate
@@ -67,6 +68,7 @@ class LengthAware:
         self._longs = LongQueue(self._patience, self._window_of)
         self._book = RequestBook(config, cost, self._shorts, self._longs)
         self._assembler = Assembler(self._book)
+        self._tenants = TenantTime(self._book)
         self._account = ShareAccount(config.long_share, partial(burst_seconds, config, cost))
         self._flights = RunningPrefills()
         self._spread = Spread(self._tuning)
@@ -260,8 +262,10 @@ class LengthAware:
 
     def _express(self, now: float) -> Batch | None:
         share = self._tuning.rider_share if self._contested() else self._tuning.idle_rider_share
-        target = self._tokens.usual_target()
-        batch = self._assembler.batch(self._shorts, now, rider_share=share, tpot=target)
+        target, limit = self._tokens.usual_target(), self._tenants.limit(now)
+        batch = self._assembler.batch(
+            self._shorts, now, rider_share=share, tpot=target, limit=limit
+        )
         if batch is not None:
             self._express_started = now
         return batch
@@ -271,6 +275,9 @@ class LengthAware:
         config, streams = self._config, self._book.decodes
         self._express_started = now
         places = min(config.max_batch_requests, config.max_batch_tokens)
+        limit = self._tenants.limit(now)
+        if limit is not None:
+            places = min(places, self._assembler.steps_within(limit.seconds))
         steps = streams.take(places, self._tokens.usual_target())
         return Batch(BatchClass.DECODE, decodes=tuple(steps))
 
