@@ -33,6 +33,7 @@ NEW = {
         "--quantization",
         *("--batch-dir", "--batch-lines-at-once", "--max-batch-lines", "--max-batch-file-mib"),
         *("--max-batch-key-gib", "--batch-free-mib"),
+        *("--tier", "--key-tier"),
     },
     "route": {
         *("--max-head-bytes", "--head-seconds", "--body-seconds", "--idle-seconds"),
@@ -43,13 +44,14 @@ NEW = {
         *("--generation-config", "--override-generation-config"),
         *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
         *("--max-background-responses", "--cors-origin"),
+        *("--tier", "--key-tier"),
     },
     "fleet start": {"--serve-word", "--route-word"},
     "simulate": {"--slo-token-seconds"},
 }
 """Flags that came later: the limits of clients, the key for /metrics, the formats of tool calls and
-reasoning, kernels on a CPU, what is kept of answers, offline batches, and the hidden ones by which
-``fleet`` passes on what is for its processes."""
+reasoning, kernels on a CPU, what is kept of answers, offline batches, tiers, and the hidden ones by
+which ``fleet`` passes on what is for its processes."""
 CHANGED: dict[tuple[str, str], dict[str, Any]] = {
     # The help shows what holds where a flag is not given; that was "None" and a sentence before.
     ("fleet start", "--host"): {"default": "127.0.0.1"},

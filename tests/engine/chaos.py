@@ -95,7 +95,18 @@ class ChaosPolicy:
             if chunk.request_id in self._decodes:
                 self._decodes[chunk.request_id] += 1
 
-    def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
+    def predicted_wait(
+        self,
+        new_tokens: int,
+        history: int,
+        now: float,
+        deadline: float | None = None,
+        *,
+        bulk: bool = False,
+    ) -> float:
+        return 0.0
+
+    def token_seconds(self, context: int, tpot: float, now: float) -> float:
         return 0.0
 
     def state(self, now: float) -> QueueState:

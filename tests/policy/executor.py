@@ -16,6 +16,7 @@ from pla_serve.policy.protocol import (
     PrefillPolicy,
     PrefillRequest,
     Run,
+    ServiceLevel,
     Wait,
 )
 
@@ -35,6 +36,7 @@ class Job:
     priority: int = 0
     tenant: str = ""
     tpot: float | None = None
+    service: ServiceLevel = ServiceLevel.USUAL
     abort_at: float | None = None
 
     stage: Stage = "ahead"
@@ -157,12 +159,17 @@ class Executor:
             job.deadline,
             job.priority,
             job.tenant,
+            job.service,
+            job.tpot,
         )
-        job.short = self.policy.waits_as_short(request.new_tokens, request.history)
+        short = self.policy.waits_as_short(request.new_tokens, request.history)
+        job.short = short and job.service is not ServiceLevel.BULK
         job.owed_in_all += request.new_tokens
         job.stage = "waiting"
         self.policy.add(request, self.now)
         assert 0 <= self.policy.predicted_wait(50, 0, self.now) < 1e9
+        assert 0 <= self.policy.predicted_wait(50, 0, self.now, self.now + 0.1) < 1e9
+        assert 0 < self.policy.token_seconds(50, 0.05, self.now) < 1e9
 
     def _park(self, job: Job) -> None:
         self.policy.remove(job.id)

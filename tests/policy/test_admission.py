@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from pla_serve.policy.admission import LEAST_RETRY, Admission, Admit, Refuse
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel, CostProfile
-from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
+from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest, ServiceLevel
 from pla_serve.policy.registry import POLICIES, create_policy
 
 
@@ -66,7 +66,9 @@ def test_wait_is_bounded_by_what_this_request_would_wait() -> None:
 
 
 def test_a_deadline_out_of_reach_is_told_but_not_refused() -> None:
-    full = bench("length-aware", 200, 200)
+    full = bench("length-aware")
+    for name in "ab":
+        full.policy.add(PrefillRequest(name, 0.0, 200, deadline=0.28), 0.0)
     for deadline, late in ((0.3, True), (0.6, False)):
         admit = full.decide(Admission(), 100, deadline=deadline)
         assert isinstance(admit, Admit)
@@ -155,3 +157,85 @@ def test_one_tenants_backlog_refuses_nobody_else() -> None:
         assert 1 <= more < taken
         assert not ask("again", "a")
     assert not ask("parked", "c", parked=10**6) or admission.max_queued_tokens is None
+
+
+class TestPromises:
+    """Requests to which their targets were promised; half a second of others' work waits."""
+
+    def full(self, due: float = 0.28) -> Bench:
+        full = bench("length-aware")
+        for name in "ab":
+            full.policy.add(PrefillRequest(name, 0.0, 250, deadline=due), 0.0)
+        return full
+
+    def promised(self, full: Bench, tokens: int, **rest: float) -> Admit | Refuse:
+        return full.decide(Admission(), tokens, service=ServiceLevel.PROMISED, **rest)  # type: ignore[arg-type]
+
+    def test_a_first_token_that_would_come_too_late_is_refused(self) -> None:
+        refusal = self.promised(self.full(), 100, deadline=0.5)
+        assert isinstance(refusal, Refuse)
+        assert "predicted after 0.60 s, and was promised within 0.50 s" in refusal.reason
+        assert refusal.retry_after_seconds == LEAST_RETRY
+        assert isinstance(self.promised(self.full(), 100, deadline=0.7), Admit)
+
+    def test_work_that_gives_way_refuses_nobody(self) -> None:
+        """It has later deadlines, or none, or is bulk."""
+        full = bench("length-aware", 200, 250, 200)
+        full.policy.add(PrefillRequest("bulk", 0.0, 200, service=ServiceLevel.BULK), 0.0)
+        full.policy.add(PrefillRequest("later", 0.0, 200, deadline=3.0), 0.0)
+        assert isinstance(self.promised(full, 100, deadline=0.3), Admit)
+
+    def test_the_time_to_come_back_is_when_enough_is_done(self) -> None:
+        full = bench("fcfs", 50_000)
+        refusal = self.promised(full, 100, deadline=0.5)
+        assert isinstance(refusal, Refuse)
+        assert refusal.retry_after_seconds == pytest.approx(49.6, rel=0.01)
+
+    def test_nine_in_ten_first_tokens_are_in_time(self) -> None:
+        """Not half of them: what is believed is the upper end of what was seen."""
+        admission = Admission()
+        for number in range(200):
+            forecast = admission.calibration.forecast(0.6, True, 0.0)
+            admission.calibration.observe(forecast, 0.6 * (2.0 if number % 5 == 0 else 1.0))
+        request = PrefillRequest("new", 0.0, 100, deadline=0.9, service=ServiceLevel.PROMISED)
+        full = self.full()
+        assert isinstance(admission.decide(request, full.policy, 0.1, 0.0), Refuse)
+        wish = replace(request, service=ServiceLevel.USUAL)
+        verdict = admission.decide(wish, full.policy, 0.1, 0.0)
+        assert isinstance(verdict, Admit)
+        assert not verdict.late
+
+    def test_a_machine_with_nothing_to_do_takes_what_it_cannot_keep(self) -> None:
+        verdict = self.promised(bench("length-aware"), 5000, deadline=0.3, tpot=1e-3)
+        assert isinstance(verdict, Admit)
+
+    @pytest.mark.parametrize("name", POLICIES)
+    def test_tokens_that_would_come_too_slowly_are_refused(self, name: str) -> None:
+        """Nine streams and one more, of a millisecond a token each."""
+        full = bench(name)
+        for number in range(9):
+            full.policy.start_decode(f"s{number}", 10, 0.0, 0.0, tpot=0.02)
+        refusal = self.promised(full, 10, deadline=5.0, tpot=0.0099)
+        assert isinstance(refusal, Refuse)
+        assert "a token every 10 ms is predicted" in refusal.reason
+        assert isinstance(self.promised(full, 10, deadline=5.0, tpot=0.0101), Admit)
+
+    def test_streams_that_give_way_count_as_far_as_places_are_shared(self) -> None:
+        """Of 640 loose streams, 64 have places beside the one that is not."""
+        full = bench("length-aware")
+        for number in range(640):
+            full.policy.start_decode(f"s{number}", 10, 0.0, 0.0, tpot=1.0)
+        assert isinstance(self.promised(full, 10, deadline=5.0, tpot=0.065), Admit)
+        refusal = self.promised(full, 10, deadline=5.0, tpot=1.0)
+        assert isinstance(refusal, Admit)
+        assert full.policy.token_seconds(10, 1.0, 0.0) == pytest.approx(64e-3 * 11)
+        for number in range(600):
+            full.policy.remove(f"s{number}")
+        assert full.policy.token_seconds(10, 1.0, 0.0) == pytest.approx(41e-3)
+
+    def test_bulk_work_is_refused_by_the_bounds_only(self) -> None:
+        full = bench("length-aware", 200, 250, 9000)
+        bulk = {"service": ServiceLevel.BULK, "deadline": 0.001, "tpot": 0.001}
+        assert isinstance(full.decide(Admission(), 5000, **bulk), Admit)  # type: ignore[arg-type]
+        bounded = Admission(max_queued_tokens=9500)
+        assert isinstance(full.decide(bounded, 5000, **bulk), Refuse)  # type: ignore[arg-type]

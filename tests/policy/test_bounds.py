@@ -20,7 +20,8 @@ from pla_serve.policy.fairness import (
     short_wait_bound,
     token_wait_bound,
 )
-from pla_serve.policy.protocol import BatchClass
+from pla_serve.policy.longs import BULK_PATIENCE
+from pla_serve.policy.protocol import BatchClass, ServiceLevel
 from pla_serve.policy.queues import PATIENCE
 from pla_serve.policy.registry import POLICIES, create_policy
 from tests.policy.executor import Executor, Job, Trace
@@ -47,6 +48,8 @@ def long_bound(job: Job, jobs: list[Job], trace: Trace, config: PolicyConfig) ->
     cost, most = CostModel(PROFILE), config.max_batch_tokens
     own = cost.prefill_seconds(job.tokens, job.cached, most)
     reach = job.arrival + passing_window(config, own, cost.prefill_seconds(most, 0))
+    if job.service is ServiceLevel.BULK:
+        reach += BULK_PATIENCE
     may_pass = {other.id for other in jobs if other.arrival <= reach}
     assert job.first_token is not None
     work = 0.0
@@ -105,7 +108,9 @@ def one_priority(draw: st.DrawFn) -> list[Job]:
     for number in range(draw(st.integers(1, 30))):
         now += draw(st.sampled_from([0.0, 0.05, 0.4, 2.0]))
         tokens = draw(st.one_of(st.integers(1, 256), st.integers(257, 3000)))
-        jobs.append(Job(f"r{number}", now, tokens, outputs=draw(st.integers(1, 30))))
+        service = draw(st.sampled_from([ServiceLevel.USUAL, ServiceLevel.USUAL, ServiceLevel.BULK]))
+        outputs = draw(st.integers(1, 30))
+        jobs.append(Job(f"r{number}", now, tokens, outputs=outputs, service=service))
     return jobs
 
 

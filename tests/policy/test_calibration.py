@@ -197,8 +197,19 @@ class Foretold:
     def observe(self, batch: Batch, seconds: float, now: float) -> None:
         self._policy.observe(batch, seconds, now)
 
-    def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
-        return self._policy.predicted_wait(new_tokens, history, now)
+    def predicted_wait(
+        self,
+        new_tokens: int,
+        history: int,
+        now: float,
+        deadline: float | None = None,
+        *,
+        bulk: bool = False,
+    ) -> float:
+        return self._policy.predicted_wait(new_tokens, history, now, deadline, bulk=bulk)
+
+    def token_seconds(self, context: int, tpot: float, now: float) -> float:
+        return self._policy.token_seconds(context, tpot, now)
 
     def state(self, now: float) -> QueueState:
         return self._policy.state(now)

@@ -81,6 +81,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         "--quantization": "none", "--max-background-responses": 9,
         "--cors-origin": "https://chat.example.com",
         "--batch-dir": tmp_path / "batches", "--batch-lines-at-once": 1, "--max-batch-lines": 9,
+        "--tier": "quick:ttft=1s", "--key-tier": "k=quick",
         "--max-batch-file-mib": 1, "--max-batch-key-gib": 1, "--batch-free-mib": 1,
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag]
@@ -98,6 +99,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
         (started.server, default_server),
         (started.server.limits, default_server.limits),
         (started.server.offline, default_server.offline),
+        (started.server.tiers, default_server.tiers),
     ):
         for field in fields(default):
             if field.name == "tensor_parallel_size":
@@ -133,6 +135,29 @@ def test_tensor_parallelism_by_the_names_of_vllm(started: Started, name: str) ->
 def test_keys_come_from_the_environment(started: Started) -> None:
     serve(env={"PLA_SERVE_API_KEY": "one two"})
     assert started.server.api_keys == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--tier", "auto"], "cannot name a tier"),
+        (["--tier", "a:ttft=1"], "with its unit"),
+        (["--tier", "a", "--tier", "a:ttft=1s"], "two tiers are named a"),
+        (["--api-key", "sk-1", "--key-tier", "sk-1=night"], "one of default"),
+        (["--tier", "a", "--key-tier", "sk-1=a"], "a key that no --api-key names"),
+        (["--tier", "a", "--key-tier", "=a"], "must be KEY=NAME"),
+        (
+            ["--tier", "a", "--api-key", "sk-1", "--key-tier", "sk-1=a", "--key-tier", "sk-1=a"],
+            "a key that has a tier",
+        ),
+    ],
+)
+def test_bad_tiers_are_refused_without_showing_a_key(flags: list[str], reason: str) -> None:
+    result = serve(*flags)
+    assert result.exit_code != 0
+    said = " ".join(result.output.split())
+    assert reason in said
+    assert "sk-1" not in said
 
 
 def test_zero_means_no_bound_on_the_wait(started: Started) -> None:

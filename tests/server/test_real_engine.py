@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -38,6 +39,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 START_SECONDS = 120.0
+TIERS = ("interactive:ttft=500s,tpot=100s", "beyond-reach:ttft=1ms,tpot=1ms", "bulk")
 
 
 @dataclass
@@ -82,7 +84,9 @@ def command(folder: Path | str, *flags: str) -> list[str]:
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     keys = ("--api-key", "secret", "--api-key", OTHER_KEY)
     batches = ("--batch-dir", str(tmp_path_factory.mktemp("batches")), "--batch-free-mib", "0")
-    flags = ("--served-model-name", NAME, *keys, "--keep-alive-seconds", "0.5", *batches)
+    tiers = [word for text in TIERS for word in ("--tier", text)]
+    tiers += ["--key-tier", f"{OTHER_KEY}=bulk"]
+    flags = ("--served-model-name", NAME, *keys, "--keep-alive-seconds", "0.5", *batches, *tiers)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command(folder, *flags), stdout=subprocess.PIPE, env=env) as child:
         try:
@@ -108,6 +112,36 @@ def test_ready_line_says_what_to_try(server: Server) -> None:
     assert "curl http://" in server.told
     assert NAME in server.told
     assert "secret" not in server.told
+
+
+def test_tiers_are_promised_or_refused_at_once(server: Server, client: openai.OpenAI) -> None:
+    """While a stream runs, whose end nobody can wait for. Alone, the same request is taken."""
+    ask = partial(client.chat.completions.create, model=NAME, messages=HELLO)
+    begin = partial(ask, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
+
+    def refused() -> openai.RateLimitError | None:
+        with begin(service_tier="interactive") as stream:
+            assert next(iter(stream)).service_tier == "interactive"
+            try:
+                ask(max_tokens=1, service_tier="beyond-reach")
+            except openai.RateLimitError as error:
+                return error
+            return None  # the stream was over before the request came
+
+    error = until(refused, "a refusal")
+    assert "promised" in error.message
+    assert int(error.response.headers["retry-after"]) >= 1
+    until(lambda: server.metric("vllm:num_requests_running") == 0, "an idle engine")
+    assert ask(max_tokens=2, service_tier="beyond-reach").service_tier == "beyond-reach"
+    assert ask(max_tokens=2).service_tier == "default"
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=OTHER_KEY, max_retries=0) as other:
+        answer = other.chat.completions.create(model=NAME, messages=HELLO, max_tokens=2)
+        assert answer.service_tier == "bulk"
+    text = httpx.get(f"{server.url}/metrics", headers={"Authorization": "Bearer secret"}).text
+    row = r'tier_requests_total{.*outcome="(\w+)",tier="beyond-reach"} (\S+)'
+    found = dict(re.findall(row, text))
+    assert float(found["refused"]) >= 1
+    assert float(found["late_first_token"]) >= 1
 
 
 def test_offline_batch(client: openai.OpenAI) -> None:

@@ -19,6 +19,7 @@ from pla_serve.server.limits import Limits
 from pla_serve.server.model import ServedModel
 from pla_serve.server.records import tracing
 from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, server_settings
+from pla_serve.server.tier_options import TierOptions
 
 if TYPE_CHECKING:
     from pla_serve.fleet.control.control import FleetControl
@@ -175,6 +176,7 @@ ROUTE = CliCommand(
         FlagsOf(CircuitOptions),
         FlagsOf(ServerSettings, without=("role",)),
         FlagsOf(Limits, without=("engine_silence_seconds",)),
+        FlagsOf(TierOptions),
         FlagsOf(LogSettings),
     ),
 )

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 from pla_serve.policy.calibration import Calibration, Forecast
-from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest, TenantLoad
+from pla_serve.policy.protocol import (
+    PrefillPolicy,
+    PrefillRequest,
+    QueueState,
+    ServiceLevel,
+    TenantLoad,
+)
 
 LEAST_RETRY = 1.0
 """Shortest ``retry_after`` in seconds; with less a client would only ask again and again."""
@@ -34,9 +41,15 @@ class Admission:
     """Bounds on what waits, in tokens and in predicted seconds; None is no bound.
 
     Both count what waits *before* the request, so that a machine with nothing to do takes a prompt
-    of any size. A deadline never refuses: whoever sets one would rather have the answer late than
-    not at all, and a late short gives way to those that can be saved (`queues.DueQueue`). `Admit`
-    tells that it will be late.
+    of any size. A deadline of a request to which nothing was promised never refuses: whoever sets
+    one would rather have the answer late than not at all, and a late short gives way to those that
+    can be saved (`queues.DueQueue`). `Admit` tells that it will be late.
+
+    A request to which its targets were promised (`ServiceLevel.PROMISED`) is refused if they are
+    predicted not to be kept: its first token by what nine in ten predictions stay below, as soon as
+    enough was seen for that, and its further tokens by `PrefillPolicy.token_seconds`. A machine
+    with nothing to do takes it all the same, because no later moment would be better. Bulk work is
+    refused by the two bounds only.
 
     Where several tenants have work, one that keeps to an equal part of a bound is not refused for
     what the others have queued, since the policy shares its time between them. So what waits is at
@@ -96,8 +109,11 @@ class Admission:
                 f"exceed the limit of {limit}",
                 max(LEAST_RETRY, excess * (state.seconds + parked_seconds)),
             )
-        predicted = policy.predicted_wait(request.new_tokens, request.history, now) + parked_seconds
-        short = policy.waits_as_short(request.new_tokens, request.history)
+        bulk = request.service is ServiceLevel.BULK
+        predicted = parked_seconds + policy.predicted_wait(
+            request.new_tokens, request.history, now, request.deadline, bulk=bulk
+        )
+        short = not bulk and policy.waits_as_short(request.new_tokens, request.history)
         forecast = self.calibration.forecast(predicted, short, now)
         # Of what is wrong with the whole, the part that waits has its share: 0 on an idle machine.
         wait = predicted - own_seconds
@@ -112,8 +128,48 @@ class Admission:
                 f"the predicted wait of {likely:.1f} s exceeds the limit of {most:g} s",
                 max(LEAST_RETRY, _until_below(most, wait, forecast.factor)),
             )
+        busy = _is_busy(state, parked_seconds)
+        if busy and (broken := _broken_promise(request, policy, forecast, wait, now)):
+            return broken
         late = request.deadline is not None and now + forecast.median > request.deadline
         return Admit(forecast, late)
+
+
+def _is_busy(state: QueueState, parked_seconds: float) -> bool:
+    """Whether a later moment could be better for a request."""
+    return state.seconds > 0 or state.decoding_requests > 0 or parked_seconds > 0
+
+
+def _broken_promise(
+    request: PrefillRequest, policy: PrefillPolicy, forecast: Forecast, wait: float, now: float
+) -> Refuse | None:
+    """Return the refusal of a request whose promised targets are predicted not to be kept.
+
+    Args:
+        wait: predicted seconds before its own prefill.
+    """
+    if request.service is not ServiceLevel.PROMISED:
+        return None
+    likely = forecast.upper if isfinite(forecast.upper) else forecast.median
+    if request.deadline is not None and now + likely > request.deadline:
+        factor = likely / forecast.predicted if forecast.predicted > 0 else 1.0
+        left = request.deadline - now
+        most = max(0.0, left - factor * (forecast.predicted - wait))
+        return Refuse(
+            f"the first token is predicted after {likely:.2f} s, and was promised within "
+            f"{max(0.0, left):.2f} s; try again later, or ask for a tier that waits",
+            max(LEAST_RETRY, _until_below(most, wait, factor)),
+        )
+    if request.tpot is None:
+        return None
+    pace = policy.token_seconds(request.new_tokens + request.history, request.tpot, now)
+    if pace <= request.tpot:
+        return None
+    return Refuse(
+        f"a token every {1000 * pace:.0f} ms is predicted, and one every "
+        f"{1000 * request.tpot:.0f} ms was promised; try again later, or ask for a tier that waits",
+        LEAST_RETRY,
+    )
 
 
 def _keeps_to_its_tokens(load: TenantLoad, more: int, limit: int) -> bool:

@@ -10,7 +10,14 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.decodes import DecodePool
 from pla_serve.policy.pending import Pending
-from pla_serve.policy.protocol import Batch, Chunk, PrefillRequest, QueueState, TenantLoad
+from pla_serve.policy.protocol import (
+    Batch,
+    Chunk,
+    PrefillRequest,
+    QueueState,
+    ServiceLevel,
+    TenantLoad,
+)
 from pla_serve.policy.queues import PrefillQueue, PrefillSource
 from pla_serve.policy.tenants import TenantShares
 from pla_serve.policy.tokens import coarse
@@ -128,9 +135,21 @@ class RequestBook:
         """The unfinished prefill of this id."""
         return self._pending.get(request_id)
 
-    def probe(self, new_tokens: int, history: int, now: float) -> Pending:
+    def probe(
+        self,
+        new_tokens: int,
+        history: int,
+        now: float,
+        deadline: float | None = None,
+        *,
+        bulk: bool = False,
+    ) -> Pending:
         """Return a request as if it arrived now, to compare with queued ones; it is not kept."""
-        return self._make(PrefillRequest("", now, new_tokens, history), self._adds + 1)
+        service = ServiceLevel.BULK if bulk else ServiceLevel.USUAL
+        request = PrefillRequest("", now, new_tokens, history, deadline, service=service)
+        pending = self._make(request, self._adds + 1)
+        pending.late = deadline is not None and now + pending.seconds > deadline
+        return pending
 
     def add(self, request: PrefillRequest) -> Pending:
         """Queue a request, or replace the numbers of one that waits or decodes.
@@ -356,6 +375,7 @@ class RequestBook:
         )
 
     def _make(self, request: PrefillRequest, order: int) -> Pending:
+        bulk = request.service is ServiceLevel.BULK
         pending = Pending(
             request.id,
             request.arrival,
@@ -364,10 +384,11 @@ class RequestBook:
             order,
             request.new_tokens,
             request.history,
-            self.is_short(request.new_tokens, request.history),
+            not bulk and self.is_short(request.new_tokens, request.history),
             0.0,
             None,
             tenant=request.tenant,
+            bulk=bulk,
         )
         self._price(pending)
         return pending

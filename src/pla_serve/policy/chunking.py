@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from math import ceil, floor, inf, sqrt
 
-from pla_serve.policy.cost import CostProfile
+from pla_serve.policy.config import PolicyConfig
+from pla_serve.policy.cost import CostModel, CostProfile
+from pla_serve.policy.tuning import Tuning
 
 
 def efficient_chunk(profile: CostProfile, history: int, overhead: float) -> float:
@@ -47,3 +49,27 @@ def timed_chunk(profile: CostProfile, history: int, seconds: float) -> float:
     if seconds == inf or (slope == 0 and half == 0):
         return inf
     return floor(2 * left / (slope + sqrt(slope * slope + 4 * half * left)))
+
+
+def long_chunk(
+    config: PolicyConfig, cost: CostModel, tuning: Tuning, history: int, load: float
+) -> float:
+    """Return the tokens of a chunk of a long prefill, beside which nothing is due.
+
+    Args:
+        history: cached tokens of the prefill.
+        load: work that arrives, in seconds a second.
+    """
+    profile = cost.profile
+    if not config.interruptible:
+        spare = tuning.stiff_share * (1 - load)
+        overhead = min(tuning.stiff_most, max(tuning.stiff_least, spare))
+    else:
+        overhead = tuning.overhead
+    tokens = efficient_chunk(profile, history, overhead)
+    if config.interruptible and config.layers is not None:
+        layer = tuning.layer_share * cost.prefill_seconds(tuning.typical_short, 0)
+        quick = timed_chunk(profile, history, config.layers * layer)
+        least = efficient_chunk(profile, history, tuning.overhead_for_layers)
+        tokens = min(tokens, max(quick, least))
+    return max(tuning.least_chunk, tokens)

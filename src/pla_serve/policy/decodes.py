@@ -59,6 +59,8 @@ class DecodePool:
         self._flying: dict[str, Chunk] = {}
         self._times: dict[str, float] = {}
         """When each request got its last token."""
+        self._targets: dict[float | None, int] = {}
+        """Number of requests, ready or in flight, by target."""
         self._count = 0
         self._ready_context = 0
         self._context = 0
@@ -87,6 +89,17 @@ class DecodePool:
         """The ready requests of each tenant that has some."""
         return self._loads
 
+    def within(self, tpot: float, default: float) -> int:
+        """Return how many requests, in flight or not, have a target of at most ``tpot``.
+
+        ``default`` as in `first_due`.
+        """
+        return sum(
+            count
+            for target, count in self._targets.items()
+            if (default if target is None else target) <= tpot
+        )
+
     def start(
         self,
         request_id: str,
@@ -101,6 +114,7 @@ class DecodePool:
         if owner != NOBODY:
             self._owners[request_id] = owner
         self._context += context
+        self._targets[tpot] = self._targets.get(tpot, 0) + 1
         self._push(owner, Chunk(request_id, 1, context), now)
 
     def discard(self, request_id: str) -> None:
@@ -110,6 +124,7 @@ class DecodePool:
         chunk = self._flying.pop(request_id, None)
         if chunk is not None:
             self._context -= chunk.history
+            self._drop_target(tpot)
             return
         rings = self._rings.get(tenant)
         ring = None if rings is None else rings.get(tpot)
@@ -117,6 +132,7 @@ class DecodePool:
         if rings is None or ring is None or chunk is None:
             return
         self._context -= chunk.history
+        self._drop_target(tpot)
         self._leave(tenant, tpot, chunk)
 
     def first_due(self, default: float, least: float = 0.0) -> float:
@@ -195,6 +211,13 @@ class DecodePool:
             self._leave(tenant, tpot, chunk)
             chunks.append(chunk)
         return chunks
+
+    def _drop_target(self, tpot: float | None) -> None:
+        left = self._targets[tpot] - 1
+        if left:
+            self._targets[tpot] = left
+        else:
+            del self._targets[tpot]
 
     def _leave(self, tenant: str, tpot: float | None, chunk: Chunk) -> None:
         """Count off a request that was taken out of this ring."""

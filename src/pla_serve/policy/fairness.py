@@ -104,8 +104,8 @@ def long_wait_bound(
 
     Args:
         long_work: seconds of its own prefill and of all long prefills that may precede it or share
-            its launch: those of its priority that arrived less than `passing_window` after it, and
-            all of a more urgent one.
+            its launch: those of its priority that arrived less than `passing_window` after it (for
+            bulk work, `longs.BULK_PATIENCE` more), and all of a more urgent one.
         express_batch: seconds of the longest express batch.
         burst: `burst_seconds`, the most that it was meanwhile.
 

@@ -7,7 +7,7 @@ from math import inf
 
 from pla_serve.policy.assemble import Assembler
 from pla_serve.policy.book import RequestBook
-from pla_serve.policy.chunking import efficient_chunk, timed_chunk
+from pla_serve.policy.chunking import long_chunk
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.declare import PolicyKind
@@ -15,6 +15,7 @@ from pla_serve.policy.echo import EchoWindow
 from pla_serve.policy.express import ExpressWindow
 from pla_serve.policy.fairness import ShareAccount, burst_seconds, passing_window
 from pla_serve.policy.longs import LongQueue, RunningPrefills, Spread
+from pla_serve.policy.pace import step_pace
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
@@ -82,7 +83,8 @@ class LengthAware:
         self._contested_since = 0.0
         self._newest = -inf
         """Arrival of the last request that came for the first time."""
-        self._express_started: float | None = None
+        self._running_express: tuple[Batch, float] | None = None
+        """The express batch under way, and when it began."""
 
     def add(self, request: PrefillRequest, now: float) -> None:
         contested = self._contested()
@@ -157,7 +159,7 @@ class LengthAware:
             for chunk in (*batch.prefills, *batch.decodes):
                 self._flights.land(chunk.request_id)
         else:
-            self._express_started = None
+            self._running_express = None
 
     def measured(self, batch: Batch, seconds: float, now: float) -> None:
         self._cost.observe(batch, seconds)
@@ -172,12 +174,19 @@ class LengthAware:
         if self._flights:
             account.start_long(now)
 
-    def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
+    def predicted_wait(
+        self,
+        new_tokens: int,
+        history: int,
+        now: float,
+        deadline: float | None = None,
+        *,
+        bulk: bool = False,
+    ) -> float:
         """Predict by the work that waits now; later arrivals that go first are not foreseen."""
         book, config = self._book, self._config
-        newcomer = book.probe(new_tokens, history, now)
-        elapsed = 0.0 if self._express_started is None else now - self._express_started
-        shorts = max(0.0, book.short_seconds() - elapsed)
+        newcomer = book.probe(new_tokens, history, now, deadline, bulk=bulk)
+        shorts = self._shorts_ahead(newcomer, now)
         if newcomer.short:
             work = shorts + newcomer.seconds
             return work + (self._account.short_delay(work) if self._contested() else 0.0)
@@ -187,6 +196,16 @@ class LengthAware:
             work /= max(1 - costs.least / target, config.long_share)
         share = config.long_share
         return work + min(shorts, work * (1 - share) / share + burst_seconds(config, self._cost))
+
+    def token_seconds(self, context: int, tpot: float, now: float) -> float:
+        """Beside longs, steps take at most what these leave, and wait for a layer."""
+        usual = self._tokens.usual_target()
+        pace = step_pace(self._book.decodes, self._config, self._cost, context, tpot, usual)
+        if not self._contested():
+            return pace
+        top = self._flights.top
+        layer = 0.0 if top is None else self._layer(top.seconds)
+        return pace / (1 - self._config.long_share) + layer
 
     def state(self, now: float) -> QueueState:
         return self._book.state()
@@ -244,16 +263,12 @@ class LengthAware:
 
     def _layer(self, seconds: float) -> float:
         """Return the seconds of one layer of a batch that takes ``seconds``; 0 if unknown."""
-        layers = self._config.layers
-        return seconds / layers if layers else 0.0
+        return seconds / self._config.layers if self._config.layers else 0.0
 
     def _promise(self, history: int) -> tuple[StreamCosts, float]:
         """Return what streams cost beside a long, and their target."""
         costs = self._tokens.costs(history)
         return costs, self._tokens.target(costs)
-
-    def _rides(self, costs: StreamCosts, target: float, now: float) -> bool:
-        return self._tokens.rides(costs, target, self._waiting_longs, self._short_rate.rate(now))
 
     @property
     def _waiting_longs(self) -> int:
@@ -267,19 +282,20 @@ class LengthAware:
             self._shorts, now, rider_share=share, tpot=target, limit=limit
         )
         if batch is not None:
-            self._express_started = now
+            self._running_express = (batch, now)
         return batch
 
     def _steps(self, now: float) -> Batch:
         """Decode steps alone."""
         config, streams = self._config, self._book.decodes
-        self._express_started = now
         places = min(config.max_batch_requests, config.max_batch_tokens)
         limit = self._tenants.limit(now)
         if limit is not None:
             places = min(places, self._assembler.steps_within(limit.seconds))
         steps = streams.take(places, self._tokens.usual_target())
-        return Batch(BatchClass.DECODE, decodes=tuple(steps))
+        batch = Batch(BatchClass.DECODE, decodes=tuple(steps))
+        self._running_express = (batch, now)
+        return batch
 
     def _long_or_steps(self, pending: Pending, now: float) -> Batch:
         """One chunk of a long, or decode steps that go before it, the device being free.
@@ -293,7 +309,7 @@ class LengthAware:
         if not streams:
             return self._long(pending, most, now)
         costs, target = self._promise(pending.history)
-        rides = self._rides(costs, target, now)
+        rides = self._tokens.rides(costs, target, self._waiting_longs, self._short_rate.rate(now))
         if rides:
             layer = 0.0
             lead = costs.riders + target * costs.chunk / (costs.launch + costs.chunk)
@@ -327,19 +343,8 @@ class LengthAware:
         config, cap = self._config, self._book.cap
         if config.long_chunk_tokens is not None:
             return cap
-        tuning, profile, history = self._tuning, self._cost.profile, pending.history
-        if not config.interruptible:
-            spare = tuning.stiff_share * (1 - self._offered.rate(now))
-            overhead = min(tuning.stiff_most, max(tuning.stiff_least, spare))
-        else:
-            overhead = tuning.overhead
-        tokens = efficient_chunk(profile, history, overhead)
-        if config.interruptible and config.layers is not None:
-            layer = tuning.layer_share * self._cost.prefill_seconds(tuning.typical_short, 0)
-            quick = timed_chunk(profile, history, config.layers * layer)
-            least = efficient_chunk(profile, history, tuning.overhead_for_layers)
-            tokens = min(tokens, max(quick, least))
-        return int(min(cap, max(tuning.least_chunk, tokens)))
+        load = self._offered.rate(now)
+        return int(min(cap, long_chunk(config, self._cost, self._tuning, pending.history, load)))
 
     def _pick_long(self, now: float) -> Pending:
         head = self._longs.head(now)
@@ -415,9 +420,18 @@ class LengthAware:
         return window if self._spread.heavy else window * self._tuning.light_patience
 
     def _window_of(self, seconds: float) -> float:
-        most = self._config.max_batch_tokens
-        batch = self._cost.epoch_prefill_seconds(most, 0, most)
-        return passing_window(self._config, seconds, batch)
+        config, most = self._config, self._config.max_batch_tokens
+        return passing_window(config, seconds, self._cost.epoch_prefill_seconds(most, 0, most))
+
+    def _shorts_ahead(self, newcomer: Pending, now: float) -> float:
+        """Return the seconds of short work before a newcomer: all, if it is long or not due."""
+        running, total = self._running_express, self._book.short_seconds()
+        elapsed = 0.0 if running is None else now - running[1]
+        left = max(0.0, total - elapsed)
+        if newcomer.deadline is None or not newcomer.short:
+            return left
+        rest = 0.0 if running is None else max(0.0, self._cost.seconds(running[0]) - elapsed)
+        return min(left, rest + self._shorts.seconds_ahead(newcomer, left))
 
     def _long_seconds_ahead(self, newcomer: Pending) -> float:
         """Return the seconds of long work, queued or running, that go before the newcomer."""

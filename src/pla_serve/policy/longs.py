@@ -10,6 +10,8 @@ from pla_serve.policy.protocol import Batch, Chunk
 from pla_serve.policy.queues import DEMOTIONS, SortedQueue
 from pla_serve.policy.tuning import Tuning
 
+BULK_PATIENCE = 600.0
+"""Seconds by which bulk work is due later than it would be if somebody waited for it."""
 Patience = Callable[[float], float]
 """Increasing function: from the seconds of prefill left to the seconds between arrival and due
 time."""
@@ -23,7 +25,7 @@ class LongQueue(SortedQueue):
     can still be met makes a request due when it would have to start. One that cannot be met any
     more makes it due after ``late_patience``: it steps behind those that can be saved, once. Nobody
     is due before it came, so that a flood of requests without hope passes nobody for longer than
-    another flood does.
+    another flood does. Bulk work is due `BULK_PATIENCE` later, and has no deadline.
 
     Args:
         late_patience: at least ``patience``.
@@ -40,6 +42,8 @@ class LongQueue(SortedQueue):
         if request.late:
             return request.arrival + self._late_patience(left)
         due = request.arrival + self._patience(left)
+        if request.bulk:
+            return due + BULK_PATIENCE
         if request.deadline is None:
             return due
         return min(due, max(request.arrival, request.deadline - left))
@@ -58,7 +62,7 @@ class LongQueue(SortedQueue):
         Args:
             less: seconds of it that were done already.
         """
-        deadline = request.deadline
+        deadline = None if request.bulk else request.deadline
         if request.late or deadline is None or now + request.seconds - less <= deadline:
             return False
         queued = request.entry is not None

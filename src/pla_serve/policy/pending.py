@@ -33,6 +33,8 @@ class Pending:
     entry: tuple[Any, ...] | None = None
     """Place in the `SortedQueue` in which it waits, or None."""
     tenant: str = ""
+    bulk: bool = False
+    """Whether nobody waits for it; see `protocol.ServiceLevel`."""
     held: bool = False
     """True while it waits outside the queues for its tenant's share; see `TenantShares`."""
     entered: int = 0

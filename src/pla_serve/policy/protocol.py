@@ -32,6 +32,18 @@ class BatchClass(StrEnum):
     MIXED = "mixed"
 
 
+class ServiceLevel(StrEnum):
+    """How a request is admitted and ordered, by what was promised to it."""
+
+    USUAL = "usual"
+    """Nothing was promised. Its deadline, if it has one, is a wish."""
+    PROMISED = "promised"
+    """It is refused if its targets are predicted not to be kept."""
+    BULK = "bulk"
+    """Nobody waits for it. It counts as long whatever its size, and steps behind all others for
+    `longs.BULK_PATIENCE`."""
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillRequest:
     """A prompt, or the rest of one, as numbers.
@@ -51,6 +63,9 @@ class PrefillRequest:
     """Smaller is sooner; ties are for the policy."""
     tenant: str = ""
     """Owner of the request, for shares: requests with the same text belong to one."""
+    service: ServiceLevel = ServiceLevel.USUAL
+    tpot: float | None = None
+    """Its target for the seconds from one token to the next; None: the policy's own."""
 
 
 class Chunk(NamedTuple):
@@ -217,8 +232,25 @@ class PrefillPolicy(Protocol):
         """The batch that was `dispatched` took ``seconds``: the other part of `observe`."""
         ...
 
-    def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
+    def predicted_wait(
+        self,
+        new_tokens: int,
+        history: int,
+        now: float,
+        deadline: float | None = None,
+        *,
+        bulk: bool = False,
+    ) -> float:
         """Seconds until the first token of such a request, were it to arrive now."""
+        ...
+
+    def token_seconds(self, context: int, tpot: float, now: float) -> float:
+        """Seconds from token to token of such a stream, were it to decode now.
+
+        Args:
+            context: its cached tokens.
+            tpot: its target in seconds.
+        """
         ...
 
     def state(self, now: float) -> QueueState:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.decodes import DecodePool
+from pla_serve.policy.pace import step_pace
 from pla_serve.policy.protocol import (
     Batch,
     BatchClass,
@@ -33,6 +34,7 @@ class PrefillFirst:
     def __init__(self, inner: PrefillPolicy, config: PolicyConfig, cost: CostModel) -> None:
         self.capabilities = inner.capabilities
         self._inner = inner
+        self._config = config
         self._cost = cost
         self._places = min(config.max_batch_requests, config.max_batch_tokens)
         self._decodes = DecodePool()
@@ -93,12 +95,25 @@ class PrefillFirst:
             return
         self._cost.observe(batch, seconds)
 
-    def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
+    def predicted_wait(
+        self,
+        new_tokens: int,
+        history: int,
+        now: float,
+        deadline: float | None = None,
+        *,
+        bulk: bool = False,
+    ) -> float:
         left = 0.0
         if self._step is not None:
             began, seconds = self._step
             left = max(0.0, began + seconds - now)
-        return left + self._inner.predicted_wait(new_tokens, history, now)
+        return left + self._inner.predicted_wait(new_tokens, history, now, deadline, bulk=bulk)
+
+    def token_seconds(self, context: int, tpot: float, now: float) -> float:
+        """Every prefill that waits goes before the step."""
+        step = step_pace(self._decodes, self._config, self._cost, context, tpot)
+        return self._inner.state(now).seconds + step
 
     def state(self, now: float) -> QueueState:
         return replace(self._inner.state(now), decoding_requests=self._decodes.total)

@@ -20,6 +20,7 @@ from pla_serve.server.model import ServedModel
 from pla_serve.server.offline_options import OfflineOptions
 from pla_serve.server.records import tracing
 from pla_serve.server.settings import LogSettings, ModelFlags, ServerSettings, server_settings
+from pla_serve.server.tier_options import TierOptions
 
 if TYPE_CHECKING:
     from pla_serve.engine.loading import ModelSource
@@ -66,6 +67,7 @@ SERVE = CliCommand(
         FlagsOf(ServerSettings),
         FlagsOf(Limits),
         FlagsOf(OfflineOptions),
+        FlagsOf(TierOptions),
         FlagsOf(LogSettings),
     ),
 )

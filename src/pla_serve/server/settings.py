@@ -21,6 +21,7 @@ from pla_serve.server.link_key import find_link_key
 from pla_serve.server.offline_options import OfflineOptions
 from pla_serve.server.reasoning.formats import BY_NAME as REASONING_BY_NAME
 from pla_serve.server.reasoning.formats import choose_reasoning
+from pla_serve.server.tier_options import TierOptions
 from pla_serve.server.tools.choice import BY_NAME, choose_format
 from pla_serve.wire.link import Role
 
@@ -158,6 +159,7 @@ class ServerSettings:
     ] = None
     limits: Limits = field(default_factory=Limits)
     offline: OfflineOptions = field(default_factory=OfflineOptions)
+    tiers: TierOptions = field(default_factory=TierOptions)
     role: Annotated[
         Role,
         Flag(
@@ -224,6 +226,7 @@ class ServerSettings:
             raise ValueError("an API key must not be empty")
         if self.metrics_key == "":
             raise ValueError("the key for /metrics must not be empty")
+        self.tiers.of_keys(self.api_keys)
         check_origins(self.cors_origins)
         choose_format("", self.tool_parser)
         choose_reasoning("", self.reasoning_parser)
@@ -311,5 +314,6 @@ def server_settings(given: Given, model: ModelFlags) -> ServerSettings:
         model_root=model.source,
         limits=given.make(Limits),
         offline=given.make(OfflineOptions),
+        tiers=given.make(TierOptions),
     )
     return replace(settings, link_key=find_link_key(settings.link_key_file, os.environ))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from pla_serve.policy.protocol import ServiceLevel
 from pla_serve.wire.limits import (
     MOST_BIASES,
     MOST_LOGPROBS,
@@ -109,6 +110,9 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     """When the first token is due, on the same clock."""
     tpot: Pace | None = None
     """Target for the time between two of its tokens; None: the engine's own."""
+    service: ServiceLevel = ServiceLevel.USUAL
+    """Whether ``deadline`` and ``tpot`` were promised, so that the request is refused where they
+    cannot be kept; or whether nobody waits for it."""
     priority: Priority = 0
     """Smaller is sooner."""
     generated: TokenCount = 0

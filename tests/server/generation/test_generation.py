@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import unittest.mock
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pla_serve.policy.protocol import ServiceLevel
+from pla_serve.policy.tiers import Tier
 from pla_serve.server.engine.session import EngineSession
 from pla_serve.server.errors import ApiError
 from pla_serve.server.generation.detokenize import TokenBytes
 from pla_serve.server.generation.generation import ChoiceDelta, Generation, GenerationPlan
 from pla_serve.server.records.journal import JournalEntry, Journals
 from pla_serve.server.records.metrics import Metrics
+from pla_serve.server.records.tier_metrics import TierWatch
 from pla_serve.wire.engine import (
     AbortRequest,
     Accepted,
@@ -136,6 +141,7 @@ def test_only_the_first_has_the_deadline_and_the_seeds_differ() -> None:
     assert seeds == [2**63 - 2, 2**63 - 1, -(2**63)]
     assert [request.deadline for request in engine.added] == [10.5, None, None]
     assert [request.tpot for request in engine.added] == [0.04] * 3
+    assert {request.service for request in engine.added} == {ServiceLevel.USUAL}
     assert [request.arrival for request in engine.added] == [10.0, 11.0, 11.0]
     assert {request.priority for request in engine.added} == {3}
 
@@ -329,3 +335,83 @@ def test_journal_tells_where_an_answer_went_on_elsewhere() -> None:
     assert entry.prefill_began == 10.25
     assert entry.moved == (11.0, 11.0)
     assert (entry.outcome, entry.completion_tokens) == ("length", 2)
+
+
+class TestTiers:
+    """Of a plan that arrives at 10; the clock stands at 11."""
+
+    def outcomes(self, plan: GenerationPlan) -> dict[str, float]:
+        """Serve it; returns the outcomes that were counted."""
+        engine = Engine(echo)
+        metrics = Metrics("m")
+
+        async def main() -> None:
+            session = EngineSession(engine, max_unread_tokens=100)
+            entry, journal = JournalEntry("r", 10.0), Journals(())
+            generation = Generation(plan, session, BYTES, metrics, entry, journal, lambda: 11.0)
+            try:
+                await generation.admit()
+                async for _ in generation.deltas():
+                    pass
+            finally:
+                generation.close()
+                generation.close()
+
+        asyncio.run(main())
+        self.services = [request.service for request in engine.added]
+        return {
+            sample.labels["outcome"]: sample.value
+            for family in metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == "pla_serve:tier_requests_total"
+        }
+
+    @pytest.mark.parametrize(
+        ("ttft", "tpot", "outcome"),
+        [
+            (2.0, 0.04, "met"),
+            (0.5, 0.04, "late_first_token"),
+            (0.999, 0.04, "late_first_token"),
+            (None, 0.04, "met"),
+            (None, None, "met"),
+        ],
+    )
+    def test_what_became_of_the_promise(
+        self, ttft: float | None, tpot: float | None, outcome: str
+    ) -> None:
+        tiered = replace(plan("abc"), tier=Tier("t", 9.0, 9.0), ttft_slo=ttft, tpot_slo=tpot)
+        assert self.outcomes(tiered) == {outcome: 1}
+
+    def test_only_the_first_choice_of_a_prompt_is_refused_for_its_promise(self) -> None:
+        self.outcomes(replace(plan("abc", n=3), tier=Tier("t", 9.0, 9.0)))
+        assert self.services == [ServiceLevel.PROMISED, ServiceLevel.USUAL, ServiceLevel.USUAL]
+        self.outcomes(replace(plan("abc", n=2), tier=Tier("t")))
+        assert self.services == [ServiceLevel.BULK, ServiceLevel.BULK]
+
+    def test_tokens_are_late_by_the_deadlines_of_the_first(self) -> None:
+        """Token i is due i targets after the first was due, so what is ahead buys a pause."""
+        metrics = Metrics("m")
+        tier = Tier("t", 1.0, 0.1)
+        for times, outcome in (
+            ([0.2, 1.0, 1.19], "met"),
+            ([0.2, 1.0, 1.25], "late_token"),
+            ([0.2, 1.15, 1.19], "late_token"),
+            ([1.1, 1.1, 1.2], "late_first_token"),
+        ):
+            watch = TierWatch(metrics.tiers, tier, 10.0, tier.ttft, tier.tpot)
+            for number, after in enumerate(times):
+                watch.tokens(0, leads=True, before=number, count=1, now=10.0 + after)
+            with unittest.mock.patch.object(metrics.tiers, "ended") as ended:
+                watch.ended(refused=False, finished=True)
+            ended.assert_called_once_with(tier, outcome)
+
+    def test_tokens_that_come_together_are_as_late_as_the_first_of_them(self) -> None:
+        metrics, tier = Metrics("m"), Tier("t", None, 0.1)
+        for now, finished, outcome in ((0.15, True, "late_token"), (0.1, False, "unfinished")):
+            watch = TierWatch(metrics.tiers, tier, 10.0, None, tier.tpot)
+            watch.tokens(0, leads=True, before=0, count=1, now=12.0)
+            watch.tokens(0, leads=True, before=1, count=5, now=12.0 + now)
+            watch.tokens(0, leads=True, before=6, count=0, now=99.0)
+            with unittest.mock.patch.object(metrics.tiers, "ended") as ended:
+                watch.ended(refused=False, finished=finished)
+            ended.assert_called_once_with(tier, outcome)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pla_serve.policy.protocol import ServiceLevel
 from pla_serve.server.api.guard import Traffic
 from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError
 from pla_serve.server.link.router_link import MOST_OFFERS, RouterLink
@@ -81,9 +82,10 @@ def add(id: str, **fields: Any) -> AddRequest:
 def test_names_and_times_become_the_engines_own() -> None:
     async def main() -> None:
         harness = Harness()
-        harness.link.handle(add("a:b", deadline=2.0))
+        harness.link.handle(add("a:b", deadline=2.0, tpot=0.04, service=ServiceLevel.PROMISED))
         (request,) = harness.engine.sent
         assert (request.id, request.arrival, request.deadline) == ("3.1:a:b", 999.5, 1002.0)
+        assert (request.tpot, request.service) == (0.04, ServiceLevel.PROMISED)
         harness.link.take(Output(id=request.id, tokens=[5], finish_reason="stop"))
         assert await harness.said() == [Output(id="a:b", tokens=[5], finish_reason="stop")]
         assert harness.traffic.in_flight == 0

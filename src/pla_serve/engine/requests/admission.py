@@ -11,7 +11,7 @@ from pla_serve.engine.sampling import GrammarError, Sampler, SamplingError
 from pla_serve.policy.admission import Admission, Admit, Refuse
 from pla_serve.policy.calibration import Calibration
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
+from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest, ServiceLevel
 from pla_serve.wire.codec import range_fault
 from pla_serve.wire.engine import AddRequest, Rejected
 from pla_serve.wire.limits import MOST_PROMPT_LOGPROBS
@@ -71,7 +71,7 @@ class Intake:
         prefill = prefill_request(
             request, len(request.prompt), cached, first=request.generated == 0
         )
-        short = self._policy.waits_as_short(prefill.new_tokens, prefill.history)
+        short = self._waits_as_short(request, cached)
         verdict = self._weigh(prefill, short, now)
         if isinstance(verdict, Refuse):
             return Rejected(
@@ -90,8 +90,14 @@ class Intake:
         if fault is not None:
             return Rejected(id=request.id, reason=fault, retry_after=None)
         cached = self._cached_prefix(request)
-        short = self._policy.waits_as_short(len(request.prompt) - cached, cached)
+        short = self._waits_as_short(request, cached)
         return self._sequence(request, short, cached)
+
+    def _waits_as_short(self, request: AddRequest, cached: int) -> bool:
+        """Return the class of a request, of whose prompt so many tokens are cached."""
+        if request.service is ServiceLevel.BULK:
+            return False
+        return self._policy.waits_as_short(len(request.prompt) - cached, cached)
 
     def _cached_prefix(self, request: AddRequest) -> int:
         """Return how many tokens need no prefill; all of a prompt need it that is to be scored."""

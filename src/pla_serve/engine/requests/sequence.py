@@ -8,7 +8,7 @@ from pla_serve.engine.kv.manager import BlockTable
 from pla_serve.engine.run.scoring import ScoredTokens
 from pla_serve.engine.sampling import SequenceSampling
 from pla_serve.policy.calibration import Forecast
-from pla_serve.policy.protocol import PrefillRequest
+from pla_serve.policy.protocol import PrefillRequest, ServiceLevel
 from pla_serve.wire.engine import AddRequest
 
 
@@ -120,8 +120,10 @@ def prefill_request(
 
     Args:
         tokens: tokens of the sequence. All but ``history`` of them are new.
-        first: whether the prefill makes the first token of the answer, which has a deadline.
+        first: whether the prefill makes the first token of the answer, which has a deadline. An
+            answer that has begun is refused for no promise.
     """
+    kept = first or request.service is not ServiceLevel.PROMISED
     return PrefillRequest(
         id=request.id,
         arrival=request.arrival,
@@ -130,4 +132,6 @@ def prefill_request(
         deadline=request.deadline if first else None,
         priority=request.priority,
         tenant=request.tenant,
+        service=request.service if kept else ServiceLevel.USUAL,
+        tpot=request.tpot,
     )

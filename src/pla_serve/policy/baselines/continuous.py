@@ -6,6 +6,7 @@ from pla_serve.policy.assemble import Assembler
 from pla_serve.policy.book import RequestBook
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.pace import step_pace
 from pla_serve.policy.pending import Pending
 from pla_serve.policy.protocol import (
     Batch,
@@ -79,13 +80,27 @@ class ContinuousBatching:
         self._cost.observe(batch, seconds)
         self._book.renew_prices()
 
-    def predicted_wait(self, new_tokens: int, history: int, now: float) -> float:
+    def predicted_wait(
+        self,
+        new_tokens: int,
+        history: int,
+        now: float,
+        deadline: float | None = None,
+        *,
+        bulk: bool = False,
+    ) -> float:
         """The batch under way, what the queue puts first, and the decode steps that ride along."""
         book = self._book
-        newcomer = book.probe(new_tokens, history, now)
+        newcomer = book.probe(new_tokens, history, now, deadline, bulk=bulk)
         work = self._seconds_ahead(newcomer, now) + newcomer.seconds
         batches = 1 + work // max(book.full_batch_seconds(), 1e-9)
         return work + batches * book.step_seconds()
+
+    def token_seconds(self, context: int, tpot: float, now: float) -> float:
+        """Each step is one batch with the prefills that wait, as many as it holds."""
+        book = self._book
+        prefills = min(book.seconds(), book.full_batch_seconds())
+        return prefills + step_pace(book.decodes, book.config, self._cost, context, tpot)
 
     def state(self, now: float) -> QueueState:
         return self._book.state()

@@ -33,6 +33,13 @@ class Header:
     id: str
     created: int
     model: str
+    service_tier: str | None = None
+    """Name of the request's tier, where the request or the server speaks of tiers."""
+
+    def shown(self, kind: str) -> Json:
+        """Return the fields that come first, with what ``kind`` of object it is."""
+        first = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return first if self.service_tier is None else {**first, "service_tier": self.service_tier}
 
 
 async def whole(generation: Generation, form: Format, header: Header) -> Json:
@@ -47,14 +54,7 @@ async def whole(generation: Generation, form: Format, header: Header) -> Json:
             for delta in deltas:
                 _add(pieces, delta)
     choices = await _choices(form, [pieces[index] for index in sorted(pieces)])
-    return {
-        "id": header.id,
-        "object": form.object,
-        "created": header.created,
-        "model": header.model,
-        **choices,
-        "usage": usage(generation, form),
-    }
+    return {**header.shown(form.object), **choices, "usage": usage(generation, form)}
 
 
 async def _choices(form: Format, pieces: list[ChoicePart]) -> Json:
@@ -101,13 +101,7 @@ class EventWriter:
         self._encode = msgspec.json.Encoder().encode
         self._opened: set[int] = set()
         self._held: dict[int, ChoicePart] = {}
-        self._frame: Json = {
-            "id": header.id,
-            "object": form.chunk_object,
-            "created": header.created,
-            "model": header.model,
-            "choices": [],
-        }
+        self._frame: Json = {**header.shown(form.chunk_object), "choices": []}
         if self._options.include_usage:
             self._frame["usage"] = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -91,6 +92,8 @@ class Endpoints:
         header: Header,
     ) -> Response:
         settings = self._service.settings
+        if body.service_tier is not None or settings.tiers.tiers:
+            header = replace(header, service_tier=plan.tier_name)
         generation = self._generations.start(asked.request, plan)
         streams = False
         try:

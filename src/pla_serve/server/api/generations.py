@@ -13,6 +13,7 @@ import msgspec
 from starlette.requests import Request
 
 from pla_serve.logs import request_id
+from pla_serve.policy.tiers import Tier
 from pla_serve.server.api.body import Upload
 from pla_serve.server.api.cache_scope import CacheScopes
 from pla_serve.server.api.choice_reading import Reading
@@ -24,6 +25,8 @@ from pla_serve.server.api.schema import (
     CompletionRequest,
 )
 from pla_serve.server.api.service import Service
+from pla_serve.server.api.tiers import HEADER as TIER_HEADER
+from pla_serve.server.api.tiers import TierChoice
 from pla_serve.server.api.tool_constraint import Check, with_thought, with_tool_grammar
 from pla_serve.server.errors import invalid, over_capacity, too_long, unsupported
 from pla_serve.server.generation.generation import Generation, GenerationPlan
@@ -75,6 +78,7 @@ class Generations:
         self._service = service
         settings = service.settings
         self._cache_scopes = CacheScopes(settings.api_keys, shared=settings.share_prefix_cache)
+        self._tiers = TierChoice(settings)
 
     async def chat(
         self, asked: Asked, body: ChatRequest, id: str, *, cut_to_fit: bool = False
@@ -158,12 +162,18 @@ class Generations:
         Raises:
             ApiError: 400, a field is out of range for this model or contradicts another.
         """
+        request = asked.request
+        header, who = request.headers.get(TIER_HEADER), tenant(request.scope)
+        tier = self._tiers.of(body.service_tier, header, who)
+        offline = OFFLINE_WORK in request.scope
         scope = self._cache_scopes.of(tenant(asked.request.scope), body.cache_salt)
 
         def work() -> tuple[GenerationPlan, list[str]]:
             plan = self._plan(body, id, asked.arrival, prompts, info, scope)
-            if OFFLINE_WORK in asked.request.scope:
+            if offline:
                 plan = replace(plan, priority=OFFLINE_PRIORITY)
+            elif tier is not None:
+                plan = of_tier(plan, tier)
             return plan, unheld_keywords(body)
 
         plan, unheld = await asked.upload.run(work)
@@ -254,6 +264,16 @@ class Generations:
                 raise over_capacity(str(error), 1.0) from None
 
         return check
+
+
+def of_tier(plan: GenerationPlan, tier: Tier) -> GenerationPlan:
+    """Return the plan of a request of a tier, whose targets count where it has none of its own."""
+    return replace(
+        plan,
+        tier=tier,
+        ttft_slo=tier.ttft if plan.ttft_slo is None else plan.ttft_slo,
+        tpot_slo=tier.token_target if plan.tpot_slo is None else plan.tpot_slo,
+    )
 
 
 def client_of(request: Request) -> str:

@@ -138,7 +138,6 @@ class Ignored(Strict):
     user: str | None = None
     metadata: Metadata | None = None
     store: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # Added to every request by the routers of SGLang and vLLM.
@@ -146,6 +145,7 @@ class Ignored(Strict):
     return_hidden_states: Literal[False] | None = None
 
 
+TierField = Annotated[str, Field(max_length=64)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -186,6 +186,8 @@ class GenerationRequest(Ignored):
     """The prefix cache is shared only between requests of one API key with the same salt."""
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1)
     """Smaller is sooner, among the requests of one API key; refused unless --enable-priority."""
+    service_tier: TierField | None = None
+    """Name of one of the server's tiers; auto and None: by the API key."""
     ttft_slo_ms: float | None = Field(None, gt=0, le=1e9)
     """The first token is due this many milliseconds after arrival."""
     tpot_slo_ms: float | None = Field(None, ge=1, le=1e6)

@@ -11,11 +11,14 @@ from typing import Any
 
 import msgspec
 
+from pla_serve.policy.protocol import ServiceLevel
+from pla_serve.policy.tiers import USUAL, Tier
 from pla_serve.server.engine.session import EngineDiedError, EngineSession, SlowReaderError, Update
 from pla_serve.server.errors import ApiError, failed, invalid, over_capacity, unavailable
 from pla_serve.server.generation.detokenize import Detokenizer, TokenBytes
 from pla_serve.server.records.journal import Journal, JournalEntry
 from pla_serve.server.records.metrics import Metrics
+from pla_serve.server.records.tier_metrics import TierWatch
 from pla_serve.wire.engine import (
     AddRequest,
     FinishReason,
@@ -49,6 +52,21 @@ class GenerationPlan:
     skip_special: bool
     keep_special: frozenset[int] = frozenset()
     """Special tokens that stay in the text: markers of the format of tool calls."""
+    tier: Tier | None = None
+    """None: the default, which promises nothing."""
+
+    @property
+    def tier_name(self) -> str:
+        """Name of the tier, as answers show it."""
+        return USUAL if self.tier is None else self.tier.name
+
+    def service(self, *, leads: bool) -> ServiceLevel:
+        """Return how a choice is admitted and ordered.
+
+        Those that follow the first one of their prompt are refused for no promise.
+        """
+        level = ServiceLevel.USUAL if self.tier is None else self.tier.service
+        return level if leads or level is ServiceLevel.BULK else ServiceLevel.USUAL
 
 
 @dataclass(slots=True)
@@ -126,6 +144,11 @@ class Generation:
         self._scores: dict[int, PromptLogprobs] = {}
         """Log probabilities of each prompt, for the first delta of each of its choices."""
         self._retries: set[asyncio.TimerHandle] = set()
+        self._watch: TierWatch | None = None
+        if plan.tier is not None:
+            self._watch = TierWatch(
+                metrics.tiers, plan.tier, plan.arrival, plan.ttft_slo, plan.tpot_slo
+            )
 
     @property
     def prompt_tokens(self) -> int:
@@ -195,6 +218,9 @@ class Generation:
             if self._unfinished and self._entry.outcome != "refused":
                 reason: FinishReason = "error" if self._entry.outcome == "error" else "abort"
                 self._metrics.unfinished(reason, self._unfinished)
+            if self._watch is not None:
+                refused = self._entry.outcome == "refused"
+                self._watch.ended(refused=refused, finished=not self._unfinished)
             self._complete(self._entry)
             journal.write(self._entry)
 
@@ -233,6 +259,7 @@ class Generation:
             arrival=plan.arrival if first else self._clock(),
             deadline=plan.arrival + plan.ttft_slo if first and plan.ttft_slo else None,
             tpot=plan.tpot_slo,
+            service=plan.service(leads=first),
             priority=plan.priority,
             cache_scope=plan.cache_scope,
             request_id=self._entry.request_id,
@@ -324,6 +351,11 @@ class Generation:
 
     def _time(self, choice: AnswerChoice, tokens: int) -> None:
         now = self._clock()
+        if self._watch is not None:
+            leads = choice.index % self.plan.n == 0
+            self._watch.tokens(
+                choice.index, leads=leads, before=choice.tokens, count=tokens, now=now
+            )
         new_tokens = len(self.plan.prompts[choice.prompt]) - self._cached.get(choice.prompt, 0)
         if choice.tokens == 0:
             if choice.index % self.plan.n == 0:

@@ -15,6 +15,7 @@ from prometheus_client import (
 )
 
 from pla_serve.server.records.latencies import RecentLatencies
+from pla_serve.server.records.tier_metrics import TierMetrics
 from pla_serve.server.records.transfer_metrics import TransferMetrics
 from pla_serve.wire.engine import EngineReady, EngineStats, FinishReason, Rejected
 
@@ -94,6 +95,7 @@ class Metrics:
         self._make_outcomes()
         self._make_predictions()
         self._transfer = TransferMetrics(self.registry, self._label)
+        self.tiers = TierMetrics(self.registry, self._label)
         self._make_histograms()
         self._kernels = self._make(
             Info, "pla_serve:cpu_kernels", "Level of the kernels that the engine computes with."

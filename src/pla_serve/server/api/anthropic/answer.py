@@ -128,7 +128,9 @@ class MessageAnswer:
 
     def _whole_usage(self) -> Json:
         """Return the usage of a message, which has more fields than that of an event."""
-        more = {"cache_creation": None, "service_tier": "standard", "inference_geo": None}
+        tier = self._generation.plan.tier
+        name = "standard" if tier is None else tier.name
+        more = {"cache_creation": None, "service_tier": name, "inference_geo": None}
         return {**self._usage(), **more}
 
     def _usage(self) -> Json:

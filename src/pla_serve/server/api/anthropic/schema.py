@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pla_serve.server.api.anthropic.content import CacheControl, Content, TextBlocks
 from pla_serve.server.api.anthropic.errors import THREAD
 from pla_serve.server.api.messages import MAX_MESSAGES
-from pla_serve.server.api.schema import MAX_STOPS
+from pla_serve.server.api.schema import MAX_STOPS, TierField
 from pla_serve.server.api.strict import Strict, at_most, refuse, wrong
 from pla_serve.server.api.tool_schema import MAX_TOOLS, TOOL_NAME
 
@@ -147,8 +147,8 @@ class MessagesRequest(ConversationBody):
     top_k: int | None = Field(None, ge=0, le=2**31 - 1)
     metadata: MetadataParam | None = None
     """Accepted, not used."""
-    service_tier: Literal["auto", "standard_only"] | None = None
-    """Accepted, not used: there is one tier."""
+    service_tier: TierField | None = None
+    """``standard_only`` is the tier named default; others as in chat."""
 
     @model_validator(mode="after")
     def _budget_fits(self) -> MessagesRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pla_serve.policy.tiers import USUAL
 from pla_serve.server.api.anthropic.content import (
     TextBlock,
     ThinkingBlock,
@@ -65,6 +66,7 @@ def _sampling(body: MessagesRequest) -> Fields:
         "top_k": body.top_k,
         "stop": body.stop_sequences,
         "stream": body.stream,
+        "service_tier": USUAL if body.service_tier == "standard_only" else body.service_tier,
     }
 
 

@@ -83,7 +83,7 @@ class ResponseFrame:
             "top_logprobs": body.top_logprobs or 0,
             "truncation": "disabled",
             "metadata": body.metadata or {},
-            "service_tier": "default",
+            "service_tier": run.plan.tier_name,
             "store": stored,
         }
 

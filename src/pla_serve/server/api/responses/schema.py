@@ -10,7 +10,7 @@ from pla_serve.server.api.formats import Json
 from pla_serve.server.api.messages import MAX_MESSAGES
 from pla_serve.server.api.responses.items import InputItem
 from pla_serve.server.api.responses.tools import Choice, ResponseTool
-from pla_serve.server.api.schema import MAX_LOGPROBS, Stop
+from pla_serve.server.api.schema import MAX_LOGPROBS, Stop, TierField
 from pla_serve.server.api.strict import Strict, at_most, refuse, wrong
 from pla_serve.server.api.tool_schema import MAX_TOOLS
 
@@ -122,7 +122,6 @@ class Unused(Strict):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     max_tool_calls: int | None = Field(None, ge=1)
     """The bound on calls of tools that a server runs itself. There are no such tools here, so any
     bound is kept."""
@@ -146,7 +145,9 @@ class SharedFields(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    service_tier: TierField | None = None
     ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
 
 
 class ResponsesRequest(Unused, SharedFields):
