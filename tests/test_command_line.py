@@ -47,7 +47,7 @@ NEW = {
         *("--tier", "--key-tier"),
     },
     "fleet start": {"--serve-word", "--route-word"},
-    "simulate": {"--slo-token-seconds"},
+    "simulate": {"--slo-token-seconds", "--tier"},
 }
 """Flags that came later: the limits of clients, the key for /metrics, the formats of tool calls and
 reasoning, kernels on a CPU, what is kept of answers, offline batches, tiers, and the hidden ones by

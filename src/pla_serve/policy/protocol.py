@@ -65,7 +65,8 @@ class PrefillRequest:
     """Owner of the request, for shares: requests with the same text belong to one."""
     service: ServiceLevel = ServiceLevel.USUAL
     tpot: float | None = None
-    """Its target for the seconds from one token to the next; None: the policy's own."""
+    """Its target for the seconds from one token to the next; None: the policy's own, or its
+    further tokens are made elsewhere."""
 
 
 class Chunk(NamedTuple):

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice, repeat
 from math import isfinite
 
@@ -19,6 +20,7 @@ from pla_serve.fleet.router.fleet import Fleet
 from pla_serve.fleet.router.observers import WithControl
 from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.fleet.router.routed_request import Attempt
+from pla_serve.policy.admission import Admission
 from pla_serve.policy.pools.protocol import Pool, PoolController
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.routing.registry import parse_routing
@@ -37,7 +39,7 @@ from pla_serve.simulator.server import SimulatedServer
 from pla_serve.simulator.server_options import ServedEvents, ServerOptions
 from pla_serve.simulator.timeline import Timeline
 from pla_serve.simulator.turns import SimulatedTurn
-from pla_serve.wire.engine import AddRequest, Output, RequestAnswer, SamplingParams
+from pla_serve.wire.engine import AddRequest, Output, Rejected, RequestAnswer, SamplingParams
 
 PATIENT = FleetOptions(patience_seconds=1e9, most_failures=10**9, most_lost_engines=10**9)
 """No request of a simulation is given up: its clients wait for as long as it takes."""
@@ -75,6 +77,7 @@ class Cluster:
         self._turns = turns = traffic.turns
         self._source = traffic.source
         self._deadline = traffic.deadline
+        self._tiers = traffic.tiers
         self._timeline = Timeline()
         self._jobs: list[SimulatedRequest | None] = [None] * len(turns)
         self._left = len(turns)
@@ -98,7 +101,8 @@ class Cluster:
             logger=logging.Logger(__name__, logging.CRITICAL),  # failures are simulated, not news
         )
         self._servers: dict[str, SimulatedServer] = {}
-        self._build(_server_options(options, machine, make_policy, self._tokens, self._token_made))
+        make = partial(_make_instance, options, machine, make_policy, admits=bool(traffic.tiers))
+        self._build(_server_options(options, machine, make, self._tokens, self._token_made))
         servers = list(self._servers.values())
         for fault in faults:
             if fault.instance >= len(servers):
@@ -191,6 +195,8 @@ class Cluster:
             deadline,
             row=turn.index,
         )
+        if self._tiers:
+            job.promise(self._tiers[turn.index])
         prompt, known = self._prompt(turn)
         whole = self._options.decode != "none" or turn.answer
         request = AddRequest(
@@ -198,7 +204,9 @@ class Cluster:
             prompt=prompt,
             sampling=SamplingParams(max_tokens=turn.output_tokens if whole else 1, temperature=0.0),
             arrival=now,
-            deadline=deadline,
+            deadline=job.deadline,
+            tpot=job.tpot,
+            service=job.service,
         )
         self._fleet.submit(request, _Client(self, turn, job), "", known)
 
@@ -324,26 +332,11 @@ class Cluster:
 def _server_options(
     options: ClusterOptions,
     machine: Machine,
-    make_policy: Callable[[], PrefillPolicy],
+    make_instance: Callable[[ServedEvents], SimulatedInstance],
     make_tokens: Callable[[str, Sequence[int], int], Iterator[int]],
     token_made: Callable[[str, float], None],
 ) -> ServerOptions:
     """Return the options that all instances of a cluster have in common."""
-    cost = machine.cost
-    layers = machine.layers if options.interruptible else 1
-
-    def make_instance(events: ServedEvents) -> SimulatedInstance:
-        return SimulatedInstance(
-            make_policy(),
-            cost,
-            layers,
-            events.prefilled,
-            events.finished,
-            decodes=True,
-            started=events.started if options.decode == "apart" else None,
-            decoded=events.decoded,
-        )
-
     return ServerOptions(
         make_instance,
         make_tokens,
@@ -359,6 +352,29 @@ def _server_options(
         report_seconds=options.report_seconds,
         whole_answers=options.decode == "none",
     )
+
+
+def _make_instance(
+    options: ClusterOptions,
+    machine: Machine,
+    make_policy: Callable[[], PrefillPolicy],
+    events: ServedEvents,
+    *,
+    admits: bool,
+) -> SimulatedInstance:
+    """Return a fresh instance; with ``admits`` it refuses what it cannot keep."""
+    instance = SimulatedInstance(
+        make_policy(),
+        machine.cost,
+        machine.layers if options.interruptible else 1,
+        events.prefilled,
+        events.finished,
+        decodes=True,
+        started=events.started if options.decode == "apart" else None,
+        decoded=events.decoded,
+    )
+    instance.admission = Admission() if admits else None
+    return instance
 
 
 @contextmanager
@@ -391,9 +407,12 @@ class _Client:
     job: SimulatedRequest
 
     def take(self, message: RequestAnswer) -> None:
+        job = self.job
+        if isinstance(message, Rejected):
+            job.refused = True
+            self.cluster.answered(self.turn, job)
         if not isinstance(message, Output):
             return
-        job = self.job
         job.produced += 1 if self.cluster.one_token else len(message.tokens)
         if message.finish_reason is not None:
             assert message.finish_reason == "length", message.error

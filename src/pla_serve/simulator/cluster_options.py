@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Literal
 
 from pla_serve.policy.pools.protocol import Move
+from pla_serve.policy.tiers import Tier
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.totals import Totals
 from pla_serve.simulator.turns import SimulatedTurn, TurnSource
@@ -98,11 +99,14 @@ class SimulatedTraffic:
         turns: all requests, by row.
         source: says when they arrive.
         deadline: seconds after arrival until a first token is due, or None; None for none at all.
+        tiers: that of each row, whose targets go before ``deadline``; empty for none. With tiers,
+            instances refuse requests whose promised targets they predict not to keep.
     """
 
     turns: Sequence[SimulatedTurn]
     source: TurnSource
     deadline: Callable[[SimulatedTurn], float | None] | None = None
+    tiers: Sequence[Tier] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil, inf
 
+from pla_serve.policy.admission import Admission, Refuse
+from pla_serve.policy.calibration import Forecast
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, PrefillRequest, Run
 from pla_serve.simulator.request import SimulatedRequest
@@ -88,31 +90,50 @@ class SimulatedInstance:
         self._decodes = decodes
         self._started = started
         self._decoded = decoded
+        self.admission: Admission | None = None
+        """Refuses requests; None: all are taken."""
+        self._forecasts: dict[str, Forecast] = {}
+        """Predicted times of the first tokens of jobs that have none yet."""
         self._passes: list[SimulatedPass] = []
         """Running batches, each inside the one before it; only the last one is being computed."""
         self._ready = 0
         """Jobs that no running batch computes: while it is 0 the policy has nothing to decide."""
 
-    def submit(self, job: SimulatedRequest, now: float) -> None:
-        """Add a job whose ``history`` is that of this instance's cache."""
+    def submit(self, job: SimulatedRequest, now: float) -> Refuse | None:
+        """Add a job whose ``history`` is that of this instance's cache, or refuse it."""
+        request = PrefillRequest(
+            job.id,
+            job.arrival,
+            job.new_tokens,
+            job.history,
+            job.deadline,
+            job.priority,
+            service=job.service,
+            tpot=job.tpot,
+        )
+        if self.admission is not None:
+            own = self._cost.prefill_seconds(job.new_tokens, job.history)
+            verdict = self.admission.decide(request, self.policy, own, now)
+            if isinstance(verdict, Refuse):
+                return verdict
+            self._forecasts[job.id] = verdict.forecast
         self.jobs[job.id] = job
         job.computed = job.history
         self._ready += 1
-        self.policy.add(
-            PrefillRequest(
-                job.id, job.arrival, job.new_tokens, job.history, job.deadline, job.priority
-            ),
-            now,
-        )
+        self.policy.add(request, now)
         self._plan(now)
+        return None
 
     def adopt(self, job: SimulatedRequest, now: float) -> None:
         """Take a job whose prompt was prefilled elsewhere and whose KV has arrived: it decodes."""
         self.jobs[job.id] = job
         job.computed = job.prompt_tokens
         self._ready += 1
-        self.policy.start_decode(job.id, job.computed, job.arrival, now)
+        self._decode(job, now)
         self._plan(now)
+
+    def _decode(self, job: SimulatedRequest, now: float) -> None:
+        self.policy.start_decode(job.id, job.computed, job.arrival, now, tpot=job.tpot)
 
     def not_begun(self) -> list[SimulatedRequest]:
         """Jobs of which nothing was computed here, in order of submission."""
@@ -127,6 +148,7 @@ class SimulatedInstance:
         if job is None:
             return
         self.policy.remove(id)
+        self._forecasts.pop(id, None)
         if id not in self._computed_now():
             self._ready -= 1
             self._plan(now)
@@ -162,6 +184,7 @@ class SimulatedInstance:
         for job in jobs:
             self.policy.remove(job.id)
         self.jobs.clear()
+        self._forecasts.clear()
         self._passes.clear()
         self._ready = 0
         self.wake_at = inf
@@ -258,6 +281,9 @@ class SimulatedInstance:
             return
         job.produced += 1
         job.token(now)
+        forecast = self._forecasts.pop(job.id, None)
+        if forecast is not None and self.admission is not None:
+            self.admission.calibration.observe(forecast, now)
         if not decoded:
             self._prefilled(job, now)
         if not self._decodes or job.produced >= job.output_tokens:
@@ -268,7 +294,7 @@ class SimulatedInstance:
             return
         self._ready += 1
         if not decoded:
-            self.policy.start_decode(job.id, job.computed, job.arrival, now)
+            self._decode(job, now)
         elif self._decoded is not None:
             self._decoded(job, now)
 

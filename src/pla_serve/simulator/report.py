@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.protocol import ServiceLevel
+from pla_serve.policy.tiers import Tier
 from pla_serve.simulator.machine import KnownCost
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.run import SHORT_TOKENS, RequestsDone, SimulationResult, simulate
 from pla_serve.simulator.setting import Objective, RunSpec
+from pla_serve.simulator.tiers import draw_tiers, kept_promise
 
 CLASSES = ("short", "long", "all")
 SecondsArray = NDArray[np.float64]
@@ -49,6 +52,21 @@ class ClassShares(msgspec.Struct, frozen=True):
     short: float | None
     long: float | None
     all: float | None
+
+
+class TierReport(msgspec.Struct, frozen=True):
+    """What became of the requests of one tier."""
+
+    tier: str
+    requests: int
+    refused: int
+    attainment: float | None
+    """Share of the others all of whose tokens came by their deadlines; None without targets."""
+    ttft_s: Times
+    itl_s: Times | None
+    """Seconds between two tokens, where answers decode."""
+    pause_s: Times | None
+    """Longest time between two tokens of each answer."""
 
 
 class RunReport(msgspec.Struct, frozen=True):
@@ -100,6 +118,9 @@ class RunReport(msgspec.Struct, frozen=True):
     """Requests that were sent to another instance after a failure."""
     pool_moves: int = 0
     fetched_tokens: int = 0
+    refused: int = 0
+    """Requests that no instance took. All figures but ``requests`` are of the others."""
+    tiers: tuple[TierReport, ...] = ()
 
 
 def run_and_report(spec: RunSpec, progress: RequestsDone) -> RunReport:
@@ -109,15 +130,18 @@ def run_and_report(spec: RunSpec, progress: RequestsDone) -> RunReport:
 
 def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
     """Return the report of a run."""
-    setting, workload, jobs = spec.setting, spec.workload, outcome.jobs
+    setting, workload = spec.setting, spec.workload
+    jobs = [job for job in outcome.jobs if not job.refused]
+    if not jobs:
+        raise ValueError(f"{spec.policy} refused all requests of {workload.name}; widen the tiers")
     cost = KnownCost(setting.machine.profile)
     ttft = np.array([job.ttft for job in jobs])
-    alone = time_alone(outcome, cost)
+    alone = time_alone(jobs, cost)
     short = np.array([job.new_tokens <= SHORT_TOKENS for job in jobs])
-    steps = steps_alone(outcome, cost)
+    steps = steps_alone(jobs, cost)
     decodes = setting.mode != "prefill"
     late = ttft > slo_seconds(alone, setting.objective)
-    start = min(job.arrival for job in jobs)
+    start = min(job.arrival for job in outcome.jobs)
     makespan = outcome.end - start
     fleet = setting.fleet
     cached = sum(job.history for job in jobs)
@@ -129,7 +153,7 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
         instances=fleet.instances,
         machine=setting.machine.name,
         seed=setting.seed,
-        requests=len(jobs),
+        requests=len(outcome.jobs),
         makespan_s=makespan,
         throughput_tokens_per_s=outcome.prefill.computed_tokens / makespan,
         ttft_s=_by_class(ttft, short),
@@ -141,14 +165,14 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
         clients=setting.clients,
         offered_load=workload.offered_seconds / span if setting.clients is None else None,
         arrivals=workload.clock,
-        prompt_tokens=sum(row.input_tokens for row in workload.rows),
+        prompt_tokens=sum(job.prompt_tokens for job in jobs),
         cached_tokens=cached,
         batches=outcome.prefill.batches + outcome.decode.batches,
         express_batches=outcome.prefill.express_batches,
-        attainment=_shares(_kept(outcome.jobs, alone, steps, setting.objective), short),
-        tpot_s=_times(_tpot(outcome)) if decodes else None,
-        itl_s=_gaps(outcome.jobs, short) if decodes else None,
-        pause_s=_pauses(outcome.jobs, short) if decodes else None,
+        attainment=_shares(_kept(jobs, alone, steps, setting.objective), short),
+        tpot_s=_times(_tpot(jobs)) if decodes else None,
+        itl_s=_gaps(jobs, short) if decodes else None,
+        pause_s=_pauses(jobs, short) if decodes else None,
         idle_itl_s=_by_class(steps, short) if decodes else None,
         decode_utilisation=(
             outcome.decode.busy_seconds / makespan / fleet.decode_instances
@@ -158,17 +182,51 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
         restarts=outcome.restarts,
         pool_moves=outcome.moves,
         fetched_tokens=outcome.fetched_tokens,
+        refused=len(outcome.jobs) - len(jobs),
+        tiers=_by_tier(spec, outcome.jobs),
     )
 
 
-def time_alone(outcome: SimulationResult, cost: CostModel) -> SecondsArray:
+def _by_tier(spec: RunSpec, jobs: Sequence[SimulatedRequest]) -> tuple[TierReport, ...]:
+    setting = spec.setting
+    names = [
+        tier.name for tier in draw_tiers(spec.workload.rows, setting.tier_shares, setting.seed)
+    ]
+    return tuple(
+        _tier_report(
+            each.tier,
+            [job for job in jobs if names[job.row] == each.tier.name],
+            decodes=setting.mode != "prefill",
+        )
+        for each in setting.tier_shares
+    )
+
+
+def _tier_report(tier: Tier, jobs: Sequence[SimulatedRequest], *, decodes: bool) -> TierReport:
+    served = [job for job in jobs if not job.refused]
+    promises = tier.service is ServiceLevel.PROMISED
+    every = np.zeros(len(served), dtype=np.bool_)
+    return TierReport(
+        tier=str(tier),
+        requests=len(jobs),
+        refused=len(jobs) - len(served),
+        attainment=_share(np.array([kept_promise(job, tier) for job in served]))
+        if promises
+        else None,
+        ttft_s=_times(np.array([job.ttft for job in served])),
+        itl_s=_gaps(served, every).all if decodes and served else None,
+        pause_s=_pauses(served, every).all if decodes and served else None,
+    )
+
+
+def time_alone(jobs: Sequence[SimulatedRequest], cost: CostModel) -> SecondsArray:
     """Return the seconds of each prompt alone, in one pass, with the cache of its instance."""
-    return np.array([cost.prefill_seconds(job.new_tokens, job.history) for job in outcome.jobs])
+    return np.array([cost.prefill_seconds(job.new_tokens, job.history) for job in jobs])
 
 
-def steps_alone(outcome: SimulationResult, cost: CostModel) -> SecondsArray:
+def steps_alone(jobs: Sequence[SimulatedRequest], cost: CostModel) -> SecondsArray:
     """Return the seconds of a decode step of each request alone, in the middle of its answer."""
-    contexts = (job.prompt_tokens + job.output_tokens / 2 for job in outcome.jobs)
+    contexts = (job.prompt_tokens + job.output_tokens / 2 for job in jobs)
     return np.array([cost.work_seconds(1, context, context + 1, 1, 1) for context in contexts])
 
 
@@ -259,10 +317,10 @@ def _pauses(jobs: Sequence[SimulatedRequest], short: Mask) -> ByClass:
     return _by_class(longest[known], short[known])
 
 
-def _tpot(outcome: SimulationResult) -> SecondsArray:
+def _tpot(jobs: Sequence[SimulatedRequest]) -> SecondsArray:
     found = [
         (job.finished - job.first_token) / (job.output_tokens - 1) if job.output_tokens > 1 else nan
-        for job in outcome.jobs
+        for job in jobs
     ]
     values = np.array(found)
     kept: SecondsArray = values[~np.isnan(values)]

@@ -6,6 +6,9 @@ from array import array
 from dataclasses import dataclass, field
 from math import inf, nan
 
+from pla_serve.policy.protocol import ServiceLevel
+from pla_serve.policy.tiers import Tier
+
 
 def _no_gaps() -> array[float]:
     return array("f")
@@ -26,7 +29,12 @@ class SimulatedRequest:
     priority: int = 0
     row: int = -1
     """Place in the workload."""
+    tpot: float | None = None
+    """Its TPOT target in seconds."""
+    service: ServiceLevel = ServiceLevel.USUAL
 
+    refused: bool = False
+    """Whether no instance took it, because its targets would not have been kept."""
     computed: int = 0
     """Tokens whose KV is cached on its instance."""
     produced: int = 0
@@ -45,6 +53,11 @@ class SimulatedRequest:
     def ttft(self) -> float:
         """Seconds from arrival to first token; NaN before it."""
         return self.first_token - self.arrival
+
+    def promise(self, tier: Tier) -> None:
+        """Give it the targets of a tier."""
+        self.deadline = None if tier.ttft is None else self.arrival + tier.ttft
+        self.tpot, self.service = tier.token_target, tier.service
 
     def token(self, now: float) -> None:
         """Note that its next token was made."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.pools.protocol import PoolController
 from pla_serve.policy.pools.registry import parse_controller
@@ -19,6 +20,7 @@ from pla_serve.simulator.machine import KnownCost
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.setting import RunSpec, Setting
 from pla_serve.simulator.solo import serve
+from pla_serve.simulator.tiers import draw_tiers
 from pla_serve.simulator.totals import Totals
 from pla_serve.simulator.turns import ClosedLoop, OpenLoop, SimulatedTurn, TurnSource, turns_of
 from pla_serve.simulator.workload import TraceWorkload, uncached
@@ -92,7 +94,8 @@ def _solo(
         _ignore,
         decodes=setting.mode != "prefill",
     )
-    jobs = workload.jobs()
+    instance.admission = Admission() if setting.tiers else None
+    jobs = workload.jobs(draw_tiers(workload.rows, setting.tier_shares, setting.seed))
     end = serve(instance, jobs, progress)
     totals = Totals()
     totals.count(instance)
@@ -126,11 +129,12 @@ def _cluster(
         control_seconds=fleet.control_seconds,
         token_seconds=_token_seconds(setting, cost),
     )
+    tiers = draw_tiers(workload.rows, setting.tier_shares, setting.seed)
     cluster = Cluster(
         options,
         setting.machine,
         make,
-        SimulatedTraffic(turns, _source(setting, turns)),
+        SimulatedTraffic(turns, _source(setting, turns), tiers=tiers),
         controller=_controller(setting),
         faults=_faults(setting, workload),
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import inf
 
+from msgspec import structs
+
 from pla_serve.fleet.link.protocol import (
     Inbound,
     InstanceFacts,
@@ -16,6 +18,8 @@ from pla_serve.fleet.link.protocol import (
     RequestAnswer,
     Role,
 )
+from pla_serve.policy.admission import Refuse
+from pla_serve.policy.protocol import ServiceLevel
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.server_options import ServerCache, ServerOptions
 from pla_serve.simulator.timeline import Timeline
@@ -226,11 +230,19 @@ class SimulatedServer:
     def _add(self, request: wire.AddRequest) -> None:
         tokens = len(request.prompt)
         history = min(self._cache.match(request.id, tokens), tokens - 1)
-        self._say(wire.Accepted(request.id, history))
-        self._submit(request, history)
+        refusal = self._submit(request, history)
+        if refusal is None:
+            self._say(wire.Accepted(request.id, history))
+            return
+        seconds = refusal.retry_after_seconds
+        self._say(wire.Rejected(id=request.id, reason=refusal.reason, retry_after=seconds))
 
-    def _submit(self, request: wire.AddRequest, history: int, fetched: int = 0) -> None:
-        """Queue a request for its prefill."""
+    def _submit(
+        self, request: wire.AddRequest, history: int, fetched: int = 0, *, taken: bool = False
+    ) -> Refuse | None:
+        """Queue a request for its prefill, or refuse it unless it was taken before."""
+        taken = taken or request.generated > 0
+        promised = request.service is ServiceLevel.PROMISED
         left = request.sampling.max_tokens - request.generated
         alone = request.hand_over is not None or self._options.whole_answers
         job = SimulatedRequest(
@@ -241,11 +253,16 @@ class SimulatedServer:
             1 if alone else left,
             request.deadline,
             request.priority,
+            tpot=request.tpot if request.hand_over is None else None,
+            service=ServiceLevel.USUAL if taken and promised else request.service,
         )
+        refusal = self.engine.submit(job, self._timeline.now)
+        if refusal is not None:
+            return refusal
         tokens = self._options.make_tokens(request.id, request.prompt, request.generated)
         self._served[request.id] = _Served(request, job, tokens, left)
         self._admitted(request.id, job.new_tokens, history, fetched)
-        self.engine.submit(job, self._timeline.now)
+        return None
 
     def _abort(self, id: str) -> None:
         self._served.pop(id, None)
@@ -307,7 +324,7 @@ class SimulatedServer:
             request = _with_output(request, prompt, generated)
         most = len(request.prompt) - 1
         history = min(max(self._cache.match(id, len(request.prompt)), offered), most)
-        self._submit(request, history, min(offered, history))
+        self._submit(request, history, min(offered, history), taken=True)
         self._schedule()
 
     def _decode_reserved(self, id: str) -> None:
@@ -316,7 +333,13 @@ class SimulatedServer:
         request, made = reserved.request, len(reserved.tokens)
         left = request.sampling.max_tokens - request.generated - made
         job = SimulatedRequest(
-            id, request.arrival, len(request.prompt), 0, made + left, produced=made
+            id,
+            request.arrival,
+            len(request.prompt),
+            0,
+            made + left,
+            produced=made,
+            tpot=request.tpot,
         )
         so_far = [*request.prompt, *reserved.tokens]
         tokens = self._options.make_tokens(id, so_far, request.generated + made)
@@ -415,13 +438,4 @@ class SimulatedServer:
 
 def _with_output(request: wire.AddRequest, prompt: list[int], generated: int) -> wire.AddRequest:
     """Return the request as it is after so many tokens of its answer."""
-    return wire.AddRequest(
-        id=request.id,
-        prompt=prompt,
-        sampling=request.sampling,
-        arrival=request.arrival,
-        deadline=request.deadline,
-        tpot=request.tpot,
-        priority=request.priority,
-        generated=generated,
-    )
+    return structs.replace(request, prompt=prompt, generated=generated, hand_over=None)

@@ -11,6 +11,7 @@ from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.knobs import check_knobs
 from pla_serve.policy.pools.registry import CONTROLLERS, parse_controller
 from pla_serve.policy.routing.registry import ROUTINGS, parse_routing
+from pla_serve.policy.tiers import TierShare, parse_tier_share, tiers_by_name
 from pla_serve.simulator.machine import Machine
 from pla_serve.simulator.workload import TraceWorkload
 
@@ -237,9 +238,21 @@ class Setting:
             panel=ARRIVALS,
         ),
     ] = 600.0
+    tiers: Annotated[
+        tuple[str, ...],
+        Flag(
+            "A tier with its targets and its share of the requests, drawn by session; repeat it "
+            "for each tier. Requests whose targets are predicted not to be kept are refused, and "
+            "do not come again.",
+            panel=ARRIVALS,
+            name="--tier",
+            metavar="NAME[:ttft=300ms,tpot=40ms,share=0.3]",
+        ),
+    ] = ()
     objective: Objective = Objective()
 
     def __post_init__(self) -> None:
+        tiers_by_name(str(each.tier) for each in self.tier_shares)
         if (self.mode == "pd-spatial") != (self.fleet.decode_instances > 0):
             raise ValueError("--mode pd-spatial and --decode-instances (at least 1) go together")
         if self.clients is not None and self.clients < 1:
@@ -254,6 +267,11 @@ class Setting:
             raise ValueError(
                 "--token-seconds is for --mode prefill with --clients or --wait-for-answers"
             )
+
+    @property
+    def tier_shares(self) -> tuple[TierShare, ...]:
+        """The tiers of requests, and how many are of each."""
+        return tuple(map(parse_tier_share, self.tiers))
 
     @property
     def linked(self) -> bool:

@@ -15,6 +15,8 @@ def serve(
 ) -> float:
     """Run all jobs, which are sorted by arrival, to their end; returns the time of the end.
 
+    Jobs that the instance refuses are marked, and do not come again.
+
     Args:
         progress: called every thousand arrivals with their number.
     """
@@ -25,7 +27,7 @@ def serve(
             now = instance.wake_at
             instance.advance(now)
         now = max(now, arrival)
-        instance.submit(job, now)
+        job.refused = instance.submit(job, now) is not None
         if progress is not None and count % 1000 == 0:
             progress(count)
     while instance.jobs:

@@ -19,6 +19,10 @@ TOKENS = tuple(
     for first in ("short", "long")
     for name, rank in ((first, "P50"), ("", "P99"), ("pause", "P50"), ("", "most"))
 )
+TIERS = (
+    *("tier", "asked", "re-\nfused", "kept"),
+    *("TTFT\nP50", "\nP99", "ITL\nP50", "\nP99", "pause\nmost"),
+)
 REST = ("most\nwait", "short\nlate", "long\nlate", "\nbusy")
 
 
@@ -27,7 +31,8 @@ def tables(runs: Sequence[RunReport]) -> RenderableType:
 
     *Wait* is the TTFT less the time alone; *late* is the share of requests that missed the SLO.
     Where answers decode, a second table has the time between tokens, the longest *pause* of each
-    answer, and the share of requests that *kept* the deadlines of all their tokens.
+    answer, and the share of requests that *kept* the deadlines of all their tokens. With tiers, a
+    last table has the same by tier, *kept* by its own targets, and who was *refused*.
     """
     parts: list[RenderableType] = []
     for _, group in groupby(runs, key=lambda run: (run.trace, run.load)):
@@ -36,6 +41,7 @@ def tables(runs: Sequence[RunReport]) -> RenderableType:
             Text(f"{title(members[0])}: TTFT in seconds", style="bold"),
             _table(members),
             *_token_parts(members),
+            *_tier_parts(members),
             Text(_note(members[0]) + "\n", style="dim"),
         ]
     return Group(*parts)
@@ -80,6 +86,26 @@ def _token_parts(runs: Sequence[RunReport]) -> list[RenderableType]:
             _share(run.attainment.long),
         )
     return [Text("Time between tokens in seconds", style="bold"), table]
+
+
+def _tier_parts(runs: Sequence[RunReport]) -> list[RenderableType]:
+    if not runs[0].tiers:
+        return []
+    table = _empty_table(TIERS)
+    for run in runs:
+        for number, tier in enumerate(run.tiers):
+            itl, pause = tier.itl_s, tier.pause_s
+            table.add_row(
+                run.policy.replace(":", "\n  ") if number == 0 else "",
+                tier.tier.replace(":", "\n"),
+                f"{tier.requests:,}",
+                _share(tier.refused / tier.requests if tier.requests else None),
+                _share(tier.attainment),
+                *(_seconds(value) for value in (tier.ttft_s.p50, tier.ttft_s.p99)),
+                *(_seconds(value) for value in ((itl.p50, itl.p99) if itl else (None, None))),
+                _seconds(pause.max if pause else None),
+            )
+    return [Text("By tier: first tokens and times between tokens in seconds", style="bold"), table]
 
 
 def _token_times(run: RunReport) -> list[str]:

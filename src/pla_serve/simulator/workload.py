@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf
 
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.tiers import Tier
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.traces.load import Trace
 from pla_serve.traces.rows import Row
@@ -31,21 +32,26 @@ class TraceWorkload:
         """Seconds from the first arrival to the last."""
         return ((self.rows[-1].arrival or 0.0) - (self.rows[0].arrival or 0.0)) * self.stretch
 
-    def jobs(self) -> list[SimulatedRequest]:
-        """Make fresh requests, each with the history that the trace says was cached."""
+    def jobs(self, tiers: Sequence[Tier] = ()) -> list[SimulatedRequest]:
+        """Make fresh requests, each with the history that the trace says was cached.
+
+        Args:
+            tiers: that of each row; empty for none.
+        """
         jobs = []
         for number, row in enumerate(self.rows):
             new, history = uncached(row)
-            jobs.append(
-                SimulatedRequest(
-                    id=str(number),
-                    arrival=(row.arrival or 0.0) * self.stretch,
-                    new_tokens=new,
-                    history=history,
-                    output_tokens=row.output_tokens,
-                    row=number,
-                )
+            job = SimulatedRequest(
+                id=str(number),
+                arrival=(row.arrival or 0.0) * self.stretch,
+                new_tokens=new,
+                history=history,
+                output_tokens=row.output_tokens,
+                row=number,
             )
+            if tiers:
+                job.promise(tiers[number])
+            jobs.append(job)
         return jobs
 
 

@@ -133,5 +133,5 @@ def prefill_request(
         priority=request.priority,
         tenant=request.tenant,
         service=request.service if kept else ServiceLevel.USUAL,
-        tpot=request.tpot,
+        tpot=request.tpot if request.hand_over is None else None,
     )
