@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import os
 import signal
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import httpx
 from abuse import INNOCENT, MOST_GROWTH, MOST_HEALTH, MOST_TIMES, loop_lag, server
 from abuse_parts.innocents import Innocents, Seen
 from abuse_parts.processes import ProcessWatch
-from abuse_parts.rounds import NICE
+from abuse_parts.rounds import give_way
 from abuse_parts.sockets import Address
 from abuse_parts.tiny import make_tiny
 
@@ -130,7 +129,7 @@ def report(calm: Seen, seen: Seen, watch: ProcessWatch) -> dict[str, Any]:
 
 def flood(name: str, address: Address, seconds: float) -> dict[str, int]:
     """Run one flood; for a process of its own. Returns how often it was answered, by status."""
-    os.nice(max(0, NICE - os.nice(0)))
+    give_way()
     return dict(asyncio.run(_flood(name, address, seconds)))
 
 

@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from pla_serve.cores import on_any_core
 from pla_serve.grammar.errors import GrammarError
 from pla_serve.grammar.limits import GrammarLimits
 from pla_serve.grammar.messages import (
@@ -253,7 +254,7 @@ class GrammarHost:
 
     def _start(self) -> None:
         ours, its = socket.socketpair()
-        with its:
+        with its, on_any_core():
             self._child = subprocess.Popen(
                 [
                     sys.executable,

@@ -12,6 +12,9 @@ from pla_serve.engine.loading import ModelSource, resolve_device, resolve_dtype
 from pla_serve.engine.parallel.ranks import ALONE, Ranks
 from pla_serve.environment import usable_cores
 
+STARTS_THREADS = 2**20
+"""Elements of an operation for which torch starts its threads."""
+
 
 @dataclass(frozen=True, slots=True)
 class RankSettings:
@@ -80,6 +83,7 @@ def device_of_rank(config: EngineConfig, rank: int) -> torch.device:
 
 
 def use_threads(config: EngineConfig) -> None:
-    """Set torch to this rank's share of the CPU threads of the engine."""
+    """Set torch to this rank's share of the CPU threads of the engine, and have them started."""
     threads = config.threads or usable_cores()
     torch.set_num_threads(max(1, threads // config.tensor_parallel_size))
+    torch.zeros(STARTS_THREADS).add_(1)

@@ -22,6 +22,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from pla_serve.cores import leave_bound_cores, on_the_same_cores
 from pla_serve.engine.child import await_end_of_parent
 from pla_serve.engine.config import EngineConfig
 from pla_serve.logs import LogFormat, configure
@@ -165,6 +166,7 @@ def serve(factory: str, launch: Launch, channel: Channel) -> int:
             launch.config, inbox=channel.inbox, emit=channel.emit, clock=time.monotonic
         )
         starting = False
+        leave_bound_cores()
         while not channel.closing:
             pause = core.step()
             if not channel.closing and (pause is None or pause > 0):
@@ -197,7 +199,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     factory = sys.argv[1]
-    with suppress(Exception):  # it is raised again where it can be reported
+    with on_the_same_cores(), suppress(Exception):  # it is raised again where it can be reported
         load_factory(factory)
     line = sys.stdin.buffer.readline()
     if not line:

@@ -19,6 +19,7 @@ from pla_serve.engine.child import PrivateFolder, tell
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.process import CORE, Launch
 from pla_serve.engine.kernels.levels import limits_of_torch
+from pla_serve.environment import usable_cores
 from pla_serve.logs import LogFormat
 from pla_serve.wire.codec import WireError, encode, engine_answers, named_request
 from pla_serve.wire.engine import EngineFailed, FromEngine, Output, Shutdown, ToEngine
@@ -62,6 +63,15 @@ layer: memory that goes back to the system in between is cleared by it, page by 
 Other C libraries ignore the variable."""
 
 
+PLACES = {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
+"""Each compute thread of an engine that has as many of them as there are cores keeps to its own.
+
+Where another process is busy, however low its priority, the system may put two compute threads on
+one core otherwise. Then each waits for the other to give up its time slice in every operation, and
+a decode step takes ten times as long. An engine with fewer threads than cores is not bound: two of
+them would be bound to the same cores."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """Description of an engine process, from which it is started as often as needed."""
@@ -81,8 +91,15 @@ def spawn(spec: EngineSpec) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "pla_serve.engine.host.process", spec.factory],
         stdin=subprocess.PIPE,
-        env={**ENVIRONMENT, **limits, **os.environ, **spec.env},
+        env={**ENVIRONMENT, **places(spec.config), **limits, **os.environ, **spec.env},
     )
+
+
+def places(config: EngineConfig) -> Mapping[str, str]:
+    """Return the variables that bind compute threads to cores, if this engine has all cores."""
+    threads = config.threads or usable_cores()
+    whole = config.tensor_parallel_size == 1 and 1 < threads == usable_cores()
+    return PLACES if whole and config.device in ("auto", "cpu") else {}
 
 
 class EngineProcess:
