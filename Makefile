@@ -7,6 +7,10 @@
 #
 #   make test-vllm
 #
+# And one for the application on Ray Serve (an environment of its own, about 300 MB):
+#
+#   make test-ray
+#
 # And one for coding agents from npm, which edit a file through a server (about 250 MB):
 #
 #   make test-agents
@@ -16,6 +20,7 @@
 #   VENV         where the environment lies                                 (.venv)
 #   MODEL        a folder of safetensors, a GGUF file, or a Hugging Face id (SmolLM2-135M-Instruct)
 #   VLLM_VENV    where vLLM for CPUs and the plugin's tests lie              (.venv-vllm)
+#   RAY_VENV     where Ray and the tests of the application on it lie        (.venv-ray)
 #   HOST, PORT   where to listen                                            (127.0.0.1, 8000)
 #   ARGS         further options of `pla-serve serve`, or of pytest         (none)
 #   TORCH_INDEX  a package index for torch. On Linux, PyPI's build brings several gigabytes of CUDA;
@@ -24,6 +29,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+RAY_VENV ?= .venv-ray
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -41,7 +47,7 @@ INSTALLED := $(VENV)/.pla-serve-installed
 DEVELOPED := $(VENV)/.pla-serve-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve test test-vllm test-agents lint format
+.PHONY: help install dev serve test test-vllm test-ray test-agents lint format
 
 help:
 	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
@@ -62,6 +68,11 @@ test-vllm: $(DEVELOPED)
 	  PLA_SERVE_TEST_PROGRAM="$(abspath $(BIN))/pla-serve" \
 	  PLA_SERVE_TEST_MODEL="$$MODEL_FOLDER" PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest \
 	  -o filterwarnings=default -p no:cacheprovider tests/plugins $(ARGS)
+
+test-ray: $(DEVELOPED)
+	$(BIN)/python benchmarks/ray_venv.py "$(RAY_VENV)"
+	PYTHONPATH=. $(RAY_VENV)/bin/python -m pytest \
+	  -o filterwarnings=default -p no:cacheprovider tests/plugins/ray $(ARGS)
 
 test-agents: $(DEVELOPED)
 	npm ci --prefix tests/agents --no-audit --no-fund --ignore-scripts

@@ -125,6 +125,13 @@ class PrefixRecord:
             kept.used = 0
             kept.pending.clear()
 
+    def leave(self, name: str) -> None:
+        """Forget an instance that will not come back; unknown names are ignored."""
+        self.clear(name)
+        kept = self._instances.pop(name, None)
+        if kept is not None:
+            del self._by_bit[kept.bit]
+
     def match(self, chain: Chain) -> dict[str, int]:
         """Return the leading tokens of a prompt that each instance holds, in whole blocks."""
         found: dict[str, int] = {}

@@ -19,6 +19,7 @@ from pla_serve.server.api.link_access import LinkAccess
 from pla_serve.server.api.routes import ApiRoute, Operation
 from pla_serve.server.engine.client import EngineClient
 from pla_serve.server.errors import ApiError, invalid, json_response
+from pla_serve.server.link.facts import instance_facts
 from pla_serve.server.link.router_link import RouterLink
 from pla_serve.wire.codec import BadMessage, WireError, instance_frames
 from pla_serve.wire.engine import EngineLoad, EngineReady, EngineStats
@@ -129,24 +130,7 @@ class LinkHub:
 
     def ready(self, info: EngineReady) -> None:
         self._stats = None
-        self._facts = InstanceFacts(
-            boot=self._engine.boot,
-            kind="pla",
-            model=self._model,
-            max_model_len=info.max_model_len,
-            vocab_size=info.vocab_size,
-            kv_tokens=info.kv_tokens,
-            block_tokens=self._block_tokens,
-            kv_bytes_per_token=info.kv_bytes_per_token,
-            layers=info.layers,
-            device=info.device,
-            dtype=info.dtype,
-            policy=info.policy,
-            express=info.capabilities.leaves_at_layer_boundary,
-            resumes=True,
-            transfer=info.transfer,
-            transfer_agent=info.transfer_agent,
-        )
+        self._facts = instance_facts(info, self._engine.boot, self._model, self._block_tokens)
         self._most_frame = FRAME_BYTES + TOKEN_BYTES * max(info.max_model_len, LEAST_CONTEXT)
         self._pinged = False
         self._inform()
