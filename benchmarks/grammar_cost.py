@@ -1,7 +1,8 @@
 """Measures what a grammar costs its own request: time to the first token, and between tokens.
 
 Requests with a grammar and without take turns, so that both see the same machine. Each grammar is
-new to the server, as the first request of a user is, or the same as before. Prompts differ.
+new to the server, as the first request of a user is, or the same as before. Prompts differ, and
+have as many tokens.
 
     python benchmarks/grammar_cost.py -o benchmarks/results/grammar_cost.json    # two minutes
 """
@@ -60,7 +61,7 @@ KINDS = ("plain", "same schema", "new schema", "regex")
 def ask(client: httpx.Client, kind: str, number: int) -> list[float]:
     """Stream one answer; returns the seconds at which its tokens came."""
     body = {
-        "prompt": f"Write about city number {number} of the {kind} list, as JSON: ",
+        "prompt": f"Write about city {1000 + 4 * number + KINDS.index(kind)}, as JSON: ",
         "max_tokens": TOKENS,
         "min_tokens": TOKENS,
         "temperature": 0,
