@@ -21,6 +21,11 @@ COMMANDS = (
         "pla_serve.fleet.route_command:ROUTE",
     ),
     LazyCommand(
+        "batch",
+        "Answer a file of requests, without a server or through one; a run can be resumed.",
+        "pla_serve.server.file_run.command:BATCH",
+    ),
+    LazyCommand(
         "bench",
         "Measure a server under load: TTFT, ITL, throughput and goodput of short and long prompts.",
         "pla_serve.bench.command:BENCH",

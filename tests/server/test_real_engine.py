@@ -294,3 +294,34 @@ def test_killed_engine_comes_back(server: Server, client: openai.OpenAI) -> None
     answer = client.completions.create(model=NAME, prompt="x", max_tokens=3)  # waits for it
     assert answer.usage.completion_tokens >= 1
     assert server.metric("pla_serve:engine_restarts_total") == 1
+
+
+def test_a_file_is_answered_without_a_server(folder: Path, tmp_path: Path) -> None:
+    """``pla-serve batch`` starts an engine, is stopped by Ctrl-C, and goes on."""
+    input, output = tmp_path / "in", tmp_path / "out"
+    lines = [chat_line(f"{i}", "hello", temperature=0, seed=i) for i in range(150)]
+    input.write_bytes(jsonl([*lines, chat_line("wrong", nonsense=1)]))
+    words = f"batch {input} -o {output} --model {folder} --load-format dummy --lines-at-once 2"
+    flags = ["--threads", "1", "--kv-cache-gib", "0.02"]
+    command = [sys.executable, "-m", "pla_serve", *words.split(), *flags]
+
+    def answered() -> int:
+        return output.read_bytes().count(b"\n") if output.exists() else 0
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as child:
+        until(lambda: answered() >= 5, "the first answers")
+        child.send_signal(signal.SIGINT)
+        told = child.communicate(timeout=DEADLINE)[1].decode()
+        assert child.returncode == 130, told
+    assert 5 <= answered() < 151
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "(1 with an error)" in done.stderr
+    found = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert sorted(line["id"] for line in found) == sorted(f"batch_req_{n}" for n in range(1, 152))
+    texts = {
+        line["response"]["body"]["choices"][0]["message"]["content"]
+        for line in found
+        if line["custom_id"] != "wrong"
+    }
+    assert len(texts) == 1, "greedy answers to one prompt are one text"

@@ -152,7 +152,7 @@ def start(
     with listener, spawn(spec) as child:  # it imports torch while this process does
         try:
             source, model = load_for_api(config, chat_template, settings)
-            found = replace(spec, config=_located(config, source))
+            found = replace(spec, config=located(config, source))
 
             def instance() -> InstanceServer:
                 return InstanceServer(
@@ -170,7 +170,7 @@ def start(
             child.kill()  # does nothing to one that has ended
 
 
-def _located(config: EngineConfig, source: ModelSource) -> EngineConfig:
+def located(config: EngineConfig, source: ModelSource) -> EngineConfig:
     """Return the settings with the model's place on disk, so that nobody looks for it again."""
     return replace(config, model=source.path, load_format=source.load_format)
 

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pla_serve.server.api.app import build_app
 from pla_serve.server.api.guard import Traffic
@@ -230,6 +231,26 @@ class ApiServer:
             await self._end(backend)
             self.lag.stop()
         return 0 if self.http.quit_by is None else 128 + self.http.quit_by
+
+    async def run_for(self, work: Callable[[ASGIApp], Awaitable[None]]) -> None:
+        """Start the backend, call ``work`` with the application, and end; nobody listens.
+
+        Raises:
+            EngineStartError: the backend cannot be started, or died for good.
+        """
+        backend = asyncio.create_task(self._backend.run())
+        announce = asyncio.create_task(self._announce())
+        working = asyncio.ensure_future(work(self.app))
+        try:
+            await asyncio.wait({backend, working}, return_when=asyncio.FIRST_COMPLETED)
+            if backend.done():
+                backend.result()
+            await working
+        finally:
+            announce.cancel()
+            working.cancel()
+            await asyncio.wait({working})
+            await self._end(backend)
 
     def stop(self) -> None:
         """Drain, then end `run`. To be called on the event loop."""

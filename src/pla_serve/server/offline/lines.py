@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,7 +51,7 @@ class InputReader:
     """Reads an input file in portions. Its methods run in threads, one at a time.
 
     Args:
-        endpoint: of the batch; each line has to name it.
+        endpoints: each line has to name one of them.
         most_lines: lines of the file, empty ones included.
         most_bytes: of one line.
 
@@ -59,9 +59,11 @@ class InputReader:
         OSError: the file is not there.
     """
 
-    def __init__(self, path: Path, endpoint: str, most_lines: int, most_bytes: int) -> None:
+    def __init__(
+        self, path: Path, endpoints: Collection[str], most_lines: int, most_bytes: int
+    ) -> None:
         self._file: BinaryIO = path.open("rb")
-        self._endpoint = endpoint
+        self._endpoints = endpoints
         self._most_lines = most_lines
         self._most_bytes = most_bytes
         self._number = 0
@@ -123,8 +125,8 @@ class InputReader:
             raise LineError("another line has the same custom_id", id)
         if line.method != "POST":
             raise LineError("method must be POST", id)
-        if line.url != self._endpoint:
-            raise LineError(f"url must be {self._endpoint}, the endpoint of the batch", id)
+        if line.url not in self._endpoints:
+            raise LineError(f"url must be {' or '.join(self._endpoints)}", id)
         if not bytes(line.body).lstrip().startswith(b"{"):
             raise LineError("body must be a JSON object", id)
         try:
@@ -154,8 +156,16 @@ def read_line(text: bytes) -> InputLine:
         raise LineError(str(error)) from None
 
 
-def read_body(path: Path, line: BatchLine, endpoint: str) -> bytes:
-    """Return the body of the request that a line of the file at ``path`` asks for.
+@dataclass(frozen=True, slots=True)
+class LineRequest:
+    """The request that a line asks for: what is posted, and where."""
+
+    endpoint: str
+    body: bytes
+
+
+def read_request(path: Path, line: BatchLine) -> LineRequest:
+    """Return the request that a line of the file at ``path`` asks for.
 
     Raises:
         OSError: the file cannot be read.
@@ -166,9 +176,10 @@ def read_body(path: Path, line: BatchLine, endpoint: str) -> bytes:
         text = os.pread(descriptor, line.size, line.start)
     finally:
         os.close(descriptor)
-    body = bytes(read_line(text).body)
-    if endpoint != RESPONSES:
-        return body
-    # Nobody asks for such an answer by its id, and kept ones would drive out those of others.
-    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    return msgspec.json.encode({**fields, "store": False})
+    found = read_line(text)
+    body = bytes(found.body)
+    if found.url == RESPONSES:
+        # Nobody asks for such an answer by its id, and kept ones would drive out those of others.
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        body = msgspec.json.encode({**fields, "store": False})
+    return LineRequest(found.url, body)

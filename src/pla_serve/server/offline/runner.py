@@ -22,7 +22,7 @@ from pla_serve.server.offline.caller import Answered
 from pla_serve.server.offline.database import Database
 from pla_serve.server.offline.finish import finish
 from pla_serve.server.offline.line_queue import BatchQueue, LineQueue
-from pla_serve.server.offline.lines import BESIDE_BODY, InputReader, LineError, read_body
+from pla_serve.server.offline.lines import BESIDE_BODY, InputReader, LineError, read_request
 from pla_serve.server.offline.metrics import OfflineMetrics
 from pla_serve.server.offline.records import (
     BatchLine,
@@ -149,7 +149,7 @@ class BatchRunner:
         path, most = store.path(batch.input_file), store.options.max_batch_lines
         try:
             reader = await store.write(
-                lambda: InputReader(path, batch.endpoint, most, self._most_line_bytes)
+                lambda: InputReader(path, (batch.endpoint,), most, self._most_line_bytes)
             )
         except FileNotFoundError:
             await self._fail(batch, "input_file_missing", "the input file is no longer there")
@@ -250,13 +250,13 @@ class BatchRunner:
         path, id = self._store.path(batch.input_file), f"req-{uuid.uuid4().hex}"
         number, custom_id = line.number, line.custom_id
         try:
-            body = await self._store.write(lambda: read_body(path, line, batch.endpoint))
+            request = await self._store.write(lambda: read_request(path, line))
         except (FileNotFoundError, LineError):
             message = "the input file was removed or changed on the server's disk"
             return refused_line(number, custom_id, "input_file_missing", message)
         while True:
             try:
-                found = await self._call(batch.owner, batch.endpoint, body, id)
+                found = await self._call(batch.owner, batch.endpoint, request.body, id)
             except Exception:
                 log.exception("line %d of %s failed", number, batch.id)
                 fault = failed("internal error; the server's log says more")

@@ -1,0 +1,1 @@
+"""``pla-serve batch``: one input file of requests, answered into one output file."""
