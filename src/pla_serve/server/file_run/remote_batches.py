@@ -34,7 +34,7 @@ RUNS = ("validating", "in_progress", "finalizing", "completed")
 
 
 @dataclass(slots=True)
-class Part:
+class LinePart:
     """Lines that are one batch: neighbours with one endpoint."""
 
     endpoint: str
@@ -70,13 +70,13 @@ class RemoteBatches:
                 if left := len(self._waiting(part)):
                     raise ServerGone(f"{left} lines have no answer after {ROUNDS} batches")
 
-    def _waiting(self, part: Part) -> list[BatchLine]:
+    def _waiting(self, part: LinePart) -> list[BatchLine]:
         answered = self._run.output.answered
         return [line for line in part.lines if line.number not in answered]
 
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[LinePart]:
         """Divide the input. The parts are the same in each run, whatever has been answered."""
-        parts: list[Part] = []
+        parts: list[LinePart] = []
         size, digest = 0, hashlib.sha256()
         with self._run.input.path.open("rb") as file:
             for line in self._run.input.lines:
@@ -89,7 +89,7 @@ class RemoteBatches:
                 )
                 if part is None or full or part.endpoint != endpoint:
                     size, digest = 0, hashlib.sha256()
-                    part = Part(endpoint, [], "")
+                    part = LinePart(endpoint, [], "")
                     parts.append(part)
                 part.lines.append(line)
                 size += line.size
@@ -97,7 +97,7 @@ class RemoteBatches:
                 part.mark = digest.hexdigest()
         return parts
 
-    async def _answer(self, part: Part) -> None:
+    async def _answer(self, part: LinePart) -> None:
         """Find the batch of a part or make one, wait for its end, and write its answers."""
         batch = await self._find(part.mark) or await self._create(part)
         pause = self._poll_seconds
@@ -143,7 +143,7 @@ class RemoteBatches:
             ]
         )
 
-    async def _create(self, part: Part) -> dict[str, Any]:
+    async def _create(self, part: LinePart) -> dict[str, Any]:
         content = await asyncio.to_thread(self._content, part)
         upload = {"file": ("input.jsonl", content)}
         file = await self._json("POST", "/v1/files", files=upload, data={"purpose": "batch"})
@@ -155,7 +155,7 @@ class RemoteBatches:
         }
         return await self._json("POST", "/v1/batches", json=wanted)
 
-    def _content(self, part: Part) -> bytes:
+    def _content(self, part: LinePart) -> bytes:
         texts = []
         with self._run.input.path.open("rb") as file:
             for line in self._waiting(part):
