@@ -7,8 +7,9 @@
 Open loop over HTTP. One server at a time, started for its loads and warmed up; what was measured is
 appended to the output after each load, so a sweep can be made in pieces. Prompts are unique. A load
 is a mix, requests a second, and seconds of arrivals.
-An entry is ``default``, ``plugin``, or flags of vLLM by short names (`SHORT_NAMES`), joined with +,
-as in ``threshold=128+budget=512``; ``plugin`` takes them too, and options of its own.
+An entry is ``default``, ``plugin``, ``preempt`` (the plugin with steps that are left between
+layers), or flags of vLLM by short names (`SHORT_NAMES`), joined with +, as in
+``threshold=128+budget=512``; ``plugin`` and ``preempt`` take them too, and options of their own.
 """
 
 from __future__ import annotations
@@ -45,14 +46,21 @@ from pla_serve.traces.lengths import Lmsys
 
 MODEL = "model"
 SCHEDULER = "pla_serve.plugins.vllm.LengthAwareScheduler"
+EXECUTOR = "pla_serve.plugins.vllm.PreemptibleExecutor"
+OURS = {
+    "plugin": ["--scheduler-cls", SCHEDULER],
+    "preempt": ["--scheduler-cls", SCHEDULER, "--distributed-executor-backend", EXECUTOR],
+}
+"""This project's entries, and the flags that turn each on."""
 SHORT_NAMES = {"threshold": "--long-prefill-token-threshold", "budget": "--max-num-batched-tokens"}
 SHORT_TOKENS = 256
 DRAIN_SECONDS = 90.0
 WANTED = {
-    "short P90, default / plugin": (">=", 3.0),
-    "short P90, tuned / plugin": (">=", 1.3),
-    "throughput, plugin / default": (">=", 0.97),
-    "long P99, plugin / default": ("<=", 1.15),
+    "short P90, default / {}": (">=", 3.0),
+    "short P90, tuned / {}": (">=", 1.3),
+    "throughput, {} / default": (">=", 0.97),
+    "long P99, {} / default": ("<=", 1.15),
+    "ITL P99, {} / default": ("<=", 1.0),
 }
 console = Console()
 
@@ -64,13 +72,13 @@ def flags_of(entry: str) -> list[str]:
         ValueError: it has an unknown name.
     """
     name, *rest = entry.split("+")
-    flags = ["--scheduler-cls", SCHEDULER] if name == "plugin" else []
+    flags = list(OURS.get(name, []))
     own: dict[str, object] = {}
-    for part in rest if name in ("default", "plugin") else [name, *rest]:
+    for part in rest if name == "default" or name in OURS else [name, *rest]:
         key, equals, value = part.partition("=")
         if key in SHORT_NAMES and equals:
             flags += [SHORT_NAMES[key], value]
-        elif name == "plugin" and equals:
+        elif name in OURS and equals:
             own[key] = json.loads(value)
         else:
             raise ValueError(f"{part!r} in {entry!r} is not one of {', '.join(SHORT_NAMES)}")
@@ -253,27 +261,30 @@ def summary(runs: list[dict]) -> list[dict]:
 def claims(medians: dict[str, dict[str, float]]) -> dict[str, dict[str, object]]:
     """Ratios to what was promised, for a workload with both classes. The tuned server is the one
     of the sweep with the lowest short P90, whatever it did to the others."""
-    mine, default = medians.get("plugin"), medians.get("default")
-    key, tail = "short ttft p90", "long ttft p99"
-    if not mine or not default or key not in mine or tail not in mine:
-        return {}
-    ratios = {
-        "short P90, default / plugin": default[key] / mine[key],
-        "throughput, plugin / default": mine["req/s"] / default["req/s"],
-        "long P99, plugin / default": mine[tail] / default[tail],
-    }
+    default = medians.get("default")
+    key, tail, gap = "short ttft p90", "long ttft p99", "short itl p99"
     tuned = {name: row for name, row in medians.items() if name.split("=")[0] in SHORT_NAMES}
-    note = None
-    if tuned:
-        note = min(tuned, key=lambda name: tuned[name][key])
-        ratios["short P90, tuned / plugin"] = tuned[note][key] / mine[key]
+    note = min(tuned, key=lambda name: tuned[name][key]) if tuned else None
     found: dict[str, dict[str, object]] = {}
-    for name, ratio in ratios.items():
-        sign, bound = WANTED[name]
-        kept = ratio >= bound if sign == ">=" else ratio <= bound
-        found[name] = {"ratio": ratio, "wanted": f"{sign} {bound}", "kept": kept}
-    if note:
-        found["short P90, tuned / plugin"]["tuned"] = note
+    for name in OURS:
+        mine = medians.get(name)
+        if not mine or not default or key not in mine or tail not in mine:
+            continue
+        ratios = {
+            "short P90, default / {}": default[key] / mine[key],
+            "throughput, {} / default": mine["req/s"] / default["req/s"],
+            "long P99, {} / default": mine[tail] / default[tail],
+        }
+        if gap in mine and gap in default:
+            ratios["ITL P99, {} / default"] = mine[gap] / default[gap]
+        if note:
+            ratios["short P90, tuned / {}"] = tuned[note][key] / mine[key]
+        for kind, ratio in ratios.items():
+            sign, bound = WANTED[kind]
+            kept = ratio >= bound if sign == ">=" else ratio <= bound
+            found[kind.format(name)] = {"ratio": ratio, "wanted": f"{sign} {bound}", "kept": kept}
+        if note:
+            found[f"short P90, tuned / {name}"]["tuned"] = note
     return found
 
 

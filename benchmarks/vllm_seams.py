@@ -38,6 +38,7 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
         "Scheduler._reserve_prefill_lookahead",
         "Scheduler._preempt_request",
         "Scheduler._free_request",
+        "Scheduler._get_local_prefix_cache_hit",
     ),
     "v1/core/sched/request_queue.py": (
         "RequestQueue.add_request",
@@ -48,7 +49,25 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
         "RequestQueue.remove_request",
         "RequestQueue.remove_requests",
     ),
-    "v1/core/kv_cache_manager.py": ("KVCacheManager.get_computed_blocks",),
+    "v1/core/kv_cache_manager.py": (
+        "KVCacheManager.get_computed_blocks",
+        "KVCacheManager.get_block_ids",
+    ),
+    "v1/engine/core.py": (
+        "EngineCore.step",
+        "EngineCore._attach_weight_version",
+        "EngineCoreProc._handle_client_request",
+    ),
+    "v1/executor/uniproc_executor.py": (
+        "UniProcExecutor._init_executor",
+        "UniProcExecutor.execute_model",
+    ),
+    "v1/worker/gpu_model_runner.py": (
+        "GPUModelRunner.execute_model",
+        "GPUModelRunner.sample_tokens",
+        "GPUModelRunner.may_reinitialize_input_batch",
+        "GPUModelRunner.initialize_metadata_builders",
+    ),
 }
 """Methods of vLLM that `plugins.vllm` overrides or calls, by file."""
 

@@ -231,3 +231,94 @@ def test_small_steps_take_only_of_what_the_machine_has_to_spare() -> None:
 def test_longs_keep_all_of_the_spare_time_if_they_are_given_it() -> None:
     length = StepLength(CostModel(PROFILE), spare_share=0.0)
     assert length.overhead(0.0) == LEAST_OVERHEAD
+
+
+def leaving() -> StepPlanner:
+    """A planner for steps that can be left, with a long step under way."""
+    planner = planner_of(interruptible=True, layers=30)
+    planner.add(request("long", 3000), 0.0)
+    plan = planner.plan(0.0, BUDGET)
+    assert [chunk.tokens for chunk in plan.chunks] == [BUDGET]
+    planner.settle(plan, {"long": (3000 - BUDGET, BUDGET)}, 0.0)
+    return planner
+
+
+RUNNING = Batch(BatchClass.LONG, (Chunk("long", BUDGET, 0, False),))
+
+
+def test_a_step_that_can_be_left_has_the_whole_budget_though_shorts_come() -> None:
+    planner = planner_of(interruptible=True)
+    for number in range(20):
+        planner.add(request(f"short{number}", 20, arrival=number), float(number))
+        planner.remove(f"short{number}")
+    planner.add(request("long", 3000, arrival=20), 20.0)
+    assert [chunk.tokens for chunk in planner.plan(20.0, BUDGET).chunks] == [BUDGET]
+
+
+def test_shorts_run_inside_a_step_that_can_be_left_and_longs_do_not() -> None:
+    planner = leaving()
+    assert planner.nested(0.1, RUNNING) is None
+    planner.add(request("second", 3000, arrival=0.2), 0.2)
+    assert planner.nested(0.2, RUNNING) is None
+    planner.add(request("short", 30, arrival=0.3), 0.3)
+    plan = planner.nested(0.31, RUNNING)
+    assert plan is not None
+    assert [(chunk.request_id, chunk.tokens) for chunk in plan.chunks] == [("short", 30)]
+    planner.settle(plan, {"short": (0, 30)}, 0.31)
+    assert set(planner.known) == {"long", "second"}
+
+
+def test_what_is_left_of_a_long_counts_when_its_step_has_ended() -> None:
+    planner = planner_of(interruptible=True)
+    planner.add(request("long", 3000), 0.0)
+    plan = planner.plan(0.0, BUDGET)
+    planner.settle(plan, {"long": (3000 - BUDGET, BUDGET)}, 0.0)
+    planner.ended(plan, 2.0)
+    rest = planner.plan(2.0, BUDGET)
+    assert rest.chunks == (Chunk("long", 3000 - BUDGET, BUDGET, True),)
+    planner.settle(rest, {"long": (0, 3000)}, 2.0)
+    assert set(planner.known) == {"long"}
+    planner.ended(rest, 3.0)
+    assert not planner.known
+
+
+def test_express_work_inside_long_steps_keeps_to_its_share() -> None:
+    """Shorts without end get half of the time, and a burst, while the long lasts."""
+    planner, now, express = leaving(), 0.0, 0.0
+    for number in range(2000):
+        planner.add(request(f"short{number}", 100, arrival=now), now)
+        plan = planner.nested(now, RUNNING)
+        if plan is None:
+            now += 0.05  # a layer
+            continue
+        planner.settle(plan, {c.request_id: (0, c.tokens) for c in plan.chunks}, now)
+        batch = Batch(plan.kind, plan.chunks)
+        seconds = CostModel(PROFILE).seconds(batch)
+        now += seconds
+        express += seconds
+        planner.finished(plan, batch, seconds, now)
+    assert 0.4 * now < express < 0.6 * now
+
+
+def test_nothing_of_a_less_urgent_priority_runs_inside_a_step() -> None:
+    planner = leaving()
+    planner.add(request("later", 30, arrival=0.1, priority=5), 0.1)
+    assert planner.nested(0.2, RUNNING) is None
+    planner.add(request("now", 30, arrival=0.2, priority=-1), 0.2)
+    plan = planner.nested(0.3, RUNNING)
+    assert plan is not None
+    assert plan.priority == -1
+
+
+def test_without_a_step_that_can_be_left_nothing_is_nested() -> None:
+    planner = planner_of(interruptible=True)
+    planner.add(request("short", 30), 0.0)
+    assert planner.nested(0.0, RUNNING) is None
+
+
+def test_streams_take_a_seventh_of_the_time_inside_long_work() -> None:
+    planner = planner_of(interruptible=True)
+    step = CostModel(PROFILE).seconds(
+        Batch(BatchClass.DECODE, decodes=tuple(Chunk(f"s{n}", 1, 100, False) for n in range(8)))
+    )
+    assert planner.token_seconds(8, 800) == pytest.approx(7 * step, rel=0.05)

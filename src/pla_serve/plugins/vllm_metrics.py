@@ -47,6 +47,12 @@ class ClassMetrics(AggregateStatLoggerBase):
             LABELS,
             multiprocess_mode="mostrecent",
         )
+        self._nested = Gauge(
+            f"{PREFIX}nested_steps",
+            "Steps that have run between two layers of another one, since the start.",
+            LABELS,
+            multiprocess_mode="mostrecent",
+        )
         self._ttft = Histogram(
             f"{PREFIX}time_to_first_token_seconds",
             "From vLLM's queue to the first token, of finished requests, by class.",
@@ -86,3 +92,6 @@ class ClassMetrics(AggregateStatLoggerBase):
         if boundary is not None:
             self._boundary[int(engine)] = boundary
             self._limit.labels(engine).set(boundary)
+        nested = numbers.pop(PREFIX + "nested", None)
+        if nested is not None:
+            self._nested.labels(engine).set(nested)

@@ -1,4 +1,4 @@
-"""The policy for an engine that builds a batch for each step and cannot be left within one.
+"""The policy for an engine that builds a batch for each step.
 
 Such an engine (vLLM) keeps its own batch building: decode steps first, then prefills, as far as
 tokens and KV memory go. What is decided here, before each step, is which prefills may be in it,
@@ -8,6 +8,9 @@ The engine may do less than was planned (no memory, a smaller budget), and plans
 before it knows how the last one ended. So nothing stays in flight: what was handed out is taken
 back, and what is left of it is added again with the numbers that the engine has
 (`StepPlanner.settle`). Times are reported when they are known (`StepPlanner.finished`).
+
+A step usually runs to its end. Where it can be left between two layers (``interruptible``), a step
+of long work has the whole budget, and `StepPlanner.nested` says what runs inside it.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from pla_serve.policy.protocol import (
     Wait,
 )
 from pla_serve.policy.step_length import SPARE_SHARE, StepLength
+from pla_serve.policy.tuning import Tuning
 
 MOST_PRIORITIES = 16
 """Most priorities whose policies are kept. One without prefills is kept for the traffic that it has
@@ -68,7 +72,9 @@ class StepPlanner:
     Args:
         config: ``interruptible`` and ``long_chunk_tokens`` are set here: chunks are cut to
             `StepLength`, not by the policy.
-        most_seconds, spare_share: see `StepLength`.
+        most_seconds, spare_share: see `StepLength`; unused if steps can be left.
+        interruptible: whether a step of long work can be left between two layers.
+        layers: of the model, between which it can be left.
     """
 
     def __init__(
@@ -78,10 +84,15 @@ class StepPlanner:
         *,
         most_seconds: float | None = None,
         spare_share: float = SPARE_SHARE,
+        interruptible: bool = False,
+        layers: int | None = None,
         make: MakePolicy = LengthAware,
     ) -> None:
         self._config = replace(
-            config, interruptible=False, long_chunk_tokens=config.max_batch_tokens
+            config,
+            interruptible=interruptible,
+            layers=layers,
+            long_chunk_tokens=config.max_batch_tokens,
         )
         self._cost = cost
         self._make = make
@@ -89,6 +100,10 @@ class StepPlanner:
         self._policies: dict[int, PrefillPolicy] = {}
         self._known: dict[str, _Known] = {}
         self._shorts = 0
+        self._outer: StepPlan | None = None
+        """Plan of the step under way that can be left."""
+        self._after: dict[str, tuple[int, int]] = {}
+        """What is left of its prefills when it has ended."""
 
     @property
     def known(self) -> Collection[str]:
@@ -144,14 +159,15 @@ class StepPlanner:
 
         Its prefills are in flight until `settle`, which must be the next call.
         """
-        step_seconds = self._length.seconds(now, self.longs)
+        interruptible = self._config.interruptible
+        step_seconds = inf if interruptible else self._length.seconds(now, self.longs)
         others = self._length.tokens(step_seconds, 0)
         for priority in sorted(self._policies):
             decision = self._policies[priority].next(now)
             if isinstance(decision, Run) and decision.batch.prefills:
                 batch = decision.batch
                 limit = budget
-                if batch.kind is not BatchClass.SHORT:
+                if batch.kind is not BatchClass.SHORT and not interruptible:
                     limit = self._limit(batch.prefills[0], step_seconds, budget)
                 chunks = tuple(_cut(batch.prefills, limit))
                 left_out = [chunk.request_id for chunk in batch.prefills[len(chunks) :]]
@@ -168,8 +184,57 @@ class StepPlanner:
             left: by id, the new tokens and history that each known prefill in the step will have
                 after the step; 0 new tokens if the step completes it. A planned prefill that is
                 missing here is not in the step.
+
+        A step of long work that can be left keeps its prefills as they were until it has `ended`:
+        the policy sees long work under way, and shares the time between it and what runs inside.
         """
+        if self._config.interruptible and plan.kind is BatchClass.LONG:
+            self._take_back([chunk.request_id for chunk in plan.chunks], now)
+            self._outer, self._after = plan, left
+            return
         self._take_back([c.request_id for c in plan.chunks if c.request_id not in left], now)
+        self._renew(left, now)
+
+    def nested(self, now: float, running: Batch) -> StepPlan | None:
+        """Return what runs at this layer boundary of the step under way; None if it goes on.
+
+        Its shorts are in flight until `settle`, which must be the next call.
+
+        Args:
+            running: the step of long work that would be left.
+        """
+        outer = self._outer
+        if outer is None:
+            return None
+        for priority in sorted(self._policies):
+            if priority > outer.priority:
+                break
+            batch = self._policies[priority].at_layer_boundary(now, running)
+            if batch is not None:
+                return StepPlan(batch.kind, batch.prefills, priority)
+        return None
+
+    def token_seconds(self, streams: int, context: int) -> float:
+        """Return the seconds between two decode steps of so many streams inside long work.
+
+        They take `Tuning.token_share` of the time, as in `LengthAware`, whose streams step there.
+
+        Args:
+            context: tokens of all streams together.
+        """
+        unit = self._cost.profile
+        each = (unit.per_token + unit.per_sequence) * streams
+        step = unit.per_launch + each + (unit.per_attention + unit.per_kv) * context
+        return step / Tuning().token_share
+
+    def ended(self, plan: StepPlan, now: float) -> None:
+        """Note that the step of this plan has run; needed where steps can be left."""
+        if plan is self._outer:
+            self._renew(self._after, now)
+            self._outer, self._after = None, {}
+
+    def _renew(self, left: dict[str, tuple[int, int]], now: float) -> None:
+        """Give prefills the numbers that they have now; whole ones are forgotten."""
         for request_id, (new_tokens, history) in left.items():
             known = self._known.get(request_id)
             if known is None:

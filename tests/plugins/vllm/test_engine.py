@@ -26,6 +26,7 @@ FOLDER = os.environ.get("PLA_SERVE_TEST_MODEL")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="PLA_SERVE_TEST_MODEL is not set")
 OURS = ["--scheduler-cls", "pla_serve.plugins.vllm.LengthAwareScheduler"]
 TINY_CACHE = ["--block-size", "32", "--num-gpu-blocks-override", "56"]
+LEAVING = ["--distributed-executor-backend", "pla_serve.plugins.vllm.PreemptibleExecutor"]
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 START_SECONDS = 400
 STEMS = (
@@ -162,12 +163,25 @@ def test_outputs_equal_with_aborts_and_a_tiny_kv_cache(expected: list[str], tmp_
     assert "Prefills are scheduled by length" in (tmp_path / "log").read_text()
 
 
+def test_outputs_equal_with_steps_that_are_left(expected: list[str], tmp_path: Path) -> None:
+    """Cached prefixes, a grammar, aborts and a tiny KV cache."""
+    aborted = [body | {"max_tokens": 60} for body in bodies()[6:16]]
+    with served(tmp_path / "log", *OURS, *LEAVING, *TINY_CACHE) as url:
+        for _ in range(2):
+            assert asyncio.run(answers(url, bodies(), aborted)) == expected
+        assert metric(url, "pla_serve:nested_steps") > 0
+        assert metric(url, "vllm:prefix_cache_hits_total") > 0
+    assert "Long steps are left between layers" in (tmp_path / "log").read_text()
+
+
 def test_outputs_equal_with_speculative_decoding_and_cached_prefixes(
     expected: list[str], tmp_path: Path
 ) -> None:
+    """Steps cannot be left with the first, so they run whole, and the log says so."""
     with served(
         tmp_path / "log",
         *OURS,
+        *LEAVING,
         "--speculative-config",
         json.dumps(NGRAM),
         "--scheduling-policy",
@@ -180,6 +194,9 @@ def test_outputs_equal_with_speculative_decoding_and_cached_prefixes(
             assert asyncio.run(answers(url, wanted, [])) == expected
         assert metric(url, "vllm:prefix_cache_hits_total") > 0
         assert metric(url, "vllm:spec_decode_num_accepted_tokens_total") > 0
+        assert metric(url, "pla_serve:nested_steps") == 0
+    log = (tmp_path / "log").read_text()
+    assert "Long steps are not left between layers: not with speculative decoding" in log
 
 
 def test_a_wrong_option_ends_vllm_with_its_name(tmp_path: Path) -> None:

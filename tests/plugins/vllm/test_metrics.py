@@ -22,7 +22,7 @@ def config_of(scheduler: object) -> Any:
 def metrics() -> Any:
     made = ClassMetrics(config_of(OURS), [0])
     yield made
-    for collector in (made._waiting, made._limit, made._ttft):
+    for collector in (made._waiting, made._limit, made._nested, made._ttft):
         REGISTRY.unregister(collector)
 
 
@@ -47,11 +47,13 @@ def test_queues_arrive_and_are_taken_out_of_the_field_they_travelled_in(metrics:
         "pla_serve:short": 3,
         "pla_serve:long": 2,
         "pla_serve:boundary": 400,
+        "pla_serve:nested": 7,
     }
     metrics.record(stats, None)
     assert value("prefills_unfinished", **{"class": "short"}) == 3
     assert value("prefills_unfinished", **{"class": "long"}) == 2
     assert value("boundary_tokens") == 400
+    assert value("nested_steps") == 7
     assert stats.num_kv_fetch_reqs_by_stage == {"waiting_to_start": 1}
 
 

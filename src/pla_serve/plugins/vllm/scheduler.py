@@ -9,6 +9,10 @@ speculative decoding, connectors. Four seams of its `schedule` carry the decisio
 - `_reserve_prefill_lookahead` is asked for every request, right before its memory is reserved, how
   many tokens it may have: there the plan's chunks are cut.
 - `_preempt_request` and `_free_request` see every request that loses its memory or ends.
+
+With `preemption`, a step of long work can be left between layers. Decode steps do not ride in it
+then. Inside it, `schedule_nested` makes steps of shorts and of decodes that are due, from which
+`preemption.outer` keeps the requests and the blocks of the outer step away.
 """
 
 from __future__ import annotations
@@ -29,10 +33,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from pla_serve.plugins.vllm.options import read_options
+from pla_serve.plugins.vllm.preemption.outer import OuterStep
 from pla_serve.plugins.vllm.queue import HeldQueue
 from pla_serve.plugins.vllm.support import refuse_unsupported
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import Batch, BatchClass, Chunk, PrefillRequest
+from pla_serve.policy.step_length import SPARE_SHARE
 from pla_serve.policy.steps import StepPlan, StepPlanner
 
 logger = init_logger("vllm.pla_serve")
@@ -76,14 +82,15 @@ class LengthAwareScheduler(AsyncScheduler):
         options = read_options(
             self.vllm_config.additional_config, foreign_keys=current_platform.is_out_of_tree()
         )
-        requests = min(self.max_num_running_reqs, self.max_num_active_reqs)
-        config = options.policy(self.max_num_scheduled_tokens, requests)
-        self.planner = StepPlanner(
-            config,
-            CostModel(),
-            most_seconds=options.step_seconds,
-            spare_share=options.spare_share,
-        )
+        self._options = options
+        self._preemptible = False
+        self._outer: OuterStep | None = None
+        """The step under way, while it can be left between layers."""
+        self._nested_seconds = 0.0
+        """What ran inside of it."""
+        self._nested_steps = 0
+        self._last_decode = 0.0
+        self.planner = self._make_planner()
         self.clock: Callable[[], float] = time.monotonic
         self.waiting: HeldQueue = HeldQueue()
         self._by_priority = self.policy == SchedulingPolicy.PRIORITY
@@ -101,6 +108,47 @@ class LengthAwareScheduler(AsyncScheduler):
         self._last_finish = 0.0
         logger.info("Prefills are scheduled by length (PLA-Serve): %s", options)
 
+    def leave_between_layers(self) -> None:
+        """Plan for an executor that leaves steps of long work; to be called before any request."""
+        self._preemptible = True
+        self.planner = self._make_planner()
+        options = self._options
+        if options.step_seconds is not None or options.spare_share != SPARE_SHARE:
+            logger.warning(
+                "step_seconds and spare_share have no effect: steps are left between layers"
+            )
+
+    def may_leave(self, output: SchedulerOutput) -> bool:
+        """Whether the step scheduled last, ``output``, is long work that can be left."""
+        if not self._preemptible or not self._steps or self._steps[-1].output is not output:
+            return False
+        step = self._steps[-1]
+        return step.plan.kind is BatchClass.LONG and bool(step.batch and step.batch.prefills)
+
+    def enter(self, output: SchedulerOutput) -> None:
+        """Note that the step ``output`` runs now and may be left, until it is updated from."""
+        self._outer = OuterStep(self, output)
+        self._nested_seconds = 0.0
+
+    def schedule_nested(self) -> SchedulerOutput | None:
+        """Schedule express work at a layer boundary of the step entered; None if none is due."""
+        outer, now = self._outer, self.clock()
+        if outer is None or self._pause_state != PauseState.UNPAUSED:
+            return None
+        running = self._steps[-1].batch
+        assert running is not None
+        under_way = [
+            request
+            for request in self.running
+            if request.is_prefill_chunk and request.request_id not in outer.request_ids
+        ]
+        self._take_arrivals(under_way, now)
+        plan = self.planner.nested(now, running)
+        if plan is None and not self._decodes_due(outer, now):
+            return None
+        with outer.hidden():
+            return self._carry_out(plan or NOTHING, under_way, now)
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         now = self.clock()
         if self._pause_state == PauseState.PAUSED_ALL:
@@ -108,7 +156,12 @@ class LengthAwareScheduler(AsyncScheduler):
         under_way = [request for request in self.running if request.is_prefill_chunk]
         self._take_arrivals(under_way, now)
         self._reread_cached(now)
-        plan = self._make_plan(under_way, now)
+        return self._carry_out(self._make_plan(under_way, now), under_way, now, *args, **kwargs)
+
+    def _carry_out(
+        self, plan: StepPlan, under_way: list[Request], now: float, *args: Any, **kwargs: Any
+    ) -> SchedulerOutput:
+        """Let vLLM schedule what is planned."""
         self._open(plan, under_way)
         try:
             output = super().schedule(*args, **kwargs)
@@ -121,14 +174,26 @@ class LengthAwareScheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        finish = self.clock()
-        if self._steps and self._steps[0].output is scheduler_output:
-            step = self._steps.popleft()
-            if step.timed:
-                seconds = finish - max(step.started, self._last_finish)
-                self.planner.finished(step.plan, step.batch, seconds, finish)
-        self._last_finish = finish
+        self._learn(scheduler_output, self.clock())
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _learn(self, output: SchedulerOutput, finish: float) -> None:
+        """Report to the planner that a step has ended, and its time."""
+        if self._outer is not None and output is not self._outer.output:
+            step = self._steps.pop()
+            seconds = finish - step.started
+            self._nested_seconds += seconds
+            self._nested_steps += 1
+        elif self._steps and self._steps[0].output is output:
+            step = self._steps.popleft()
+            seconds = finish - max(step.started, self._last_finish) - self._nested_seconds
+            self._last_finish, self._nested_seconds, self._outer = finish, 0.0, None
+        else:
+            self._last_finish = finish
+            return
+        self.planner.ended(step.plan, finish)
+        if step.timed:
+            self.planner.finished(step.plan, step.batch, seconds, finish)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Adds what waits by class, in a field that vLLM's own metrics read by other keys."""
@@ -139,6 +204,7 @@ class LengthAwareScheduler(AsyncScheduler):
                     STATS_PREFIX + "short": self.planner.shorts,
                     STATS_PREFIX + "long": self.planner.longs,
                     STATS_PREFIX + "boundary": self.planner.boundary(),
+                    STATS_PREFIX + "nested": self._nested_steps,
                 }
             )
         return stats
@@ -195,6 +261,39 @@ class LengthAwareScheduler(AsyncScheduler):
                 self.planner.update(request.request_id, new_tokens, cached, now)
                 self._rereads.append(request)
 
+    def _make_planner(self) -> StepPlanner:
+        options = self._options
+        requests = min(self.max_num_running_reqs, self.max_num_active_reqs)
+        return StepPlanner(
+            options.policy(self.max_num_scheduled_tokens, requests),
+            CostModel(),
+            most_seconds=options.step_seconds,
+            spare_share=options.spare_share,
+            interruptible=self._preemptible,
+            layers=self.vllm_config.model_config.get_num_layers(self.vllm_config.parallel_config)
+            if self._preemptible
+            else None,
+        )
+
+    def _decodes_due(self, outer: OuterStep, now: float) -> bool:
+        """Whether streams have waited for a token for long enough to leave the outer step."""
+        passed = now - self._last_decode
+        if passed < self.planner.token_seconds(1, 1):
+            return False
+        contexts = [
+            request.num_computed_tokens
+            for request in self.running
+            if not request.is_prefill_chunk and request.request_id not in outer.request_ids
+        ]
+        return bool(contexts) and passed >= self.planner.token_seconds(len(contexts), sum(contexts))
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """Take no block for cached that the outer step has yet to fill."""
+        hit = super()._get_local_prefix_cache_hit(request)
+        if self._outer is not None and self._outer.fills(hit[0]):
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        return hit
+
     def _make_plan(self, under_way: list[Request], now: float) -> StepPlan:
         """Plan the step; nothing is planned while no prefill could be admitted or go on."""
         places = self.max_num_active_reqs - self.num_waiting_for_streaming_input
@@ -208,16 +307,31 @@ class LengthAwareScheduler(AsyncScheduler):
         """Pass the plan to the parts of vLLM's `schedule` that ask for it."""
         self._plan = plan
         self._caps = caps = {chunk.request_id: chunk.tokens for chunk in plan.chunks}
-        if not self._blocked:
-            skipped = self.current_step + 2  # `schedule` counts the step before it compares
-            for request in under_way:
-                if request.request_id not in caps:
-                    request.next_decode_eligible_step = skipped
+        nested = self._outer is not None
+        standing: list[Request] = []
+        if nested or not self._blocked:
+            standing = [request for request in under_way if request.request_id not in caps]
+            if self._preemptible and plan.kind is BatchClass.LONG:
+                standing += [request for request in self.running if not request.is_prefill_chunk]
+        skipped = self.current_step + 2  # `schedule` counts the step before it compares
+        for request in standing:
+            request.next_decode_eligible_step = skipped
         waiting = map(self.waiting.get, caps)
-        offers = [*self.waiting.urgent, *(request for request in waiting if request is not None)]
+        planned = [request for request in waiting if request is not None]
+        urgent = self.waiting.urgent
+        if self._outer is not None:
+            # Who lost its memory is first to get some, after the outer step.
+            planned = [] if urgent else list(filter(self._admissible, planned))
+            urgent = []
+        offers = [*urgent, *planned]
         if self._by_priority:
             offers.sort(key=lambda request: request.priority)
         self.waiting.offer(offers)
+
+    def _admissible(self, request: Request) -> bool:
+        """Whether nothing of the prefix that a waiting request would reuse is yet to be filled."""
+        blocks = self.kv_cache_manager.get_computed_blocks(request)[0]
+        return self._outer is None or not self._outer.fills(blocks)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -234,6 +348,8 @@ class LengthAwareScheduler(AsyncScheduler):
         """Compare the step that vLLM has scheduled with its plan, and settle it."""
         scheduled = output.num_scheduled_tokens
         self._count += 1
+        if plan.kind is not BatchClass.LONG or not self._preemptible:
+            self._last_decode = now
         if not plan.chunks and output.total_num_scheduled_tokens == len(scheduled):
             # Decode steps resemble each other: a few of them are samples enough.
             batch = self._lay_out(plan, output, {}) if self._count % DECODE_SAMPLES == 0 else None
@@ -270,7 +386,8 @@ class LengthAwareScheduler(AsyncScheduler):
     def _settle(self, plan: StepPlan, left: dict[str, tuple[int, int]], now: float) -> None:
         """Report to the planner which planned prefills are in the step."""
         planned = [chunk.request_id for chunk in plan.chunks]
-        self._blocked = any(self.waiting.get(request_id) for request_id in planned)
+        if self._outer is None:
+            self._blocked = any(self.waiting.get(request_id) for request_id in planned)
         self.planner.settle(plan, left, now)
         for request_id in planned if self.connector is not None else ():
             # Its KV is on the way from elsewhere: then it is vLLM's to resume.
