@@ -78,7 +78,7 @@ def engine(folder: Path, expected: dict[str, list[int]]) -> Iterator[LocalEngine
 
 
 class Pace:
-    """In the place of `RunAhead`: every layer boundary is a moment of the run."""
+    """In the place of `HostPace`: every layer boundary is a moment of the run."""
 
     def __init__(self, run: Run) -> None:
         self._run = run

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pla_serve.plugins.vllm.preemption import refusals
-from pla_serve.plugins.vllm.preemption.pace import RunAhead
+from pla_serve.plugins.vllm.preemption.pace import HostPace
 
 
 def config_of(**changed: Any) -> Any:
@@ -99,7 +99,7 @@ class LateEvent:
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_the_host_is_never_further_ahead_than_the_bound(layers: int) -> None:
     device = LateDevice()
-    ahead = RunAhead(device.event, layers)
+    ahead = HostPace(device.event, layers)
     most = 0
     for _ in range(2):
         for _ in range(30):
@@ -112,4 +112,4 @@ def test_the_host_is_never_further_ahead_than_the_bound(layers: int) -> None:
 
 
 def test_a_device_that_computes_at_once_needs_no_marks() -> None:
-    RunAhead(None).pace()
+    HostPace(None).pace()

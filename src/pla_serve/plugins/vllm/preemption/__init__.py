@@ -5,6 +5,6 @@
   steps there, the nested ones.
 - `twin.make_twin` gives nested steps a model runner whose buffers are not those of the outer step.
 - `outer.OuterStep` keeps the outer step's requests out of nested ones in the scheduler.
-- `pace.RunAhead` bounds how far the host enqueues layers before the device has run them.
+- `pace.HostPace` bounds how far the host enqueues layers before the device has run them.
 - `refusals.why_not` names what this cannot work with.
 """

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreRequestType
 
-from pla_serve.plugins.vllm.preemption.pace import DeviceEvent, RunAhead
+from pla_serve.plugins.vllm.preemption.pace import DeviceEvent, HostPace
 from pla_serve.plugins.vllm.preemption.twin import empty, make_twin
 
 EXPRESS_MESSAGES = (EngineCoreRequestType.ADD, EngineCoreRequestType.ABORT)
@@ -37,7 +37,7 @@ class Nesting:
         self._outer: SchedulerOutput | None = None
         self._futile = False
         """The last nested step had no room for what waits."""
-        self._run_ahead = RunAhead(_event_maker(runner.device))
+        self._run_ahead = HostPace(_event_maker(runner.device))
         layers = runner.compilation_config.static_forward_context.values()
         for layer in layers:
             layer.impl.forward = self._before(layer.impl.forward)

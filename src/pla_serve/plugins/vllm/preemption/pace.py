@@ -19,7 +19,7 @@ class DeviceEvent(Protocol):
         ...
 
 
-class RunAhead:
+class HostPace:
     """Lets the host enqueue at most ``layers`` layers that the device has not finished.
 
     A host that runs ahead of its device reaches the last layer boundary long before the device has
