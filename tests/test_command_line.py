@@ -48,6 +48,7 @@ NEW = {
     },
     "fleet start": {"--serve-word", "--route-word"},
     "simulate": {"--slo-token-seconds", "--tier"},
+    "bench": {"--tier"},
 }
 """Flags that came later: the limits of clients, the key for /metrics, the formats of tool calls and
 reasoning, kernels on a CPU, what is kept of answers, offline batches, tiers, and the hidden ones by

@@ -247,3 +247,28 @@ sys.exit(main(["bench", *sys.argv[1:]]))
     assert saved["runs"][0]["report"]["planned"] == 9999
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_tiers_are_asked_for_and_reported(run: Any, tmp_path: Path) -> None:
+    """By the deadlines of each: one that is met by far, and one that is out of reach."""
+    tiers = ("--tier", "patient:ttft=60s,tpot=60s,share=2", "--tier", "hasty:ttft=1ms,share=2")
+    result = run("--compare", "fcfs", *tiers, *QUICK, "-o", "r", "--records")
+    assert result.exit_code == 0, result.output
+    assert "By tier" in result.output
+    content = json.loads((tmp_path / "r.json").read_text())
+    found = content["runs"][0]["report"]["tiers"]
+    patient, hasty = found["patient:ttft=60s,tpot=60s"], found["hasty:ttft=0.001s"]
+    assert (patient["attainment"], hasty["attainment"]) == (1.0, 0.0)
+    records = content["runs"][0]["records"]
+    of_session = {}
+    for record in records:
+        assert of_session.setdefault(record["session"], record["tier"]) == record["tier"]
+    asked = [record["tier"] for record in records]
+    assert asked.count("patient") == patient["requests"]
+    assert asked.count("hasty") == hasty["requests"]
+
+
+def test_bad_tiers_are_refused(run: Any) -> None:
+    result = run("--tier", "a:share=1", "--tier", "a:ttft=1s", *QUICK)
+    assert result.exit_code != 0
+    assert "two tiers are named a" in result.output

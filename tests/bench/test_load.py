@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from pla_serve.bench.client import Endpoint, RequestTarget
 from pla_serve.bench.load import LEAD, LoadGenerator, Record, RunResult
 from pla_serve.bench.text import FillerPart, make_filler
+from pla_serve.bench.tiers import draw_tier
 from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session, WorkloadConfig, generate
+from pla_serve.policy.tiers import Tier, parse_tier_share
 from tests.bench.virtual import Script, ScriptedServer, run_virtual
 
 TICK = pytest.approx
@@ -227,3 +229,13 @@ def test_without_ignore_eos_the_field_is_absent_and_extras_are_there() -> None:
     fields = RequestTarget("m", ignore_eos=False, extra={"ttft_slo_ms": 300}).body([], 5)
     assert b"ignore_eos" not in fields
     assert b'"ttft_slo_ms":300' in fields
+
+
+def test_a_request_asks_for_its_tier() -> None:
+    target = RequestTarget("m", tiers=(parse_tier_share("night:share=2"), parse_tier_share("day")))
+    assert b'"service_tier":"night"' in target.body([], 5, Tier("night"))
+    assert b"service_tier" not in target.body([], 5)
+    drawn = [draw_tier(target.tiers, session) for session in range(3000)]
+    assert drawn == [draw_tier(target.tiers, session) for session in range(3000)]
+    assert 1900 < drawn.count(Tier("night")) < 2100
+    assert draw_tier((), 1) is None

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from pla_serve.bench.client import TimedRequest
 from pla_serve.bench.load import Record, RunResult
 from pla_serve.bench.report import ALL, LONG, SHORT, Objectives, percentiles, summarise
+from pla_serve.bench.tiers import kept
 from pla_serve.bench.workload import BenchTurn
+from pla_serve.policy.tiers import Tier, parse_tier_share
 
 seconds = st.floats(0, 100, allow_nan=False)
 
@@ -190,3 +192,51 @@ def test_what_was_stopped_or_failed_or_not_reported_is_told() -> None:
 def test_objectives_out_of_range(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         Objectives(**fields)
+
+
+class TestTiers:
+    """A first token half a second after the due time, then gaps of a tenth."""
+
+    def record(self, tier: Tier, **exchange: Any) -> Record:
+        fields = {"sent": 1.0, "first": 1.5, "done": 1.8, "gaps": [0.1, 0.1, 0.1], **exchange}
+        turn = BenchTurn("t", "chat", (), 10, 4)
+        return Record(turn, 0, 1.0, TimedRequest(**fields), tier)
+
+    @pytest.mark.parametrize(
+        ("tier", "met"),
+        [
+            (Tier("t", 0.5, 0.11), True),
+            (Tier("t", 0.49, 9.0), False),
+            (Tier("t", 0.7, 0.04), True),
+            (Tier("t", 0.6, 0.04), False),
+            (Tier("t", None, 0.11), True),
+            (Tier("t", None, 0.09), False),
+            (Tier("t", 0.5), True),
+        ],
+    )
+    def test_token_i_is_due_i_targets_after_the_first(self, tier: Tier, met: bool) -> None:
+        record = self.record(tier)
+        assert kept(record.exchange, record.ttft, tier) is met
+
+    def test_who_was_refused_is_no_broken_promise_and_who_failed_is(self) -> None:
+        quick, bulk = parse_tier_share("quick:ttft=1s,share=3"), parse_tier_share("bulk")
+        found = [
+            self.record(quick.tier),
+            self.record(quick.tier, error="http 429", done=None),
+            self.record(quick.tier, error="timeout"),
+            self.record(quick.tier, first=2.5),
+            self.record(bulk.tier, pause=3.0),
+        ]
+        goals = Objectives(tiers=("quick:ttft=1s,share=3", "bulk"))
+        report = summarise(RunResult(found, 2.0, 5, None), goals)
+        figures = report.tiers["quick:ttft=1s"]
+        assert (figures.requests, figures.refused, figures.succeeded) == (4, 1, 2)
+        assert figures.attainment == pytest.approx(1 / 3)
+        assert figures.ttft is not None
+        assert figures.ttft.count == 2
+        assert (report.tiers["bulk"].attainment, report.tiers["bulk"].longest_pause) == (None, 3.0)
+
+    def test_a_tier_without_requests_has_no_numbers(self) -> None:
+        report = summarise(RunResult([], 2.0, 0, None), Objectives(tiers=("quick:ttft=1s",)))
+        figures = report.tiers["quick:ttft=1s"]
+        assert (figures.requests, figures.attainment, figures.ttft) == (0, None, None)

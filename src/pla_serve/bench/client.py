@@ -11,6 +11,7 @@ import msgspec
 
 from pla_serve.bench.sse import DONE, EventSplitter, decode
 from pla_serve.bench.transport import RequestTransport
+from pla_serve.policy.tiers import Tier, TierShare
 
 Endpoint = Literal["chat", "completions"]
 Clock = Callable[[], float]
@@ -27,12 +28,14 @@ class RequestTarget:
     vLLM, SGLang and this server support it."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of every request body."""
+    tiers: tuple[TierShare, ...] = ()
+    """Tiers of sessions, and how many are of each."""
 
     @property
     def path(self) -> str:
         return "/v1/chat/completions" if self.endpoint == "chat" else "/v1/completions"
 
-    def body(self, prompt: object, max_tokens: int) -> bytes:
+    def body(self, prompt: object, max_tokens: int, tier: Tier | None = None) -> bytes:
         """Make a request body. ``prompt`` holds messages for chat, text or token ids otherwise."""
         fields: dict[str, Any] = {
             "model": self.model,
@@ -44,6 +47,8 @@ class RequestTarget:
         }
         if self.ignore_eos:
             fields["ignore_eos"] = True
+        if tier is not None:
+            fields["service_tier"] = tier.name
         return msgspec.json.encode(fields | self.extra)
 
 

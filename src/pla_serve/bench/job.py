@@ -277,7 +277,13 @@ def _plan(job: BenchJob, *, sized: bool) -> ExperimentPlan:
     return ExperimentPlan(
         entries=job.entries,
         open_server=_opener(job),
-        target=RequestTarget(job.model or "", job.endpoint, job.ignore_eos, job.extra_body),
+        target=RequestTarget(
+            job.model or "",
+            job.endpoint,
+            job.ignore_eos,
+            job.extra_body,
+            job.objectives.tier_shares,
+        ),
         make_workload=make_workload,
         objectives=job.objectives,
         rate=job.rate or 1.0,
@@ -294,7 +300,8 @@ def _plan(job: BenchJob, *, sized: bool) -> ExperimentPlan:
 
 def _opener(job: BenchJob) -> Open:
     if job.compare is not None:
-        return fresh(job.serve_arguments)
+        tiers = [w for each in job.objectives.tier_shares for w in ("--tier", str(each.tier))]
+        return fresh((*job.serve_arguments, *tiers))
     try:
         httpx.get(job.base_url, trust_env=False, timeout=10)
     except httpx.TransportError as error:

@@ -9,8 +9,10 @@ from typing import Protocol
 
 from pla_serve.bench.client import Clock, Endpoint, RequestTarget, TimedRequest, exchange
 from pla_serve.bench.text import Filler
+from pla_serve.bench.tiers import draw_tier
 from pla_serve.bench.transport import RequestTransport
 from pla_serve.bench.workload import BenchTurn, BenchWorkload, Session
+from pla_serve.policy.tiers import Tier
 
 Sleep = Callable[[float], Awaitable[None]]
 LEAD = 0.25
@@ -25,6 +27,7 @@ class Record:
     session: int
     due: float
     exchange: TimedRequest = field(default_factory=TimedRequest)
+    tier: Tier | None = None
 
     @property
     def ok(self) -> bool:
@@ -187,11 +190,13 @@ class LoadGenerator:
         conversation = Conversation(
             self._target.endpoint, self._filler, ids=self._ids, remembers=session.remembers
         )
+        tier = draw_tier(self._target.tiers, number)
         done = session.start
         for position, turn in enumerate(session.turns):
             think = turn.think if position else 0.0
-            record = Record(turn, number, max(session.start + turn.offset, done + think))
-            body = self._target.body(conversation.ask(turn), turn.max_tokens)
+            due = max(session.start + turn.offset, done + think)
+            record = Record(turn, number, due, tier=tier)
+            body = self._target.body(conversation.ask(turn), turn.max_tokens, tier)
             await self._until(start + record.due)
             records.append(record)
             await self._send(record, body, start)

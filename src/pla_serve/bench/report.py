@@ -11,11 +11,15 @@ from typing import Annotated
 import numpy as np
 
 from pla_serve.bench.load import Record, RunResult
+from pla_serve.bench.tiers import kept
 from pla_serve.flags import Flag
 from pla_serve.policy.knobs import check_knobs
+from pla_serve.policy.protocol import ServiceLevel
+from pla_serve.policy.tiers import Tier, TierShare, parse_tier_share, tiers_by_name
 
 GOALS = "Objectives"
 SHORT, LONG, ALL = "short", "long", "all"
+REFUSED = "http 429"
 LATE = 0.1
 """Seconds of send lag (P99) above which the report warns that the client was too slow."""
 
@@ -80,8 +84,26 @@ class Objectives:
         ),
     ] = None
 
+    tiers: Annotated[
+        tuple[str, ...],
+        Flag(
+            "A tier with its targets and its share of the sessions; repeat it for each tier. "
+            "Requests ask for it as service_tier, and the report has what was kept and refused. "
+            "Servers that --compare starts are told of it; any other must have it.",
+            panel=GOALS,
+            name="--tier",
+            metavar="NAME[:ttft=300ms,tpot=40ms,share=0.3]",
+        ),
+    ] = ()
+
     def __post_init__(self) -> None:
         check_knobs(self)
+        tiers_by_name(str(each.tier) for each in self.tier_shares)
+
+    @property
+    def tier_shares(self) -> tuple[TierShare, ...]:
+        """The tiers of requests, and how many sessions are of each."""
+        return tuple(map(parse_tier_share, self.tiers))
 
     @property
     def given(self) -> bool:
@@ -143,6 +165,21 @@ class ClassReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TierFigures:
+    """Figures of one tier. Times are those of requests that succeeded."""
+
+    requests: int
+    refused: int
+    succeeded: int
+    attainment: float | None
+    """Share of requests, but for those refused, all of whose tokens came by their deadlines. One
+    that failed kept none. None without targets, or if all were refused."""
+    ttft: Percentiles | None
+    itl: Percentiles | None
+    longest_pause: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Figures of one run."""
 
@@ -153,6 +190,8 @@ class Report:
     send_lag: Percentiles | None
     errors: dict[str, int]
     classes: dict[str, ClassReport]
+    tiers: dict[str, TierFigures] = field(default_factory=dict)
+    """By the text of the tier."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -182,6 +221,10 @@ def summarise(result: RunResult, objectives: Objectives) -> Report:
         classes={
             name: _of_class(group, result.seconds, objectives) for name, group in groups.items()
         },
+        tiers={
+            str(each.tier): _of_tier([r for r in records if r.tier == each.tier], each.tier)
+            for each in objectives.tier_shares
+        },
     )
     report.warnings.extend(_warnings(report))
     return report
@@ -210,6 +253,23 @@ def _of_class(records: list[Record], seconds: float, objectives: Objectives) -> 
         output_tokens=output,
         slo_attainment=None if met is None or not records else met / len(records),
         goodput=None if met is None else met / seconds,
+    )
+
+
+def _of_tier(records: list[Record], tier: Tier) -> TierFigures:
+    asked = [record for record in records if record.exchange.error != REFUSED]
+    good = [record for record in asked if record.ok]
+    met = sum(kept(record.exchange, record.ttft, tier) for record in asked)
+    pauses = [r.exchange.pause for r in good if r.exchange.pause is not None]
+    promises = tier.service is ServiceLevel.PROMISED and bool(asked)
+    return TierFigures(
+        requests=len(records),
+        refused=len(records) - len(asked),
+        succeeded=len(good),
+        attainment=met / len(asked) if promises else None,
+        ttft=percentiles([record.ttft for record in good if record.ttft is not None]),
+        itl=percentiles([gap for record in good for gap in record.exchange.gaps]),
+        longest_pause=max(pauses, default=None),
     )
 
 

@@ -61,6 +61,7 @@ def _record(record: Record) -> dict[str, object]:
         "id": record.turn.id,
         "kind": record.turn.kind,
         "session": record.session,
+        "tier": None if record.tier is None else record.tier.name,
         "due": record.due,
         "sent": exchange.sent,
         "first": exchange.first,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -10,7 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pla_serve.bench.experiment import BenchRun
-from pla_serve.bench.report import ALL, LONG, SHORT, ClassReport, Objectives, Percentiles
+from pla_serve.bench.report import (
+    ALL,
+    LONG,
+    SHORT,
+    ClassReport,
+    Objectives,
+    Percentiles,
+    TierFigures,
+)
 from pla_serve.bench.summary import Summary
 
 NOTHING = "-"
@@ -39,7 +47,25 @@ def run_table(run: BenchRun, objectives: Objectives) -> RenderableType:
     if objectives.given:
         table.add_row("SLO met", *(_share(part.slo_attainment) for part in parts))
         table.add_row("goodput, requests/s", *(_number(part.goodput) for part in parts))
-    return Group(table, Text("\n".join(_notes(run)) + "\n"))
+    tiers = [_tier_table(run.report.tiers)] if run.report.tiers else []
+    return Group(table, *tiers, Text("\n".join(_notes(run)) + "\n"))
+
+
+def _tier_table(tiers: Mapping[str, TierFigures]) -> Table:
+    table = _table("By tier", "")
+    for name in ("requests", "refused", "kept", "TTFT P50, s", "P99, s", "ITL P99, s", "pause, s"):
+        table.add_column(name, justify="right")
+    for name, tier in tiers.items():
+        table.add_row(
+            name.replace(":", "\n  "),
+            f"{tier.requests:,}",
+            f"{tier.refused:,}",
+            _share(tier.attainment),
+            *(_seconds(_rank(tier.ttft, rank)) for rank in ("p50", "p99")),
+            _seconds(_rank(tier.itl, "p99")),
+            _seconds(tier.longest_pause),
+        )
+    return table
 
 
 def comparison_table(summaries: Sequence[Summary], baseline: str) -> RenderableType:

@@ -97,7 +97,7 @@ def _tier_parts(runs: Sequence[RunReport]) -> list[RenderableType]:
             itl, pause = tier.itl_s, tier.pause_s
             table.add_row(
                 run.policy.replace(":", "\n  ") if number == 0 else "",
-                tier.tier.replace(":", "\n"),
+                tier.tier.partition(":")[0],
                 f"{tier.requests:,}",
                 _share(tier.refused / tier.requests if tier.requests else None),
                 _share(tier.attainment),
