@@ -128,9 +128,7 @@ def test_every_form_of_the_kernel_is_compiled_at_start(
             most_query=max(new for new, _ in lengths),
             most_context=max(new + history for new, history in lengths),
         )
-        tile = backend._tile(paged, tokens, group)
-        tiles = tokens // (tile.rows // group) + len(lengths)
-        return tile, backend._splits(tiles * kv_heads, paged.most_context)
+        return backend.form(paged, tokens, group, kv_heads, torch.bfloat16)
 
     compiled = {form([one]) for one in variants(group)}
     rng = Random(0)

@@ -98,7 +98,7 @@ def _step(
 
 @triton.jit(
     # Without this, each capacity and each alignment of the lengths would be compiled separately.
-    do_not_specialize=["sequences", "capacity"],
+    do_not_specialize=["sequences", "capacity", "least_part"],
     do_not_specialize_on_alignment=["starts", "contexts", "table_starts", "table"],
 )
 def attend_kernel(
@@ -114,6 +114,7 @@ def attend_kernel(
     table,
     sequences,
     capacity,
+    least_part,
     scale,
     query_token_stride,
     query_head_stride,
@@ -134,7 +135,8 @@ def attend_kernel(
 
     ``outputs`` is (capacity, query heads, HEAD); with SPLITS > 1 ``parts`` (SPLITS, capacity, query
     heads, HEAD) and ``part_lse`` (SPLITS, capacity, query heads), both float32, are written
-    instead. ``scale`` includes the factor log2(e).
+    instead. ``scale`` includes the factor log2(e). A part of a context is ``least_part`` keys at
+    least, so that short contexts are in fewer parts.
     WIDE multiplies in float32: the interpreter cannot multiply bfloat16.
     """
     TILE_TOKENS: tl.constexpr = TILE_ROWS // GROUP
@@ -156,6 +158,16 @@ def attend_kernel(
     head = kv_head * GROUP + rows % GROUP
     real = (rows < TILE_TOKENS * GROUP) & (token < length)
     at = (start + token).to(tl.int64)
+    heads = tl.num_programs(1) * GROUP
+    row_at = at * heads + head
+    end = tl.minimum(history + first + TILE_TOKENS, context)
+    pieces = tl.maximum(tl.cdiv(tl.cdiv(end, TILE_KEYS), SPLITS), tl.cdiv(least_part, TILE_KEYS))
+    low = split * pieces * TILE_KEYS
+    if SPLITS > 1:
+        row_at += split.to(tl.int64) * capacity * heads
+        if low >= end:
+            tl.store(part_lse + row_at, tl.full([TILE_ROWS], float("-inf"), tl.float32), mask=real)
+            return
     query_at = at * query_token_stride + head * query_head_stride
     inside = real[:, None] & (dims < HEAD)[None, :]
     query = tl.load(queries + query_at[:, None] + dims[None, :], mask=inside, other=0.0)
@@ -163,10 +175,7 @@ def attend_kernel(
         query = query.to(tl.float32)
 
     seen = history + token
-    end = tl.minimum(history + first + TILE_TOKENS, context)
-    share = tl.cdiv(tl.cdiv(end, TILE_KEYS), SPLITS) * TILE_KEYS
-    low = split * share
-    high = tl.minimum(low + share, end)
+    high = tl.minimum(low + pieces * TILE_KEYS, end)
     # Keys that every row of the tile sees need no mask.
     clear = tl.minimum((history + first + 1) // TILE_KEYS * TILE_KEYS, high)
     clear = tl.maximum(clear, low)
@@ -189,15 +198,12 @@ def attend_kernel(
             slot_stride, dims, scale, HEAD, HEAD_PAD, BLOCK_TOKENS, WIDE, True,
         )  # fmt: skip
 
-    heads = tl.num_programs(1) * GROUP
-    row_at = at * heads + head
     safe = tl.where(total > 0, total, 1.0)
     result = sums / safe[:, None]
     if SPLITS == 1:
         place = outputs + row_at[:, None] * HEAD + dims[None, :]
         tl.store(place, result.to(outputs.dtype.element_ty), mask=inside)
     else:
-        row_at += split.to(tl.int64) * capacity * heads
         # Splits behind the end of a context write only their log-sum-exp, minus infinity.
         used = inside & (total > 0)[:, None]
         tl.store(parts + row_at[:, None] * HEAD + dims[None, :], result, mask=used)

@@ -15,6 +15,9 @@ SPLITS = (16, 4)
 """Numbers of parts that a context may be split into; each is a kernel to compile, so few."""
 LEAST_SPLIT = 128
 """Least keys in a part; smaller parts cost more to merge than they save."""
+LEAST_SPLIT_OF_MANY = 512
+"""The same where sequences alone give every multiprocessor two programs: there only long contexts
+are split, so that nobody waits for the longest one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class Tile:
 
     ``rows`` is the number of query rows in a tile, one for each pair of a token and a query head of
     the same KV head. ``keys`` is the number of keys that one iteration of the loop over the context
-    reads.
+    reads. With five ``stages`` or more, keys and values of the next iteration are loaded while this
+    one computes: the block numbers that say where they lie take up two stages of their own.
     """
 
     rows: int
@@ -32,16 +36,19 @@ class Tile:
     stages: int
 
 
-FEW_ROWS = Tile(rows=16, keys=64, warps=4, stages=3)
-SOME_ROWS = Tile(rows=64, keys=64, warps=4, stages=3)
-MANY_ROWS = Tile(rows=128, keys=64, warps=8, stages=3)
+FEW_ROWS = Tile(rows=16, keys=64, warps=4, stages=5)
+SOME_ROWS = Tile(rows=64, keys=64, warps=4, stages=5)
+MANY_ROWS = Tile(rows=128, keys=64, warps=8, stages=5)
 MANY_ROWS_CHOICES = (
     MANY_ROWS,
-    Tile(rows=128, keys=128, warps=8, stages=2),
-    Tile(rows=128, keys=64, warps=8, stages=4),
-    Tile(rows=64, keys=64, warps=4, stages=3),
+    Tile(rows=128, keys=64, warps=8, stages=7),
+    Tile(rows=128, keys=64, warps=8, stages=3),
+    Tile(rows=64, keys=64, warps=4, stages=5),
 )
 """Tiles that `tuning` tries on a new device."""
+FLOAT32_KEYS = 32
+"""Keys of a tile for float32, which is multiplied without tensor cores: with more keys, or more
+than the fewest rows, values do not fit the registers and go through memory."""
 
 
 class PagedAttention:
@@ -71,9 +78,9 @@ class PagedAttention:
         group = heads // kv_heads
         sequences = len(paged.contexts)
         output = query.new_empty(tokens, heads, dim)
-        tile = self._tile(paged, tokens, group)
+        tile, splits = self.form(paged, tokens, group, kv_heads, query.dtype)
         tiles = tokens // (tile.rows // group) + sequences
-        splits = self._splits(tiles * kv_heads, paged.most_context)
+        many = sequences * kv_heads >= 2 * self._processors
         parts, lse = output, output
         if splits > 1:
             parts = query.new_empty(splits, tokens, heads, dim, dtype=torch.float32)
@@ -82,12 +89,13 @@ class PagedAttention:
         attend_kernel[(tiles, kv_heads, splits)](
             query, keys, values, output, parts, lse,
             paged.query_starts, paged.contexts, paged.table_starts, paged.table,
-            sequences, tokens, scaling / math.log(2),
+            sequences, tokens, LEAST_SPLIT_OF_MANY if many else LEAST_SPLIT,
+            scaling / math.log(2),
             query.stride(1), query.stride(0), keys.stride(0), keys.stride(1),
             GROUP=group, HEAD=dim, HEAD_PAD=padded, BLOCK_TOKENS=paged.block_tokens,
             TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, SPLITS=splits,
             WIDE=query.device.type == "cpu",
-            num_warps=tile.warps, num_stages=tile.stages if query.dtype.itemsize < 4 else 1,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(tokens, heads)](
@@ -96,20 +104,32 @@ class PagedAttention:
             )  # fmt: skip
         return output
 
-    def _tile(self, paged: Paged, tokens: int, group: int) -> Tile:
-        """Return the tile for this batch.
+    def form(
+        self, paged: Paged, tokens: int, group: int, kv_heads: int, dtype: torch.dtype
+    ) -> tuple[Tile, int]:
+        """Return the tile for this batch, and into how many parts a context may be split.
 
-        It goes by the longest query, or by the mean length if that is less: a captured shape gives
-        a longest query that few of its batches have.
+        Both go by the longest query, or by the mean length if that is less: a captured shape gives
+        a longest query that few of its batches have. Where queries are that short, as in decode
+        steps, any context may be long, and a program that finds no keys in its part ends at once.
+        So contexts are split whatever is known about them here.
+
+        Args:
+            tokens: capacity of the batch in new tokens.
+            group: query heads of one KV head.
         """
         few, some, many = FEW_ROWS, SOME_ROWS, self._many_rows
-        rows = min(paged.most_query, -(-tokens // len(paged.contexts))) * group
+        sequences = len(paged.contexts)
+        rows = min(paged.most_query, -(-tokens // sequences)) * group
         chosen = few if rows <= few.rows else some if rows <= 8 * some.rows else many
-        if chosen.rows >= group:
-            return chosen
-        return Tile(1 << (group - 1).bit_length(), chosen.keys, chosen.warps, chosen.stages)
-
-    def _splits(self, programs: int, most_context: int) -> int:
-        """Return the number of parts that puts one or two programs on each multiprocessor."""
-        wanted = min(2 * self._processors // programs, most_context // LEAST_SPLIT)
-        return next((splits for splits in SPLITS if splits <= wanted), 1)
+        parts = paged.most_context // LEAST_SPLIT
+        if chosen is not few:
+            tiles = tokens // (max(chosen.rows, group) // group) + sequences
+            parts = min(parts, 2 * self._processors // (tiles * kv_heads))
+        elif parts >= SPLITS[-1]:
+            parts = SPLITS[0]
+        if dtype.itemsize >= 4:
+            chosen = Tile(few.rows, FLOAT32_KEYS, few.warps, 1)
+        if chosen.rows < group:
+            chosen = Tile(1 << (group - 1).bit_length(), chosen.keys, chosen.warps, chosen.stages)
+        return chosen, next((splits for splits in SPLITS if splits <= parts), 1)

@@ -6,6 +6,10 @@ What the interpreter forgives, the compiler does not. Run it without TRITON_INTE
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -13,7 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pla_serve.engine.attention import kernels as attention
-from pla_serve.engine.attention.paged import FEW_ROWS, MANY_ROWS, SOME_ROWS, SPLITS, Tile
+from pla_serve.engine.attention.paged import (
+    FEW_ROWS,
+    FLOAT32_KEYS,
+    MANY_ROWS,
+    SOME_ROWS,
+    SPLITS,
+    Tile,
+)
 from pla_serve.engine.layers.gpu import kernels as layer
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -48,17 +59,32 @@ def build(
                 "shared": made.metadata.shared,
                 "wgmma": ptx.count("wgmma.mma_async"),
                 "async_copies": ptx.count("cp.async.c"),
+                "waits": [
+                    int(n) for n in re.findall(r"async_wait.*num = (\d+)", made.asm["ttgir"])
+                ],
+                "spilled_bytes": spilled_bytes(ptx),
             }
         )
     )
 
 
-def attend(tile: Tile, splits: int, group: int) -> None:
-    whole = dict.fromkeys(("queries", "keys", "values", "outputs"), "*bf16")
-    part = "*fp32" if splits > 1 else "*bf16"
+def spilled_bytes(ptx: str) -> int:
+    """Bytes that each thread of a kernel keeps in memory, because registers are too few."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        words = [str(assembler), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/out"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    return sum(int(number) for number in re.findall(r"(\d+) bytes spill stores", said))
+
+
+def attend(tile: Tile, splits: int, group: int, dtype: str = "bf16") -> None:
+    whole = dict.fromkeys(("queries", "keys", "values", "outputs"), f"*{dtype}")
+    part = "*fp32" if splits > 1 else f"*{dtype}"
     lengths = dict.fromkeys(("starts", "contexts", "table_starts", "table"), "*i32")
     strides = ("query_token_stride", "query_head_stride", "slot_stride", "kv_head_stride")
-    numbers = dict.fromkeys(("sequences", "capacity", *strides), "i32")
+    numbers = dict.fromkeys(("sequences", "capacity", "least_part", *strides), "i32")
     types = {**whole, "parts": part, "part_lse": part, **lengths, **numbers, "scale": "fp32"}
     constants = {
         "GROUP": group, "HEAD": 128, "HEAD_PAD": 128, "BLOCK_TOKENS": 16, "SPLITS": splits,
@@ -71,6 +97,7 @@ if __name__ == "__main__":
     attend(FEW_ROWS, SPLITS[0], 7)
     attend(SOME_ROWS, SPLITS[1], 5)
     attend(MANY_ROWS, 1, 7)
+    attend(Tile(FEW_ROWS.rows, FLOAT32_KEYS, FEW_ROWS.warps, 1), SPLITS[0], 7, "fp32")
     parts = {"parts": "*fp32", "part_lse": "*fp32", "outputs": "*bf16", "starts": "*i32"}
     numbers = {"sequences": "i32", "capacity": "i32"}
     merged = {"HEAD": 128, "HEAD_PAD": 128, "SPLITS": SPLITS[0]}
