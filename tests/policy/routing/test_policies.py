@@ -342,3 +342,16 @@ def test_what_every_instance_holds_needs_no_list() -> None:
     made = router(Predicted(), Pool.MIXED, Pool.MIXED)
     assert [made.place(more, name).history for name in ("i0", "i1")] == [95, 90]
     assert made.choose(more, 0.0) == "i0"
+
+
+def test_bulk_work_counts_as_long_whatever_its_size() -> None:
+    """So it has the pool of longs, and no short is predicted to wait for it."""
+    pools = router(ClassPools(), Pool.SHORT, Pool.LONG)
+    assert pools.choose(RouteRequest("bulk", 10, bulk=True), 0.0) == "i1"
+    assert pools.choose(RouteRequest("usual", 10), 0.0) == "i0"
+    made = router(Predicted(), Pool.MIXED, Pool.MIXED)
+    for number in range(50):
+        made.dispatched(RouteRequest(f"bulk{number}", 100, bulk=True), "i0", 0.0)
+    made.dispatched(RouteRequest("short", 100), "i1", 0.0)
+    assert made.choose(RouteRequest("next", 100), 0.0) == "i0"
+    assert made.choose(RouteRequest("long", 5000), 0.0) == "i1"

@@ -11,6 +11,7 @@ from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.prefixes import PrefixRecord
 from pla_serve.fleet.router.routed_request import Attempt, RoutedRequest
 from pla_serve.policy.pools.protocol import Pool
+from pla_serve.policy.protocol import ServiceLevel
 from pla_serve.policy.routing.class_pools import ClassPools
 from pla_serve.policy.routing.least_loaded import LeastLoaded
 from pla_serve.policy.routing.predicted import Predicted
@@ -263,7 +264,9 @@ class Dispatcher:
             if facts is not None and facts.block_tokens > 1:
                 cached[name] = tokens - tokens % facts.block_tokens
         tokens = len(request.original.prompt) + len(request.tokens)
-        return RouteRequest(id, tokens, cached, request.chain.common, request.original.deadline)
+        asked, common = request.original, request.chain.common
+        bulk = asked.service is ServiceLevel.BULK
+        return RouteRequest(id, tokens, cached, common, asked.deadline, bulk)
 
     def _exclusions(self, request: RoutedRequest, now: float) -> Iterator[frozenset[str]]:
         """Yield sets of instances to leave out, the largest first.
@@ -294,7 +297,7 @@ class Dispatcher:
     def _plan(self, stage: Router, numbers: RouteRequest, name: str, now: float) -> DispatchPlan:
         place = stage.place(numbers, name)
         view, entry = stage.view, stage.view.entry(name)
-        short = view.is_short(place.new_tokens)
+        short = view.is_short(numbers, place.new_tokens)
         wait = view.wait(entry.index, short, now)
         return DispatchPlan(
             self._instances(name), stage, numbers, place, wait, short, not entry.waiting

@@ -267,7 +267,7 @@ class ReplicaChoice:
     def _charge(self, numbers: RouteRequest, name: str, prompt: RoutedPrompt, now: float) -> Chosen:
         view = self._router.view
         place = self._router.place(numbers, name)
-        short = view.is_short(place.new_tokens)
+        short = view.is_short(numbers, place.new_tokens)
         if not prompt.told:
             wait = view.wait(view.entry(name).index, short, now)
             heapq.heappush(self._expected, (now + wait + place.seconds, numbers.id))

@@ -77,11 +77,11 @@ class ClassPools:
 
     def pool_of(self, request: RouteRequest, view: FleetView) -> Pool:
         """The class of a request, as the caches stand."""
-        if view.is_short(request.prompt_tokens - request.common):
+        if view.is_short(request, request.prompt_tokens - request.common):
             return Pool.SHORT
         where = Pool.SHORT if view.model.transfer_seconds is None else None
         new = request.prompt_tokens - view.most_cached(request, where)
-        return Pool.SHORT if view.is_short(new) else Pool.LONG
+        return Pool.SHORT if view.is_short(request, new) else Pool.LONG
 
 
 ROUTING: Kind[RoutingPolicy] = Kind(

@@ -59,7 +59,7 @@ class Predicted:
     def cost(self, request: RouteRequest, view: FleetView, index: int, now: float) -> float:
         """Predicted seconds to first token on one instance, and those that others lose."""
         place = placement(request, view, view.entries[index].id)
-        wait = view.wait(index, view.is_short(place.new_tokens), now)
+        wait = view.wait(index, view.is_short(request, place.new_tokens), now)
         return wait + place.seconds * (1 + self.others * view.waiting / len(view))
 
     def _in_time(
@@ -75,8 +75,8 @@ class Predicted:
     def _short_without_cache(self, request: RouteRequest, view: FleetView) -> bool:
         """The class it has where no more of it is cached than everywhere."""
         if request.cached and view.model.transfer_seconds is not None:
-            return view.is_short(placement(request, view, None).new_tokens)
-        return view.is_short(request.prompt_tokens - request.common)
+            return view.is_short(request, placement(request, view, None).new_tokens)
+        return view.is_short(request, request.prompt_tokens - request.common)
 
 
 ROUTING: Kind[RoutingPolicy] = Kind(

@@ -24,6 +24,8 @@ class RouteRequest(NamedTuple):
     """Prompt tokens whose KV every instance holds, as of a system prompt."""
     deadline: float | None = None
     """When the first token is due, on the router's clock; None: as soon as may be."""
+    bulk: bool = False
+    """Whether nobody waits for it: it counts as long, whatever its size."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ class Router:
             raise ValueError(f"request {request.id!r} is dispatched already; finish it first")
         entry = self.view.entry(instance_id)
         place = placement(request, self.view, instance_id)
-        short = self.view.is_short(place.new_tokens)
+        short = self.view.is_short(request, place.new_tokens)
         seconds = place.seconds
         if short and entry.waiting:
             seconds = max(0.0, seconds - self.view.model.launch_seconds)

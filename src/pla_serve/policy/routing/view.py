@@ -225,9 +225,9 @@ class FleetView:
         free: Counts = members[(self.tokens[members] == 0) & (self.ready[members] <= now)]
         return free
 
-    def is_short(self, new_tokens: int) -> bool:
-        """Whether a prefill of so many new tokens is short by the boundary."""
-        return new_tokens <= self.model.boundary_tokens
+    def is_short(self, request: RouteRequest, new_tokens: int) -> bool:
+        """Whether a request with so many new tokens is short, as instances see it."""
+        return not request.bulk and new_tokens <= self.model.boundary_tokens
 
     def charge(self, entry: InstanceView, request_id: str, charge: Charge) -> None:
         """Put a dispatched request on an account."""
