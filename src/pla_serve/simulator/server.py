@@ -91,6 +91,8 @@ class SimulatedServer:
         self._peers = peers
         self._admitted = admitted
         self._draining = False
+        self.ends_at: float | None = None
+        """When it has been told to end; until then it takes nothing new."""
         self._served: dict[str, _Served] = {}
         self._reserved: dict[str, _Reserved] = {}
         self._outbox: list[RequestAnswer] = []
@@ -162,7 +164,8 @@ class SimulatedServer:
 
     def report(self) -> None:
         """Tell the router the state of this moment."""
-        state = self.engine.policy.state(self._timeline.now)
+        now = self._timeline.now
+        state = self.engine.policy.state(now)
         options = self._options
         short, long = state.short_seconds, state.seconds - state.short_seconds
         for reserved in self._reserved.values():
@@ -172,8 +175,9 @@ class SimulatedServer:
         self.link.report(
             InstanceReport(
                 role=self.role,
-                ready=True,
+                ready=self.ends_at is None,
                 draining=self._draining,
+                ends_in=None if self.ends_at is None else max(0.0, self.ends_at - now),
                 requests=len(self._served) + len(self._reserved),
                 load=EngineLoad(
                     short_waiting=state.short_requests,

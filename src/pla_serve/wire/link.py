@@ -90,6 +90,9 @@ class InstanceReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     age: Duration = 0.0
     """Seconds since the engine made ``load``."""
     load: EngineLoad = EngineLoad()
+    ends_in: Duration | None = None
+    """Seconds until the instance ends; None if it has not been told to. Until then it goes on with
+    what it has, and lends its KV; routers move that away in time."""
 
 
 class EngineLost(msgspec.Struct, frozen=True, tag="engine_lost"):

@@ -36,6 +36,7 @@ EVENTS = st.lists(
             + ["trickle"] * 4
             + ["cut", "cut", "restart", "connect", "connect", "connect"]
             + ["abort", "refuse", "relent", "error", "expire", "drain", "undrain", "wait", "role"]
+            + ["notice", "notice", "wait"]
         ),
         st.integers(0, 3),
         st.integers(0, 7),
@@ -93,6 +94,8 @@ class Schedule:
             (link.error if kind == "error" else link.expire)(id)
         elif kind in ("drain", "undrain") and link.connected:
             link.report(draining=kind == "drain")
+        elif kind == "notice" and link.connected:
+            link.report(ready=False, ends_in=amount / 2)
         elif kind == "wait":
             self.bench.clock.advance(amount / 3)
         elif kind == "role" and link.connected and amount < 4:

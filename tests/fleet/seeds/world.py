@@ -68,6 +68,7 @@ FAULTS = {
     "role change": 3,
     "router restart": 1,
     "recall": 3,
+    "notice": 3,
 }
 """Kinds, and how often each is drawn. A stall is a hang of all instances at once."""
 
@@ -433,6 +434,8 @@ class World:
         elif kind == "drain":
             server.change_draining(True)
             self.timeline.at(now + rng.uniform(0.2, 3.0), lambda _: server.change_draining(False))
+        elif kind == "notice":
+            self._give_notice(server, rng.choice((0.5, 2.0, 4.0)))
         elif kind == "role change":
             server.change_role(rng.choice(("mixed", "short", "long", "decode")))
         elif kind == "router restart":
@@ -441,6 +444,20 @@ class World:
             for name in server.not_begun():
                 self.fleet.place_again(name.partition("~")[0])
         self.counts[kind] += 1
+
+    def _give_notice(self, server: FaultyServer, grace: float) -> None:
+        """Have an instance say that it will end, and end it then, unless the faults are over."""
+        if server.ends_at is not None or not server.alive:
+            return
+        end = server.ends_at = self.timeline.now + grace
+        server.report()
+
+        def leave(_: object) -> None:
+            if server.ends_at == end:
+                server.ends_at = None
+                self._die(server, 0.5)
+
+        self.timeline.at(end, leave)
 
     def _die(self, server: FaultyServer, down: float) -> None:
         if not server.alive:
@@ -504,6 +521,7 @@ class World:
             link: Any = server.link
             link.late_reports = False
             server.full = server.hung = False
+            server.ends_at = None
             server.change_draining(False)
             if not server.alive:
                 server.start()

@@ -94,6 +94,34 @@ def test_names_and_times_become_the_engines_own() -> None:
     asyncio.run(main())
 
 
+def test_a_server_that_ends_lends_and_waits_until_its_kv_was_read() -> None:
+    async def main() -> None:
+        harness = Harness()
+        harness.traffic.give_notice(9.0)
+        harness.link.handle(add("new"))
+        (refusal,) = await harness.said()
+        assert isinstance(refusal, Rejected)
+        harness.link.handle(Lend(id="loan", tokens=[1, 2], lease_seconds=5.0))
+        (lend,) = harness.engine.sent
+        assert harness.traffic.in_flight == 1
+        harness.link.take(Offer(id=lend.id, source=b"kv", tokens=2))
+        assert harness.traffic.in_flight == 1
+        harness.link.handle(Release("loan"))
+        harness.link.handle(Release("loan"))
+        assert harness.traffic.in_flight == 0
+        for end in (harness.link.close, lambda: harness.link.fail(EngineDiedError("gone"))):
+            harness.link.handle(Lend(id="loan", tokens=[1, 2], lease_seconds=5.0))
+            harness.link.take(Offer(id=harness.engine.sent[-1].id, source=b"kv", tokens=2))
+            assert harness.traffic.in_flight == 1
+            end()
+            assert harness.traffic.in_flight == 0
+        harness.link.handle(Lend(id="nothing", tokens=[1, 2], lease_seconds=5.0))
+        harness.link.take(Offer(id=harness.engine.sent[-1].id, source=b"", tokens=0))
+        assert harness.traffic.in_flight == 0
+
+    asyncio.run(main())
+
+
 def test_a_request_sent_again_after_an_abort_is_another_one() -> None:
     async def main() -> None:
         harness = Harness()

@@ -17,7 +17,7 @@ class Attempts:
 
     def __init__(self, dispatcher: Dispatcher, clock: Callable[[], float]) -> None:
         self._dispatcher = dispatcher
-        self._clock = clock
+        self.clock = clock
 
     def open(self, request: RoutedRequest, plan: DispatchPlan, now: float) -> Attempt:
         """Begin an attempt: charge the request to the planned instance.
@@ -37,7 +37,7 @@ class Attempts:
         """
         attempt.instance.attempts.pop(attempt.id, None)
         attempt.instance.circuit.withdrawn(attempt.id)
-        self._dispatcher.finished(attempt, self._clock())
+        self._dispatcher.finished(attempt, self.clock())
         if request.attempt is attempt:
             request.attempt = None
 

@@ -176,6 +176,18 @@ class Dispatcher:
                 return self._plan(stage, numbers, name, now)
         return None
 
+    def plan_at(
+        self, request: RoutedRequest, id: str, instance: FleetInstance, now: float
+    ) -> DispatchPlan:
+        """Return the plan to send a request to an instance that somebody else has chosen."""
+        numbers = self._route_request(request, id)
+        return self._plan(self._stage(instance), numbers, instance.name, now)
+
+    def cached(self, request: RoutedRequest) -> dict[str, int]:
+        """Return what instances are believed to hold of a request's tokens, by name."""
+        request.extend_chain()
+        return self.prefixes.match(request.chain)
+
     def charge(self, request: RoutedRequest, plan: DispatchPlan, now: float) -> Attempt:
         """Charge a request that is sent as planned, and return its attempt."""
         instance = plan.instance

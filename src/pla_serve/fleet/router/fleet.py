@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from math import ceil, inf
+from math import inf
 
 import msgspec
 
 from pla_serve.fleet.link.protocol import InstanceFacts, InstanceReport, Link, LossCause
 from pla_serve.fleet.router.attempts import Attempts
 from pla_serve.fleet.router.contract import FleetOptions, Later, RoutingObserver
+from pla_serve.fleet.router.departures import Departures
 from pla_serve.fleet.router.dispatch import BLAME_SECONDS, Dispatcher, DispatchPlan
+from pla_serve.fleet.router.ends import RequestEnds
 from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.hand_over import Effect
 from pla_serve.fleet.router.hand_overs import HandOvers, Remainder
 from pla_serve.fleet.router.instance_table import InstanceTable
 from pla_serve.fleet.router.keys import KeyShares
+from pla_serve.fleet.router.moves import DecodeMoves
 from pla_serve.fleet.router.parking import Parking
 from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.fleet.router.routed_request import Attempt, Blame, RoutedRequest, with_seed
 from pla_serve.fleet.router.suspects import Suspects, given_up, log_failure
 from pla_serve.policy.routing.protocol import RoutingPolicy
-from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError
+from pla_serve.server.engine.session import AnswerReceiver
 from pla_serve.wire import engine as wire
 
 log = logging.getLogger(__name__)
-
-MOST_ROUNDS = 8
-"""Most failures of one request with tokens in between, as a multiple of those without."""
 
 
 class Fleet:
@@ -76,8 +76,22 @@ class Fleet:
         self._hand_overs = HandOvers(
             self._attempts, self.dispatcher, self._instances, observer, clock, options.lease_seconds
         )
+        self._moves = DecodeMoves(
+            self._attempts, self.dispatcher, observer, clock, options.lease_seconds
+        )
+        self._departures = Departures(self, self._requests, self._moves, later)
         self.shares = KeyShares()
         self._suspects = Suspects(options.most_lost_engines, self._parking.wake_all)
+        self._ends = RequestEnds(
+            self._requests,
+            self._parking,
+            self.shares,
+            self._attempts,
+            self._hand_overs,
+            self._moves,
+            self._suspects,
+            logger,
+        )
 
     # State, for others to look at
 
@@ -137,7 +151,7 @@ class Fleet:
         """End a request whose client left; ids that are unknown or have ended are ignored."""
         request = self._requests.get(id)
         if request is not None:
-            self._withdraw(request)
+            self._ends.withdraw(request)
 
     def place_again(self, id: str) -> None:
         """Take a request back from the instance where it waits, and place it as the fleet is now.
@@ -146,18 +160,23 @@ class Fleet:
         """
         request = self._requests.get(id)
         attempt = request.attempt if request is not None else None
-        if request is None or attempt is None or attempt.first:
-            return
+        if request is not None and attempt is not None and not attempt.first:
+            self.place_anew(request)
+
+    def place_anew(self, request: RoutedRequest) -> None:
+        """Take a request from where it is, and place it with its tokens as the fleet is now."""
+        self._moves.cancel(request)
         self._hand_overs.drop(request)
-        self._attempts.settle(request, attempt)
-        self._attempts.send(attempt.instance, wire.AbortRequest(attempt.id))
+        if (attempt := request.attempt) is not None:
+            self._attempts.settle(request, attempt)
+            self._attempts.send(attempt.instance, wire.AbortRequest(attempt.id))
         self._place(request)
 
     def fail_all(self, reason: str) -> None:
         """End every request with an error."""
         for request in list(self._requests.values()):
             if request.id in self._requests:
-                self._fail(request, reason)
+                self._ends.fail(request, reason)
 
     # LinkEvents
 
@@ -182,12 +201,15 @@ class Fleet:
             return
         self.observer.reported(link, report)
         self.dispatcher.reported(instance, report, self.clock())
+        self._departures.reported(instance, report)
         if (instance.open, instance.role) != before:
             self._changed()
 
     def lost(self, link: Link, reason: str, cause: LossCause) -> None:
         instance, now = self._instances.of(link), self.clock()
         instance.lost(reason)
+        self._departures.lost(instance)
+        self._moves.lost(instance)
         self._log.warning(
             "lost %s with %d requests: %s", instance.name, len(instance.attempts), reason
         )
@@ -215,6 +237,8 @@ class Fleet:
 
     def message(self, link: Link, message: wire.RequestAnswer) -> None:
         instance = self._instances.of(link)
+        if self._moves.message(instance, message):
+            return
         if (request := self._requests.get(instance.attempts.get(message.id, ""))) is None:
             return  # of an attempt that is over
         if isinstance(message, wire.Accepted):
@@ -224,7 +248,7 @@ class Fleet:
         if request.id not in self._requests:
             return  # its client closed it on being told
         if isinstance(message, wire.Output) and message.error and message.fault == "request":
-            self._at_fault(request, message)
+            self._ends.at_fault(request, message)
             return
         left = self._hand_overs.message(request, instance, message)
         if left is not Effect.ORDINARY:
@@ -278,7 +302,7 @@ class Fleet:
             return False
         self.observer.refused("share" if request.tenant else "capacity")
         reason = f"the fleet has more work than it does in {most:g} s"
-        self._refuse(request, reason, plan.wait - most)
+        self._ends.refuse(request, reason, plan.wait - most)
         return True
 
     def _nowhere(self, request: RoutedRequest, now: float) -> None:
@@ -289,10 +313,10 @@ class Fleet:
         retry = min(request.refused.values(), default=inf)
         if not request.accepted and request.refused:
             self.observer.refused("capacity")
-            self._refuse(request, "no instance has room for it", retry)
+            self._ends.refuse(request, "no instance has room for it", retry)
         elif left <= 0:
             self.observer.refused("failures")
-            self._fail(request, "no instance is ready")
+            self._ends.fail(request, "no instance is ready")
         else:
             soon = BLAME_SECONDS if request.avoid else left
             self._parking.park(request, min(left, max(min(retry, soon), 0.05)))
@@ -350,7 +374,7 @@ class Fleet:
         request.tokens += output.tokens
         if output.finish_reason is not None:
             self.dispatcher.grown(request, attempt)
-            self._end(request)
+            self._ends.end(request)
         request.receiver.take(answer)
 
     def _first(self, request: RoutedRequest, attempt: Attempt, output: wire.Output) -> None:
@@ -375,7 +399,7 @@ class Fleet:
         if rejected.retry_after is None:
             request.refused.update(dict.fromkeys(self._instances.alike(instance), inf))
             if all(i.name in request.refused for i in self.instances if i.open):
-                self._reject(request, rejected)
+                self._ends.reject(request, rejected)
                 return
         else:
             request.refused[instance.name] = rejected.retry_after
@@ -390,15 +414,11 @@ class Fleet:
                 self.observer.refused("failures")
                 end = given_up(request)
                 log_failure(self._log, request, end.error or "")
-                self._at_fault(request, end)
-
-    def _at_fault(self, request: RoutedRequest, output: wire.Output) -> None:
-        """End a request that failed by a fault of its own: no instance would do better."""
-        self._withdraw(request)
-        request.receiver.take(msgspec.structs.replace(output, id=request.id))
+                self._ends.at_fault(request, end)
 
     def _move(self, request: RoutedRequest, reason: str, *, answered: bool = False) -> None:
         """Place a request again that an instance failed, or end it if that happened too often."""
+        self._moves.cancel(request)
         attempt, now = request.attempt, self.clock()
         if attempt is not None:
             instance = attempt.instance
@@ -406,45 +426,10 @@ class Fleet:
             self._attempts.settle(request, attempt)
         request.failures.append(reason)
         request.fruitless, request.stalled = request.fruitless + 1, now
-        most = self._options.most_failures
-        if request.fruitless >= most or len(request.failures) >= MOST_ROUNDS * most:
+        if request.failed_too_often(self._options.most_failures):
             self.observer.refused("failures")
             told = f"given up after {len(request.failures)} failures; the router's log has them"
-            self._fail(request, told, answered=answered)
+            self._ends.fail(request, told, answered=answered)
             return
         request.refused.clear()
         self._place(request)
-
-    def _refuse(self, request: RoutedRequest, reason: str, seconds: float) -> None:
-        seconds = float(ceil(max(seconds, 1.0))) if seconds < inf else 5.0
-        self._reject(request, wire.Rejected(id=request.id, reason=reason, retry_after=seconds))
-
-    def _reject(self, request: RoutedRequest, rejected: wire.Rejected) -> None:
-        """End a request as refused, or with an error if its client was told of acceptance."""
-        if request.accepted:
-            self._fail(request, rejected.reason)
-            return
-        self._end(request)
-        request.receiver.take(msgspec.structs.replace(rejected, id=request.id))
-
-    def _fail(self, request: RoutedRequest, reason: str, *, answered: bool = False) -> None:
-        self._withdraw(request)
-        log_failure(self._log, request, reason)
-        request.receiver.fail(EngineDiedError(reason, answered=answered))
-
-    def _withdraw(self, request: RoutedRequest) -> None:
-        """End a request, and tell the instances that have it."""
-        attempt = request.attempt
-        self._hand_overs.drop(request)
-        self._end(request)
-        if attempt is not None:
-            self._attempts.send(attempt.instance, wire.AbortRequest(attempt.id))
-
-    def _end(self, request: RoutedRequest) -> None:
-        """Forget a request and everything that is charged for it."""
-        self._requests.pop(request.id, None)
-        self._parking.leave(request)
-        self.shares.discharge(request.tenant, request.id, self.clock())
-        if request.attempt is not None:
-            self._attempts.settle(request, request.attempt)
-        self._suspects.cleared(request)

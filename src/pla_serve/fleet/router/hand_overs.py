@@ -133,7 +133,7 @@ class HandOvers:
         if original.sampling.max_tokens <= original.generated + len(request.tokens) + 1:
             return False
         plan = self._dispatcher.plan_decode(request, request.id, set(), self._clock())
-        return plan is not None and _exchange_kv(source, plan.instance)
+        return plan is not None and exchange_kv(source, plan.instance)
 
     # Effects
 
@@ -199,7 +199,7 @@ class HandOvers:
             if plan is None:
                 return Event.TARGET_MISSING
             hand_over.tried.add(plan.instance.name)
-            if _exchange_kv(hand_over.source, plan.instance):
+            if exchange_kv(hand_over.source, plan.instance):
                 hand_over.target = self._attempts.open(request, plan, now)
                 return Event.TARGET_FOUND
 
@@ -244,8 +244,8 @@ def _target_event(state: HandOverState, message: RequestAnswer) -> Event:
     return Event.TARGET_REFUSED
 
 
-def _exchange_kv(source: FleetInstance, target: FleetInstance) -> bool:
-    """Whether the target can read the source's KV."""
+def exchange_kv(source: FleetInstance, target: FleetInstance) -> bool:
+    """Return whether the target can read the source's KV."""
     return (
         source.facts is not None
         and target.facts is not None

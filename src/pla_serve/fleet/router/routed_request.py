@@ -14,6 +14,9 @@ from pla_serve.fleet.router.prefixes import Chain, PrefixMark
 from pla_serve.server.engine.session import AnswerReceiver
 from pla_serve.wire import engine as wire
 
+MOST_ROUNDS = 8
+"""Most failures of one request with tokens in between, as a multiple of those without."""
+
 
 class Timer(Protocol):
     """A call that is due later."""
@@ -144,6 +147,10 @@ class RoutedRequest:
     def lost_engines(self) -> int:
         """Engines that have ended, or may have, before they made a token of this request."""
         return len(self.losses)
+
+    def failed_too_often(self, most: int) -> bool:
+        """Return whether it may fail no more: ``most`` times without a token in between."""
+        return self.fruitless >= most or len(self.failures) >= MOST_ROUNDS * most
 
     @property
     def id(self) -> str:

@@ -15,10 +15,11 @@ from pla_serve.server.api.anthropic.endpoints import MessageEndpoints
 from pla_serve.server.api.anthropic.schema import CountTokensRequest, MessagesRequest
 from pla_serve.server.api.body import BodyReader
 from pla_serve.server.api.cross_origin import CrossOrigin
+from pla_serve.server.api.drain import drain_operations
 from pla_serve.server.api.endpoints import Endpoints
 from pla_serve.server.api.generations import Generations
 from pla_serve.server.api.guard import DETOKENIZE, TOKENIZE, Guard, Keys, Traffic
-from pla_serve.server.api.link_access import operator_keys
+from pla_serve.server.api.link_access import LinkAccess, operator_keys
 from pla_serve.server.api.openapi import openapi, page
 from pla_serve.server.api.responses.background import BackgroundRuns
 from pla_serve.server.api.responses.endpoints import ResponsesEndpoints
@@ -57,6 +58,7 @@ def build_app(
         *_anthropic(MessageEndpoints(service, bodies, generations)),
         *_tokens(TokenEndpoints(service, bodies)),
         *_operations(service, traffic),
+        *drain_operations(traffic, bodies, LinkAccess(settings.link_key, settings.api_keys)),
         *more,
     ]
     described = [each for each in routes if isinstance(each, Operation)]

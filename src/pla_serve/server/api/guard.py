@@ -7,8 +7,9 @@ import hashlib
 import hmac
 import logging
 import re
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,10 +70,18 @@ class Keys:
 
 
 class Traffic:
-    """Counts the requests that are being served, and refuses new ones while draining."""
+    """Counts the requests that are being served, and refuses new ones while draining.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Args:
+        clock: seconds, never going back.
+    """
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self.draining = False
+        self.ending = False
+        """Whether the process will end in any case, as after SIGTERM."""
+        self._ends_at: float | None = None
+        self._clock = clock
         self._in_flight = 0
         self._metrics = metrics
         self._idle = asyncio.Event()
@@ -82,6 +91,11 @@ class Traffic:
     def in_flight(self) -> int:
         return self._in_flight
 
+    @property
+    def ends_in(self) -> float | None:
+        """Seconds until the server ends, as far as it has been told; None if it has not."""
+        return None if self._ends_at is None else max(0.0, self._ends_at - self._clock())
+
     def change(self, by: int) -> None:
         self._in_flight += by
         self._metrics.set("pla_serve:http_requests_in_flight", self._in_flight)
@@ -90,12 +104,23 @@ class Traffic:
         else:
             self._idle.set()
 
+    def give_notice(self, seconds: float) -> None:
+        """Refuse new requests from now on, because the server will end in so many seconds."""
+        self.draining = True
+        self._ends_at = self._clock() + seconds
+
+    def withdraw_notice(self) -> None:
+        """Take requests again."""
+        self.draining = False
+        self._ends_at = None
+
     async def drain(self, seconds: float) -> bool:
-        """Refuse new requests from now on, and wait for the running ones.
+        """Refuse new requests for good, and wait for the running ones.
 
         Returns whether all have ended within ``seconds``.
         """
-        self.draining = True
+        self.ending = True
+        self.give_notice(seconds)
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()

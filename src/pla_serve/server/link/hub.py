@@ -297,6 +297,7 @@ class LinkHub:
             requests=self._traffic.in_flight,
             age=max(0.0, self._clock() - self._stats_at) if stats else 0.0,
             load=stats.load if stats else EngineLoad(),
+            ends_in=self._traffic.ends_in,
         )
 
 

@@ -79,6 +79,8 @@ class RouterLink:
         """Engine's ids of offers that are not released yet, by the router's ids."""
         self._lends: set[str] = set()
         """Router's ids of unfinished `Lend` requests, which end with their `Offer`."""
+        self._lent: set[str] = set()
+        """Router's ids of offers that answered a `Lend` and are not released yet."""
 
     @property
     def requests(self) -> int:
@@ -143,8 +145,9 @@ class RouterLink:
 
     def fail(self, failure: Exception) -> None:
         """Forget all requests: the engine is gone, and the hub sends `EngineLost`."""
-        self._traffic.change(-len(self._open))
+        self._traffic.change(-len(self._open) - len(self._lent))
         self._open.clear()
+        self._lent.clear()
         self._request_ids.clear()
         self._lends.clear()
         self._offers.clear()
@@ -158,7 +161,7 @@ class RouterLink:
             self._release(id)
 
     def _begin(self, id: str, message: Callable[[str], Inbound], lends: bool = False) -> None:
-        if self._traffic.draining:
+        if self._traffic.draining and not lends:
             self._refuse(id, "the instance is shutting down", 5.0)
             return
         if len(id) > MOST_ID:
@@ -194,10 +197,22 @@ class RouterLink:
         if not offer.source:
             return
         if len(self._offers) >= MOST_OFFERS:
-            del self._offers[next(iter(self._offers))]
+            oldest = next(iter(self._offers))
+            del self._offers[oldest]
+            self._settle_loan(oldest)
         self._offers[id] = offer.id
+        if id in self._lends:
+            # A server that ends waits until what it lends has been read.
+            self._lent.add(id)
+            self._traffic.change(+1)
+
+    def _settle_loan(self, id: str) -> None:
+        if id in self._lent:
+            self._lent.discard(id)
+            self._traffic.change(-1)
 
     def _release(self, id: str) -> None:
+        self._settle_loan(id)
         name = self._offers.pop(id, None)
         if name is not None:
             self._engine.send(Release(name))
