@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pla_serve.engine.kernels.few import FEW_TOKENS, FewTokens, smallest_type
+from pla_serve.engine.kernels.few import FEW_TOKENS, FewTokens, narrowed
 from pla_serve.engine.layers.cpu import FusedRMSNorm, PackedLinear
 from pla_serve.engine.layers.cpu.linear import GatedLinear
 from tests.engine.levels import NAMES, kernels_of
@@ -94,8 +94,11 @@ def test_only_weights_that_are_smaller_and_fit(few: FewTokens) -> None:
     assert few.pack(random(64, 40).bfloat16()) is None
     assert few.pack(random(40, 64).bfloat16()) is None
     assert few.pack(random(64, 64).half()) is None, "activations are of other types"
-    assert smallest_type(random(4, 4).half().float() * 2**-8) == torch.float16
-    assert smallest_type(random(4, 4).bfloat16().float() * 2**60) == torch.bfloat16
+    assert narrowed(random(4, 4).half().float() * 2**-8).dtype == torch.float16
+    assert narrowed(random(4, 4).bfloat16().float() * 2**60).dtype == torch.bfloat16
+    late = random(100, 100).bfloat16().float()
+    late[-1, -1] += 2**-20
+    assert narrowed(late) is late
 
 
 def test_linears_take_it_for_few_tokens_only(level: str) -> None:

@@ -16,27 +16,34 @@ KINDS = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights, in the order of the numbers that the kernel knows them by."""
 
 
+SAMPLE = 4096
+"""Numbers of a weight that are looked at first, which tells most types that cannot hold it."""
+
+
 class FewWeight:
     """Weight (out, in) of a linear in panels, in the smallest type that holds it exactly.
 
     Args:
+        weight: (out, in), as `narrowed` returns it.
         width: outputs in one panel (`FewTokens.width`).
     """
 
     def __init__(self, weight: torch.Tensor, width: int) -> None:
         self.outputs, self.inputs = weight.shape
-        dtype = smallest_type(weight)
-        panels = weight.to(dtype).view(self.outputs // width, width, self.inputs)
+        panels = weight.view(self.outputs // width, width, self.inputs)
         self.panels = panels.transpose(1, 2).contiguous()
-        self.kind = KINDS.index(dtype)
+        self.kind = KINDS.index(weight.dtype)
 
 
-def smallest_type(weight: torch.Tensor) -> torch.dtype:
-    """Return the smallest of `KINDS` that represents all numbers of ``weight`` exactly."""
+def narrowed(weight: torch.Tensor) -> torch.Tensor:
+    """Return ``weight`` in the smallest of `KINDS` that represents all of its numbers exactly."""
+    sample = weight.flatten()[:SAMPLE]
     for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(weight.to(dtype).to(weight.dtype), weight):
-            return dtype
-    return torch.float32
+        if torch.equal(sample.to(dtype).to(weight.dtype), sample):
+            narrow = weight.to(dtype)
+            if torch.equal(narrow.to(weight.dtype), weight):
+                return narrow
+    return weight.float()
 
 
 class FewTokens:
@@ -56,9 +63,8 @@ class FewTokens:
         outputs, inputs = weight.shape
         if inputs % MULTIPLE or outputs % self.width or weight.dtype not in KINDS[:2]:
             return None
-        if smallest_type(weight) == torch.float32:
-            return None
-        return FewWeight(weight, self.width)
+        narrow = narrowed(weight)
+        return None if narrow.dtype == torch.float32 else FewWeight(narrow, self.width)
 
     def linear(
         self,
@@ -102,7 +108,7 @@ class FewTokens:
         inputs = torch.randn(FEW_TOKENS, 48, generator=generator)
         for dtype in (torch.bfloat16, torch.float16):
             weight = torch.randn(64, 48, generator=generator).to(dtype).float()
-            packed = FewWeight(weight, self.width)
+            packed = FewWeight(narrowed(weight), self.width)
             for count in (1, 3, FEW_TOKENS):
                 right = inputs[:count] @ weight.t()
                 if not torch.allclose(self.linear(inputs[:count], packed), right, 1e-4, 1e-4):

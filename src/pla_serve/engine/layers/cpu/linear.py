@@ -65,7 +65,8 @@ class PackedLinear(torch.nn.Module):
         Raises:
             ValueError: some have a bias and some have none.
         """
-        weight = torch.cat([linear.weight.data for linear in linears])
+        weights = [linear.weight.data for linear in linears]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # packing copies it anyway
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if len(biases) not in (0, len(linears)):
             raise ValueError("linears with and without a bias cannot be joined")
