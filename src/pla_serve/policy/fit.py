@@ -6,7 +6,6 @@ from collections import OrderedDict, deque
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 Vector = NDArray[np.float64]
 """(features,) or (samples,) float64."""
@@ -130,6 +129,9 @@ def refit(
 
 def _solve(rows: Vector, targets: Vector, before: Vector) -> Vector:
     """argmin |rows x - targets|^2 + |ridge (x - before)|^2 over x >= 0, by its normal equations."""
+    # Imported at the first fit: it takes half a second, and commands that fit nothing import this.
+    from scipy.optimize import nnls
+
     ridge = (RIDGE / np.maximum(before, LEAST_SHARE)) ** 2
     factor = np.linalg.cholesky(rows.T @ rows + np.diag(ridge))
     right = np.linalg.solve(factor, rows.T @ targets + ridge * before)
