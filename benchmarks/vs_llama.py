@@ -2,7 +2,6 @@
 
     python benchmarks/vs_llama.py                             # all formats, about 20 minutes
     python benchmarks/vs_llama.py --quick --formats Q8_0
-    python benchmarks/vs_llama.py --formats gemma3-270m       # another model; under its own licence
 
 Everything goes over HTTP, as in vs_vllm.py: both servers stay up, the one that is not measured is
 stopped with SIGSTOP, they take turns, medians count, prompts are unique. llama-server gets every
@@ -16,7 +15,6 @@ import argparse
 import json
 import secrets
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,45 +26,32 @@ from pla_serve.bench.save import write_json
 from pla_serve.bench.text import load_tokenizer, make_filler
 from pla_serve.engine.loading import ConsoleProgress, resolve
 from pla_serve.engine.loading.finder import DEFAULT_MODEL
-from pla_serve.engine.loading.wheel import BY_MODEL
 from pla_serve.environment import describe, usable_cores
 
 WANTED = {
     "F32": {"prefill": 1.0, "decode": 1.0, "http": 1.0},
     "BF16": {"prefill": 1.0, "decode": 1.2, "http": 1.0},
-    "gemma3-270m": {"prefill": 1.2, "decode": 1.2, "http": 1.0},
     "": {"prefill": 2.0, "decode": 1.3, "http": 1.0},
 }
 """Ratios that the project promises, by format (else that of quantised ones) and measurement."""
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-"""Chat template of models that have none: texts alone, one a line."""
 READ_BYTES = 2**30
 REPEATS = 7
 
 
-def ours(file: Path, form: str, template: list[str], flags: list[str]) -> Side:
+def ours(file: Path, form: str, flags: list[str]) -> Side:
     command = [sys.executable, "-m", "pla_serve", "serve", "--model", str(file)]
     command += ["--served-model-name", MODEL, "--log-level", "warning"]
     command += ["--dtype", DTYPES[form]] if form in DTYPES else ["--quantization", "keep"]
-    return Side("pla-serve", (*command, *template, *flags), None, "/ready")
+    return Side("pla-serve", (*command, *flags), None, "/ready")
 
 
-def theirs(programs: Path, file: Path, template: list[str]) -> Side:
+def theirs(programs: Path, file: Path) -> Side:
     command = [str(programs / "llama-server"), "--model", str(file), "--alias", MODEL]
     command += ["--host", "127.0.0.1", "--threads", str(usable_cores()), "--flash-attn", "on"]
     command += ["--parallel", str(CLIENTS), "--ctx-size", str(CLIENTS * MAX_LENGTH)]
     command += ["--batch-size", "2048", "--ubatch-size", "512", "--no-webui"]
-    return Side("llama-server", (*command, *template), None, "/health")
-
-
-def templates(form: str, folder: Path) -> tuple[list[str], list[str]]:
-    """Flags of both servers that give a model without a chat template one; none for others."""
-    if form not in BY_MODEL:
-        return [], []
-    file = folder / "template.jinja"
-    file.write_text(TEMPLATE)
-    return ["--chat-template", str(file)], ["--jinja", "--chat-template-file", str(file)]
+    return Side("llama-server", tuple(command), None, "/health")
 
 
 def bandwidth() -> float:
@@ -91,10 +76,8 @@ def main() -> None:
     most_bytes = bandwidth()
     for form in options.formats.split(","):
         file = llama_cpp.model_file(programs, form)
-        with tempfile.TemporaryDirectory() as scratch:
-            mine, other = templates(form, Path(scratch))
-            sides = [ours(file, form, mine, options.ours), theirs(programs, file, other)]
-            found = rounds(sides, filler, options.rounds, options.quick)
+        sides = [ours(file, form, options.ours), theirs(programs, file)]
+        found = rounds(sides, filler, options.rounds, options.quick)
         mine, other = (medians(found, side.name) for side in sides)
         wanted = WANTED.get(form, WANTED[""])
         rows = compare(form, mine, other, (sides[0].name, sides[1].name), wanted)
