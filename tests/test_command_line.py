@@ -30,7 +30,7 @@ NEW = {
         *("--generation-config", "--override-generation-config", "--cpu-kernels"),
         *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
         *("--max-background-responses", "--cors-origin"),
-        "--quantization",
+        *("--quantization", "--stored-profile"),
         *("--batch-dir", "--batch-lines-at-once", "--max-batch-lines", "--max-batch-file-mib"),
         *("--max-batch-key-gib", "--batch-free-mib"),
         *("--tier", "--key-tier"),

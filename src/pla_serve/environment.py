@@ -27,7 +27,7 @@ def describe(command: Sequence[str] | None = None) -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(sys.argv if command is None else command),
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "cores": usable_cores(),
             "memory_gib": _memory_gib(),
             "os": f"{platform.system()} {platform.release()}",
@@ -62,7 +62,8 @@ def _without_folder(word: str) -> str:
     return f"{head}{equals}{Path(tail).name}" if tail.startswith(("/", "~")) else word
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Return the name of the processor, or ``unknown``."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -27,8 +27,6 @@ SIZES = {
     "initializer_range": 0.1,
 }
 """Rows are multiples of 256, as K formats need."""
-WINDOWS = {"Gemma3Text": {"sliding_window": 7, "num_hidden_layers": 6, "query_pre_attn_scalar": 32}}
-"""Further settings of families with windows, in five layers of six."""
 
 
 def rows_of(form: WeightFormat, weights: np.ndarray, seed: int = 0) -> Bytes:
@@ -58,12 +56,8 @@ def write(path: Path, family: str, format_of: Callable[[str], str]) -> None:
         form = BY_NAME[format_of(name)]
         return rows_of(form, weights, len(name)), GGMLQuantizationType(form.number)
 
-    tied = family in ("Llama", "Gemma3Text")
-    window = WINDOWS.get(family, {})
-    settings = tiny.config(family, **SIZES, **window, tie_word_embeddings=tied)
-    if window:
-        window = {"attention__sliding_window": settings.sliding_window}
-    tiny.write_gguf(path, tiny.model(settings), quantise=quantise, **window)
+    settings = tiny.config(family, **SIZES, tie_word_embeddings=family == "Llama")
+    tiny.write_gguf(path, tiny.model(settings), quantise=quantise)
 
 
 def source_of(path: Path, folder: Path) -> ModelSource:
@@ -86,9 +80,6 @@ def reference_of(source: ModelSource) -> torch.nn.Module:
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 pairs = weight.view(-1, config.head_dim // 2, 2, weight.shape[1])
                 weights[name] = pairs.transpose(1, 2).reshape(weight.shape)
-    if config.model_type == "gemma3_text":
-        for name, weight in weights.items():
-            weights[name] = weight - 1 if name.endswith("norm.weight") else weight
     found = model.load_state_dict(weights, strict=False)
     assert set(found.missing_keys) <= {"lm_head.weight"}
     assert not found.unexpected_keys

@@ -87,6 +87,7 @@ def test_every_setting_has_a_flag(started: Started, tmp_path: Path) -> None:
     words = [str(word) for flag in flags.items() for word in flag]
     switches = (
         *("--no-prefix-cache", "--kv-transfer", "--compile-layers", "--no-async-scheduling"),
+        "--no-stored-profile",
         *("--share-prefix-cache", "--enable-priority"),
     )
     result = serve("some/model", *switches, *words)

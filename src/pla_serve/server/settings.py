@@ -244,8 +244,7 @@ class ModelFlags:
     model: Annotated[
         str | None,
         Flag(
-            "Folder of safetensors, GGUF file, Hugging Face id, or gemma3-270m. None: "
-            + EngineConfig().model,
+            "Folder of safetensors, GGUF file, or Hugging Face id. None: " + EngineConfig().model,
             argument=True,
         ),
     ] = None

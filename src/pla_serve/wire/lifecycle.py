@@ -28,6 +28,9 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Level of the kernels that an engine on a CPU computes with; empty on other devices."""
     quantised: Counts = {}
     """Bytes of weights that stay quantised, by format."""
+    cost_profile: Name = ""
+    """``stored`` if predictions start with what an earlier start has measured, ``measured`` if this
+    start has measured it; empty where that is not told."""
     capabilities: Capabilities = Capabilities()
     """Capabilities of the policy."""
     transfer: Text | None = None

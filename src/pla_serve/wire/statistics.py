@@ -119,5 +119,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Counter: real tokens in captured shapes."""
     graph_padding: Count = 0
     """Counter: padding there."""
+    warming_up: bool = False
+    """Whether the warm-up goes on while the engine is idle, after a start with a stored profile."""
     compile_failures: Count = 0
     """Counter: times that compiled layers were given up for eager ones."""

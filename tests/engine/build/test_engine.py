@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.kv.cache import KVCache, KVShape
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.kv.sizing import GIB, plan_kv
+from pla_serve.engine.run.executor import BatchExecutor
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.wire.engine import (
     AddRequest,
     EngineReady,
+    EngineStats,
     Inbound,
     Outbound,
     Output,
@@ -99,7 +102,12 @@ def test_no_kv_of_the_warm_up_stays(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(execution, "KVCache", Watched)
     config = EngineConfig(
-        model=str(folder), load_format="dummy", kv_cache_gib=0.001, threads=1, seed=5
+        model=str(folder),
+        load_format="dummy",
+        kv_cache_gib=0.001,
+        threads=1,
+        seed=5,
+        stored_profile=False,
     )
     EngineCore(config, inbox=lambda: [], emit=lambda _: None)
     (cache,) = caches
@@ -236,3 +244,44 @@ def test_a_backend_that_does_not_run_here_is_refused(folder: Path) -> None:
     config = EngineConfig(model=str(folder), device="cpu", attention_backend="triton")
     with pytest.raises(ValueError, match="triton needs a CUDA device"):
         serve_one(config, (1, 2))
+
+
+def _taken(inbox: deque[Inbound]) -> list[Inbound]:
+    messages = list(inbox)
+    inbox.clear()
+    return messages
+
+
+def test_the_second_start_has_a_stored_profile(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves at once, with the same tokens, and warms up while it is idle."""
+    monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path / "cache"))
+    config = EngineConfig(
+        model=str(folder), load_format="dummy", kv_cache_gib=0.001, threads=1, cpu_kernels="torch"
+    )
+    batches: list[int] = []
+    forward = BatchExecutor.forward
+
+    def counted(self: BatchExecutor, requests: Any, *args: Any) -> Any:
+        batches.append(len(requests))
+        return forward(self, requests, *args)
+
+    monkeypatch.setattr(BatchExecutor, "forward", counted)
+    measured, tokens = serve_one(config, (1, 2, 3))
+    emitted: list[Outbound] = []
+    inbox: deque[Inbound] = deque()
+    batches.clear()
+    core = EngineCore(config, inbox=lambda: _taken(inbox), emit=emitted.append)
+    assert not batches
+    assert isinstance(emitted[0], EngineReady)
+    assert (measured.cost_profile, emitted[0].cost_profile) == ("measured", "stored")
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    inbox.append(AddRequest(id="x", prompt=[1, 2, 3], sampling=sampling, arrival=0.0))
+    while core.step() is not None:
+        pass
+    assert [t for o in emitted if isinstance(o, Output) for t in o.tokens] == tokens
+    warming = [o.warming_up for o in emitted if isinstance(o, EngineStats)]
+    assert (warming[0], warming[-1]) == (True, False)
+    apart, _ = serve_one(replace(config, stored_profile=False), (1, 2, 3))
+    assert apart.cost_profile == "measured"

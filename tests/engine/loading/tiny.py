@@ -80,7 +80,7 @@ def write_gguf(
     ``add_tokenizer`` writes another tokenizer than the byte-level one of `vocabulary`.
     ``quantise`` returns the bytes and the format of a matrix, given its name and weights.
     """
-    arch = source.config.model_type.removesuffix("_text")
+    arch = source.config.model_type
     settings = source.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(settings.num_hidden_layers)
@@ -90,19 +90,16 @@ def write_gguf(
     writer.add_head_count(settings.num_attention_heads)
     writer.add_head_count_kv(settings.num_key_value_heads)
     writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
-    rope = settings.rope_parameters
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    writer.add_rope_freq_base(settings.rope_parameters["rope_theta"])
     writer.add_key_length(settings.head_dim)
     writer.add_value_length(settings.head_dim)
     for key, value in extra_keys.items():
         name = f"{arch}.{key.replace('__', '.')}"
         _adder(writer, value)(name, value)
-    if add_tokenizer is not None:
-        add_tokenizer(writer)
-    elif arch == "gemma3":
-        _add_pieces(writer)
-    else:
+    if add_tokenizer is None:
         _add_tokenizer(writer, pre)
+    else:
+        add_tokenizer(writer)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch),
         settings.num_hidden_layers,
@@ -112,8 +109,6 @@ def write_gguf(
             continue
         base, suffix = name.rsplit(".", 1)
         data = _permuted(name, tensor.numpy(), settings) if arch == "llama" else tensor.numpy()
-        if arch == "gemma3" and "norm" in name:
-            data = data + 1  # the file has the factors, the model what is added to one
         data, kind = np.ascontiguousarray(data), None
         if quantise is not None and data.ndim == 2:
             data, kind = quantise(name, data)
@@ -134,7 +129,7 @@ def _adder(writer: gguf.GGUFWriter, value: object) -> Any:
 
 def _rope_factors(settings: PreTrainedConfig) -> np.ndarray | None:
     """llama.cpp's converter: Llama 3's scaled frequencies as divisors of the plain ones."""
-    if settings.rope_parameters.get("rope_type") != "llama3":
+    if settings.rope_parameters["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](settings, "cpu")
     base = settings.rope_parameters["rope_theta"]
@@ -154,30 +149,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     writer.add_eot_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_chat_template("{% for m in messages %}<|start|>{{ m.content }}<|turn|>{% endfor %}")
-
-
-def _add_pieces(writer: gguf.GGUFWriter) -> None:
-    """A vocabulary of sentencepiece as Gemma's: runs of spaces are defined, letters merged."""
-    kinds = gguf.TokenType
-    pieces = [
-        *(("<pad>", kinds.CONTROL), ("<eos>", kinds.CONTROL), ("<bos>", kinds.CONTROL)),
-        ("<unk>", kinds.UNKNOWN),
-        *((" " * count, kinds.USER_DEFINED) for count in range(2, 5)),
-        *((f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)),
-        *((piece, kinds.NORMAL) for piece in ("▁", "a", "b", "ab", "▁ab")),
-    ]
-    pieces += [(f"<unused{n}>", kinds.CONTROL) for n in range(SIZES["vocab_size"] - len(pieces))]
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([piece for piece, _ in pieces])
-    writer.add_token_scores([-float(index) for index in range(len(pieces))])
-    writer.add_token_types([kind for _, kind in pieces])
-    writer.add_pad_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_bos_token_id(2)
-    writer.add_unk_token_id(3)
-    writer.add_add_bos_token(True)
-    writer.add_add_space_prefix(False)
 
 
 def _permuted(name: str, weight: np.ndarray, settings: PreTrainedConfig) -> np.ndarray:

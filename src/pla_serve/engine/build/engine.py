@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from uuid import uuid4
 import torch
 
 from pla_serve.engine.build.rank import BuiltRank, build_rank
+from pla_serve.engine.build.recalibration import Recalibration
 from pla_serve.engine.build.sampling import Sampling, build_sampling
 from pla_serve.engine.build.scheduling import Scheduling, build_scheduling
 from pla_serve.engine.build.settings import build_settings, device_of_rank, use_threads
@@ -39,6 +41,8 @@ from pla_serve.engine.transfer.exchange import assemble
 from pla_serve.engine.transfer.layout import KVLayout
 from pla_serve.engine.transfer.nixl import NixlTransport
 from pla_serve.wire.engine import EngineReady, Inbound, Outbound
+
+log = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -114,7 +118,8 @@ def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, Engi
     """
     settings, plan, cost = rank.settings, rank.memory.plan, rank.device.cost
     config = settings.config
-    _warm_up(rank, executor)
+    if not rank.device.stored:
+        _warm_up(rank, executor)
     limits = RequestLimits(
         max_model_len=plan.max_model_len,
         vocab_size=rank.model.vocab_size,
@@ -125,6 +130,8 @@ def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, Engi
     sampling = build_sampling(settings.source, limits, settings.device, settings.clock)
     scheduling = build_scheduling(config, cost, layers=layers, kv_tokens=kv_tokens)
     parts = build_parts(config, plan, executor, sampling, scheduling)
+    if rank.device.stored:
+        parts = replace(parts, recalibration=_recalibration(rank, executor, parts.kv))
     transfer = transfer_agent = None
     if config.kv_transfer:
         layout = KVLayout.of(rank.execution.cache, config.block_tokens, rank.model.weights)
@@ -150,6 +157,7 @@ def build_engine(rank: BuiltRank, executor: Executor) -> tuple[EngineParts, Engi
         policy=config.policy,
         quantised=rank.model.quantised,
         cpu_kernels=rank.model.kernels.level if settings.device.type == "cpu" else "",
+        cost_profile="stored" if rank.device.stored else "measured",
         capabilities=parts.policy.capabilities,
         transfer=transfer,
         transfer_agent=transfer_agent,
@@ -170,6 +178,24 @@ def _warm_up(rank: BuiltRank, executor: Executor) -> None:
         clock=settings.clock,
     )
     executor.end_warm_up()
+    if rank.device.store is not None:
+        rank.device.store.write(rank.device.cost)
+
+
+def _recalibration(rank: BuiltRank, executor: Executor, kv: KVManager) -> Recalibration:
+    """Return the warm-up that goes on while the engine is idle, because a profile was stored."""
+    assert rank.device.store is not None
+    log.info("the cost profile of an earlier start is used; the warm-up goes on while idle")
+    return Recalibration(
+        executor,
+        kv,
+        rank.device.cost,
+        rank.device.store,
+        chunk=rank.settings.config.policy_config.max_chunk_tokens,
+        longest=rank.memory.plan.max_model_len,
+        layers=rank.model.kv_shape.layers,
+        clock=rank.settings.clock,
+    )
 
 
 def build_parts(

@@ -33,8 +33,6 @@ NO_KERNELS = "--quantization {} needs kernels of this project, and none work her
 NEIGHBOURS = ("llama",)
 """Architectures of whose queries and keys a GGUF file has the two elements that the rotary
 embedding turns together next to each other."""
-NORMS_PLUS_ONE = ("gemma3_text",)
-"""Model types whose norms multiply by one plus their weight. A GGUF file has the sum."""
 
 
 def load_kept(
@@ -161,23 +159,6 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     return made
 
 
-def _scale(embedding: nn.Module) -> float:
-    """Return the factor by which a model's embedding scales its rows."""
-    return float(getattr(embedding, "scalar_embed_scale", 1.0))
-
-
-def _embedding(weight: torch.Tensor, stock: nn.Embedding) -> nn.Embedding:
-    """Return an embedding as ``stock``, which has no memory, with this weight and in float form."""
-    if _scale(stock) == 1.0:
-        tokens, width = weight.shape
-        return nn.Embedding(tokens, width, _weight=weight)
-    made: Any = stock
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    made.embed_scale = torch.tensor(_scale(stock))
-    scaled: nn.Embedding = made
-    return scaled
-
-
 class _Reader:
     """Makes modules of the tensors of a file."""
 
@@ -188,7 +169,6 @@ class _Reader:
         self._dtype = dtype
         self._kernels = kernels
         self._neighbours = config.model_type in NEIGHBOURS
-        self._plus_one = config.model_type in NORMS_PLUS_ONE
         self._head_dim = int(config.head_dim)
 
     def module(self, name: str, stock: nn.Linear | nn.Embedding) -> nn.Module:
@@ -205,21 +185,17 @@ class _Reader:
             if isinstance(stock, nn.Linear):
                 linear: nn.Module = _linear(weight, bias)
                 return linear
-            return _embedding(weight, stock)
+            tokens, width = weight.shape
+            return nn.Embedding(tokens, width, _weight=weight)
         form = BY_NAME[stored.format]
         rows = stored.data.reshape(stored.shape[0], form.row_bytes(stored.shape[1]))
         weight_of_file = QuantisedWeight(form, stored.shape[1], rows, order)
         made = QuantisedLinear(self._kernels, [weight_of_file], bias)
-        if isinstance(stock, nn.Linear):
-            return made
-        return QuantisedEmbedding(made, self._dtype, _scale(stock))
+        return made if isinstance(stock, nn.Linear) else QuantisedEmbedding(made, self._dtype)
 
     def floats(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a tensor that is not quantised, such as a norm, in this model's dtype."""
-        stored = self._stored(name, shape)
-        if self._plus_one and name.endswith("norm.weight"):
-            return (self._as_floats(stored, torch.float32) - 1).to(self._dtype)
-        return self._as_floats(stored)
+        return self._as_floats(self._stored(name, shape))
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         stored = self._file.read(name)
@@ -229,10 +205,10 @@ class _Reader:
             )
         return stored
 
-    def _as_floats(self, stored: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def _as_floats(self, stored: StoredTensor) -> torch.Tensor:
         kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         read = torch.frombuffer(bytearray(stored.data), dtype=kinds[stored.format])
-        return read.view(stored.shape).to(dtype or self._dtype)
+        return read.view(stored.shape).to(self._dtype)
 
     def _order(self, name: str, outputs: int) -> torch.Tensor | None:
         """Return which row of the file is each row of the model; None if they are the same."""

@@ -71,31 +71,36 @@ def warm_up(
             wanted = sum(-(-(new + history) // block_tokens) for new, history in shape)
             if wanted > blocks or any(sum(sequence) > longest for sequence in shape):
                 continue
-            if clock() + 2 * cost.seconds(_as_batch(shape)) < deadline:
-                _time(run, cost, shape, block_tokens, device, clock)
+            if clock() + 2 * cost.seconds(as_batch(shape)) < deadline:
+                seconds = time_batch(run, _spans(shape, block_tokens), device, clock)
+                cost.observe(as_batch(shape), seconds)
 
 
-def _as_batch(shape: WarmUpBatch) -> Batch:
+def as_batch(shape: WarmUpBatch) -> Batch:
     """Return the batch as the cost model knows batches."""
     chunks = tuple(Chunk(str(i), new, history) for i, (new, history) in enumerate(shape))
     return Batch(BatchClass.MIXED, prefills=chunks)
 
 
-def _time(
-    run: WarmUpRun,
-    cost: CostModel,
-    shape: WarmUpBatch,
-    block_tokens: int,
-    device: torch.device,
-    clock: Callable[[], float],
-) -> None:
-    """Run a batch once or twice, and fit ``cost`` to the last run."""
+def _spans(shape: WarmUpBatch, block_tokens: int) -> list[SpanRequest]:
+    """Return the requests of a batch, with the first KV blocks of the cache."""
     spans: list[SpanRequest] = []
     first = 0
     for new, history in shape:
         count = -(-(new + history) // block_tokens)
         spans.append(SpanRequest([0] * new, history, [(first, first + count)], True))
         first += count
+    return spans
+
+
+def time_batch(
+    run: WarmUpRun,
+    spans: Sequence[SpanRequest],
+    device: torch.device,
+    clock: Callable[[], float],
+) -> float:
+    """Run a batch twice, or once if it is long, and return the seconds of the last run."""
+    seconds = 0.0
     for _ in range(2):
         _wait_for(device)
         started = clock()
@@ -104,7 +109,7 @@ def _time(
         seconds = clock() - started
         if seconds > LONG_SECONDS:
             break
-    cost.observe(_as_batch(shape), seconds)
+    return seconds
 
 
 def _wait_for(device: torch.device) -> None:

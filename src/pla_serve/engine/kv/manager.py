@@ -86,6 +86,11 @@ class KVManager:
         return self._pool.free + self._tree.evictable
 
     @property
+    def free(self) -> int:
+        """Number of blocks that nobody holds, the prefix cache included."""
+        return self._pool.free
+
+    @property
     def capacity_tokens(self) -> int:
         """Number of tokens that fit if one sequence has all blocks."""
         return self.blocks * self.block_tokens

@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from pla_serve.engine.loading import gemma3, spm
+from pla_serve.engine.loading import spm
 from pla_serve.engine.loading.errors import UnsupportedModel
 from pla_serve.engine.loading.rope import ROPE_FACTORS, rope_scaling
 from pla_serve.engine.loading.tensors import write_list
@@ -28,7 +28,7 @@ SETTINGS = "settings"
 REFUSED = 3
 """Exit status of a refusal; the reason is the last line of standard output, as JSON."""
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Architectures whose conversion is tested against the original weights."""
 
 REQUIRED = {
@@ -74,10 +74,7 @@ def convert(path: Path, folder: Path, *, weights: bool = True) -> None:
     metadata, tensors = _read(path)
     config = _config(path, metadata)
     scaling = rope_scaling(config, metadata, tensors)
-    if scaling is not None and config.model_type == gemma3.MODEL_TYPE:
-        whole = {**config.rope_parameters["full_attention"], **scaling}
-        config.rope_parameters = {**config.rope_parameters, "full_attention": whole}
-    elif scaling is not None:
+    if scaling is not None:
         config.rope_parameters = {**config.rope_parameters, **scaling}
     needed = {name: tensor for name, tensor in tensors.items() if name != ROPE_FACTORS}
     if weights:
@@ -94,7 +91,7 @@ def convert(path: Path, folder: Path, *, weights: bool = True) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         _require_same_count(model, needed)
-        write_list(path, needed, folder, metadata["general.architecture"])
+        write_list(path, needed, folder)
     _save_model(model, metadata, folder, weights=weights)
     _save_tokenizer(path, metadata, folder)
 
@@ -130,13 +127,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _harmless(metadata: dict[str, Any], prefix: str) -> set[str]:
-    """Return keys of the architecture that are read, or that switch their feature off."""
+    """Return keys that are set to a value that switches the feature off."""
     nothing = {
         "attention.sliding_window": (0,),
         "expert_count": (0,),
     }
-    read = {"attention.sliding_window"} if prefix == "gemma3." else set()
-    return read | {key for key, values in nothing.items() if metadata.get(prefix + key) in values}
+    return {key for key, values in nothing.items() if metadata.get(prefix + key) in values}
 
 
 def _config(path: Path, metadata: dict[str, Any]) -> Any:
@@ -150,8 +146,6 @@ def _config(path: Path, metadata: dict[str, Any]) -> Any:
     for key in ("attention.value_length", "rope.dimension_count"):
         if metadata.get(prefix + key, config.head_dim) != config.head_dim:
             raise UnsupportedModel(f"its {key} is not the size of a head ({config.head_dim}).")
-    if metadata["general.architecture"] == "gemma3":
-        gemma3.restore(config, metadata)
     # The file has a float32: 9.999999747378752e-06 stands for 1e-05.
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
     return config

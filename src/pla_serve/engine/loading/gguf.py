@@ -16,7 +16,7 @@ from pla_serve.engine.loading.formats import FORMATS
 from pla_serve.engine.loading.progress import LoadingProgress
 from pla_serve.engine.loading.tensors import is_quantised, not_kept
 
-FORMAT = 4
+FORMAT = 3
 """Part of every cache key. Raise it when the conversion changes: all files are converted again."""
 
 

@@ -3,8 +3,6 @@
 The file holds pieces, their scores and their types. sentencepiece merges the two neighbours whose
 merged piece has the highest score, the leftmost of several, and nothing but the text's own pieces
 takes part: bytes and control pieces do not. A list of merges by score does the same in tokenizers.
-Pieces that the maker of the vocabulary has defined, such as Gemma's runs of spaces, are found in a
-text before anything is merged, the longest first.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, TokenType
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from pla_serve.engine.loading.errors import UnsupportedModel
 
@@ -63,12 +61,6 @@ def restore(backend: Tokenizer, metadata: Mapping[str, Any]) -> None:
         normalizers.Sequence([normalizers.Prepend(SPACE), spell]) if prefixed else spell
     )
     backend.pre_tokenizer = None
-    defined = [
-        piece
-        for piece, kind in zip(pieces, kinds, strict=True)
-        if piece and kind == TokenType.USER_DEFINED
-    ]
-    backend.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in defined])
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefixed:
         steps.append(decoders.Strip(" ", left=1))

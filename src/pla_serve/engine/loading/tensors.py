@@ -92,11 +92,10 @@ def is_quantised(folder: Path) -> bool:
     return any(entry["format"] not in FLOATS for entry in tensors.values())
 
 
-def write_list(path: Path, tensors: Mapping[str, Any], folder: Path, architecture: str) -> None:
+def write_list(path: Path, tensors: Mapping[str, Any], folder: Path) -> None:
     """Write the list of ``tensors``, which a GGUF reader has found in the file at ``path``."""
-    parts = {**_PARTS, **_OTHER_PARTS.get(architecture, {})}
     entries = {
-        _name(name, parts): {
+        _name(name): {
             "format": tensor.tensor_type.name,
             "shape": [int(size) for size in reversed(tensor.shape)],
             "offset": int(tensor.data_offset),
@@ -122,25 +121,17 @@ _PARTS = {
     "ffn_down": "mlp.down_proj",
 }
 """Parts of a layer of Llama, Qwen2 and Qwen3 in GGUF files, and in ``transformers``."""
-_OTHER_PARTS = {
-    "gemma3": {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    }
-}
-"""Parts of a layer that other architectures have beside those, or under other names."""
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def _name(name: str, parts: Mapping[str, str]) -> str:
+def _name(name: str) -> str:
     """Return the name of a tensor in ``transformers``; its own if it has no other."""
     base, _, kind = name.rpartition(".")
     if base in _WHOLE:
         return f"{_WHOLE[base]}.{kind}"
     words = base.split(".")
-    if len(words) == 3 and words[0] == "blk" and words[2] in parts:
-        return f"model.layers.{words[1]}.{parts[words[2]]}.{kind}"
+    if len(words) == 3 and words[0] == "blk" and words[2] in _PARTS:
+        return f"model.layers.{words[1]}.{_PARTS[words[2]]}.{kind}"
     return name
 
 

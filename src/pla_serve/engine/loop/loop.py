@@ -102,7 +102,23 @@ class EngineLoop:
         self._reports.send_idle()
         if self._executor.use_idle_time():
             return 0.0
+        if self._recalibrate():
+            return 0.0
         return self._pause(self._clock())
+
+    def _recalibrate(self) -> bool:
+        """Run a batch of a warm-up that is left to do. Returns False if there is none."""
+        recalibration = self._parts.recalibration
+        if not recalibration.active or self._has_requests():
+            return False
+        if not recalibration.step(self._has_requests):
+            self._reports.send()
+        return True
+
+    def _has_requests(self) -> bool:
+        """Take messages, and return whether there are requests now."""
+        self._inbox.take()
+        return len(self._requests) > 0
 
     def _pause(self, now: float) -> float | None:
         """Return the seconds until KV transfer or late grammars want to be asked again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.loop.telemetry import Telemetry
@@ -15,6 +16,32 @@ from pla_serve.engine.transfer.protocol import KVExchange, NoKVExchange
 from pla_serve.policy.cost import CostModel
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.wire.engine import Outbound
+
+
+class IdleRecalibration(Protocol):
+    """A warm-up that goes on while the engine is idle."""
+
+    @property
+    def active(self) -> bool:
+        """Whether something is left to measure."""
+        ...
+
+    def step(self, interrupted: Callable[[], bool]) -> bool:
+        """Run one batch, if one is left, up to a boundary at which ``interrupted`` says so.
+
+        Returns whether something is left to measure.
+        """
+        ...
+
+
+class NoRecalibration:
+    """Measures nothing: all of it was done before the engine became ready."""
+
+    active = False
+
+    def step(self, interrupted: Callable[[], bool]) -> bool:
+        """See `IdleRecalibration`."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +64,8 @@ class EngineParts:
     """Predicts the time of batches, for reports. The policy teaches it."""
     exchange: KVExchange = field(default_factory=NoKVExchange)
     """Moves KV from and to other engines."""
+    recalibration: IdleRecalibration = field(default_factory=NoRecalibration)
+    """Measures what batches take while there is nothing else to do."""
     async_scheduling: bool = True
     """See `EngineConfig.async_scheduling`."""
 

@@ -63,6 +63,7 @@ class EngineReports:
                 graph_fallbacks=dict(graphs.fallbacks) if graphs else {},
                 graph_tokens=graphs.real_tokens if graphs else 0,
                 graph_padding=graphs.padding_tokens if graphs else 0,
+                warming_up=parts.recalibration.active,
                 compile_failures=graphs.compile_failures if graphs else 0,
             )
         )

@@ -52,6 +52,7 @@ GAUGES = {
     "pla_serve:kv_cached_tokens": "Tokens whose KV is kept for reuse.",
     "pla_serve:boundary_tokens": "At most this many new tokens count as short.",
     "pla_serve:cost_model_error": "Median relative error of the cost model's recent predictions.",
+    "pla_serve:warming_up": "1 while a warm-up goes on behind requests.",
     "pla_serve:layers": "Decoder layers of the model.",
     "pla_serve:kv_tokens": "Tokens whose KV fits in memory.",
     "pla_serve:kv_bytes_per_token": "Bytes of KV of one token, over all layers.",
@@ -99,6 +100,9 @@ class Metrics:
         self._make_histograms()
         self._kernels = self._make(
             Info, "pla_serve:cpu_kernels", "Level of the kernels that the engine computes with."
+        )
+        self._profile = self._make(
+            Info, "pla_serve:cost_profile", "Where the first predictions of the engine come from."
         )
         self._quantised = self._family(
             Gauge,
@@ -218,6 +222,8 @@ class Metrics:
         self.set("pla_serve:layers", info.layers)
         if info.cpu_kernels:
             self._kernels.info({"level": info.cpu_kernels})
+        if info.cost_profile:
+            self._profile.info({"source": info.cost_profile})
         for name, size in info.quantised.items():
             self._by(self._quantised, name).set(size)
         self.set("pla_serve:kv_tokens", info.kv_tokens)
@@ -246,6 +252,7 @@ class Metrics:
             "pla_serve:kv_cached_tokens": load.kv_cached_tokens,
             "pla_serve:boundary_tokens": load.boundary_tokens,
             "pla_serve:cost_model_error": stats.cost_error,
+            "pla_serve:warming_up": stats.warming_up,
         }.items():
             self.set(name, value)
         if load.cost is not None:

@@ -149,20 +149,17 @@ class QuantisedEmbedding(torch.nn.Module):
     Args:
         linear: linear with one row for each token.
         dtype: type of the result.
-        scale: factor of every row.
     """
 
-    def __init__(self, linear: QuantisedLinear, dtype: torch.dtype, scale: float = 1.0) -> None:
+    def __init__(self, linear: QuantisedLinear, dtype: torch.dtype) -> None:
         super().__init__()
         self.linear = linear
         self._dtype = dtype
-        self._scale = None if scale == 1.0 else torch.tensor(scale, dtype=dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Map token ids (...) int64 to their rows (..., hidden)."""
         rows = self.linear.kernels.rows(self.linear.matrices, ids.reshape(-1))
-        rows = rows.view(*ids.shape, -1).to(self._dtype)
-        return rows if self._scale is None else rows * self._scale
+        return rows.view(*ids.shape, -1).to(self._dtype)
 
 
 def quantised_memory(model: torch.nn.Module) -> dict[str, int]:
