@@ -235,3 +235,11 @@ def test_graphs_are_turned_off_by_name(started: Started) -> None:
     assert started.engine.capture_shapes == "none"
     assert "drop one" in serve("m", "--no-graphs", "--capture-shapes", "8x2").output
     assert "no shape" in serve("m", "--capture-shapes", "8by2").output
+
+
+def test_tiers_of_keys_come_from_the_environment(started: Started) -> None:
+    keys = {"PLA_SERVE_API_KEY": "one two", "PLA_SERVE_KEY_TIER": "one=night two=default"}
+    assert serve("--tier", "night", env=keys).exit_code == 0
+    assert started.server.tiers.key_tiers == ("one=night", "two=default")
+    assert serve(env={"PLA_SERVE_API_KEY": "one", "PLA_SERVE_KEY_TIER": ""}).exit_code == 0
+    assert started.server.tiers.key_tiers == ()

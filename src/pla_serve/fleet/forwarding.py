@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, KeysView, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from pla_serve.command_line import HELP_FLAGS, CliCommand, parse
 from pla_serve.fleet import route_command
+from pla_serve.fleet.supervisor.commands import KEY_TIER_VARIABLE
 from pla_serve.server import command as serve_command
 
 BOTH = frozenset({"--load-format", "--max-model-len", "--seed"})
@@ -111,8 +114,20 @@ def check_words(name: str, words: Sequence[str]) -> None:
     """
     try:
         if name == "serve":
-            serve_command.read(parse(serve_command.SERVE, words))
+            with _without(KEY_TIER_VARIABLE):
+                serve_command.read(parse(serve_command.SERVE, words))
         else:
             route_command.read(parse(route_command.ROUTE, words))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+@contextmanager
+def _without(variable: str) -> Iterator[None]:
+    """Leave a variable out of the environment, as for instances, which have no tiers."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value

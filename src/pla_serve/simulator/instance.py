@@ -13,7 +13,15 @@ from math import ceil, inf
 from pla_serve.policy.admission import Admission, Refuse
 from pla_serve.policy.calibration import Forecast
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import Batch, Chunk, Idle, PrefillPolicy, PrefillRequest, Run
+from pla_serve.policy.protocol import (
+    Batch,
+    Chunk,
+    Idle,
+    PrefillPolicy,
+    PrefillRequest,
+    Run,
+    ServiceLevel,
+)
 from pla_serve.simulator.request import SimulatedRequest
 
 RequestCallback = Callable[[SimulatedRequest, float], None]
@@ -116,7 +124,8 @@ class SimulatedInstance:
             verdict = self.admission.decide(request, self.policy, own, now)
             if isinstance(verdict, Refuse):
                 return verdict
-            self._forecasts[job.id] = verdict.forecast
+            if job.service is not ServiceLevel.BULK:
+                self._forecasts[job.id] = verdict.forecast
         self.jobs[job.id] = job
         job.computed = job.history
         self._ready += 1

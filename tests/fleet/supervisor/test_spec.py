@@ -9,12 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pla_serve.fleet.forwarding import check_words
 from pla_serve.fleet.supervisor.commands import (
     instance_command,
     router_command,
     take_secrets,
     threads_each,
 )
+from pla_serve.fleet.supervisor.launch import instance_environment
 from pla_serve.fleet.supervisor.spec import FleetSpec, Health, Pools, check, read_spec
 
 FILE = """
@@ -66,12 +68,31 @@ def test_file_says_what_is_started(tmp_path: Path) -> None:
 def test_keys_of_a_file_travel_in_the_environment(tmp_path: Path) -> None:
     spec = check(read_spec(write(tmp_path, FILE)))
     words = [*router_command_words(spec), "--metrics-key=m", "--api-key", "three"]
+    words += ["--key-tier", "one=night", "--key-tier=two=day"]
     rest, secrets = take_secrets(words)
-    assert secrets == {"PLA_SERVE_API_KEY": "one two three", "PLA_SERVE_METRICS_KEY": "m"}
-    assert not {"one", "two", "three", "m", "--api-key"} & set(rest)
+    assert secrets == {
+        "PLA_SERVE_API_KEY": "one two three",
+        "PLA_SERVE_KEY_TIER": "one=night two=day",
+        "PLA_SERVE_METRICS_KEY": "m",
+    }
+    assert not {"one", "two", "three", "m", "--api-key", "one=night", "--key-tier"} & set(rest)
     for bad in (["--api-key", "two words"], ["--api-key="], ["--api-key"]):
         with pytest.raises(ValueError, match="spaces"):
             take_secrets(bad)
+
+
+def test_tiers_of_keys_in_the_environment_are_for_the_router(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Instances have neither the keys nor the tiers."""
+    monkeypatch.setenv("PLA_SERVE_API_KEY", "one")
+    monkeypatch.setenv("PLA_SERVE_KEY_TIER", "one=night")
+    check_words("serve", [])
+    assert instance_environment("link")["PLA_SERVE_KEY_TIER"] == ""
+    router = ["--instance", "http://127.0.0.1:1"]
+    check_words("route", [*router, "--tier", "night"])
+    with pytest.raises(ValueError, match="route: number 1 of --key-tier"):
+        check_words("route", router)
 
 
 def router_command_words(spec: FleetSpec) -> list[str]:

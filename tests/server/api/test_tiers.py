@@ -10,10 +10,13 @@ import pytest
 from anthropic import Anthropic
 
 from pla_serve.policy.tiers import Tier
+from pla_serve.server.api.generations import of_tier
 from pla_serve.server.api.tiers import HEADER, TierChoice
 from pla_serve.server.errors import ApiError
+from pla_serve.server.generation.generation import GenerationPlan
 from pla_serve.server.settings import ServerSettings
 from pla_serve.server.tier_options import TierOptions
+from pla_serve.wire.engine import SamplingParams
 from tests.server.server_harness import MODEL, Live
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -45,6 +48,7 @@ def client(tiered: Live) -> Iterator[openai.OpenAI]:
         (None, "flex", "flex"),
         ("auto", "flex", "flex"),
         ("auto", "auto", "default"),
+        (None, "", "default"),
         (None, None, "default"),
         ("default", "flex", "default"),
     ],
@@ -116,6 +120,28 @@ def test_messages_show_it(tiered: Live) -> None:
                 model=MODEL, max_tokens=5, messages=HELLO, service_tier=asked
             )
             assert answer.usage.service_tier == shown
+
+
+@pytest.mark.parametrize(
+    ("tier", "own", "targets"),
+    [
+        ("interactive", {}, (300.0, 100.0)),
+        ("interactive", {"ttft_slo_ms": 500, "tpot_slo_ms": 50}, (0.5, 0.05)),
+        ("flex", {}, (None, 1.0)),
+        ("flex", {"ttft_slo_ms": 1, "tpot_slo_ms": 1}, (None, 1.0)),
+        ("flex", {"tpot_slo_ms": 9000}, (None, 9.0)),
+    ],
+)
+def test_own_targets_hurry_no_bulk_work(
+    tier: str, own: dict[str, float], targets: tuple[float | None, float]
+) -> None:
+    asked = {name.removesuffix("_ms"): value / 1000 for name, value in own.items()}
+    plan = GenerationPlan(
+        "x", [[1]], [SamplingParams(max_tokens=1)], 1, 0.0,
+        asked.get("ttft_slo"), asked.get("tpot_slo"), 0, "", (), False, True,
+    )  # fmt: skip
+    made = of_tier(plan, TIERS.by_name[tier])
+    assert (made.ttft_slo, made.tpot_slo) == targets
 
 
 def test_without_tiers_answers_are_as_before(live: Live) -> None:

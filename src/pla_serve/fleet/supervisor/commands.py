@@ -11,7 +11,13 @@ from pla_serve.wire.link import Role
 
 API_KEY_VARIABLE = "PLA_SERVE_API_KEY"
 """Keys that a process admits, separated by spaces."""
-SECRET_FLAGS = {"--api-key": API_KEY_VARIABLE, "--metrics-key": "PLA_SERVE_METRICS_KEY"}
+KEY_TIER_VARIABLE = "PLA_SERVE_KEY_TIER"
+"""Keys with their tiers, separated by spaces."""
+SECRET_FLAGS = {
+    "--api-key": API_KEY_VARIABLE,
+    "--key-tier": KEY_TIER_VARIABLE,
+    "--metrics-key": "PLA_SERVE_METRICS_KEY",
+}
 """Flags that hold keys, and the variables that hold them as well."""
 LOOPBACK = "127.0.0.1"
 """Address of the instances, which only the router on this machine may reach."""

@@ -17,6 +17,7 @@ from pla_serve.engine.transfer.installed import CURE, installed_module
 from pla_serve.environment import usable_cores
 from pla_serve.fleet.supervisor.commands import (
     API_KEY_VARIABLE,
+    KEY_TIER_VARIABLE,
     LOOPBACK,
     instance_command,
     router_command,
@@ -178,6 +179,7 @@ def instance_environment(key: str, given: Mapping[str, str] = {}) -> dict[str, s
     return {
         **given,
         API_KEY_VARIABLE: f"{key} {given.get(API_KEY_VARIABLE, '')}".rstrip(),
+        KEY_TIER_VARIABLE: "",  # tiers are the router's
         FLEET_SECRET_VARIABLE: os.environ.get(FLEET_SECRET_VARIABLE) or secrets.token_hex(32),
         **_ucx_env(),
     }

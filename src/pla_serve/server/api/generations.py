@@ -13,6 +13,8 @@ import msgspec
 from starlette.requests import Request
 
 from pla_serve.logs import request_id
+from pla_serve.policy.decodes import LOOSE_TARGET
+from pla_serve.policy.protocol import ServiceLevel
 from pla_serve.policy.tiers import Tier
 from pla_serve.server.api.body import Upload
 from pla_serve.server.api.cache_scope import CacheScopes
@@ -163,7 +165,7 @@ class Generations:
             ApiError: 400, a field is out of range for this model or contradicts another.
         """
         request = asked.request
-        header, who = request.headers.get(TIER_HEADER), tenant(request.scope)
+        header, who = request.headers.get(TIER_HEADER) or None, tenant(request.scope)
         tier = self._tiers.of(body.service_tier, header, who)
         offline = OFFLINE_WORK in request.scope
         scope = self._cache_scopes.of(tenant(asked.request.scope), body.cache_salt)
@@ -267,12 +269,19 @@ class Generations:
 
 
 def of_tier(plan: GenerationPlan, tier: Tier) -> GenerationPlan:
-    """Return the plan of a request of a tier, whose targets count where it has none of its own."""
+    """Return the plan of a request of a tier, whose targets count where it has none of its own.
+
+    Bulk work waits, whatever it asks for: its first token has no deadline, and its TPOT target is
+    no shorter than the tier's.
+    """
+    ttft, tpot = plan.ttft_slo, plan.tpot_slo
+    if tier.service is ServiceLevel.BULK:
+        return replace(plan, tier=tier, ttft_slo=None, tpot_slo=max(tpot or 0.0, LOOSE_TARGET))
     return replace(
         plan,
         tier=tier,
-        ttft_slo=tier.ttft if plan.ttft_slo is None else plan.ttft_slo,
-        tpot_slo=tier.token_target if plan.tpot_slo is None else plan.tpot_slo,
+        ttft_slo=tier.ttft if ttft is None else ttft,
+        tpot_slo=tier.tpot if tpot is None else tpot,
     )
 
 
