@@ -27,7 +27,7 @@ def known_policy(text: str) -> str:
     Raises:
         ValueError: it does not; the message names what there is.
     """
-    from pla_serve.policy.registry import parse_policy  # takes time: numpy and scipy
+    from pla_serve.policy.registry import parse_policy  # takes time: numpy
 
     parse_policy(text)
     return text

@@ -22,10 +22,9 @@ be a staircase here, as captured shapes make it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, expm1, inf, isfinite, log
+from math import exp, expm1, inf, isfinite, lgamma, log
 
 import numpy as np
-from scipy.special import gammaln
 
 from pla_serve.policy.arrays import Array
 
@@ -157,9 +156,10 @@ def _solve(curve: tuple[float, ...], rate: float, others: float, idle: float) ->
     depth = len(curve)
     service = np.array(curve)
     counts = np.arange(depth + 1)
+    log_factorials = np.array([lgamma(count + 1) for count in range(depth + 1)])
     after = np.zeros((depth + 1, depth + 1))
     mean = rate * service[:, None]
-    after[1:] = np.exp(counts * np.log(mean) - mean - gammaln(counts + 1))
+    after[1:] = np.exp(counts * np.log(mean) - mean - log_factorials)
     after[1:, -1] = np.maximum(0, 1 - after[1:, :-1].sum(axis=1))
     go_time = np.append(1.0, service)
     go_cost = np.append(inf, (counts[1:] + others) * service + rate * service**2 / 2)
