@@ -98,7 +98,7 @@ class Executor:
         self._random = random.Random(seed)
         self._separate = separate
         self._waits = waits
-        self._interrupts = {BatchClass.LONG} if separate else set(BatchClass)
+        self._interrupts = {BatchClass.LONG, BatchClass.OFFLINE} if separate else set(BatchClass)
         if not policy.capabilities.leaves_at_layer_boundary:
             self._interrupts.clear()
 
@@ -163,7 +163,7 @@ class Executor:
             job.tpot,
         )
         short = self.policy.waits_as_short(request.new_tokens, request.history)
-        job.short = short and job.service is not ServiceLevel.BULK
+        job.short = short and not job.service.unhurried
         job.owed_in_all += request.new_tokens
         job.stage = "waiting"
         self.policy.add(request, self.now)
@@ -199,7 +199,7 @@ class Executor:
         seconds = self.cost.seconds(batch)
         start = self.now
         interruptible = batch.kind in self._interrupts and self._layers > 1
-        if batch.kind is BatchClass.LONG:
+        if batch.kind in (BatchClass.LONG, BatchClass.OFFLINE):
             layer = seconds / self._layers if interruptible else seconds
             self.trace.stretch = max(self.trace.stretch, layer)
         else:
@@ -222,7 +222,7 @@ class Executor:
             self._deliver()
             while (inner := self.policy.at_layer_boundary(self.now, batch)) is not None:
                 assert inner.prefills or inner.decodes
-                self._execute(inner, nested=True)
+                self._execute(inner, nested=batch.kind is not BatchClass.OFFLINE)
         self.now += layer
         self._deliver()
 
@@ -318,7 +318,8 @@ class Executor:
 
     def _check_state(self) -> None:
         state = self.policy.state(self.now)
-        waiting = [job for job in self.jobs.values() if job.stage == "waiting"]
+        jobs = [job for job in self.jobs.values() if job.service is not ServiceLevel.OFFLINE]
+        waiting = [job for job in jobs if job.stage == "waiting"]
         for short, requests, tokens in (
             (True, state.short_requests, state.short_tokens),
             (False, state.long_requests, state.long_tokens),
@@ -326,7 +327,7 @@ class Executor:
             mine = [job for job in waiting if job.short is short]
             assert requests == len(mine)
             assert tokens == sum(job.target - job.computed for job in mine)
-        stages = [job.stage for job in self.jobs.values()]
+        stages = [job.stage for job in jobs]
         assert state.decoding_requests == stages.count("decoding") + stages.count("stepping")
         assert state.seconds >= 0
 

@@ -109,7 +109,7 @@ class Admission:
                 f"exceed the limit of {limit}",
                 max(LEAST_RETRY, excess * (state.seconds + parked_seconds)),
             )
-        bulk = request.service is ServiceLevel.BULK
+        bulk = request.service.unhurried
         predicted = parked_seconds + policy.predicted_wait(
             request.new_tokens, request.history, now, request.deadline, bulk=bulk
         )

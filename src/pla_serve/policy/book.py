@@ -375,7 +375,7 @@ class RequestBook:
         )
 
     def _make(self, request: PrefillRequest, order: int) -> Pending:
-        bulk = request.service is ServiceLevel.BULK
+        bulk = request.service.unhurried
         pending = Pending(
             request.id,
             request.arrival,

@@ -30,6 +30,8 @@ class BatchClass(StrEnum):
     LONG = "long"
     DECODE = "decode"
     MIXED = "mixed"
+    OFFLINE = "offline"
+    """Of `ServiceLevel.OFFLINE` only: prefills of any size, and decode steps."""
 
 
 class ServiceLevel(StrEnum):
@@ -42,6 +44,14 @@ class ServiceLevel(StrEnum):
     BULK = "bulk"
     """Nobody waits for it. It counts as long whatever its size, and steps behind all others for
     `longs.BULK_PATIENCE`."""
+    OFFLINE = "offline"
+    """Nobody waits for it, and it takes only time that others leave: see `harvest.Harvesting`. To
+    a policy by itself it is bulk work."""
+
+    @property
+    def unhurried(self) -> bool:
+        """Whether nobody waits for such a request, so that it never counts as short."""
+        return self in (ServiceLevel.BULK, ServiceLevel.OFFLINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +158,7 @@ class Capabilities:
     leaves_at_layer_boundary: bool = False
     """A running prefill may be left at a layer boundary for a more urgent one. So a short request
     hardly waits for the long ones on the same instance, and routers predict its wait without them.
-    If False, `PrefillPolicy.at_layer_boundary` always returns None and need not be called."""
+    If False, `PrefillPolicy.at_layer_boundary` returns None for all batches but offline ones."""
 
 
 class TenantLoad(NamedTuple):

@@ -31,7 +31,7 @@ class OfflineOptions:
     ] = None
     batch_lines_at_once: Annotated[
         int, Flag("Lines of offline batches that run at once.", least=1, most=4096, panel=OFFLINE)
-    ] = 8
+    ] = 32
     max_batch_lines: Annotated[
         int, Flag("Most lines of one offline batch.", least=1, panel=OFFLINE)
     ] = 50_000

@@ -39,7 +39,6 @@ from pla_serve.server.model import ServedModel
 from pla_serve.server.offline.operations import offline_operations
 from pla_serve.server.offline.service import OfflineService
 from pla_serve.server.offline.store import FolderError
-from pla_serve.server.online_waits import OnlineWaits
 from pla_serve.server.page.instance_view import InstancePageView
 from pla_serve.server.page.operations import PageView, page_operations
 from pla_serve.server.reasoning.support import ReasoningSupport, check_together
@@ -163,7 +162,6 @@ class ApiServer:
         self._on_ready = on_ready
         self.metrics = metrics
         self.traffic = Traffic(metrics)
-        self.waits = OnlineWaits()
         self.encoder = PromptEncoder(model.tokenizer, chat_template=model.chat_template)
         token_bytes = TokenBytes(model.tokenizer)
         self._tracing = (
@@ -184,7 +182,6 @@ class ApiServer:
             reasoning=reasoning,
             defaults=model.defaults,
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
-            waits=self.waits,
             started=int(time.time()),
         )
         pages = page_operations(service, self.traffic, view)
@@ -355,7 +352,7 @@ class InstanceServer(ApiServer):
         if self._settings.offline.batch_dir is None:
             return offline_operations(None)
         try:
-            self._offline = OfflineService(self._settings, self.engine, self.waits, self.metrics)
+            self._offline = OfflineService(self._settings, self.engine, self.metrics)
         except FolderError as error:
             raise EngineStartError(str(error)) from None
         return self._offline.operations

@@ -97,6 +97,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     express_batches: Count
     """Counter: batches that ran at a layer boundary of another one."""
     recompute_preemptions: Count
+    offline_tokens: Count = 0
+    """Counter: tokens of prompts and outputs that offline batches computed."""
+    offline_seconds: Duration = 0.0
+    """Counter: time of these batches."""
+    idle_seconds: Duration = 0.0
+    """Counter: time in which nothing ran."""
     cost_error: Ratio
     """Relative error of the cost model's recent predictions (median absolute)."""
     wait_error: Ratios

@@ -10,13 +10,19 @@ from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.requests.memory import PATIENCE_SECONDS, MemoryGate
 from pla_serve.engine.requests.sequence import Sequence
 from pla_serve.engine.sampling import Sampler
+from pla_serve.policy.protocol import ServiceLevel
 from pla_serve.wire.engine import AddRequest, SamplingParams
 
 BLOCK = 4
 
 
 def sequence(
-    name: str, blocks: int, arrival: float, priority: int = 0, tenant: str = ""
+    name: str,
+    blocks: int,
+    arrival: float,
+    priority: int = 0,
+    tenant: str = "",
+    service: ServiceLevel = ServiceLevel.USUAL,
 ) -> Sequence:
     """Distinct prompts, so that nothing is shared."""
     prompt = [hash_of(name)] * (blocks * BLOCK)
@@ -27,6 +33,7 @@ def sequence(
         arrival=arrival,
         priority=priority,
         tenant=tenant,
+        service=service,
     )
     sampler = Sampler(1000, torch.device("cpu"))
     sampling = sampler.start(name, prompt, request.sampling, frozenset(), default_seed=0)
@@ -129,3 +136,55 @@ def test_the_victim_is_the_least_entitled(
     else:
         assert victim is not None
         assert victim.precedence == max(s.precedence for s in worse)
+
+
+def offline(name: str, blocks: int, arrival: float, computed: int = 0) -> Sequence:
+    one = sequence(name, blocks, arrival, tenant="of lines", service=ServiceLevel.OFFLINE)
+    one.computed = computed
+    return one
+
+
+def test_offline_requests_give_up_the_least_for_others() -> None:
+    kv = KVManager(10, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    lines = [offline(f"line {i}", 3, 0.1 * i) for i in range(3)]
+    for line, computed in zip(lines, (12, 4, 8), strict=True):
+        assert reserve(gate, line, short=False, now=0.0)
+        line.computed = computed
+    asked = sequence("asked", 4, 1.0)
+    assert not reserve(gate, asked, short=False, now=1.0)
+    assert gate.overdrawn(1.0) == [lines[1]]
+    gate.release(lines[1])
+    assert gate.unpark(1.0) == [asked]
+    assert gate.victim(asked) is lines[2], "it has less to compute again"
+    assert gate.victim(lines[0]) is lines[2]
+    gate.release(lines[0])
+    gate.release(lines[2])
+    assert gate.victim(lines[0]) is None
+
+
+def test_parked_offline_requests_hold_up_nobody() -> None:
+    kv = KVManager(10, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    holder = sequence("holder", 6, 0.0)
+    assert reserve(gate, holder, short=False, now=0.0)
+    assert not reserve(gate, offline("line", 5, 0.0), short=False, now=0.0)
+    late = 5 * PATIENCE_SECONDS
+    assert reserve(gate, sequence("short", 2, late), short=True, now=late)
+    assert not reserve(gate, sequence("long", 4, late), short=False, now=late)
+    small = offline("small", 1, late)
+    assert not reserve(gate, small, short=False, now=late), "somebody waits who comes first"
+    assert gate.unpark(late) == []
+    gate.release(holder)
+    assert [one.id for one in gate.unpark(late)] == ["long"]
+    assert kv.available == 4
+
+
+def test_offline_requests_that_are_not_enough_keep_their_blocks() -> None:
+    kv = KVManager(10, BLOCK)
+    gate = MemoryGate(kv, short_reserve=0)
+    assert reserve(gate, sequence("holder", 7, 0.0), short=False, now=0.0)
+    line = offline("line", 2, 0.0)
+    assert reserve(gate, line, short=False, now=0.0)
+    assert not reserve(gate, sequence("asked", 5, 1.0), short=False, now=1.0)
+    assert gate.overdrawn(1.0) == []

@@ -241,20 +241,6 @@ def test_a_file_without_lines_fails(client: openai.OpenAI, content: bytes) -> No
     assert batch.errors.data[0].code == "empty_file"
 
 
-def test_lines_wait_while_somebody_waits(serve: Callable[..., Live], tmp_path: Path) -> None:
-    """A line starts only once the online request, which gets no token, has gone."""
-    live = serve(offline=OfflineOptions(tmp_path, batch_free_mib=0))
-    with live.client() as client:
-        with client.completions.create(model="alias", prompt="abc", seed=SILENT_SEED, stream=True):
-            batch = submit(client, jsonl([chat_line("a")]))
-            until(lambda: client.batches.retrieve(batch.id).status == "in_progress", "a start")
-            looks = [client.batches.retrieve(batch.id).request_counts for _ in range(20)]
-            assert [each.completed for each in looks if each] == [0] * 20
-            assert live.metric("pla_serve:offline_lines_running") == 0
-            assert live.metric("pla_serve:offline_lines_waiting") == 1
-        assert wait_over(client, batch.id).status == "completed"
-
-
 def test_a_second_server_is_told_so(serve: Callable[..., Live], tmp_path: Path) -> None:
     options = OfflineOptions(tmp_path, batch_free_mib=0)
     serve(offline=options)

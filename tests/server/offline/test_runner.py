@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from pla_serve.server.errors import ApiError
 from pla_serve.server.offline.caller import Answered
 from pla_serve.server.offline.database import MOST_LIVE_BATCHES, Database
+from pla_serve.server.offline.lines import LineRequest
 from pla_serve.server.offline.metrics import OfflineMetrics
 from pla_serve.server.offline.records import OfflineBatch, new_batch_id
 from pla_serve.server.offline.runner import MOST_ATTEMPTS, BatchRunner
@@ -54,6 +55,7 @@ class Bench:
         self.free = 10**12
         self.door = Door()
         self.calls: list[tuple[str, str]] = []
+        self.due: list[bool] = []
         self._answers = answers
         self.store = OfflineStore(
             OfflineOptions(folder, batch_free_mib=1, **options),  # type: ignore[arg-type]
@@ -69,9 +71,10 @@ class Bench:
             rest_seconds=0.01,
         )
 
-    async def _call(self, owner: str, endpoint: str, body: bytes, id: str) -> Answered:
-        text = json.loads(body)["messages"][0]["content"]
+    async def _call(self, owner: str, request: LineRequest, id: str, due: bool) -> Answered:
+        text = json.loads(request.body)["messages"][0]["content"]
         self.calls.append((owner, text))
+        self.due.append(due)
         return await self._answers(owner, text)
 
     async def submit(self, texts: list[str], owner: str = "me", seconds: int = 3600) -> str:
@@ -202,7 +205,7 @@ def test_no_line_starts_without_space(tmp_path: Path) -> None:
         async with running(bench):
             id = await bench.submit(["a"])
             await bench.begun(id)
-            assert not bench.runner._may_start()
+            assert not bench.runner._may_start(due=False)
             assert not bench.calls
             bench.free = 10**12
             assert (await bench.over(id)).status == "completed"
@@ -329,5 +332,38 @@ def test_an_input_file_that_is_gone(tmp_path: Path) -> None:
             assert (batch.status, batch.failed) == ("completed", 1)
             (line,) = bench.lines(batch.error_file)
             assert line["error"]["code"] == "input_file_missing"  # type: ignore[index]
+
+    asyncio.run(main())
+
+
+def test_lines_become_due_as_late_as_possible(tmp_path: Path) -> None:
+    """Those that starved are sent again, as requests of clients, beside others that starve."""
+
+    async def main() -> None:
+        starves = asyncio.Event()
+
+        async def never_idle(owner: str, text: str) -> Answered:
+            if not bench.due[-1]:
+                await starves.wait()
+            return GOOD
+
+        bench = Bench(tmp_path, never_idle, batch_lines_at_once=2)
+        async with running(bench):
+            other = await bench.submit(["x"] * 3, seconds=100_000)
+            id = await bench.submit(["a"] * 5, owner="you", seconds=1000)
+            async with asyncio.timeout(DEADLINE):
+                while len(bench.calls) < 2:
+                    await asyncio.sleep(0.002)
+            bench.now += 899
+            bench.runner.wake()
+            for _ in range(20):
+                await asyncio.sleep(0.002)
+            assert bench.due == [False] * 2
+            bench.now += 1
+            batch = await bench.over(id, "you")
+            assert (batch.status, batch.done) == ("completed", 5)
+            assert bench.due.count(True) == 5
+            starves.set()
+            assert (await bench.over(other)).done == 3
 
     asyncio.run(main())

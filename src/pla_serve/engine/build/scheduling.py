@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pla_serve.engine.config import EngineConfig
 from pla_serve.policy.admission import Admission
 from pla_serve.policy.cost import CostModel
+from pla_serve.policy.harvest import Harvesting
 from pla_serve.policy.protocol import PrefillPolicy
 from pla_serve.policy.registry import create_policy
 
@@ -26,7 +27,7 @@ class Scheduling:
 def build_scheduling(
     config: EngineConfig, cost: CostModel, *, layers: int, kv_tokens: int
 ) -> Scheduling:
-    """Make the policy that the config names.
+    """Make the policy that the config names, with offline work in the time that it leaves.
 
     Args:
         layers: decoder layers of the model, unless the policy's config says another number.
@@ -39,7 +40,7 @@ def build_scheduling(
     knobs = replace(knobs, layers=knobs.layers or layers)
     queued = config.max_queued_tokens or QUEUED_CAPACITIES * kv_tokens
     return Scheduling(
-        policy=create_policy(config.policy, knobs, cost),
+        policy=Harvesting(create_policy(config.policy, knobs, cost), knobs, cost),
         cost=cost,
         admission=Admission(queued, config.max_predicted_wait),
     )

@@ -11,7 +11,7 @@ from pla_serve.engine.loop.parts import LoopContext
 from pla_serve.engine.loop.requests import RequestTable
 from pla_serve.engine.loop.settle import BatchSettlement
 from pla_serve.engine.requests.sequence import Sequence
-from pla_serve.policy.protocol import Batch, Chunk, ServiceLevel
+from pla_serve.policy.protocol import Batch, Chunk
 
 
 class BatchPreparation:
@@ -88,7 +88,7 @@ class BatchPreparation:
         if not sequence.table.blocks:
             self._requests.start(sequence)
             left = len(sequence.tokens) - chunk.history
-            bulk = sequence.request.service is ServiceLevel.BULK
+            bulk = sequence.request.service.unhurried
             short = not bulk and self._policy.waits_as_short(left, chunk.history)
             if not self._gate.reserve(sequence, short, left, now):
                 self._policy.remove(sequence.id)

@@ -17,6 +17,7 @@ class EngineReports:
         self._sent = 0.0
         self._idle_blocks: int | None = None
         """Free KV blocks in the report that the engine is idle. None while there is work."""
+        self._idle_since: float | None = None
 
     def send_if_due(self) -> None:
         """Send a report if the last one is old."""
@@ -28,6 +29,9 @@ class EngineReports:
 
         Blocks that are kept for other engines come free after the last request has ended.
         """
+        now = self._context.clock()
+        if self._idle_since is None:
+            self._idle_since = now
         available = self._context.parts.kv.available
         if self._idle_blocks != available:
             self.send()
@@ -36,6 +40,9 @@ class EngineReports:
     def end_idle(self) -> None:
         """Note that there is work."""
         self._idle_blocks = None
+        if self._idle_since is not None:
+            self._context.telemetry.idle_seconds += self._context.clock() - self._idle_since
+            self._idle_since = None
 
     def send(self) -> None:
         """Send a report now."""
@@ -52,6 +59,9 @@ class EngineReports:
                 batches=dict(counted.batches),
                 express_batches=counted.express_batches,
                 recompute_preemptions=counted.recompute_preemptions,
+                offline_tokens=counted.offline_tokens,
+                offline_seconds=counted.offline_seconds,
+                idle_seconds=counted.idle_seconds,
                 cost_error=parts.cost.error(),
                 wait_error={"short": waits.error(True), "long": waits.error(False)},
                 wait_coverage={"short": waits.coverage(True), "long": waits.coverage(False)},

@@ -192,7 +192,7 @@ class BatchSettlement:
         if batch.choice is None:
             computed = Batch(computed.kind)
         else:
-            self._telemetry.count_batch(computed, batch.nested)
+            self._telemetry.count_batch(computed, seconds, batch.nested)
         if batch.dispatched:
             self._policy.measured(computed, seconds, now)
         else:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pla_serve.engine.requests.sequence import Sequence
-from pla_serve.policy.protocol import Batch
+from pla_serve.policy.protocol import Batch, BatchClass, ServiceLevel
 from pla_serve.wire.engine import LatencySample
 
 
@@ -30,14 +30,23 @@ class Telemetry:
     """Batches that were enqueued while the one before was not settled."""
     steps_waited: Counter[str] = field(default_factory=Counter)
     """Batches that waited for the one before to be settled, by reason."""
+    offline_tokens: int = 0
+    """Tokens of prompts and outputs that offline batches computed."""
+    offline_seconds: float = 0.0
+    """Time of these batches, without what ran inside them."""
+    idle_seconds: float = 0.0
+    """Time in which nothing ran."""
     batches: Counter[str] = field(default_factory=Counter)
     """Batches by class."""
     firsts: list[LatencySample] = field(default_factory=list)
     """Times to first tokens since the last report."""
 
-    def count_batch(self, batch: Batch, nested: bool) -> None:
-        """Count a batch that was computed."""
+    def count_batch(self, batch: Batch, seconds: float, nested: bool) -> None:
+        """Count a batch that was computed, in ``seconds`` without what ran inside it."""
         self.batches[batch.kind.value] += 1
+        if batch.kind is BatchClass.OFFLINE:
+            self.offline_tokens += batch.tokens
+            self.offline_seconds += seconds
         self.express_batches += nested
         self.prompt_tokens += sum(chunk.tokens for chunk in batch.prefills)
 
@@ -48,7 +57,7 @@ class Telemetry:
 
     def count_first(self, sequence: Sequence, now: float) -> None:
         """Note the time to first token, unless another engine made the first token."""
-        if sequence.request.generated:
+        if sequence.request.generated or sequence.request.service is ServiceLevel.OFFLINE:
             return
         arrival = sequence.request.arrival
         queued = (sequence.started if sequence.started is not None else now) - arrival

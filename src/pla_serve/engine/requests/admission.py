@@ -11,7 +11,7 @@ from pla_serve.engine.sampling import GrammarError, Sampler, SamplingError
 from pla_serve.policy.admission import Admission, Admit, Refuse
 from pla_serve.policy.calibration import Calibration
 from pla_serve.policy.cost import CostModel
-from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest, ServiceLevel
+from pla_serve.policy.protocol import PrefillPolicy, PrefillRequest
 from pla_serve.wire.codec import range_fault
 from pla_serve.wire.engine import AddRequest, Rejected
 from pla_serve.wire.limits import MOST_PROMPT_LOGPROBS
@@ -96,7 +96,7 @@ class Intake:
 
     def _waits_as_short(self, request: AddRequest, cached: int) -> bool:
         """Return the class of a request, of whose prompt so many tokens are cached."""
-        if request.service is ServiceLevel.BULK:
+        if request.service.unhurried:
             return False
         return self._policy.waits_as_short(len(request.prompt) - cached, cached)
 

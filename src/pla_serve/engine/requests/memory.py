@@ -6,10 +6,12 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 from pla_serve.engine.kv.manager import KVManager
 from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.policy.protocol import ServiceLevel
 
 PATIENCE_SECONDS = 10.0
 """After this long the first parked sequence of a class holds back later ones of the other class,
@@ -29,6 +31,10 @@ class _Parked:
     since: float
     """Time at which it was parked."""
     new_tokens: int
+
+    def overdue(self, now: float) -> bool:
+        """Whether it has waited so long that it holds back others."""
+        return not _offline(self.sequence) and now - self.since >= PATIENCE_SECONDS
 
 
 @dataclass(slots=True)
@@ -68,6 +74,10 @@ class MemoryGate:
     waits at most for what is in flight, and for sequences that have lost their blocks before and
     are protected for a while (see PATIENCE_SECONDS). A sequence that needs more than its tenant's
     share waits until the others leave it enough.
+
+    Offline requests (`ServiceLevel.OFFLINE`) get what all others leave: they hold up nobody while
+    they are parked, and give up their blocks for any other one, those first that have the least to
+    compute again.
 
     Args:
         short_reserve: blocks that long prefills may not take.
@@ -148,13 +158,15 @@ class MemoryGate:
         refused: set[tuple[str, bool]] = set()
         while place := self._first(refused, now):
             parked = place.parked
+            if refused and _offline(parked.sequence):
+                break
             if self._take(parked.sequence, parked.short, now):
                 self._leave(place)
                 served.append(parked.sequence)
                 continue
             tenant = parked.sequence.request.tenant
             refused.add((tenant, parked.short))
-            if now - parked.since >= PATIENCE_SECONDS:
+            if parked.overdue(now):
                 refused.add((tenant, not parked.short))
                 if self._entitled(parked.sequence, self._usage()):
                     break
@@ -164,12 +176,15 @@ class MemoryGate:
     def overdrawn(self, now: float) -> list[Sequence]:
         """Return sequences that have to give up their blocks, so that `unpark` serves somebody.
 
-        They are of tenants above their share, and the first parked sequence that stays within the
-        share of its tenant needs their blocks. None are returned if these would not be enough.
+        They are offline; or of tenants above their share, and the first parked sequence that stays
+        within the share of its tenant needs their blocks. None are returned if these would not be
+        enough.
         """
         if not self._places or now - self._claimed < CLAIM_SECONDS:
             return []
         self._claimed = now
+        if victims := self._offline_victims():
+            return victims
         usage = self._usage()
         if len(usage) < 2:
             return []
@@ -203,13 +218,19 @@ class MemoryGate:
         It is one that no enqueued batch and no transfer writes to: of the tenant that is furthest
         above its share the one of lowest precedence. Within its own tenant, or where nobody is
         above its share, ``growing`` takes the blocks of sequences of lower precedence only. None
-        if there are none: then it has to give way itself.
+        if there are none: then it has to give way itself. Offline sequences give way first, and
+        take the blocks of offline ones only.
         """
         others = [
             holder.sequence
             for holder in self._holders.values()
             if not holder.sequence.in_flight and holder.sequence is not growing
         ]
+        offline = [sequence for sequence in others if _offline(sequence)]
+        if _offline(growing):
+            others = offline
+        elif offline:
+            return min(offline, key=_cost_of_loss)
         usage, mine = self._usage(), growing.request.tenant
         share = self._kv.blocks / max(1, len(usage))
         above = {s.request.tenant for s in others if usage[s.request.tenant] > share}
@@ -224,6 +245,27 @@ class MemoryGate:
         return victim if victim.precedence > growing.precedence else None
 
     # Inside
+
+    def _offline_victims(self) -> list[Sequence]:
+        """Return offline sequences whose blocks are enough for the first other one, or none."""
+        heads = [place for place in self._heads() if not _offline(place.parked.sequence)]
+        if not heads:
+            return []
+        parked = min(heads).parked
+        needed = self._kv.blocks_for(len(parked.sequence.tokens))
+        needed += 0 if parked.short else self._short_reserve
+        candidates = [
+            holder.sequence
+            for holder in self._holders.values()
+            if _offline(holder.sequence) and not holder.sequence.in_flight
+        ]
+        available, victims = self._kv.available, []
+        for victim in sorted(candidates, key=_cost_of_loss):
+            if available >= needed:
+                break
+            victims.append(victim)
+            available += len(victim.table.blocks)
+        return victims if available >= needed else []
 
     def _usage(self) -> dict[str, int]:
         """Return the blocks of each tenant that has some or waits for some.
@@ -249,11 +291,12 @@ class MemoryGate:
 
     def _rank(self, place: _Place, usage: dict[str, int], now: float) -> tuple[float, _Place]:
         """Order of parked sequences: the overdue, then those of tenants with few blocks."""
+        parked = place.parked
+        if _offline(parked.sequence):
+            return inf, place
         if len(usage) < 2:
             return 0.0, place
-        parked = place.parked
-        overdue = now - parked.since >= PATIENCE_SECONDS
-        if overdue and self._entitled(parked.sequence, usage):
+        if parked.overdue(now) and self._entitled(parked.sequence, usage):
             return -1.0, place
         return usage[parked.sequence.request.tenant], place
 
@@ -338,7 +381,11 @@ class MemoryGate:
         usage: dict[str, int] | None = None
         for (tenant, kind), queue in self._queues.items():
             head = queue[0]
-            overdue = now - head.parked.since >= PATIENCE_SECONDS
+            if _offline(head.parked.sequence) != _offline(sequence):
+                if _offline(sequence):
+                    return True
+                continue
+            overdue = head.parked.overdue(now)
             if tenant == mine:
                 if head.precedence <= sequence.precedence and (kind == short or overdue):
                     return True
@@ -369,3 +416,12 @@ class MemoryGate:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = cached
         return True
+
+
+def _offline(sequence: Sequence) -> bool:
+    return sequence.request.service is ServiceLevel.OFFLINE
+
+
+def _cost_of_loss(sequence: Sequence) -> tuple[int, float]:
+    """Order of offline sequences by what they lose with their blocks; of equals, the newest."""
+    return sequence.computed, -sequence.request.arrival

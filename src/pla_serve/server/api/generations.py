@@ -173,7 +173,7 @@ class Generations:
         def work() -> tuple[GenerationPlan, list[str]]:
             plan = self._plan(body, id, asked.arrival, prompts, info, scope)
             if offline:
-                plan = replace(plan, priority=OFFLINE_PRIORITY)
+                plan = replace(plan, priority=OFFLINE_PRIORITY, offline=True)
             elif tier is not None:
                 plan = of_tier(plan, tier)
             return plan, unheld_keywords(body)
@@ -201,7 +201,6 @@ class Generations:
         session = service.engine.session(service.settings.max_unread_tokens, tenant(request.scope))
         trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
         entry = JournalEntry(request_id.get() or plan.id, plan.arrival, trace)
-        offline = OFFLINE_WORK in request.scope
         return Generation(
             plan,
             session,
@@ -209,7 +208,6 @@ class Generations:
             service.metrics,
             entry,
             service.journal,
-            end_wait=(lambda: None) if offline else service.waits.begin(),
         )
 
     def _plan(

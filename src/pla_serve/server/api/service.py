@@ -11,7 +11,6 @@ from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.errors import ApiError, unavailable
 from pla_serve.server.generation.defaults import SamplingDefaults
 from pla_serve.server.generation.detokenize import TokenBytes
-from pla_serve.server.online_waits import OnlineWaits
 from pla_serve.server.reasoning.support import ReasoningSupport
 from pla_serve.server.records.journal import Journal
 from pla_serve.server.records.metrics import Metrics
@@ -40,7 +39,6 @@ class Service:
     defaults: SamplingDefaults
     """Sampling parameters of requests that give none."""
     journal: Journal
-    waits: OnlineWaits
     started: int
     """Unix seconds, for the list of models."""
 

@@ -191,7 +191,7 @@ def _with_engine(flags: FileRunFlags, given: Given) -> Ask:
             caller = LineCaller(app, Owners(()))
 
             async def send(request: LineRequest, id: str) -> Answered:
-                return await caller.call(EVERYBODY, request.endpoint, request.body, id)
+                return await caller.call(EVERYBODY, request, id)
 
             await server.engine.ready()
             await run.send_all(send, flags.lines_at_once)

@@ -54,6 +54,8 @@ class GenerationPlan:
     """Special tokens that stay in the text: markers of the format of tool calls."""
     tier: Tier | None = None
     """None: the default, which promises nothing."""
+    offline: bool = False
+    """Whether it takes only the time that others leave."""
 
     @property
     def tier_name(self) -> str:
@@ -65,8 +67,10 @@ class GenerationPlan:
 
         Those that follow the first one of their prompt are refused for no promise.
         """
+        if self.offline:
+            return ServiceLevel.OFFLINE
         level = ServiceLevel.USUAL if self.tier is None else self.tier.service
-        return level if leads or level is ServiceLevel.BULK else ServiceLevel.USUAL
+        return level if leads or level.unhurried else ServiceLevel.USUAL
 
 
 @dataclass(slots=True)
@@ -116,20 +120,17 @@ class Generation:
         entry: JournalEntry,
         journal: Journal,
         clock: Callable[[], float] = time.monotonic,
-        end_wait: Callable[[], None] = lambda: None,
     ) -> None:
         """Make a generation that is not yet admitted.
 
         Args:
             entry: completed and written to ``journal`` by `close`.
-            end_wait: called with the first token, and by `close`.
         """
         self.plan = plan
         self._session = session
         self._metrics = metrics
         self._entry = entry
         self._journal: Journal | None = journal
-        self._end_wait = end_wait
         self._clock = clock
         self._choices = {
             choice.id: choice
@@ -211,7 +212,6 @@ class Generation:
         """End unfinished sequences in the engine at once, and write the journal entry."""
         for retry in self._retries:
             retry.cancel()
-        self._end_wait()
         self._session.close()
         if self._journal is not None:
             journal, self._journal = self._journal, None
@@ -358,12 +358,11 @@ class Generation:
             )
         new_tokens = len(self.plan.prompts[choice.prompt]) - self._cached.get(choice.prompt, 0)
         if choice.tokens == 0:
-            if choice.index % self.plan.n == 0:
+            if choice.index % self.plan.n == 0 and not self.plan.offline:
                 self._metrics.first_token(now - self.plan.arrival, new_tokens)
             if self._entry.first_token is None:
                 self._entry.first_token = now
-                self._end_wait()
-        elif tokens:
+        elif tokens and not self.plan.offline:
             self._metrics.next_tokens((now - choice.last_tokens_at) / tokens, new_tokens)
         choice.last_tokens_at = now
 

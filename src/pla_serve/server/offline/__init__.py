@@ -1,1 +1,1 @@
-"""Offline batches: files of requests that are answered when nobody waits."""
+"""Offline batches: files of requests that are answered in time that others leave."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.types import ASGIApp, Message
 
 from pla_serve.server.api.guard import OFFLINE_WORK
+from pla_serve.server.offline.lines import LineRequest
 from pla_serve.server.offline.owners import Owners
 
 
@@ -32,8 +34,15 @@ class LineCaller:
         self._app = app
         self._owners = owners
 
-    async def call(self, owner: str, endpoint: str, body: bytes, request_id: str) -> Answered:
-        """POST ``body`` to ``endpoint``; a cancelled call ends the request in the engine."""
+    async def call(
+        self, owner: str, request: LineRequest, request_id: str, *, due: bool = False
+    ) -> Answered:
+        """POST the request of a line; a cancelled call ends it in the engine.
+
+        Args:
+            due: it runs as a request of a client, and not only in time that others leave.
+        """
+        body, endpoint = request.body, request.endpoint
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -42,7 +51,7 @@ class LineCaller:
         key = self._owners.key(owner)
         if key is not None:
             headers.append((b"authorization", b"Bearer " + key.encode()))
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",
@@ -55,8 +64,9 @@ class LineCaller:
             "headers": headers,
             "client": ("offline", 0),
             "server": None,
-            OFFLINE_WORK: True,
         }
+        if not due:
+            scope[OFFLINE_WORK] = True
         call = _Call(body)
         await self._app(scope, call.receive, call.send)
         return call.answered()

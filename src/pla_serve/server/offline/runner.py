@@ -1,4 +1,7 @@
-"""Runs offline batches: reads their input, starts their lines when nobody waits, ends them.
+"""Runs offline batches: reads their input, sends their lines to the engine, ends them.
+
+Lines run in the time that online requests leave (`policy.harvest`). Those of a batch whose
+completion window comes to its end are *due*: they are sent as requests of clients are.
 
 All that it knows is in the store, so a new process goes on where the last one was killed. A line
 that ran then is run again; an answer counts once it is in the database, and there is one for each
@@ -11,7 +14,7 @@ import asyncio
 import logging
 import sqlite3
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -22,7 +25,13 @@ from pla_serve.server.offline.caller import Answered
 from pla_serve.server.offline.database import Database
 from pla_serve.server.offline.finish import finish
 from pla_serve.server.offline.line_queue import BatchQueue, LineQueue
-from pla_serve.server.offline.lines import BESIDE_BODY, InputReader, LineError, read_request
+from pla_serve.server.offline.lines import (
+    BESIDE_BODY,
+    InputReader,
+    LineError,
+    LineRequest,
+    read_request,
+)
 from pla_serve.server.offline.metrics import OfflineMetrics
 from pla_serve.server.offline.records import (
     BatchLine,
@@ -43,15 +52,22 @@ LOOK_SECONDS = 1.0
 REST_SECONDS = 5.0
 """How long everything rests after the disk refused something."""
 
-CallsLine = Callable[[str, str, bytes, str], Awaitable[Answered]]
-"""Given an owner, an endpoint, the body of a request and its id, as `LineCaller.call`."""
+DUE_SHARE = 0.1
+"""Part of its completion window in which a batch is due, at the latest."""
+DUE_MARGIN = 2.0
+"""A batch is due earlier if its lines, at the pace of the last ones, take so many times as long."""
+PACE_MEMORY = 0.1
+"""Weight of one more line in the pace."""
+
+CallsLine = Callable[[str, LineRequest, str, bool], Awaitable[Answered]]
+"""Given an owner, a request, its id, and whether it is due, as `LineCaller.call`."""
 
 
 class Gate(Protocol):
     """Says when the machine may be given lines."""
 
     def is_open(self) -> bool:
-        """Whether a line may start now: the engine is up, and nobody waits for a first token."""
+        """Whether a line may start now: the engine is up."""
         ...
 
     def may_run(self, owner: str) -> bool:
@@ -86,6 +102,10 @@ class BatchRunner:
         self._queue = LineQueue(store)
         self._running: dict[asyncio.Task[None], str] = {}
         """Tasks of lines, with the ids of their batches."""
+        self._due: set[str] = set()
+        """Ids of batches that are due."""
+        self._line_seconds = 0.0
+        """Mean time of a line, of late."""
         self._wake = asyncio.Event()
         self._rests_until = 0.0
 
@@ -128,13 +148,34 @@ class BatchRunner:
         ]
         self._metrics.waiting(sum(each.total - each.done - each.failed for each in batches))
         self._queue.update(batches)
-        while self._may_start() and (found := await self._queue.next(batches)) is not None:
-            self._start(*found)
+        await self._note_due(batches)
+        for due in (True, False):
+            some = [batch for batch in batches if (batch.id in self._due) == due]
+            while self._may_start(due) and (found := await self._queue.next(some)) is not None:
+                self._start(*found)
 
-    def _may_start(self) -> bool:
+    def _may_start(self, due: bool) -> bool:
+        """Whether one more line may run, of batches that are due or of others."""
         rested = asyncio.get_running_loop().time() >= self._rests_until
-        room = len(self._running) < self._store.options.batch_lines_at_once
+        running = sum((id in self._due) == due for id in self._running.values())
+        room = running < self._store.options.batch_lines_at_once
         return rested and room and self._gate.is_open() and self._store.has_space()
+
+    async def _note_due(self, batches: Sequence[OfflineBatch]) -> None:
+        """Find batches that have become due; their lines that run are sent again, as due ones."""
+        self._due &= {batch.id for batch in batches}
+        for batch in batches:
+            if batch.id not in self._due and self._store.now() >= self._due_at(batch):
+                log.info("%s is due: its lines run as requests of clients", batch.id)
+                self._due.add(batch.id)
+                await self._end_lines(batch.id)
+
+    def _due_at(self, batch: OfflineBatch) -> float:
+        """Return the time from which the lines of a batch no longer wait for idle time."""
+        left = batch.total - batch.done - batch.failed
+        seconds = left * self._line_seconds / self._store.options.batch_lines_at_once
+        window = batch.expires - batch.created
+        return batch.expires - max(DUE_SHARE * window, DUE_MARGIN * seconds)
 
     def _rest(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -228,7 +269,10 @@ class BatchRunner:
 
     async def _run_line(self, batch: OfflineBatch, line: BatchLine) -> None:
         """Run one line, and keep its answer however long the disk refuses it."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         answer = await self._answer(batch, line)
+        self._line_seconds += PACE_MEMORY * (loop.time() - began - self._line_seconds)
         while True:
             try:
                 if answer is None:
@@ -256,7 +300,7 @@ class BatchRunner:
             return refused_line(number, custom_id, "input_file_missing", message)
         while True:
             try:
-                found = await self._call(batch.owner, batch.endpoint, request.body, id)
+                found = await self._call(batch.owner, request, id, batch.id in self._due)
             except Exception:
                 log.exception("line %d of %s failed", number, batch.id)
                 fault = failed("internal error; the server's log says more")

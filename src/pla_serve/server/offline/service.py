@@ -13,13 +13,13 @@ from pla_serve.server.api.routes import Operation
 from pla_serve.server.engine.backend import Backend
 from pla_serve.server.offline.caller import Answered, LineCaller
 from pla_serve.server.offline.endpoints import OfflineEndpoints
+from pla_serve.server.offline.lines import LineRequest
 from pla_serve.server.offline.metrics import OfflineMetrics
 from pla_serve.server.offline.operations import offline_operations
 from pla_serve.server.offline.owners import Owners
 from pla_serve.server.offline.runner import BatchRunner
 from pla_serve.server.offline.store import OfflineStore
 from pla_serve.server.offline.upload import Uploads
-from pla_serve.server.online_waits import OnlineWaits
 from pla_serve.server.records.metrics import Metrics
 from pla_serve.server.settings import ServerSettings
 
@@ -30,19 +30,13 @@ MOST_BATCH_BODY = 64 * 2**10
 class OfflineService:
     """Made before the application that its lines go through, for which it has `operations`.
 
-    Args:
-        waits: requests of clients that have no token yet.
-
     Raises:
         FolderError: the folder cannot be used.
     """
 
-    def __init__(
-        self, settings: ServerSettings, backend: Backend, waits: OnlineWaits, metrics: Metrics
-    ) -> None:
+    def __init__(self, settings: ServerSettings, backend: Backend, metrics: Metrics) -> None:
         self._owners = Owners(settings.api_keys)
         self._backend = backend
-        self._waits = waits
         self._store = OfflineStore(settings.offline)
         self._caller: LineCaller | None = None
         self._runner = BatchRunner(
@@ -54,7 +48,6 @@ class OfflineService:
         )
         self._running: asyncio.Task[None] | None = None
         self._stopped = False
-        waits.on_clear = self._runner.wake
         self.operations: list[Operation] = offline_operations(
             OfflineEndpoints(
                 self._store,
@@ -87,12 +80,12 @@ class OfflineService:
 
     def is_open(self) -> bool:
         """Whether a line may start now."""
-        return self._backend.is_ready and not self._waits.waiting and not self._stopped
+        return self._backend.is_ready and not self._stopped
 
     def may_run(self, owner: str) -> bool:
         """Whether the key of this owner is one of this server."""
         return owner in self._owners
 
-    async def _call(self, owner: str, endpoint: str, body: bytes, id: str) -> Answered:
+    async def _call(self, owner: str, request: LineRequest, id: str, due: bool) -> Answered:
         assert self._caller is not None
-        return await self._caller.call(owner, endpoint, body, id)
+        return await self._caller.call(owner, request, id, due=due)

@@ -66,6 +66,12 @@ COUNTERS = {
     "vllm:generation_tokens": ("generation_tokens", "Tokens generated."),
     "vllm:num_preemptions": ("recompute_preemptions", "Requests recomputed for want of KV memory."),
     "pla_serve:express_batches": ("express_batches", "Batches run at a layer boundary of another."),
+    "pla_serve:offline_tokens": (
+        "offline_tokens",
+        "Tokens of prompts and outputs of offline batches, computed in time that others left.",
+    ),
+    "pla_serve:offline_seconds": ("offline_seconds", "Time in which offline batches ran."),
+    "pla_serve:idle_seconds": ("idle_seconds", "Time in which nothing ran."),
     "pla_serve:steps_ahead": (
         "steps_ahead",
         "Batches enqueued before the tokens of the one before them were known.",
