@@ -78,7 +78,7 @@ class Intake:
                 id=request.id, reason=verdict.reason, retry_after=verdict.retry_after_seconds
             )
         sequence = self._sequence(request, short, cached)
-        if isinstance(sequence, Sequence) and request.service is not ServiceLevel.BULK:
+        if isinstance(sequence, Sequence) and not request.service.unhurried:
             # What gives way to all that comes later says nothing about waits of others.
             sequence.forecast = verdict.forecast
         return sequence
