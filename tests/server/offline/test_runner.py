@@ -367,3 +367,23 @@ def test_lines_become_due_as_late_as_possible(tmp_path: Path) -> None:
             assert (await bench.over(other)).done == 3
 
     asyncio.run(main())
+
+
+def test_a_line_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+    """Whoever runs beside it fails with it once; after that it runs alone."""
+    running_now: list[str] = []
+
+    async def dies(owner: str, text: str) -> Answered:
+        running_now.append(text)
+        await asyncio.sleep(0.002)
+        fatal = "kills" in running_now
+        running_now.remove(text)
+        return Answered(500, b"{}", None) if fatal else GOOD
+
+    async def main() -> None:
+        bench = Bench(tmp_path, dies)
+        async with running(bench):
+            batch = await bench.over(await bench.submit(["a", "kills", "b", "kills", "c"]))
+        assert (batch.done, batch.failed) == (3, 2)
+
+    asyncio.run(main())

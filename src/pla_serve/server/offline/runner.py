@@ -104,6 +104,10 @@ class BatchRunner:
         """Tasks of lines, with the ids of their batches."""
         self._due: set[str] = set()
         """Ids of batches that are due."""
+        self._held: tuple[BatchQueue, BatchLine] | None = None
+        """A line that failed by a fault of ours, which waits until no other runs."""
+        self._alone = False
+        """Whether such a line runs."""
         self._line_seconds = 0.0
         """Mean time of a line, of late."""
         self._wake = asyncio.Event()
@@ -151,7 +155,7 @@ class BatchRunner:
         await self._note_due(batches)
         for due in (True, False):
             some = [batch for batch in batches if (batch.id in self._due) == due]
-            while self._may_start(due) and (found := await self._queue.next(some)) is not None:
+            while self._may_start(due) and (found := await self._next(some)) is not None:
                 self._start(*found)
 
     def _may_start(self, due: bool) -> bool:
@@ -159,7 +163,24 @@ class BatchRunner:
         rested = asyncio.get_running_loop().time() >= self._rests_until
         running = sum((id in self._due) == due for id in self._running.values())
         room = running < self._store.options.batch_lines_at_once
-        return rested and room and self._gate.is_open() and self._store.has_space()
+        ready = rested and room and not self._alone
+        return ready and self._gate.is_open() and self._store.has_space()
+
+    async def _next(self, batches: Sequence[OfflineBatch]) -> tuple[BatchQueue, BatchLine] | None:
+        """Return the next line that may start now.
+
+        One that has failed by a fault of ours runs alone: if it ends the engine each time, it takes
+        no other line with it again.
+        """
+        if self._held is None:
+            found = await self._queue.next(batches)
+            if found is None or not found[1].attempts:
+                return found
+            self._held = found
+        if self._running:
+            return None
+        held, self._held = self._held, None
+        return held if held[0].batch.id in {batch.id for batch in batches} else None
 
     async def _note_due(self, batches: Sequence[OfflineBatch]) -> None:
         """Find batches that have become due; their lines that run are sent again, as due ones."""
@@ -255,6 +276,7 @@ class BatchRunner:
 
     def _start(self, queue: BatchQueue, line: BatchLine) -> None:
         queue.running.add(line.number)
+        self._alone = line.attempts > 0
         task = asyncio.get_running_loop().create_task(self._run_line(queue.batch, line))
         self._running[task] = queue.batch.id
         self._metrics.running(len(self._running))
@@ -262,6 +284,7 @@ class BatchRunner:
         def ended(task: asyncio.Task[None]) -> None:
             queue.running.discard(line.number)
             del self._running[task]
+            self._alone = False
             self._metrics.running(len(self._running))
             self.wake()
 
