@@ -110,10 +110,10 @@ def test_sampling_does_not_depend_on_the_schedule(
         assert_same(results(engine, request_id), right)
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", [*WINDOWED, "qwen2-moe"])
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schedule=st.integers(0, 2**32), blocks=st.integers(20, 40), cached=st.booleans())
-def test_nor_does_it_with_windows(name: str, schedule: int, blocks: int, cached: bool) -> None:
+def test_nor_does_it_in_other_families(name: str, schedule: int, blocks: int, cached: bool) -> None:
     engine = disturbed(0, schedule, blocks, cached, name)
     for request_id, right in undisturbed(0, name).items():
         assert_same(results(engine, request_id), right)

@@ -17,6 +17,7 @@ from tests.engine.levels import NAMES, kernels_of
 from tests.engine.tiny import (
     BLOCK,
     CONFIGS,
+    MIXTURES,
     VOCABULARY,
     WINDOWED,
     Engine,
@@ -84,10 +85,29 @@ def assert_at_rest(engine: Engine) -> None:
     assert kv.available == kv.blocks
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+SCHEDULES = given(
+    seed=st.integers(0, 2**32), cached=st.booleans(), aborts=st.booleans(), tight=st.booleans()
+)
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(MIXTURES)))
 @PATIENT
-@given(seed=st.integers(0, 2**32), cached=st.booleans(), aborts=st.booleans(), tight=st.booleans())
+@SCHEDULES
 def test_random_schedules(name: str, seed: int, cached: bool, aborts: bool, tight: bool) -> None:
+    check_schedule(name, seed, cached, aborts, tight)
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+@settings(PATIENT, max_examples=4)
+@SCHEDULES
+def test_random_schedules_of_mixtures(
+    name: str, seed: int, cached: bool, aborts: bool, tight: bool
+) -> None:
+    check_schedule(name, seed, cached, aborts, tight)
+
+
+def check_schedule(name: str, seed: int, cached: bool, aborts: bool, tight: bool) -> None:
+    """Serve random requests in a random schedule; compare each token with the stock model's."""
     rng = Random(seed)
     blocks = rng.randint(30, 60) if tight else 256
     engine = make_engine(
@@ -100,7 +120,7 @@ def test_random_schedules(name: str, seed: int, cached: bool, aborts: bool, tigh
     serve_at_random(engine, name, rng, count=8, aborts=aborts)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3-moe"])
 @pytest.mark.parametrize("level", NAMES)
 @settings(PATIENT, max_examples=8)
 @given(seed=st.integers(0, 2**32), aborts=st.booleans())

@@ -15,12 +15,17 @@ from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION, AttentionBackend
@@ -93,10 +98,37 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
+MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "granitemoe": lambda: GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=8, num_experts_per_tok=3),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **SIZES,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+    ),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **SIZES,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
+}
+"""Families whose layers, or some of them, have experts."""
+CONFIGS |= MIXTURES
+SAMPLE = tuple(sorted(set(CONFIGS) - set(MIXTURES) | {"qwen2-moe"}))
+"""All families, but of the mixtures one only."""
 WINDOWED = ("gemma3", "mistral-window")
 """Families with layers whose tokens see the latest tokens only."""
-FUSED = tuple(sorted(set(CONFIGS) - {"arcee", "gemma3"}))
-"""Families whose decoder layers are replaced as a whole."""
+FUSED = tuple(sorted(set(CONFIGS) - {"arcee", "gemma3", "granitemoe", "olmoe"}))
+"""Families whose decoder layers are replaced as a whole on a CPU."""
+FUSED_DENSE = tuple(sorted(set(FUSED) - set(MIXTURES)))
+"""Those of them that are on a GPU as well."""
 
 
 @cache

@@ -56,6 +56,16 @@ def test_parameters_are_those_that_tokens_pass_through(name: str) -> None:
     assert size.bytes_each == 4
 
 
+def test_a_token_passes_through_the_experts_that_it_chooses() -> None:
+    model = reference_model("mixtral")  # each token chooses 2 of 4
+    layers = decoder_layers(model, SIZES["num_hidden_layers"])  # type: ignore[arg-type]
+    size = ModelSize.of(model, layers, attention_width=32, kv_bytes_per_token=7)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    whole = sum(p.numel() for p in layers.parameters())
+    assert size.layer_parameters == whole - experts // 2
+    assert size.bytes_each == 4
+
+
 def test_rates_follow_from_work_and_time() -> None:
     ceilings = measure(CPU, torch.float32, ticking(0.25))
     rows, width = MATRIX["cpu"]

@@ -19,6 +19,7 @@ from pla_serve.engine.loading import (
 )
 from tests.engine.loading import tiny
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 GPT2 = {"n_positions": 64, "n_inner": 48}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -65,6 +66,15 @@ ACCEPTED = [
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     ("Cohere2", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
     ("Gemma3Text", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("Mixtral", {"num_local_experts": 4}),
+    ("Mixtral", {"num_local_experts": 4, "sliding_window": 6}),
+    ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 20}),
+    ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}),
+    ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+    ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 5}),
+    ("FlexOlmo", {"num_experts": 5, "num_experts_per_tok": 2}),
+    ("GraniteMoe", {"num_local_experts": 4, "residual_multiplier": 0.5}),
+    ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 20}),
     ("Olmo3", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
 ]
 
@@ -138,10 +148,9 @@ REFUSED = [
     ("Llama4Text", {}, "experts"),
     ("DeepseekV3", {}, "experts"),
     ("MiniCPM3", {}, "latent attention"),
-    ("Mixtral", {}, "experts"),
-    ("Qwen3Moe", {}, "experts"),
     ("GptOss", {}, "experts"),
-    ("GraniteMoe", {}, "experts"),
+    ("Phimoe", {}, "experts"),
+    ("Glm4Moe", {}, "experts"),
     ("T5", {}, "encoder-decoder"),
     ("Bart", {}, "encoder-decoder"),
     ("Bloom", {}, "cannot be replaced"),

@@ -27,7 +27,13 @@ from tests.engine.test_outputs import assert_at_rest, serve_at_random
 from tests.engine.test_scoring import assert_scores
 from tests.engine.tiny import BLOCK, Engine, expected, make_engine, reference_model, write_tokenizer
 
-MODELS = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "captured": "llama"}
+MODELS = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2-moe": "qwen2-moe",
+    "captured": "llama",
+}
 """Name on the ranks, and the reference that it must equal."""
 BLOCKS = 256
 FEW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
@@ -85,7 +91,7 @@ def test_a_rank_holds_half_of_the_kv(pair: Pair) -> None:
     assert len(pair.loaded["captured"].execution.shapes) == 4
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen2-moe"])
 def test_logits_are_those_of_one_rank(pair: Pair, name: str) -> None:
     prompt = [5, 17, 3, 8, 60, 22, 7]
     batch = [

@@ -13,9 +13,12 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION
@@ -57,11 +60,15 @@ SIZES = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama with biases": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": lambda: Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=24),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, mlp_only_layers=[1]),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None, head_dim=8),
 }
 TOKENS = ([5, 17, 3, 60, 22], [9, 1, 33])
@@ -108,7 +115,9 @@ def share(source: ModelSource, ranks: ThreadRanks, kind: str) -> tuple[nn.Module
     elif kind == "gpu":
         count = gpu.optimise(model, TorchOperations())
         config = load_config(source)
-        assert count == (0 if getattr(config, "mlp_bias", False) else whole.layers)
+        mixed = getattr(config, "num_experts", getattr(config, "num_local_experts", 0))
+        dense = len(getattr(config, "mlp_only_layers", ())) if mixed else whole.layers
+        assert count == (0 if getattr(config, "mlp_bias", False) else dense)
     return model, KVShape(whole.layers, heads.kv_heads, heads.head_dim, torch.float32)
 
 

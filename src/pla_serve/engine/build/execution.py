@@ -58,7 +58,7 @@ def build_execution(
     if config.compile_layers and counts is not None:
         # Before shapes are captured: a capture records the kernels that it finds.
         _compile(model.layers, executor, config.block_tokens, counts)
-    if counts is None or not settings.pads or not _can_capture(settings, name):
+    if counts is None or not settings.pads or not _can_capture(settings, model, name):
         return Execution(runner, executor, cache, ())
     grid = build_shapes(settings, memory, device, runner, counts)
     executor = BatchExecutor(
@@ -84,15 +84,20 @@ def _choose_attention(settings: RankSettings, model: RankModel) -> tuple[str, At
     return name, backend
 
 
-def _can_capture(settings: RankSettings, backend: str) -> bool:
-    """Return whether graphs can be captured with this attention backend, and log why not.
+def _can_capture(settings: RankSettings, model: RankModel, backend: str) -> bool:
+    """Return whether graphs can be captured of this model, and log why not.
 
     Raises:
         ValueError: shapes were asked for and cannot be captured.
     """
-    if not settings.on_cuda or backend in CAPTURABLE:
+    if not settings.on_cuda:
         return True
-    reason = f"the attention backend {backend} reads lengths on the host, and graphs cannot"
+    if backend not in CAPTURABLE:
+        reason = f"the attention backend {backend} reads lengths on the host, and graphs cannot"
+    elif model.experts:
+        reason = "which experts are multiplied depends on the tokens, and in a graph it cannot"
+    else:
+        return True
     if settings.config.capture_shapes is not None:
         raise ValueError(f"no shapes can be captured: {reason}; drop --capture-shapes")
     log.warning("no shapes are captured: %s", reason)

@@ -24,6 +24,7 @@ from pla_serve.engine.loading import (
     most_positions,
     resolve,
 )
+from pla_serve.engine.loading.mixtures import expert_count
 from pla_serve.engine.parallel.ranks import agree
 from pla_serve.engine.parallel.share import check_divides, share_of_heads
 from pla_serve.engine.parallel.weights import load_share
@@ -41,6 +42,8 @@ class RankModel:
     """Decoder layers in order. Layer boundaries lie between them."""
     query_heads: int
     """Query heads of this rank."""
+    experts: int
+    """Experts of each layer that has them; 0 for dense models."""
     windows: tuple[int | None, ...]
     """Window of each layer; see `AttentionShape`."""
     kv_shape: KVShape
@@ -91,6 +94,7 @@ def build_model(settings: RankSettings) -> RankModel:
         module=module,
         layers=layers,
         query_heads=share.query_heads,
+        experts=expert_count(model_config),
         windows=share.windows,
         kv_shape=kv_shape,
         size=size,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from pla_serve.engine.config import EngineConfig, Quantization
 from pla_serve.engine.kernels.open import CpuKernels
 from pla_serve.engine.kernels.quantised import Quantised
+from pla_serve.engine.layers.cpu.experts import ExpertMlps
 from pla_serve.engine.layers.cpu.quantised import (
     QuantisedEmbedding,
     QuantisedLinear,
@@ -21,6 +22,7 @@ from pla_serve.engine.layers.cpu.quantised import (
 )
 from pla_serve.engine.loading import ModelSource, UnsupportedModel, load_config
 from pla_serve.engine.loading.formats import BY_NAME, FLOATS, WeightFormat
+from pla_serve.engine.loading.mixtures import is_experts, linears_of
 from pla_serve.engine.loading.source import some
 from pla_serve.engine.loading.stock import rotary_owner
 from pla_serve.engine.loading.tensors import StoredTensor, TensorFile, require_names
@@ -115,6 +117,8 @@ def quantise_at_load(model: Any, kind: Quantization, kernels: Quantised) -> None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
     for name, module in list(model.named_modules()):
+        if is_experts(module):
+            _put(model, name, _quantised_experts(module, form, kernels))
         if not isinstance(module, nn.Linear) or (tied and module is head):
             continue
         if module.in_features % form.weights:
@@ -128,6 +132,24 @@ def quantise_at_load(model: Any, kind: Quantization, kernels: Quantised) -> None
             model.set_output_embeddings(rows)
     if left:
         log.warning("not quantised, since 32 does not divide their inputs: %s", some(left))
+
+
+def _quantised_experts(experts: nn.Module, form: WeightFormat, kernels: Quantised) -> ExpertMlps:
+    """Return the experts with quantised weights.
+
+    Raises:
+        ValueError: the format does not divide the inputs of a linear.
+    """
+    made = []
+    for linears in linears_of(experts):
+        for linear in linears:
+            if linear.in_features % form.weights:
+                raise ValueError(
+                    f"experts with {linear.in_features} inputs cannot be quantised, since "
+                    f"{form.weights} does not divide them; leave out --quantization"
+                )
+        made.append(tuple(_quantised(linear.weight, None, form, kernels) for linear in linears))
+    return ExpertMlps(made)
 
 
 def _quantised(

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pla_serve.engine.layers.cpu.experts import ExpertMlps
 from pla_serve.engine.layers.cpu.quantised import QuantisedLinear
+from pla_serve.engine.loading.mixtures import chosen_share, is_experts
 from pla_serve.policy.cost import CostProfile
 
 OPERATIONS_PER_LAYER = 30
@@ -50,7 +52,8 @@ class ModelSize:
     kv_bytes_per_token: int
     """Bytes of one token's keys and values over all layers."""
     layer_parameters: int
-    """Parameters of all decoder layers. Every token passes through them."""
+    """Parameters of all decoder layers that a token passes through: of a mixture of experts those
+    of as many experts as a token chooses. One token reads no more than that."""
     head_parameters: int
     """Parameters of the output matrix. Only tokens whose logits are wanted pass through it."""
     bytes_each: float
@@ -68,14 +71,20 @@ class ModelSize:
         """Count the parameters of a model whose modules have not been fused yet."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         body, outputs = _size(layers), (0, 0) if head is None else _size(head)
+        mixed = sum(_size(part)[0] for part in layers.modules() if _is_mixture(part))
+        idle = round(mixed * (1 - chosen_share(model.config)))  # type: ignore[arg-type]
         return cls(
             layers=len(layers),
             attention_width=attention_width,
             kv_bytes_per_token=kv_bytes_per_token,
-            layer_parameters=body[0],
+            layer_parameters=body[0] - idle,
             head_parameters=outputs[0],
             bytes_each=(body[1] + outputs[1]) / (body[0] + outputs[0]),
         )
+
+
+def _is_mixture(module: torch.nn.Module) -> bool:
+    return is_experts(module) or isinstance(module, ExpertMlps)
 
 
 def _size(module: torch.nn.Module) -> tuple[int, int]:

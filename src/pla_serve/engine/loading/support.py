@@ -16,19 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pla_serve.engine.loading.errors import UnsupportedModel
+from pla_serve.engine.loading.mixtures import FAMILIES, expert_count
 
 CURE = (
-    "Dense models with causal attention are served, in all or some layers with a sliding window, "
-    "such as Llama, Qwen2, Qwen3, Mistral and Gemma 3 (text)."
+    "Models with causal attention are served, in all or some layers with a sliding window, such "
+    "as Llama, Qwen2, Qwen3, Mistral and Gemma 3 (text), and of the mixtures of experts "
+    f"{', '.join(sorted(FAMILIES))}."
 )
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 UNSTEADY_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that depend on the longest sequence of the batch: an answer would depend on
 the other requests in its batch."""
@@ -39,6 +41,7 @@ HARMLESS = frozenset(
         "logits_to_keep",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "position_ids",
         "return_dict",
         "use_cache",
@@ -94,7 +97,7 @@ def check_supported(config: PreTrainedConfig) -> AttentionShape:
     if getattr(model_class, "_is_stateful", False):
         raise _refusal(config, "it carries a state other than KV (linear attention or Mamba)")
     model = _build(config)
-    reason = _module_reason(model)
+    reason = _module_reason(config, model)
     if reason is not None:
         raise _refusal(config, reason)
     return _examine(config, _run(config, model))
@@ -139,8 +142,8 @@ def _config_reason(config: PreTrainedConfig) -> str | None:
         return f"it is no plain decoder: its config nests others ({nested})"
     if get("quantization_config") is not None:
         return "its weights are quantized, and only float32 and bfloat16 are computed"
-    if any((get(name) or 0) > 1 for name in EXPERTS if isinstance(get(name), int)):
-        return "it is a mixture of experts, and only dense models are served"
+    if expert_count(config) and config.model_type not in FAMILIES:
+        return "it is a mixture of experts, and of those not a family that is tested"
     if get("kv_lora_rank"):
         return "it uses multi-head latent attention (MLA)"
     if get("alibi"):
@@ -163,12 +166,13 @@ def _rope_reason(parameters: Any) -> str | None:
     return next(filter(None, map(_rope_reason, parameters.values())), None)
 
 
-def _module_reason(model: nn.Module) -> str | None:
+def _module_reason(config: PreTrainedConfig, model: nn.Module) -> str | None:
     """Return why the modules of a model are not supported; None if they are."""
+    mixture = config.model_type in FAMILIES
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if re.search(r"MoE|Moe[A-Z]|Experts|SparseMoe", kind):
-            return f"it is a mixture of experts ({kind}), and only dense models are served"
+        if not mixture and re.search(r"MoE|Moe[A-Z]|Experts|SparseMoe", kind):
+            return f"it is a mixture of experts ({kind}), and of those not a family that is tested"
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.RNNBase):
             return f"{name} is a {kind}, which mixes tokens outside attention"
     return None
@@ -178,10 +182,12 @@ def _build(config: PreTrainedConfig) -> nn.Module:
     """Build the model on the meta device, with recorders in place of attention and masks."""
     AttentionInterface.register(_PROBE, _record_attention)
     AttentionMaskInterface.register(_PROBE, _record_mask)
+    ALL_EXPERTS_FUNCTIONS.register(_PROBE, _skip_experts)
+    experts = {"experts_implementation": _PROBE} if expert_count(config) else {}
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation=_PROBE
+                copy.deepcopy(config), attn_implementation=_PROBE, **experts
             )
     except Exception as error:
         raise _refusal(
@@ -208,10 +214,14 @@ class _Trace:
 
 @dataclass(frozen=True, slots=True)
 class _WindowMask:
-    """A mask that the model asked for, in whose place it got ``stand_in``."""
+    """A mask that the model asked for, in whose place it got ``stand_in``.
+
+    Some models ask for masks that none of their layers uses, so a wrong one is no reason yet.
+    """
 
     stand_in: torch.Tensor
     window: int
+    is_right: bool
 
 
 _trace: contextvars.ContextVar[_Trace] = contextvars.ContextVar("pla_serve_trace")
@@ -258,10 +268,12 @@ def _record_attention(
     trace.modules.append(module)
     trace.shapes.append((query.shape[1], key.shape[1], key.shape[3], value.shape[3]))
     trace.layer_of_call.append(trace.layers[-1] if trace.layers else -1)
-    found = [mask.window for mask in trace.masks if mask.stand_in is attention_mask]
+    found = [mask for mask in trace.masks if mask.stand_in is attention_mask]
     if attention_mask is not None and not found:
         trace.reasons.append("it brings an attention mask of its own")
-    trace.windows.append(found[0] if found else None)
+    if found and not found[0].is_right:
+        trace.reasons.append(f"its mask of {found[0].window} tokens is no causal sliding window")
+    trace.windows.append(found[0].window if found else None)
     said = extras.pop("sliding_window", None)
     if said is not None and said != trace.windows[-1]:
         trace.reasons.append(
@@ -276,6 +288,13 @@ def _record_attention(
     return output, None
 
 
+def _skip_experts(
+    module: nn.Module, hidden: torch.Tensor, choices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Stand in for the experts, since torch has no product of theirs without memory in float32."""
+    return torch.empty_like(hidden)
+
+
 def _record_mask(*_: Any, **settings: Any) -> torch.Tensor | None:
     """Record a request for a mask; the engine needs none, but the window of each layer."""
     trace = _trace.get()
@@ -284,10 +303,9 @@ def _record_mask(*_: Any, **settings: Any) -> torch.Tensor | None:
         if function is not None and getattr(function, "__name__", "") != "causal_mask_function":
             trace.reasons.append("its attention mask is not the causal one")
         return None
-    if not isinstance(size, int) or size < 1 or function is None or not _slides(function, size):
-        trace.reasons.append(f"its mask of {size} tokens is no causal sliding window")
-        return None
-    mask = _WindowMask(torch.empty((1, 1, _PROBE_TOKENS, _PROBE_TOKENS), device="meta"), size)
+    right = isinstance(size, int) and size > 0 and function is not None
+    stand_in = torch.empty((1, 1, _PROBE_TOKENS, _PROBE_TOKENS), device="meta")
+    mask = _WindowMask(stand_in, size, right and _slides(function, size))
     trace.masks.append(mask)
     return mask.stand_in
 

@@ -24,6 +24,22 @@ class SummedLinear(nn.Module):
         return self.ranks.sum_in_place(self.linear(inputs))
 
 
+class SummedBlock(nn.Module):
+    """Mixture of experts with this rank's share of each expert; outputs are summed over ranks.
+
+    The router is whole on each rank, so that all ranks choose the same experts.
+    """
+
+    def __init__(self, block: nn.Module, ranks: Ranks) -> None:
+        super().__init__()
+        self.block = block
+        self.ranks = ranks
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map (..., hidden) to (..., hidden)."""
+        return self.ranks.sum_in_place(self.block(inputs).contiguous())
+
+
 def unwrap(linear: Any) -> tuple[Any, Ranks | None]:
     """Return the linear inside, and the ranks to sum over; None for an ordinary linear."""
     return (linear.linear, linear.ranks) if isinstance(linear, SummedLinear) else (linear, None)
@@ -79,4 +95,7 @@ def join(model: Any, layers: nn.ModuleList, ranks: Ranks) -> None:
     for layer in layers:
         parts: Any = layer
         parts.self_attn.o_proj = SummedLinear(parts.self_attn.o_proj, ranks)
-        parts.mlp.down_proj = SummedLinear(parts.mlp.down_proj, ranks)
+        if hasattr(parts.mlp, "experts"):
+            parts.mlp = SummedBlock(parts.mlp, ranks)
+        else:
+            parts.mlp.down_proj = SummedLinear(parts.mlp.down_proj, ranks)

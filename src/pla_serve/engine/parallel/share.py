@@ -9,9 +9,16 @@ from transformers import PreTrainedConfig
 
 from pla_serve.engine.loading import AttentionShape, UnsupportedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """Model types whose weights we know how to divide."""
-DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+DIVIDED = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+"""Sizes of a layer, in whatever config has them, that are divided over the ranks."""
 
 
 def check_divides(config: PreTrainedConfig, size: int) -> None:
@@ -25,8 +32,7 @@ def check_divides(config: PreTrainedConfig, size: int) -> None:
             f"tensor parallelism is for {', '.join(FAMILIES)}, not for {config.model_type}; leave "
             "out --tensor-parallel-size"
         )
-    for name in DIVIDED:
-        number = int(getattr(config, name))
+    for name, number in _divided(config).items():
         if number % size:
             possible = [str(n) for n in range(1, size) if _divides(config, n)]
             raise UnsupportedModel(
@@ -36,15 +42,19 @@ def check_divides(config: PreTrainedConfig, size: int) -> None:
 
 
 def _divides(config: PreTrainedConfig, size: int) -> bool:
-    return all(int(getattr(config, name)) % size == 0 for name in DIVIDED)
+    return all(number % size == 0 for number in _divided(config).values())
+
+
+def _divided(config: PreTrainedConfig) -> dict[str, int]:
+    return {name: int(getattr(config, name)) for name in DIVIDED if hasattr(config, name)}
 
 
 def share_of_config(config: PreTrainedConfig, attention: AttentionShape, size: int) -> object:
     """Return the config of a model whose layers have the size of one rank's share."""
     share = copy.deepcopy(config)
     share.head_dim = attention.head_dim  # otherwise it would follow from the number of heads
-    for name in DIVIDED:
-        setattr(share, name, int(getattr(config, name)) // size)
+    for name, number in _divided(config).items():
+        setattr(share, name, number // size)
     return share
 
 

@@ -29,10 +29,11 @@ from pla_serve.engine.loading.stock import rotary_owner
 from pla_serve.engine.parallel.modules import GatheredHead, join, vocabulary
 from pla_serve.engine.parallel.ranks import Ranks
 from pla_serve.engine.parallel.share import share_of_config
+from pla_serve.engine.parallel.stored import is_of_experts, stored_names
 
-ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3")
 """Linears whose outputs are divided over the ranks."""
-COLUMNS = ("o_proj", "down_proj")
+COLUMNS = ("o_proj", "down_proj", "w2")
 """Linears whose inputs are divided over the ranks; rank 0 alone adds a bias."""
 HEAD = "lm_head.weight"
 SINGLE = "model.safetensors"
@@ -101,7 +102,8 @@ def _random(
         model = _build(config, dtype, device, attention)
         torch.manual_seed(seed * ranks.size + ranks.rank)
         for name, parameter in model.named_parameters():
-            if name.split(".")[-2] in ROWS + COLUMNS and name.endswith("weight"):
+            linear = name.split(".")[-2] in ROWS + COLUMNS and name.endswith("weight")
+            if linear or is_of_experts(name):
                 with torch.no_grad():
                     parameter.normal_(0.0, float(model.config.initializer_range))
     start, end = vocabulary(model.config.vocab_size, ranks.rank, ranks.size)
@@ -123,11 +125,18 @@ def _fill(
     reader = _Reader(folder, dtype, device)
     tied = bool(config.tie_word_embeddings)
     wanted = {name: value for name, value in model.state_dict().items() if name != HEAD}
-    if missing := sorted(reader.missing([*wanted, *([] if tied else [HEAD])])):
+    stored = {name: stored_names(config, name) for name in wanted}
+    needed = [each for names in stored.values() for each in names] + ([] if tied else [HEAD])
+    if missing := sorted(reader.missing(needed)):
         raise UnsupportedModel(
             f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {some(missing)}."
         )
-    found = {name: _share(reader, name, ranks) for name in wanted}
+    found = {
+        name: _share_of_experts(reader, names, int(wanted[name].shape[0]), ranks)
+        if is_of_experts(name)
+        else _share(reader, names[0], ranks)
+        for name, names in stored.items()
+    }
     width = model.lm_head.in_features
     start, end = vocabulary(config.vocab_size, ranks.rank, ranks.size)
     head = None if tied else reader.read(HEAD, lambda whole: whole[start:end])
@@ -178,6 +187,14 @@ def _share(reader: _Reader, name: str, ranks: Ranks) -> torch.Tensor:
         return reader.read(name, lambda whole: whole[:, part])
     read = reader.read(name, lambda whole: whole[:])
     return torch.zeros_like(read) if linear in COLUMNS and rank else read
+
+
+def _share_of_experts(
+    reader: _Reader, names: list[str], experts: int, ranks: Ranks
+) -> torch.Tensor:
+    """Read this rank's part of each expert into one tensor (experts, out, in)."""
+    parts = [_share(reader, name, ranks) for name in names]
+    return torch.cat(parts).view(experts, -1, parts[0].shape[1])
 
 
 class _Reader:

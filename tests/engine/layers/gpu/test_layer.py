@@ -24,13 +24,13 @@ from pla_serve.engine.layers.gpu.triton_operations import TritonOperations
 from pla_serve.engine.loading import decoder_layers
 from pla_serve.engine.run.runner import ModelRunner
 from tests.engine.run.graphs.test_grid import compute_histories, requests_of
-from tests.engine.tiny import BLOCK, CONFIGS, FUSED, MAX_BLOCKS, reference_model, runner
+from tests.engine.tiny import BLOCK, CONFIGS, FUSED_DENSE, MAX_BLOCKS, reference_model, runner
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("operations", [TorchOperations(), TritonOperations()])
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", FUSED_DENSE)
 def test_a_fused_model_gives_the_same_logits(name: str, operations: Operations) -> None:
     config = CONFIGS[name]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()

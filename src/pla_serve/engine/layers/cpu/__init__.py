@@ -9,13 +9,14 @@ from torch import nn
 
 from pla_serve.engine.attention.interface import IMPLEMENTATION
 from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
+from pla_serve.engine.layers.cpu.experts import ExpertMlps, experts_of
 from pla_serve.engine.layers.cpu.layer import FusedLayer, TurningRotary
 from pla_serve.engine.layers.cpu.linear import PackedLinear, packs
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
 from pla_serve.engine.layers.cpu.probe import same_results
 from pla_serve.engine.loading.stock import rotary_owner
 
-__all__ = ["FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
+__all__ = ["ExpertMlps", "FusedLayer", "FusedRMSNorm", "PackedLinear", "optimise"]
 
 
 def optimise(
@@ -65,12 +66,14 @@ def _fused(stock: nn.Module, kernels: CpuKernels) -> FusedLayer | None:
 
 def _replace(parent: nn.Module, kernels: CpuKernels, keep: nn.Module | None) -> None:
     for name, child in parent.named_children():
-        if child is keep or isinstance(child, FusedLayer):
+        if child is keep:
             continue
         if type(child) is nn.Linear and packs(child.weight.dtype):
             setattr(parent, name, PackedLinear.of(child, kernels=kernels))
         elif (epsilon := rms_epsilon(child)) is not None:
             weight = cast("torch.Tensor", child.weight)
             setattr(parent, name, FusedRMSNorm(weight, epsilon, kernels.vectors))
+        elif (experts := experts_of(child, kernels)) is not None:
+            setattr(parent, name, experts)
         else:
             _replace(child, kernels, keep)

@@ -15,8 +15,9 @@ from pla_serve.engine.attention.interface import ForwardContext
 from pla_serve.engine.batch.flat import FlatBatch, last_tokens
 from pla_serve.engine.kernels.open import TORCH_ALONE, CpuKernels
 from pla_serve.engine.kernels.vector import Vectors
-from pla_serve.engine.layers.cpu.join import Product, gated, joined, reordered
+from pla_serve.engine.layers.cpu.join import joined, reordered
 from pla_serve.engine.layers.cpu.norm import FusedRMSNorm, rms_epsilon
+from pla_serve.engine.layers.cpu.second_half import plus, second_half
 from pla_serve.engine.layers.cpu.whole import whole_layer
 from pla_serve.engine.loading.stock import require_children
 from pla_serve.engine.parallel.modules import unwrap
@@ -51,6 +52,8 @@ class TurningRotary(nn.Module):
 class FusedLayer(nn.Module):
     """Decoder layer of Llama, Qwen2 (with biases) and Qwen3 (with norms of queries and keys).
 
+    In place of the MLP there may be a mixture of experts.
+
     Queries, keys and values come from one product. The rows of queries and keys are reordered such
     that the two elements that the rotary embedding rotates together are neighbours. Both have the
     same order, so no score changes. Few tokens of a layer of quantised weights run as one call
@@ -67,10 +70,8 @@ class FusedLayer(nn.Module):
     def __init__(self, stock: Any, kernels: CpuKernels = TORCH_ALONE) -> None:
         super().__init__()
         attention = stock.self_attn
-        mlp = stock.mlp
         require_children(stock, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
         require_children(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
-        require_children(mlp, {"gate_proj", "up_proj", "down_proj"}, {"act_fn"})
         self.layer_idx: int = attention.layer_idx
         self.is_last = False
         """Whether no decoder layer follows; whoever puts the layer into a model says so."""
@@ -83,7 +84,6 @@ class FusedLayer(nn.Module):
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         order = _neighbours(self.head_dim)
         self.before_attention = _norm(stock.input_layernorm, vectors)
-        self.before_mlp = _norm(stock.post_attention_layernorm, vectors)
         has_norms = hasattr(attention, "q_norm"), hasattr(attention, "k_norm")
         self.query_norm = _norm(attention.q_norm, vectors, order) if has_norms[0] else None
         self.key_norm = _norm(attention.k_norm, vectors, order) if has_norms[1] else None
@@ -94,10 +94,9 @@ class FusedLayer(nn.Module):
             attention.v_proj,
         )
         out, self._ranks = unwrap(attention.o_proj)
-        down, _ = unwrap(mlp.down_proj)
         self.out = joined(kernels, out)
-        self.gated = gated(kernels, mlp.gate_proj, mlp.up_proj)
-        self.down = joined(kernels, down)
+        before_mlp = _norm(stock.post_attention_layernorm, vectors)
+        self.second_half = second_half(stock.mlp, before_mlp, kernels)
         self.whole = whole_layer(self, kernels) if self._ranks is None else None
 
     @property
@@ -153,19 +152,9 @@ class FusedLayer(nn.Module):
         attended = context.backend.attend(
             self.layer_idx, queries.transpose(0, 1), context.cache, batch, self.scaling
         )
-        middle = self._added(self.out, attended.reshape(len(inputs), -1), inputs)
-        gated = self.gated(middle, self.before_mlp)
-        return self._added(self.down, gated, middle)
-
-    def _added(
-        self, product: Product, inputs: torch.Tensor, residual: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the product, summed over all ranks, plus the residual, which one rank adds."""
-        if self._ranks is None:
-            return product.with_other(inputs, residual, "add")
-        leads = self._ranks.leads
-        part = product.with_other(inputs, residual, "add") if leads else product(inputs)
-        return self._ranks.sum_in_place(part)
+        middle = plus(self.out, attended.reshape(len(inputs), -1), inputs, self._ranks)
+        outputs: torch.Tensor = self.second_half(middle)
+        return outputs
 
     def _turned(
         self, heads: torch.Tensor, turn: torch.Tensor, context: ForwardContext

@@ -147,15 +147,15 @@ class GatedLinear(torch.nn.Module):
         same = gates is not None and ups is not None and gates.parts == ups.parts
         self._together = same and plain
 
-    def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
-        """Map (tokens, in) to (tokens, out)."""
+    def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm | None) -> torch.Tensor:
+        """Map (tokens, in) to (tokens, out); without ``norm``, inputs are taken as they are."""
         few = self.up.few_for(inputs.shape[0])
         if self._few_together and few is not None:
             return few[0].linear(inputs, few[1], gate=self.gate.few, norm=norm)
         tiles = self.up.tiles_for(inputs.shape[0])
         if self._together and tiles is not None:
             return tiles[0].linear(inputs, tiles[1], None, gate=self.gate.tiled, norm=norm)
-        normed = norm(inputs)
+        normed = inputs if norm is None else norm(inputs)
         return self.up.with_other(normed, self.gate.then(normed, "swish"), "mul")
 
 

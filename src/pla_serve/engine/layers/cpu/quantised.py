@@ -136,8 +136,8 @@ class QuantisedGate(torch.nn.Module):
             raise ValueError("the gate and what it gates differ in size")
         self.gate, self.up = gate, up
 
-    def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm) -> torch.Tensor:
-        """Map (tokens, in) to (tokens, out)."""
+    def forward(self, inputs: torch.Tensor, norm: FusedRMSNorm | None) -> torch.Tensor:
+        """Map (tokens, in) to (tokens, out); without ``norm``, inputs are taken as they are."""
         kernels, gate = self.up.kernels, self.gate.matrices
         outputs = kernels.linear(inputs.float(), self.up.matrices, None, gate=gate, norm=norm)
         return outputs.to(inputs.dtype)

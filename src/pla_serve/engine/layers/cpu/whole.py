@@ -16,6 +16,7 @@ from pla_serve.engine.kernels.quantised_layer import (
     WeightsAndBias,
 )
 from pla_serve.engine.layers.cpu.quantised import QuantisedGate, QuantisedLinear
+from pla_serve.engine.layers.cpu.second_half import Mlp
 
 if TYPE_CHECKING:
     from pla_serve.engine.layers.cpu.layer import FusedLayer
@@ -39,16 +40,17 @@ class WholeLayer:
             raise TypeError("there are no kernels for this layer")
         if layer.query_norm is not None or not layer.turns_in_vectors:
             raise TypeError("the call has no norms of queries, and no other rotary embedding")
-        if not isinstance(layer.gated, QuantisedGate):
+        mlp = layer.second_half
+        if not isinstance(mlp, Mlp) or not isinstance(mlp.gated, QuantisedGate):
             raise TypeError("the weights are not quantised")
         weights = LayerWeights(
             qkv=_product(layer.qkv),
             out=_product(layer.out),
-            gate=_product(layer.gated.gate),
-            up=_product(layer.gated.up),
-            down=_product(layer.down),
+            gate=_product(mlp.gated.gate),
+            up=_product(mlp.gated.up),
+            down=_product(mlp.down),
             before_attention=layer.before_attention,
-            before_mlp=layer.before_mlp,
+            before_mlp=mlp.norm,
             query_heads=layer.query_heads,
             kv_heads=layer.kv_heads,
             head_dim=layer.head_dim,
