@@ -72,7 +72,7 @@ class ModelSize:
         head = model.get_output_embeddings()  # type: ignore[operator]
         body, outputs = _size(layers), (0, 0) if head is None else _size(head)
         mixed = sum(_size(part)[0] for part in layers.modules() if _is_mixture(part))
-        idle = round(mixed * (1 - chosen_share(model.config)))  # type: ignore[arg-type]
+        idle = round(mixed * (1 - chosen_share(model.config)))
         return cls(
             layers=len(layers),
             attention_width=attention_width,
