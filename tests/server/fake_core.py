@@ -162,7 +162,13 @@ class FakeCore:
             del self.running[request.id]
             scores = self.prompt_scores(request)
             self.emit(
-                Output(id=request.id, tokens=[], finish_reason="length", prompt_logprobs=scores)
+                Output(
+                    id=request.id,
+                    tokens=[],
+                    finish_reason="length",
+                    prompt_logprobs=scores,
+                    embedding=self.embedding(request),
+                )
             )
             return
         count = min(self.tokens_per_step, sampling.max_tokens - running.made)
@@ -198,6 +204,16 @@ class FakeCore:
             cached_tokens=running.cached if first else None,
             queued=0.0 if first else None,
         )
+
+    @staticmethod
+    def embedding(request: AddRequest) -> bytes | None:
+        """How often each of four tokens is in the prompt, from ``a`` on, by the kind of pooling."""
+        kind = request.sampling.embedding
+        if kind is None:
+            return None
+        chosen = {"last": request.prompt[-1:], "mean": request.prompt, "cls": request.prompt[:1]}
+        counts = [chosen[kind].count(ord("a") + place) for place in range(4)]
+        return np.array(counts, "<f4").tobytes()
 
     @staticmethod
     def prompt_scores(request: AddRequest) -> PromptLogprobs | None:

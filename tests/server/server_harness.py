@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.host.process import CORE
+from pla_serve.server.embedding_model import EmbeddingModel
 from pla_serve.server.engine.process import EngineSpec
 from pla_serve.server.generation.defaults import SamplingDefaults
 from pla_serve.server.generation.detokenize import _byte_spelling
@@ -93,6 +94,7 @@ class Live:
         )
         real = settings.pop("engine", None)
         self._defaults = settings.pop("defaults", SamplingDefaults())
+        self._embeddings = settings.pop("embeddings", EmbeddingModel())
         self.settings = ServerSettings(
             **{"model_names": (MODEL, "alias"), "model_root": "somewhere", **settings}
         )
@@ -149,7 +151,12 @@ class Live:
             instance = InstanceServer(
                 self.settings,
                 self._spec,
-                ServedModel(self._tokenizer, check_grammar, defaults=self._defaults),
+                ServedModel(
+                    self._tokenizer,
+                    check_grammar,
+                    defaults=self._defaults,
+                    embeddings=self._embeddings,
+                ),
             )
             self._instance.set_result(instance)
             return await instance.run(self._listener)

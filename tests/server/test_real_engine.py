@@ -144,6 +144,24 @@ def test_tiers_are_promised_or_refused_at_once(server: Server, client: openai.Op
     assert float(found["late_first_token"]) >= 1
 
 
+def test_embeddings_of_a_real_engine(server: Server, client: openai.OpenAI) -> None:
+    """Alone, in a batch, as tokens, with the prefix cached or not: the same vectors of length 1."""
+    texts = ["hello there", "another text", "hello there, again and again"]
+    batch = [row.embedding for row in client.embeddings.create(model=NAME, input=texts).data]
+    assert [len(row) for row in batch] == [32] * 3
+    for text, row in zip(texts, batch, strict=True):
+        assert sum(number * number for number in row) == pytest.approx(1, abs=1e-5)
+        plain = client.embeddings.create(model=NAME, input=text, encoding_format="float")
+        assert plain.data[0].embedding == pytest.approx(row, abs=1e-4)
+    score = {"text_1": texts[0], "text_2": texts[:2]}
+    answer = httpx.post(
+        f"{server.url}/v1/score", json=score, headers={"Authorization": "Bearer secret"}
+    )
+    scores = [each["score"] for each in answer.json()["data"]]
+    cosine = sum(a * b for a, b in zip(batch[0], batch[1], strict=True))
+    assert scores == pytest.approx([1, cosine], abs=1e-4)
+
+
 def test_offline_batch(client: openai.OpenAI) -> None:
     lines = [chat_line(str(i), "hello " * (i + 1), temperature=0) for i in range(12)]
     batch = wait_over(client, submit(client, jsonl(lines)).id)

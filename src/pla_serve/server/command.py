@@ -191,6 +191,7 @@ def load_for_api(
         resolve,
         vocab_size,
     )
+    from pla_serve.server.embedding_model import read_embedding_model
     from pla_serve.server.generation.defaults import read_defaults
     from pla_serve.server.generation.numbers_tokenizer import numbers_tokenizer
 
@@ -204,11 +205,13 @@ def load_for_api(
         defaults = read_defaults(
             settings.generation_config, settings.override_generation_config, source.folder
         )
+        embeddings = read_embedding_model(source.folder)
     except (LoadingError, OSError, ValueError) as error:
         fail(error)
     log.info("sampling parameters of requests that give none: %s beside the API's", defaults)
     check = _grammar_check(tokenizer, source)
-    model = ServedModel(tokenizer, check, chat_template, vocab_size(source), defaults)
+    tokens = vocab_size(source)
+    model = ServedModel(tokenizer, check, chat_template, tokens, defaults, embeddings)
     return source, model
 
 

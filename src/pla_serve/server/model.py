@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pla_serve.server.embedding_model import EmbeddingModel
 from pla_serve.server.generation.defaults import SamplingDefaults
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class ServedModel:
     """Rows of the model's embedding; None if only the tokenizer is known."""
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Sampling parameters of requests that give none."""
+    embeddings: EmbeddingModel = field(default_factory=EmbeddingModel)
+    """How it makes vectors of texts."""
 
     @property
     def token_ids(self) -> int:

@@ -181,6 +181,7 @@ class ApiServer:
             tools=tools,
             reasoning=reasoning,
             defaults=model.defaults,
+            embeddings=model.embeddings,
             journal=Journals([LogJournal(), *([self._tracing] if self._tracing else [])]),
             started=int(time.time()),
         )

@@ -117,6 +117,10 @@ class PromptLogprobs(msgspec.Struct, frozen=True, kw_only=True):
             yield TokenLogprob(logprob, rank, list(zip(ids, values, strict=True))[:most])
 
 
+MOST_EMBEDDING = 1 << 16
+"""Numbers of an embedding: the hidden size of a model."""
+
+
 class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defaults=True):
     """New tokens of one request; the last one carries ``finish_reason``."""
 
@@ -126,6 +130,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output", omit_defau
     """One for each token, if they were asked for."""
     prompt_logprobs: PromptLogprobs | None = None
     """On the first output, if they were asked for."""
+    embedding: Annotated[bytes, Meta(max_length=4 * MOST_EMBEDDING)] | None = None
+    """(hidden size,) little-endian float32, not normalised, if it was asked for."""
     finish_reason: FinishReason | None = None
     stop_token: TokenId | None = None
     """The last of ``tokens``, if generation ended because of it (EOS or a stop id)."""

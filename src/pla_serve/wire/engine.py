@@ -32,6 +32,7 @@ from pla_serve.wire.requests import (
     FreeThought,
     Grammar,
     HandOver,
+    Pooling,
     SamplingParams,
 )
 from pla_serve.wire.statistics import EngineLoad, EngineStats, LatencySample, TransferStats
@@ -59,6 +60,7 @@ __all__ = [
     "Output",
     "Ping",
     "Pong",
+    "Pooling",
     "PromptLogprobs",
     "Rejected",
     "Release",

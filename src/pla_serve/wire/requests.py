@@ -25,6 +25,10 @@ from pla_serve.wire.limits import (
     Tokens,
 )
 
+Pooling = Literal["last", "mean", "cls"]
+"""How one vector is made of the last hidden states of a text: that of the last token, the mean of
+all, or that of the first one."""
+
 
 class FreeThought(msgspec.Struct, frozen=True, omit_defaults=True):
     """Reasoning before the text that a grammar constrains. What it says is free."""
@@ -88,6 +92,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     output, so a request of which some output was ``generated`` elsewhere gets none. No prefix that
     is cached is used, and such a request is not handed over."""
     grammar: Grammar | None = None
+    embedding: Pooling | None = None
+    """None: no embedding. Else the embedding of the prompt comes with the only output, which needs
+    ``max_tokens`` 0, no grammar and nothing ``generated`` elsewhere; it is not handed over. With
+    mean and cls no prefix that is cached is used."""
 
 
 class HandOver(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +138,14 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     an engine shares its time between tenants. Empty: nobody in particular."""
     request_id: Annotated[str, Meta(max_length=128)] = ""
     """Id of the HTTP request that this is part of, for logs; the client may have chosen it."""
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether hidden states of the prompt are wanted, which only the engine has that made them.
+
+        Such a request is computed by one engine.
+        """
+        return self.scores_prompt or self.sampling.embedding is not None
 
     @property
     def scores_prompt(self) -> bool:

@@ -184,6 +184,17 @@ def test_tool_calls_through_a_router(
     assert "".join(part.function.arguments for part in parts) == '{"zone": "CET"}'
 
 
+def test_embeddings_through_a_router(
+    fleet: Callable[..., tuple[Routed, list[Live], Path]],
+) -> None:
+    routed, _, _ = fleet()
+    with routed.client() as client:
+        answer = client.embeddings.create(model=MODEL, input=["a", [99, 98]])
+    assert [row.embedding for row in answer.data] == [[1, 0, 0, 0], [0, 1, 0, 0]]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == 3
+    assert routed.metric("requests_in_flight") == 0
+
+
 def test_messages_through_a_router(
     fleet: Callable[..., tuple[Routed, list[Live], Path]],
 ) -> None:

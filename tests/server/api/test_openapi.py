@@ -18,7 +18,7 @@ DRAIN = "/drain"
 
 
 def test_no_request_causes_a_server_error(live: Live) -> None:
-    assert try_operations(live, "/") == 27
+    assert try_operations(live, "/") == 30
 
 
 def test_no_request_to_files_and_batches_causes_a_server_error(

@@ -74,7 +74,7 @@ def test_wrong_lines_fail_alone(tmp_path: Path) -> None:
         b'{"custom_id": "a"}',
         jsonl([chat_line("a")]).strip(),
         jsonl([chat_line("s", stream=True)]).strip(),
-        b'{"custom_id":"u","method":"POST","url":"/v1/embeddings","body":{}}',
+        b'{"custom_id":"u","method":"POST","url":"/v1/score","body":{}}',
         b'{"custom_id":"b","method":"POST","url":"/v1/chat/completions","body":' + b"[" * 9000,
         jsonl([chat_line("long", "x" * 80_000)]).strip(),
     ]

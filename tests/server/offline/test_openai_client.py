@@ -66,6 +66,19 @@ def test_lists_come_in_pages(client: openai.OpenAI) -> None:
         wait_over(client, id)
 
 
+def test_lines_may_ask_for_embeddings(client: openai.OpenAI) -> None:
+    url = "/v1/embeddings"
+    lines = [
+        {"custom_id": id, "method": "POST", "url": url, "body": {"input": [id, "d"]}}
+        for id in ("a", "b")
+    ]
+    batch = wait_over(client, submit(client, jsonl(lines), endpoint=url).id)
+    assert batch.status == "completed"
+    answers = read_lines(client, batch.output_file_id)
+    firsts = [each["response"]["body"]["data"][0]["embedding"] for each in answers]
+    assert firsts == [[1, 0, 0, 0], [0, 1, 0, 0]]
+
+
 def test_a_batch_is_answered_in_the_order_of_its_file(client: openai.OpenAI) -> None:
     lines = [chat_line(f"line {i}", f"text {i}") for i in range(40)]
     batch = submit(client, jsonl(lines), metadata={"for": "me"})
@@ -218,7 +231,7 @@ def test_nobody_sees_the_files_of_others(client: openai.OpenAI, stranger: openai
 @pytest.mark.parametrize(
     "change",
     [
-        {"endpoint": "/v1/embeddings"},
+        {"endpoint": "/v1/score"},
         {"completion_window": "soon"},
         {"completion_window": "0s"},
         {"completion_window": "31d"},

@@ -58,6 +58,9 @@ class SpanRequest:
     does not know the token yet. ``tokens`` then has any one number in its place."""
     scores: SpanScores | None = None
     """Log probabilities of the prompt that this batch computes; None for none."""
+    pooled: tuple[int, int] | None = None
+    """New tokens (first, end) of the span whose last hidden states are added up for an embedding;
+    None for none."""
     numbers: NDArray[np.int32] | None = field(default=None, compare=False)
     """(blocks,): the blocks of ``runs`` one by one, if the caller keeps them
     (`BlockTable.numbers`). None: they are made from ``runs``."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pla_serve.engine.batch.flat import SpanRequest, SpanScores
 from pla_serve.engine.device.marks import DeviceMark
 from pla_serve.engine.requests.sequence import Sequence
+from pla_serve.engine.run.pooling import HiddenSum
 from pla_serve.engine.run.scoring import ScoredTokens
 from pla_serve.engine.sampling import TokenChoice
 from pla_serve.policy.protocol import Batch, Chunk
@@ -25,6 +26,13 @@ class BatchMember:
     """Whether the next token is chosen from the logits of the last new token."""
     span: SpanRequest
     """The new tokens with their KV blocks, for the executor."""
+
+    def add_pooled(self, total: HiddenSum) -> None:
+        """Add the sum of hidden states that the batch has made of the sequence's embedding."""
+        assert self.sequence.pool is not None
+        assert self.span.pooled is not None
+        first, end = self.span.pooled
+        self.sequence.pool.add(total, end - first)
 
 
 def member_of(sequence: Sequence, chunk: Chunk, *, decodes: bool) -> BatchMember:
@@ -47,6 +55,7 @@ def member_of(sequence: Sequence, chunk: Chunk, *, decodes: bool) -> BatchMember
         yields,
         carried,
         _scores(sequence, history, chunk.tokens),
+        None if sequence.pool is None else sequence.pool.wanted(history, chunk.tokens),
         table.numbers(),
     )
     return BatchMember(sequence, chunk.tokens, decodes, yields, span)
@@ -87,6 +96,8 @@ class EnqueuedBatch:
     """Tokens that the batch chooses. None if it was abandoned at a layer boundary."""
     scored: list[ScoredTokens | None]
     """Log probabilities of prompts, for each member; None where it wants none."""
+    pooled: list[HiddenSum | None]
+    """Sums of hidden states, for each member; None where it wants no embedding."""
     times: BatchTimes
     outer_times: BatchTimes
     """Times of the batch around it. A batch of its own has times here that nobody reads."""

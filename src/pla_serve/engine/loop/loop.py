@@ -29,6 +29,7 @@ from pla_serve.engine.loop.settle import BatchSettlement
 from pla_serve.engine.loop.telemetry import Telemetry
 from pla_serve.engine.requests.sequence import Sequence
 from pla_serve.engine.run.executor import Executed
+from pla_serve.engine.run.pooling import HiddenSum
 from pla_serve.engine.run.runner import PassAbandoned
 from pla_serve.engine.run.scoring import ScoredTokens
 from pla_serve.engine.sampling import TokenChoice
@@ -159,12 +160,15 @@ class EngineLoop:
         began = self._device.record()
         whole, choice = False, None
         scored: list[ScoredTokens | None] = [None] * len(members)
+        pooled: list[HiddenSum | None] = [None] * len(members)
         try:
             executed = self._forward(batch, members)
             whole, choice = executed.whole, self._choose_tokens(members, executed)
             if executed.scoring is not None:
                 scored = list(executed.scoring.scored)
                 self._times.nested_seconds += executed.scoring.seconds
+            if executed.pooled is not None:
+                pooled = list(executed.pooled)
         except PassAbandoned:
             pass
         finally:
@@ -174,6 +178,7 @@ class EngineLoop:
             members=members,
             choice=choice,
             scored=scored,
+            pooled=pooled,
             times=times,
             outer_times=outer_times,
             nested=nested,

@@ -32,6 +32,7 @@ def take_token(sequence: Sequence, sampled: Sampled, max_model_len: int) -> Outp
             id=sequence.id,
             tokens=[],
             prompt_logprobs=_prompt_logprobs(sequence),
+            embedding=None if sequence.pool is None else _packed(sequence.pool.mean()),
             finish_reason="length",
             cached_tokens=sequence.cached_tokens,
             queued=sequence.queued_seconds,

@@ -156,10 +156,13 @@ class BatchSettlement:
             seconds = now - batch.times.started
         self._tell_policy(batch, max(0.0, seconds - batch.times.nested_seconds), now)
         batch.outer_times.nested_seconds += seconds
-        for member, token, scores in zip(batch.members, sampled, batch.scored, strict=True):
+        read = zip(batch.members, sampled, batch.scored, batch.pooled, strict=True)
+        for member, token, scores, total in read:
             with self._faults.of(member.sequence):
                 if scores is not None:
                     member.sequence.scores.append(scores)
+                if total is not None:
+                    member.add_pooled(total)
                 self._settle_member(member, token, now, dispatched=batch.dispatched)
 
     def _expect_token(self, member: BatchMember, row: int, now: float) -> None:

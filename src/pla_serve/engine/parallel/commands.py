@@ -21,6 +21,7 @@ class SpanCommand(msgspec.Struct, frozen=True, array_like=True):
     runs: list[BlockRun]
     wants_logits: bool
     scores: SpanScores | None = None
+    pooled: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, request: SpanRequest) -> Self:
@@ -32,12 +33,18 @@ class SpanCommand(msgspec.Struct, frozen=True, array_like=True):
             list(request.runs),
             request.wants_logits,
             request.scores,
+            request.pooled,
         )
 
     def request(self) -> SpanRequest:
         """Return the request for the executor of this rank."""
         return SpanRequest(
-            self.tokens, self.history, self.runs, self.wants_logits, scores=self.scores
+            self.tokens,
+            self.history,
+            self.runs,
+            self.wants_logits,
+            scores=self.scores,
+            pooled=self.pooled,
         )
 
 

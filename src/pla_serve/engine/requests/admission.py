@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pla_serve.engine.kv.manager import BlockTable, KVManager
 from pla_serve.engine.requests.memory import MemoryGate
 from pla_serve.engine.requests.sequence import Sequence, prefill_request
+from pla_serve.engine.run.pooling import HiddenPool
 from pla_serve.engine.sampling import GrammarError, Sampler, SamplingError
 from pla_serve.policy.admission import Admission, Admit, Refuse
 from pla_serve.policy.calibration import Calibration
@@ -16,7 +17,10 @@ from pla_serve.wire.codec import range_fault
 from pla_serve.wire.engine import AddRequest, Rejected
 from pla_serve.wire.limits import MOST_PROMPT_LOGPROBS
 
-SCORES_STAY = "a request for log probabilities of its prompt is not handed over between instances"
+SCORES_STAY = (
+    "a request for log probabilities or an embedding of its prompt is not handed over between "
+    "instances"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class Intake:
     def take_over(self, request: AddRequest) -> Sequence | Rejected:
         """Admit a request that another engine prefills. It waits in no queue here."""
         fault = self._fault(request)
-        if fault is None and request.scores_prompt:
+        if fault is None and request.reads_prompt:
             fault = SCORES_STAY
         if fault is not None:
             return Rejected(id=request.id, reason=fault, retry_after=None)
@@ -101,8 +105,8 @@ class Intake:
         return self._policy.waits_as_short(len(request.prompt) - cached, cached)
 
     def _cached_prefix(self, request: AddRequest) -> int:
-        """Return how many tokens need no prefill; all of a prompt need it that is to be scored."""
-        if request.scores_prompt:
+        """Return how many tokens need no prefill; all of a prompt do that is read whole."""
+        if request.scores_prompt or request.sampling.embedding in ("mean", "cls"):
             return 0
         return self._kv.cached_prefix(request.prompt, request.cache_scope)
 
@@ -148,6 +152,7 @@ class Intake:
             table=BlockTable(scope=request.cache_scope),
             seen_version=self._kv.version,
             seen_cached=cached,
+            pool=_pool(request),
         )
 
     def _weigh(self, prefill: PrefillRequest, short: bool, now: float) -> Admit | Refuse:
@@ -192,7 +197,24 @@ class Intake:
                 f"nothing is left to make: {request.generated} of "
                 f"{request.sampling.max_tokens} tokens were made already"
             )
-        return _scoring_fault(request)
+        return _scoring_fault(request) or _embedding_fault(request)
+
+
+def _pool(request: AddRequest) -> HiddenPool | None:
+    kind = request.sampling.embedding
+    return None if kind is None else HiddenPool.of(kind, len(request.prompt))
+
+
+def _embedding_fault(request: AddRequest) -> str | None:
+    """Return why the prompt of a request cannot be embedded, or None if it can or need not."""
+    sampling = request.sampling
+    if sampling.embedding is None:
+        return None
+    if request.hand_over is not None:
+        return SCORES_STAY
+    if sampling.max_tokens or sampling.grammar is not None or request.generated:
+        return "an embedding comes without output: max_tokens 0, no grammar, nothing generated"
+    return None
 
 
 def _scoring_fault(request: AddRequest) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pla_serve.engine.kv.manager import BlockTable
+from pla_serve.engine.run.pooling import HiddenPool
 from pla_serve.engine.run.scoring import ScoredTokens
 from pla_serve.engine.sampling import SequenceSampling
 from pla_serve.policy.calibration import Forecast
@@ -54,6 +55,8 @@ class Sequence:
     scores: list[ScoredTokens] = field(default_factory=list)
     """Log probabilities of the prompt's tokens so far, without gaps, from the second token on; they
     are given away with the first output."""
+    pool: HiddenPool | None = None
+    """Hidden states for the embedding of the prompt; None if none is wanted."""
     forecast: Forecast | None = None
     """Predicted time of the first token, until it is compared with the real one."""
 
@@ -98,10 +101,14 @@ class Sequence:
     def reusable(self) -> int:
         """Most leading tokens that may come from the prefix cache.
 
-        The last token is always computed, for its logits. Where log probabilities of the prompt are
-        wanted, every token is that comes before one that has none yet.
+        The last token is always computed, for its logits. Where log probabilities or an embedding
+        of the prompt are wanted, so is every token that comes before one which has not given its
+        own yet.
         """
-        return self.scored if self.scoring else len(self.tokens) - 1
+        last = len(self.tokens) - 1
+        if self.pool is not None and self.pool.next < self.pool.end:
+            last = min(last, self.pool.next)
+        return min(last, self.scored) if self.scoring else last
 
     @property
     def queued_seconds(self) -> float | None:

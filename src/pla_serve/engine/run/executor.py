@@ -15,6 +15,7 @@ from pla_serve.engine.device.marks import Device
 from pla_serve.engine.kv.system_memory import return_freed_memory
 from pla_serve.engine.run.graphs.counts import GridCounts
 from pla_serve.engine.run.graphs.grid import ShapeGrid
+from pla_serve.engine.run.pooling import HiddenSum, pool_spans
 from pla_serve.engine.run.runner import AtBoundary, ModelRunner
 from pla_serve.engine.run.scoring import Scoring, score_spans
 
@@ -29,7 +30,9 @@ class Executed:
     """True if the batch ran as one captured graph, without layer boundaries. The device may then
     still have all of it to do."""
     scoring: Scoring | None = None
-    """Log probabilities of prompts; None if no request asked for any."""
+    """Log probabilities of prompts; None if no request reads its prompt."""
+    pooled: Sequence[HiddenSum | None] | None = None
+    """Sums of hidden states, one for each request that asked for them; None as for ``scoring``."""
 
 
 class Executor(Protocol):
@@ -108,8 +111,8 @@ class BatchExecutor:
         carried: torch.Tensor | None = None,
     ) -> Executed:
         """See `Executor`."""
-        if any(request.scores is not None for request in requests):
-            return self._score(requests, at_boundary, carried)
+        if any(request.scores is not None or request.pooled is not None for request in requests):
+            return self._read(requests, at_boundary, carried)
         if self._grid is not None:
             logits = self._grid.forward(requests, carried)
             if logits is not None:
@@ -117,13 +120,13 @@ class BatchExecutor:
         batch = stage(requests, self._block_tokens, self._uploader, carried)
         return Executed(self._runner.forward(batch, at_boundary), False)
 
-    def _score(
+    def _read(
         self,
         requests: Sequence[SpanRequest],
         at_boundary: AtBoundary,
         carried: torch.Tensor | None,
     ) -> Executed:
-        """Run a batch layer by layer, and score tokens of prompts from its last hidden states."""
+        """Run a batch layer by layer, and score or pool its last hidden states."""
         batch = stage(requests, self._block_tokens, self._uploader, carried)
         hidden = self._runner.hidden(batch, at_boundary)
         logits = self._runner.logits(hidden[batch.outputs])
@@ -131,7 +134,7 @@ class BatchExecutor:
         scoring = score_spans(
             requests, batch.spans, hidden, self._runner.logits, at_boundary, self._clock
         )
-        return Executed(logits, False, scoring)
+        return Executed(logits, False, scoring, pool_spans(requests, batch.spans, hidden))
 
     def end_warm_up(self) -> None:
         """See `Executor`: on a CPU that is their KV, and freed activations."""

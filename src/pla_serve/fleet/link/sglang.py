@@ -78,7 +78,7 @@ class SglangDialect:
         if request.scores_prompt or not sampling.max_tokens:
             raise Unmappable(
                 "prompts are not scored on SGLang servers (echo with logprobs, prompt_logprobs, "
-                "max_tokens 0)"
+                "embeddings, max_tokens 0)"
             )
         if request.priority:
             raise Unmappable("SGLang orders requests in its own way (priority)")

@@ -125,6 +125,8 @@ class VllmDialect:
         logprobs = _most_logprobs(request)
         if logprobs is not None:
             body |= {"logprobs": logprobs, "return_tokens_as_token_ids": True}
+        if sampling.embedding is not None:
+            raise Unmappable("vLLM servers of a language model make no embeddings")
         if request.scores_prompt:
             body["echo"] = True  # with logprobs: vLLM streams no prompt_logprobs
         if sampling.grammar is not None and self._follows(sampling.grammar):

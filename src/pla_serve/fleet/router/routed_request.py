@@ -137,11 +137,11 @@ class RoutedRequest:
 
     @property
     def scoring(self) -> bool:
-        """Whether the first token is to come with log probabilities of the prompt.
+        """Whether log probabilities or an embedding of the prompt are to come.
 
         An instance then computes all of the prompt, and no other one takes part.
         """
-        return not self.tokens and self.original.scores_prompt
+        return not self.tokens and self.original.reads_prompt
 
     @property
     def lost_engines(self) -> int:

@@ -16,6 +16,8 @@ from pla_serve.server.api.anthropic.schema import CountTokensRequest, MessagesRe
 from pla_serve.server.api.body import BodyReader
 from pla_serve.server.api.cross_origin import CrossOrigin
 from pla_serve.server.api.drain import drain_operations
+from pla_serve.server.api.embeddings.endpoints import EmbeddingEndpoints
+from pla_serve.server.api.embeddings.operations import embedding_operations
 from pla_serve.server.api.endpoints import Endpoints
 from pla_serve.server.api.generations import Generations
 from pla_serve.server.api.guard import DETOKENIZE, TOKENIZE, Guard, Keys, Traffic
@@ -54,6 +56,7 @@ def build_app(
     generations = Generations(service)
     routes = [
         *_openai(Endpoints(service, bodies, generations)),
+        *embedding_operations(EmbeddingEndpoints(service, bodies, generations), ERRORS),
         *response_operations(_responses(service, bodies, generations, traffic)),
         *_anthropic(MessageEndpoints(service, bodies, generations)),
         *_tokens(TokenEndpoints(service, bodies)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,6 @@ from pla_serve.server.api.schema import ChatRequest, CompletionRequest
 from pla_serve.server.api.service import Service
 from pla_serve.server.errors import json_response
 from pla_serve.server.generation.generation import GenerationPlan
-from pla_serve.wire.engine import EngineReady
 
 
 class Endpoints:
@@ -57,7 +55,12 @@ class Endpoints:
             body = await upload.read_json(request, CompletionRequest)
             header = self._header("cmpl", body)
             info = await service.ready_engine()
-            prompts = await self._prompts(body, info)
+            prompts = await service.encoder.several(
+                body.prompt,
+                vocab_size=info.vocab_size,
+                limit=info.max_model_len,
+                special=body.add_special_tokens,
+            )
             plan = await self._generations.plan(asked, body, header.id, prompts, info)
             echoes = await service.encoder.texts(body.prompt) if body.echo else []
             check_echoes(echoes, plan.n)
@@ -111,20 +114,6 @@ class Endpoints:
             on_end=generation.close,
             stall_seconds=settings.stall_seconds,
         )
-
-    async def _prompts(self, body: CompletionRequest, info: EngineReady) -> list[list[int]]:
-        """Tokens of all prompts. Others get their turn between two of them."""
-        encoder, limit, found = self._service.encoder, info.max_model_len, []
-        for item in body.prompt:
-            if isinstance(item, list):
-                tokens = await encoder.tokens(item, vocab_size=info.vocab_size, limit=limit)
-            else:
-                special = body.add_special_tokens
-                tokens = await encoder.text(item, limit=limit, add_special_tokens=special)
-            found.append(tokens)
-            if len(body.prompt) > 1:
-                await asyncio.sleep(0)
-        return found
 
     def _header(self, prefix: str, body: ChatRequest | CompletionRequest) -> Header:
         model = self._service.model_name(body.model)

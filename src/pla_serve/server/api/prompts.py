@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -75,6 +75,29 @@ class PromptEncoder:
             len(text) <= INLINE_CHARACTERS,
             lambda: self._encode(text, limit, add_special_tokens),
         )
+
+    async def several(
+        self,
+        prompts: Sequence[str | list[int]],
+        *,
+        vocab_size: int,
+        limit: int,
+        special: bool,
+    ) -> list[list[int]]:
+        """Return the tokens of all prompts. Others get their turn between two of them.
+
+        Raises:
+            ApiError: an id outside the vocabulary, or more than ``limit`` tokens in one.
+        """
+        found = []
+        for prompt in prompts:
+            if isinstance(prompt, list):
+                found.append(await self.tokens(prompt, vocab_size=vocab_size, limit=limit))
+            else:
+                found.append(await self.text(prompt, limit=limit, add_special_tokens=special))
+            if len(prompts) > 1:
+                await asyncio.sleep(0)
+        return found
 
     async def spellings(self, tokens: list[int]) -> list[str]:
         """Return each token as the vocabulary spells it, in a thread if they are many."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pla_serve.server.api.logprobs import TokenNames
 from pla_serve.server.api.prompts import PromptEncoder
+from pla_serve.server.embedding_model import EmbeddingModel
 from pla_serve.server.engine.backend import Backend, EngineUnavailableError
 from pla_serve.server.errors import ApiError, unavailable
 from pla_serve.server.generation.defaults import SamplingDefaults
@@ -38,6 +39,8 @@ class Service:
     reasoning: ReasoningSupport
     defaults: SamplingDefaults
     """Sampling parameters of requests that give none."""
+    embeddings: EmbeddingModel
+    """How the model makes vectors of texts."""
     journal: Journal
     started: int
     """Unix seconds, for the list of models."""

@@ -43,6 +43,7 @@ class Update:
 
     __slots__ = (
         "cached_tokens",
+        "embedding",
         "error",
         "fault",
         "finish_reason",
@@ -60,6 +61,7 @@ class Update:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: PromptLogprobs | None = None
+        self.embedding: bytes | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_token: int | None = None
         self.cached_tokens: int | None = None
@@ -74,6 +76,8 @@ class Update:
             self.logprobs += output.logprobs
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        if output.embedding is not None:
+            self.embedding = output.embedding
         self.finish_reason = output.finish_reason
         self.stop_token = output.stop_token
         self.error = output.error

@@ -86,6 +86,8 @@ class ChoiceDelta:
     """The stop string or stop token id that ended the choice; None for EOS and length."""
     prompt_logprobs: PromptLogprobs | None = None
     """With the first delta of a choice, if they were asked for."""
+    embedding: bytes | None = None
+    """As `Output.embedding`."""
 
 
 @dataclass(slots=True)
@@ -316,7 +318,9 @@ class Generation:
             self._finish(choice, finish)
         stop_reason = stopped_by if stopped_by is not None else self._stop_id(choice, update)
         scores = None if begun else self._scores.get(choice.prompt)
-        return ChoiceDelta(choice.index, text, tokens, logprobs, finish, stop_reason, scores)
+        return ChoiceDelta(
+            choice.index, text, tokens, logprobs, finish, stop_reason, scores, update.embedding
+        )
 
     def _decode(self, choice: AnswerChoice, update: Update) -> tuple[str, str | None, int]:
         """Text, the stop string that ended it, and how many of the tokens it took.

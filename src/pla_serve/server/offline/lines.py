@@ -13,7 +13,8 @@ import msgspec
 from pla_serve.server.offline.records import BatchLine, LineAnswer, refused_line
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
+EMBEDDINGS = "/v1/embeddings"
+ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS)
 """Endpoints that lines may name."""
 PORTION_LINES = 500
 PORTION_BYTES = 4 * 2**20

@@ -39,7 +39,7 @@ class BatchRequest(Strict):
     """What a client asks for."""
 
     input_file_id: Annotated[str, Field(min_length=1, max_length=100)]
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]
     completion_window: Annotated[str, Field(max_length=20), AfterValidator(_checked_window)]
     metadata: (
         Annotated[

@@ -1,0 +1,1 @@
+"""Vectors of texts: OpenAI's embeddings, and scores of pairs of texts by them."""
