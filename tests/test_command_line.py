@@ -45,14 +45,15 @@ NEW = {
         *("--max-stored-responses", "--max-stored-response-bytes", "--stored-response-seconds"),
         *("--max-background-responses", "--cors-origin"),
         *("--tier", "--key-tier"),
+        *("--picker-port", "--picker-host", "--picker-requests"),
     },
     "fleet start": {"--serve-word", "--route-word"},
     "simulate": {"--slo-token-seconds", "--tier"},
     "bench": {"--tier"},
 }
 """Flags that came later: the limits of clients, the key for /metrics, the formats of tool calls and
-reasoning, kernels on a CPU, what is kept of answers, offline batches, tiers, and the hidden ones by
-which ``fleet`` passes on what is for its processes."""
+reasoning, kernels on a CPU, what is kept of answers, offline batches, tiers, the endpoint
+picker, and the hidden ones by which ``fleet`` passes on what is for its processes."""
 NEW_COMMANDS = {"batch"}
 CHANGED: dict[tuple[str, str], dict[str, Any]] = {
     # The help shows what holds where a flag is not given; that was "None" and a sentence before.

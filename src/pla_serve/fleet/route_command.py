@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pla_serve.command_line import CliCommand, Given, fail
 from pla_serve.engine.config import EngineConfig
 from pla_serve.flags import Flag, FlagsOf
+from pla_serve.fleet.picker.options import PickerOptions
 from pla_serve.fleet.router.circuit import FAULTS, CircuitOptions
 from pla_serve.fleet.router.contract import ROUTING, FleetOptions
 from pla_serve.logs import LogFormat, configure
@@ -147,12 +148,15 @@ class RouteSettings:
         ),
     ] = None
     fleet: FleetOptions = field(default_factory=FleetOptions)
+    picker: PickerOptions = field(default_factory=PickerOptions)
 
     def __post_init__(self) -> None:
-        from pla_serve.fleet.link.kinds import check_urls
+        from pla_serve.fleet.link.kinds import check_own, check_urls
 
         check_knobs(self)
         check_urls(self.instances)
+        if self.picker.picker_port is not None:
+            check_own(self.instances)
 
 
 def route(given: Given) -> int:
@@ -174,6 +178,7 @@ ROUTE = CliCommand(
         FlagsOf(RouteSettings),
         FlagsOf(FleetOptions),
         FlagsOf(CircuitOptions),
+        FlagsOf(PickerOptions),
         FlagsOf(ServerSettings, without=("role",)),
         FlagsOf(Limits, without=("engine_silence_seconds",)),
         FlagsOf(TierOptions),
@@ -195,7 +200,7 @@ def read(given: Given) -> tuple[EngineConfig, ServerSettings, RouteSettings, str
     fleet = given.make(
         FleetOptions, circuit=given.make(CircuitOptions), patience_seconds=settings.restart_wait
     )
-    router = given.make(RouteSettings, fleet=fleet)
+    router = given.make(RouteSettings, fleet=fleet, picker=given.make(PickerOptions))
     tracing.check(settings.otlp_endpoint)
     return engine, settings, router, model.read_template()
 
@@ -249,10 +254,10 @@ def build(
     from pla_serve.fleet.router.client import FleetClient
     from pla_serve.fleet.router.metrics import FleetMetrics
     from pla_serve.fleet.router.observers import WithControl
+    from pla_serve.fleet.router_server import RouterServer
     from pla_serve.fleet.status import ControlMetrics, FleetStatus
     from pla_serve.policy.routing.registry import parse_routing
     from pla_serve.server.api.guard import Keys
-    from pla_serve.server.run import ApiServer
 
     client: FleetClient
     metrics = FleetMetrics(settings.model_names[0])
@@ -277,11 +282,12 @@ def build(
             flush=True,
         )
 
-    return ApiServer(
+    return RouterServer(
         settings,
         client,
         metrics,
         model,
+        (router.fleet, router.picker),
         view=FleetPageView(client, status),
         on_ready=announce,
         more_routes=status.routes,

@@ -170,7 +170,7 @@ class ApiServer:
             else None
         )
         tools, reasoning = self._answer_formats(model)
-        service = Service(
+        self.service = service = Service(
             settings=settings,
             engine=backend,
             token_bytes=token_bytes,

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fleet.router.test_route import KEY, Routed
+from tests.fleet.router.routed import KEY, Routed
 from tests.server.page.browser import CHROMIUM, chromium
 from tests.server.server_harness import DEADLINE, Live
 

@@ -85,6 +85,21 @@ def check_urls(urls: Sequence[str]) -> None:
             raise ValueError(f"the instance {address} was named twice; name it once")
 
 
+def check_own(urls: Sequence[str]) -> None:
+    """Check that each URL is that of an instance of ours.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for url in urls:
+        kind = split_url(url)[0]
+        if kind != OWN:
+            raise ValueError(
+                f"--picker-port is for instances of ours, which report their queues; {url} is "
+                f"a server of kind {kind}: route to it without --picker-port"
+            )
+
+
 def link_maker(
     url: str,
     api_key: str | None,
