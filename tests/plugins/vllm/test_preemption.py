@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.v1.engine import FinishReason
+from vllm.v1.request import Request
 from vllm.v1.utils import CpuGpuBuffer
 
 from tests.plugins.vllm.tiny_engine import BLOCK, LAYERS, VOCABULARY, LocalEngine, Run, tiny_model
@@ -27,6 +28,16 @@ MOST_BLOCKS = 45
 class Prompt:
     ids: list[int]
     answer: int
+    sampling: dict[str, Any]
+
+
+SAMPLING: dict[int, dict[str, Any]] = {
+    1: {"temperature": 0.9, "seed": 5},
+    2: {"repetition_penalty": 1.4, "presence_penalty": 0.5},
+    3: {"min_tokens": 3, "stop_token_ids": [1, 2, 3, 4, 5, 6, 7, 8]},
+    4: {"logit_bias": {7: 3.0}, "logprobs": 2},
+    5: {"prompt_logprobs": 1},
+}
 
 
 def make_prompts() -> dict[str, Prompt]:
@@ -39,7 +50,8 @@ def make_prompts() -> dict[str, Prompt]:
         if number % 4 == 3:
             shared = rng.choice(list(found.values())).ids
             ids = shared[: rng.randint(1, len(shared))] + ids[:30]
-        found[f"{'long' if long else 'short'}{number}"] = Prompt(ids, rng.randint(1, 24))
+        sampling = SAMPLING.get(number % 7, {})
+        found[f"{'long' if long else 'short'}{number}"] = Prompt(ids, rng.randint(1, 24), sampling)
     return found
 
 
@@ -57,8 +69,8 @@ def expected(folder: Path) -> dict[str, list[int]]:
     engine = LocalEngine(folder, enable_prefix_caching=False)
     try:
         run = Run(engine)
-        for name, prompt in PROMPTS.items():
-            engine.send(engine.request(name, prompt.ids, prompt.answer))
+        for name in PROMPTS:
+            engine.send(ask(engine, name))
             run.drain()
         assert engine.model_executor._nesting is None
         assert len({tuple(tokens) for tokens in run.tokens.values()}) > len(PROMPTS) - 6
@@ -67,14 +79,26 @@ def expected(folder: Path) -> dict[str, list[int]]:
         engine.shutdown()
 
 
-@pytest.fixture(scope="module")
-def engine(folder: Path, expected: dict[str, list[int]]) -> Iterator[LocalEngine]:
+@pytest.fixture(scope="module", params=["fcfs", "priority"])
+def engine(
+    folder: Path, expected: dict[str, list[int]], request: pytest.FixtureRequest
+) -> Iterator[LocalEngine]:
     """With steps that are left; after ``expected``, because a process has one engine at a time."""
     found = LocalEngine(
-        folder, additional_config=OPTIONS, num_gpu_blocks_override=MOST_BLOCKS, **OURS
+        folder,
+        additional_config=OPTIONS,
+        num_gpu_blocks_override=MOST_BLOCKS,
+        scheduling_policy=request.param,
+        **OURS,
     )
     yield found
     found.shutdown()
+
+
+def ask(engine: LocalEngine, name: str, as_name: str | None = None) -> Request:
+    """The request of a prompt, for its engine to hash."""
+    prompt = PROMPTS[name]
+    return engine.request(as_name or name, prompt.ids, prompt.answer, **prompt.sampling)
 
 
 class Pace:
@@ -93,6 +117,7 @@ class Pace:
 def start(engine: LocalEngine) -> Run:
     """A run whose moments are layer boundaries, too."""
     engine.model_executor.attach(engine)
+    engine.scheduler.reset_prefix_cache()  # what other tests have computed
     run = Run(engine)
     nesting = engine.model_executor._nesting
     assert nesting is not None
@@ -131,11 +156,10 @@ def test_a_short_that_comes_within_a_step_is_answered_within_it(
 ) -> None:
     run = start(engine)
     steps = nested_steps(engine, monkeypatch)
-    long, short = PROMPTS["long0"], PROMPTS["short1"]
-    engine.send(engine.request("long0", long.ids, long.answer))
-    run.moments[2] = [lambda: engine.send(engine.request("short1", short.ids, short.answer))]
+    engine.send(ask(engine, "long0"))
+    run.moments[2] = [lambda: engine.send(ask(engine, "short1"))]
     run.drain()
-    assert steps[0] == {"short1": len(short.ids)}
+    assert steps[0] == {"short1": len(PROMPTS["short1"].ids)}
     assert run.tokens == {name: expected[name] for name in ("long0", "short1")}
     at_rest(engine)
 
@@ -148,9 +172,10 @@ def test_tokens_are_vllms_under_any_schedule(
     run, rng = start(engine), Random(seed)
     steps = nested_steps(engine, monkeypatch)
     gone = set(rng.sample(sorted(PROMPTS), 9))
-    for name, prompt in PROMPTS.items():
+    for name in PROMPTS:
         when = rng.randrange(160)
-        request = engine.request(f"{name}/{seed}", prompt.ids, prompt.answer)
+        request = ask(engine, name, f"{name}/{seed}")
+        request.priority = rng.randrange(3)
         run.moments.setdefault(when, []).append(lambda it=request: engine.send(it))
         if name in gone:
             when += rng.randrange(40)
@@ -161,7 +186,7 @@ def test_tokens_are_vllms_under_any_schedule(
         got = run.tokens.get(f"{name}/{seed}", [])
         assert got == (wanted[: len(got)] if name in gone else wanted), name
         if name not in gone:
-            assert run.finished[f"{name}/{seed}"] is FinishReason.LENGTH
+            assert run.finished[f"{name}/{seed}"] in (FinishReason.LENGTH, FinishReason.STOP)
     at_rest(engine)
 
 
@@ -233,8 +258,7 @@ def watch(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[list[in
 def mixed(engine: LocalEngine, run: Run) -> None:
     """Two longs, and shorts that come within their steps."""
     for number, name in enumerate(sorted(PROMPTS)[:16]):
-        prompt = PROMPTS[name]
-        request = engine.request(name, prompt.ids, prompt.answer)
+        request = ask(engine, name)
         run.moments.setdefault(3 * number, []).append(lambda it=request: engine.send(it))
 
 
@@ -287,10 +311,9 @@ def test_a_prefix_that_is_being_computed_is_not_taken_for_a_cached_one(
     ids = Random(11).choices(range(VOCABULARY), k=200)
     engine.send(engine.request("whole", ids, 4))
     follow = [*ids[: 5 * BLOCK], 1, 2, 3]
-    other = PROMPTS["short1"]
     run.moments[2] = [
         lambda: engine.send(engine.request("follow", follow, 4)),
-        lambda: engine.send(engine.request("other", other.ids, other.answer)),
+        lambda: engine.send(ask(engine, "short1", "other")),
     ]
     run.drain()
     assert steps
@@ -308,12 +331,11 @@ def test_an_abort_of_the_step_under_way_waits_for_its_end(
     engine: LocalEngine, expected: dict[str, list[int]]
 ) -> None:
     run = start(engine)
-    long, short = PROMPTS["long3"], PROMPTS["short1"]
-    engine.send(engine.request("long3", long.ids, long.answer))
+    engine.send(ask(engine, "long3"))
 
     def at_boundary() -> None:
         engine.abort("long3")
-        engine.send(engine.request("short1", short.ids, short.answer))
+        engine.send(ask(engine, "short1"))
 
     def still_there() -> None:
         assert "long3" in engine.scheduler.requests
@@ -332,10 +354,54 @@ def test_streams_get_tokens_within_a_long_step(
     steps = nested_steps(engine, monkeypatch)
     monkeypatch.setattr(engine.scheduler.planner, "token_seconds", lambda streams, context: 0.0)
     stream = max((n for n in PROMPTS if "short" in n), key=lambda name: PROMPTS[name].answer)
-    long = PROMPTS["long0"]
-    engine.send(engine.request(stream, PROMPTS[stream].ids, PROMPTS[stream].answer))
-    run.moments[3] = [lambda: engine.send(engine.request("long0", long.ids, long.answer))]
+    engine.send(ask(engine, stream))
+    run.moments[3] = [lambda: engine.send(ask(engine, "long0"))]
     run.drain()
     assert steps.count({stream: 1}) >= LAYERS
     assert run.tokens == {name: expected[name] for name in (stream, "long0")}
+    at_rest(engine)
+
+
+def test_a_short_that_has_to_wait_for_the_step_does_not_make_streams_step_at_each_layer(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(engine)
+    steps = nested_steps(engine, monkeypatch)
+    monkeypatch.setattr(engine.scheduler.planner, "token_seconds", lambda streams, context: 1e9)
+    ids = Random(12).choices(range(VOCABULARY), k=200)
+    follow = [*ids[: 5 * BLOCK], 1, 2, 3]
+    engine.send(engine.request("stream", [5, 6, 7], 20))
+    run.moments |= {
+        3: [lambda: engine.send(engine.request("whole", ids, 4))],
+        5: [lambda: engine.send(engine.request("follow", follow, 4))],
+    }
+    run.drain()
+    assert not steps
+    assert {name: len(tokens) for name, tokens in run.tokens.items()} == {
+        "stream": 20,
+        "whole": 4,
+        "follow": 4,
+    }
+    at_rest(engine)
+
+
+def test_more_input_for_a_request_under_way_waits_for_its_step(
+    engine: LocalEngine, expected: dict[str, list[int]]
+) -> None:
+    run = start(engine)
+    again = ask(engine, "long0")
+    engine.send(ask(engine, "long0"))
+    seen: list[int] = []
+    run.moments |= {
+        2: [lambda: engine.send(again), lambda: engine.send(ask(engine, "short1"))],
+        4: [lambda: seen.append(engine.input_queue.qsize())],
+    }
+    original = engine.scheduler.add_request
+    engine.scheduler.add_request = lambda request: None if request is again else original(request)
+    try:
+        run.drain()
+    finally:
+        engine.scheduler.add_request = original
+    assert seen == [2]
+    assert run.tokens == {name: expected[name] for name in ("long0", "short1")}
     at_rest(engine)

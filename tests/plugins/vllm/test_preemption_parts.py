@@ -21,7 +21,11 @@ def config_of(**changed: Any) -> Any:
             "use_ubatching": False,
         },
         "scheduler_config": {"async_scheduling": False},
-        "model_config": {"is_multimodal_model": False, "enable_prompt_embeds": False},
+        "model_config": {
+            "is_moe": False,
+            "is_multimodal_model": False,
+            "enable_prompt_embeds": False,
+        },
         "cache_config": {"kv_sharing_fast_prefill": False},
     }
     whole: dict[str, Any] = {
@@ -55,6 +59,7 @@ def config_of(**changed: Any) -> Any:
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "KV connectors"),
         ({"ec_transfer_config": object()}, "encoder connectors"),
+        ({"model_config__is_moe": True}, "mixtures of experts"),
         ({"model_config__is_multimodal_model": True}, "multimodal"),
         ({"model_config__enable_prompt_embeds": True}, "prompt embeddings"),
         ({"cache_config__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),

@@ -96,7 +96,7 @@ class LocalEngine(EngineCoreProc):
             request_id=name,
             prompt_token_ids=ids,
             sampling_params=SamplingParams(
-                temperature=0, max_tokens=answer, ignore_eos=True, **sampling
+                **{"temperature": 0, "max_tokens": answer, "ignore_eos": True} | sampling
             ),
             pooling_params=None,
             arrival_time=0.0,

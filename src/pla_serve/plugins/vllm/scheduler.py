@@ -89,6 +89,8 @@ class LengthAwareScheduler(AsyncScheduler):
         self._nested_seconds = 0.0
         """What ran inside of it."""
         self._nested_steps = 0
+        self._no_room = False
+        """The last nested step could not admit what was planned for it."""
         self._last_decode = 0.0
         self.planner = self._make_planner()
         self.clock: Callable[[], float] = time.monotonic
@@ -127,7 +129,7 @@ class LengthAwareScheduler(AsyncScheduler):
 
     def enter(self, output: SchedulerOutput) -> None:
         """Note that the step ``output`` runs now and may be left, until it is updated from."""
-        self._outer = OuterStep(self, output)
+        self._outer, self._no_room = OuterStep(self, output), False
         self._nested_seconds = 0.0
 
     def schedule_nested(self) -> SchedulerOutput | None:
@@ -143,11 +145,24 @@ class LengthAwareScheduler(AsyncScheduler):
             if request.is_prefill_chunk and request.request_id not in outer.request_ids
         ]
         self._take_arrivals(under_way, now)
-        plan = self.planner.nested(now, running)
+        plan = self._plan_nested(running, now)
         if plan is None and not self._decodes_due(outer, now):
             return None
         with outer.hidden():
             return self._carry_out(plan or NOTHING, under_way, now)
+
+    def _plan_nested(self, running: Batch, now: float) -> StepPlan | None:
+        """Plan a nested step; None unless some prefill of it can start or go on."""
+        if self._no_room or self.waiting.urgent:
+            return None  # who lost its memory is first to get some, after the outer step
+        plan = self.planner.nested(now, running)
+        if plan is None:
+            return None
+        waiting = [self.waiting.get(chunk.request_id) for chunk in plan.chunks]
+        if all(request is not None and not self._admissible(request) for request in waiting):
+            self.planner.settle(plan, {}, now)
+            return None
+        return plan
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         now = self.clock()
@@ -318,12 +333,9 @@ class LengthAwareScheduler(AsyncScheduler):
             request.next_decode_eligible_step = skipped
         waiting = map(self.waiting.get, caps)
         planned = [request for request in waiting if request is not None]
-        urgent = self.waiting.urgent
-        if self._outer is not None:
-            # Who lost its memory is first to get some, after the outer step.
-            planned = [] if urgent else list(filter(self._admissible, planned))
-            urgent = []
-        offers = [*urgent, *planned]
+        offers = [*self.waiting.urgent, *planned]
+        if nested:
+            offers = list(filter(self._admissible, planned))
         if self._by_priority:
             offers.sort(key=lambda request: request.priority)
         self.waiting.offer(offers)
@@ -386,8 +398,11 @@ class LengthAwareScheduler(AsyncScheduler):
     def _settle(self, plan: StepPlan, left: dict[str, tuple[int, int]], now: float) -> None:
         """Report to the planner which planned prefills are in the step."""
         planned = [chunk.request_id for chunk in plan.chunks]
+        left_out = any(self.waiting.get(request_id) for request_id in planned)
         if self._outer is None:
-            self._blocked = any(self.waiting.get(request_id) for request_id in planned)
+            self._blocked = left_out
+        else:
+            self._no_room = left_out
         self.planner.settle(plan, left, now)
         for request_id in planned if self.connector is not None else ():
             # Its KV is on the way from elsewhere: then it is vLLM's to resume.
@@ -400,6 +415,7 @@ class LengthAwareScheduler(AsyncScheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._no_room = False
         self.planner.remove(request.request_id)
         self._compiling.pop(request.request_id, None)
         self._came.pop(request.request_id, None)

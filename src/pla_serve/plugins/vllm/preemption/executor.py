@@ -6,11 +6,12 @@ from functools import wraps
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from pla_serve.plugins.vllm.preemption.nesting import Nesting
+from pla_serve.plugins.vllm.preemption.nesting import Nesting, attention_layers
 from pla_serve.plugins.vllm.preemption.refusals import why_not
 from pla_serve.plugins.vllm.scheduler import LengthAwareScheduler
 
@@ -48,11 +49,12 @@ class PreemptibleExecutor(UniProcExecutor):
         if self._attached:
             return
         self._attached = True
-        reason = why_not(self.vllm_config) or _problem_of(engine)
+        runner = self.driver_worker.worker.model_runner
+        reason = why_not(self.vllm_config) or _problem_of(engine, runner)
         if reason is not None:
             logger.warning("Long steps are not left between layers: not with %s", reason)
             return
-        self._nesting = Nesting(engine, self.driver_worker.worker.model_runner)
+        self._nesting = Nesting(engine, runner)
         engine.scheduler.leave_between_layers()
         logger.info("Long steps are left between layers for short prefills and decode steps")
 
@@ -83,7 +85,10 @@ def announce_engines() -> None:
     EngineCore.step = announced
 
 
-def _problem_of(engine: EngineCore) -> str | None:
+def _problem_of(engine: EngineCore, runner: Any) -> str | None:
+    for layer in attention_layers(runner):
+        if type(layer) is not Attention:
+            return f"attention layers of another kind ({type(layer).__name__})"
     if not isinstance(engine.scheduler, LengthAwareScheduler):
         return "another scheduler (--scheduler-cls pla_serve.plugins.vllm.LengthAwareScheduler)"
     if not isinstance(engine, EngineCoreProc):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreRequestType
 
@@ -38,8 +39,7 @@ class Nesting:
         self._futile = False
         """The last nested step had no room for what waits."""
         self._run_ahead = HostPace(_event_maker(runner.device))
-        layers = runner.compilation_config.static_forward_context.values()
-        for layer in layers:
+        for layer in attention_layers(runner):
             layer.impl.forward = self._before(layer.impl.forward)
 
     def may_leave(self, output: SchedulerOutput) -> bool:
@@ -94,17 +94,26 @@ class Nesting:
 
     def _take_messages(self, outer: SchedulerOutput) -> None:
         """Take requests and aborts that have come; aborts of the outer step's wait for its end."""
-        messages = self._engine.input_queue
+        messages, outer_ids = self._engine.input_queue, outer.num_scheduled_tokens
         while messages.queue and messages.queue[0][0] in EXPRESS_MESSAGES:
-            kind, content = messages.get_nowait()
+            kind, content = messages.queue[0]
+            if kind == EngineCoreRequestType.ADD and content[0].request_id in outer_ids:
+                return  # more input for a session that is under way
+            messages.get_nowait()
             if kind == EngineCoreRequestType.ABORT:
                 ids = [content] if isinstance(content, str) else list(content)
-                later = [name for name in ids if name in outer.num_scheduled_tokens]
-                content = [name for name in ids if name not in outer.num_scheduled_tokens]
+                later = [name for name in ids if name in outer_ids]
+                content = [name for name in ids if name not in outer_ids]
                 if later:
                     self._engine.aborts_queue.put_nowait(later)
             self._futile = False
             self._engine._handle_client_request(kind, content)
+
+
+def attention_layers(runner: Any) -> list[Any]:
+    """Return the attention layers of a model, in whose ``impl.forward`` a boundary lies."""
+    layers = runner.compilation_config.static_forward_context.values()
+    return [layer for layer in layers if isinstance(layer, AttentionLayerBase)]
 
 
 def _event_maker(device: torch.device) -> Callable[[], DeviceEvent] | None:

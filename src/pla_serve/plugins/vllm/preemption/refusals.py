@@ -32,6 +32,7 @@ def why_not(config: Any) -> str | None:
         "LoRA": config.lora_config is not None,
         "KV connectors": config.kv_transfer_config is not None,
         "encoder connectors": config.ec_transfer_config is not None,
+        "mixtures of experts": model.is_moe,
         "multimodal models": model.is_multimodal_model,
         "prompt embeddings": model.enable_prompt_embeds,
         "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
