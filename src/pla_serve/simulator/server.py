@@ -277,12 +277,17 @@ class SimulatedServer:
 
     def _lend(self, message: wire.Lend) -> None:
         cached = self._cache.match(message.id, len(message.tokens))
-        cached = min(cached, len(message.tokens) - 1)
+        cached = min(max(cached, self._decoding(message.tokens)), len(message.tokens) - 1)
         self._say(
             wire.Offer(
                 id=message.id, source=self._address(cached) if cached else b"", tokens=cached
             )
         )
+
+    def _decoding(self, tokens: list[int]) -> int:
+        """Return the length of ``tokens`` if a request that decodes here has their KV, else 0."""
+        held = (served.request.prompt for served in self._served.values() if served.sent)
+        return len(tokens) if any(prompt == tokens[: len(prompt)] for prompt in held) else 0
 
     def _reserve(self, message: wire.Reserve) -> None:
         request = message.request

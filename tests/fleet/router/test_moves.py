@@ -243,6 +243,44 @@ def strike(
             source.error(id)
 
 
+def test_decodes_of_a_decode_instance_stay_in_its_pool() -> None:
+    bench = Bench(roles=["short", "long", "decode", "decode"])
+    client = bench.submit(PROMPT, 30)
+    for _ in range(6):
+        for link in bench.links:
+            link.flush()
+            link.step()
+    (source,) = [link for link in bench.links if any(job.begun for job in link.jobs.values())]
+    assert source.role == "decode"
+    notice(source, 1.0)
+    look(bench)
+    source.flush()
+    (target,) = [link for link in bench.links if Reserve in map(type, link.received[-1:])]
+    assert target.role == "decode"
+    finish(bench, client)
+
+
+def test_a_crowd_leaves_in_time_and_no_look_takes_long() -> None:
+    bench = a_bench(12, patience_seconds=1e9)
+    clients = [bench.submit([n, *PROMPT], 400) for n in range(300)]
+    for link in bench.links:
+        link.step(2)
+        link.flush()
+    source = bench.links[0]
+    here = len(source.jobs)
+    assert here >= 20
+    notice(source, 20.0)
+    for _ in range(190):
+        look(bench)
+        for link in bench.links:
+            link.flush()
+        if not source.jobs:
+            break
+    assert not source.jobs
+    for client in clients:
+        bench.fleet.close(client.id)
+
+
 def test_few_move_at_one_time_and_all_get_away() -> None:
     bench = a_bench(3)
     clients = [bench.submit([n, n, *PROMPT], 40) for n in range(18)]

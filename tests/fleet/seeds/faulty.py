@@ -136,6 +136,11 @@ class FaultyServer(SimulatedServer):
         """Nothing is left of any request."""
         return not (self._served or self._reserved or self.offers or self.engine.jobs)
 
+    @property
+    def serving(self) -> list[str]:
+        """Names of the requests that are answered here."""
+        return sorted(self._served)
+
     def attach(self, owner: LinkEvents) -> None:
         """Belong to another router from now on; the requests of the one before are dropped."""
         self.link.abandon()

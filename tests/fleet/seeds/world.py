@@ -11,7 +11,7 @@ import logging
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -238,6 +238,16 @@ class Router:
 class World:
     """A fleet, its clients and its faults, all from one seed."""
 
+    faults: Mapping[str, int] = FAULTS
+    fault_rates: Sequence[float] = (0.3, 1.0, 2.0)
+    fleets: Sequence[list[Role]] = ROLES
+    answers: Sequence[int] = (1, 2, 5, 20)
+    """Tokens of an answer."""
+    transfer_chance = 0.4
+    """Of a fleet without decode instances that can exchange KV."""
+    graces: Sequence[float] = (0.5, 2.0, 4.0)
+    """Seconds from a notice to the end."""
+
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(f"fleet/{seed}")
         rng = self.rng
@@ -260,9 +270,9 @@ class World:
             patience_seconds=1e9 if self.unlimited else 5.0,
         )
         self.controller = rng.choice((None, BalanceController, PressureController))
-        self.roles = rng.choice(ROLES)
+        self.roles = rng.choice(self.fleets)
         self.policy = rng.choice(("length-aware", "fcfs"))
-        self.transfers = "decode" in self.roles or rng.random() < 0.4
+        self.transfers = "decode" in self.roles or rng.random() < self.transfer_chance
         self._router = Router(self)
         self._build()
 
@@ -349,9 +359,9 @@ class World:
         while (now := now + rng.expovariate(2.5)) < SECONDS:
             self.timeline.at(now, self._arrive, rng.choice(prefixes))
         now = 0.5
-        rate = rng.choice((0.3, 1.0, 2.0))
+        rate = rng.choice(self.fault_rates)
         while (now := now + rng.expovariate(rate)) < SECONDS:
-            (kind,) = rng.choices(list(FAULTS), list(FAULTS.values()))
+            (kind,) = rng.choices(list(self.faults), list(self.faults.values()))
             self.timeline.at(now, self._strike, kind)
         self._run_until(SECONDS)
         self._heal()
@@ -378,7 +388,7 @@ class World:
         rng = self.rng
         prompt = [*prefix, *self._draw_tokens(rng.choice((1, 20, 60, 150, 600)))]
         id = f"r{len(self.clients)}"
-        client = Client(self, id, prompt, rng.choice((1, 2, 5, 20)), rng.choice("ab"))
+        client = Client(self, id, prompt, rng.choice(self.answers), rng.choice("ab"))
         self.clients.append(client)
         self.by_id[id] = client
         self.note(f"{id} arrives: {len(prompt)} tokens, {client.tokens} wanted")
@@ -435,7 +445,7 @@ class World:
             server.change_draining(True)
             self.timeline.at(now + rng.uniform(0.2, 3.0), lambda _: server.change_draining(False))
         elif kind == "notice":
-            self._give_notice(server, rng.choice((0.5, 2.0, 4.0)))
+            self._give_notice(server, rng.choice(self.graces))
         elif kind == "role change":
             server.change_role(rng.choice(("mixed", "short", "long", "decode")))
         elif kind == "router restart":
@@ -455,6 +465,10 @@ class World:
         def leave(_: object) -> None:
             if server.ends_at == end:
                 server.ends_at = None
+                others = [each for each in self.fleet.instances if each.open]
+                if others and server.serving:
+                    self.counts["instance that ended with requests"] += 1
+                    self.note(f"{server.name} ends with {server.serving}")
                 self._die(server, 0.5)
 
         self.timeline.at(end, leave)

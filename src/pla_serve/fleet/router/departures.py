@@ -12,6 +12,7 @@ from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.hand_overs import exchange_kv
 from pla_serve.fleet.router.moves import DecodeMoves
 from pla_serve.fleet.router.routed_request import RoutedRequest
+from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.assignment import Host, Mover, assign
 
 LOOK_SECONDS = 0.1
@@ -22,6 +23,8 @@ LAST_SECONDS = 0.5
 """Before the end, in which what is still there is continued elsewhere as after a crash."""
 MOST_MOVES = 4
 """Requests that move away from one instance at one time: they share its memory bandwidth."""
+MOST_ASSIGNED = 2 * MOST_MOVES
+"""Requests for which places are sought at one time, which bounds the time of a look."""
 
 
 class EmptiedFleet(Protocol):
@@ -116,7 +119,9 @@ class Departures:
             self._move(instance, decoding, others)
 
     def _seconds(self, request: RoutedRequest) -> float:
-        return self._fleet.dispatcher.cost.transfer_seconds(_kv_tokens(request))
+        """Return the predicted time of a move beside others, and until the next one begins."""
+        cost = self._fleet.dispatcher.cost
+        return cost.transfer_seconds(_kv_tokens(request)) + LOOK_SECONDS / MOST_MOVES
 
     def _move(
         self,
@@ -127,7 +132,9 @@ class Departures:
         """Begin as many moves as may run at one time."""
         free = MOST_MOVES - self._moves.from_instance(instance)
         waiting = [request for request in decoding if request.id not in self._moves]
-        hosts = {each.name: each for each in others if exchange_kv(instance, each)}
+        waiting = waiting[:MOST_ASSIGNED]
+        decoders = [each for each in others if each.pool is Pool.DECODE]
+        hosts = {each.name: each for each in decoders or others if exchange_kv(instance, each)}
         if free <= 0 or not waiting or not hosts:
             return
         dispatcher = self._fleet.dispatcher
