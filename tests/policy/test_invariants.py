@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 
 from pla_serve.policy.config import PolicyConfig
 from pla_serve.policy.cost import CostModel, CostProfile
+from pla_serve.policy.protocol import ServiceLevel
 from pla_serve.policy.registry import POLICIES, create_policy
 from tests.policy.executor import Executor, Job
 
 PROFILE = CostProfile(1e-3, 1e-7, 1e-6, 1e-4, 1e-2)
 WINDOWS = (0.0, 0.007, 0.5)
+
+
+SERVICES = [ServiceLevel.USUAL, ServiceLevel.USUAL, ServiceLevel.PROMISED, ServiceLevel.BULK]
 
 
 @st.composite
@@ -33,6 +37,8 @@ def job_lists(draw: st.DrawFn, most: int = 25) -> list[Job]:
                 deadline=draw(st.sampled_from([None, None, now, now + 0.2, now + 9])),
                 priority=draw(st.sampled_from([0, 0, 0, -1, 2])),
                 tenant=draw(st.sampled_from(["", "", "a", "b"])),
+                tpot=draw(st.sampled_from([None, None, 0.001, 0.04, 1000.0])),
+                service=draw(st.sampled_from(SERVICES)),
                 abort_at=draw(st.sampled_from([None, None, None, now + 0.05, now + 1])),
             )
         )
