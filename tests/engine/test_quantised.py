@@ -129,6 +129,46 @@ def test_safetensors_are_quantised_at_load(kind: str, kernels: Quantised) -> Non
     check_schedules(runner_of(model), reference)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_experts_are_quantised_at_load(kind: str, kernels: Quantised) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+    def fresh(attention: str) -> Any:
+        settings = tiny_gguf.config("Qwen3Moe", **quantised.SIZES, **experts)
+        return AutoModelForCausalLM.from_config(settings, attn_implementation=attention).eval()
+
+    model, reference = fresh(IMPLEMENTATION), fresh("eager")
+    model.requires_grad_(False)
+    quantise_at_load(model, kind, kernels)  # type: ignore[arg-type]
+    floats: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            (weight,) = module.weights
+            rows = torch.from_numpy(quantised.floats_of(weight.format, weight.rows))
+            floats[f"{name.removesuffix('.linear')}.weight"] = rows
+    weights = {name: rows for name, rows in floats.items() if ".experts." not in name}
+    for layer in range(len(model.model.layers)):
+        place = f"model.layers.{layer}.mlp.experts"
+        weights[f"model.layers.{layer}.mlp.gate.weight"] = model.model.layers[layer].mlp.gate.weight
+        gated = [
+            torch.cat([floats[f"{place}.gated.{e}.{part}.weight"] for part in ("gate", "up")])
+            for e in range(4)
+        ]
+        down = [floats[f"{place}.down.{e}.weight"] for e in range(4)]
+        weights[f"{place}.gate_up_proj"] = torch.stack(gated)
+        weights[f"{place}.down_proj"] = torch.stack(down)
+    reference.load_state_dict(weights, strict=False)
+    check_schedules(runner_of(model), reference)
+
+
+def test_experts_of_odd_sizes_are_not_quantised(kernels: Quantised) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    settings = tiny_gguf.config("Qwen3Moe", **quantised.SIZES, **experts)
+    model = AutoModelForCausalLM.from_config(settings).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"experts with 40 inputs.*leave out --quantization"):
+        quantise_at_load(model, "int8", kernels)
+
+
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions happen in this process, into a cache of the test."""

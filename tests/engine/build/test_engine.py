@@ -75,6 +75,30 @@ def test_dummy_weights_are_the_same_each_time(folder: Path) -> None:
     assert first.vocab_size == CONFIGS["llama"]().vocab_size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_of_experts_starts_with_dummy_weights(tmp_path: Path, dtype: str) -> None:
+    settings = CONFIGS["qwen2-moe"]()
+    settings.output_router_logits = True  # as for training
+    settings.save_pretrained(tmp_path)
+    config = EngineConfig(
+        model=str(tmp_path), load_format="dummy", kv_cache_gib=0.001, threads=1, dtype=dtype
+    )
+    ready, tokens = serve_one(config, (1, 2, 3))
+    assert ready.dtype == dtype
+    assert 1 <= len(tokens) <= 8
+
+
+def test_experts_are_read_from_files_with_one_tensor_each(tmp_path: Path) -> None:
+    for name in ("mixtral", "qwen3-moe"):
+        folder = tmp_path / name
+        reference_model(name).save_pretrained(folder, max_shard_size="20KB")
+        write_tokenizer(folder)
+        index = (folder / "model.safetensors.index.json").read_text()
+        assert ".experts.3." in index
+        config = EngineConfig(model=str(folder), kv_cache_gib=0.001, threads=1)
+        assert tuple(serve_one(config, (1, 2, 3))[1]) == expected(name, (1, 2, 3), 8)
+
+
 def test_bfloat16_runs_and_float32_is_exact(folder: Path, tokenizer_files: None) -> None:
     config = EngineConfig(model=str(folder), kv_cache_gib=0.001, threads=1)
     _, tokens = serve_one(config, (1, 2, 3))

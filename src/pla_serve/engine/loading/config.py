@@ -33,6 +33,8 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
             f"transformers cannot use {path} (model_type {content['model_type']!r}): {reason[0]} "
             "A newer transformers may know this model; code from its repository is never run."
         ) from error
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # for a loss in training, which would cost time here
     return config
 
 

@@ -18,10 +18,13 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 
 
 def expert_count(config: PreTrainedConfig) -> int:
-    """Return the number of experts of each layer that has them; 0 for dense models."""
+    """Return the number of experts of each layer that has them; 0 for dense models.
+
+    One expert alone counts in the families that are served; elsewhere it is a dense model.
+    """
     counts = [getattr(config, name, None) for name in COUNTS]
     most = max((count for count in counts if isinstance(count, int)), default=0)
-    return most if most > 1 else 0
+    return most if most > 1 or config.model_type in FAMILIES else 0
 
 
 def is_experts(module: nn.Module) -> bool:
