@@ -150,7 +150,7 @@ REFUSED = [
     ("DeepseekV3", {}, "experts"),
     ("MiniCPM3", {}, "latent attention"),
     ("GptOss", {}, "experts"),
-    ("Qwen3Moe", {**EXPERTS, "num_experts_per_tok": 7}, "out of range"),
+    ("Qwen3Moe", {**EXPERTS, "num_experts_per_tok": 7}, "choose 7 of 6 experts"),
     ("Phimoe", {}, "experts"),
     ("Glm4Moe", {}, "experts"),
     ("T5", {}, "encoder-decoder"),

@@ -144,6 +144,9 @@ def _config_reason(config: PreTrainedConfig) -> str | None:
         return "its weights are quantized, and only float32 and bfloat16 are computed"
     if expert_count(config) and config.model_type not in FAMILIES:
         return "it is a mixture of experts, and of those not a family that is tested"
+    experts, chosen = expert_count(config), get("num_experts_per_tok")
+    if experts and not (isinstance(chosen, int) and 1 <= chosen <= experts):
+        return f"its tokens choose {chosen} of {experts} experts"
     if get("kv_lora_rank"):
         return "it uses multi-head latent attention (MLA)"
     if get("alibi"):
