@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from routers.envoy import ENVOY, envoy
 from routers.others import SGLANG_ROUTER, VLLM_ROUTER, prepare, sglang_router, vllm_router
 
 from pla_serve.bench.calibrate import Probe, idle_ttft, measure_costs, warm_up
@@ -88,17 +89,48 @@ class Router:
             yield url
 
 
-def routers(folder: Path, urls: list[str], venvs: Path, names: list[str]) -> list[Router]:
+@dataclass(frozen=True, slots=True)
+class PickingEnvoy:
+    """Envoy, asking one of our routers or by its own least request."""
+
+    name: str
+    router: list[str] | None
+    """Command of the router that it asks, in which PORT and PICKER stand for ports."""
+    python: Path
+    folder: Path
+    urls: list[str]
+
+    @contextmanager
+    def up(self) -> Iterator[str]:
+        with ExitStack() as stack:
+            picker = None
+            if self.router is not None:
+                port, picker = free_port(), free_port()
+                ports = {"PORT": str(port), "PICKER": str(picker)}
+                command = [ports.get(word, word) for word in self.router]
+                stack.enter_context(started(command, f"http://127.0.0.1:{port}", seconds=120))
+            server = stack.enter_context(envoy(self.python, self.folder, self.urls, picker))
+            yield server.url
+
+
+AnyRouter = Router | PickingEnvoy
+
+
+def routers(folder: Path, urls: list[str], venvs: Path, names: list[str]) -> list[AnyRouter]:
     """All that can be measured, in the order of ``names``."""
     links = [word for url in urls for word in ("--instance", url)]
-    found = {}
+    found: dict[str, AnyRouter] = {}
+    ours = [
+        *(sys.executable, "-m", "pla_serve", "route", str(folder), "--load-format", "dummy"),
+        *("--served-model-name", MODEL, "--log-level", "warning", "--port", "PORT", *links),
+    ]
     for routing in OURS:
-        command = [
-            *(sys.executable, "-m", "pla_serve", "route", str(folder), "--load-format", "dummy"),
-            *("--served-model-name", MODEL, "--log-level", "warning", "--port", "PORT"),
-            *("--routing", routing, *links),
-        ]
+        command = [*ours, "--routing", routing]
         found[f"pla-serve {routing}"] = Router(f"pla-serve {routing}", command, "/ready")
+    for name in ("envoy picker", "envoy least_request"):
+        if name in names:
+            asks = [*ours, "--picker-port", "PICKER"] if name == "envoy picker" else None
+            found[name] = PickingEnvoy(name, asks, prepare(venvs, ENVOY), folder, urls)
     for policy in ("cache_aware", "round_robin"):
         name = f"sglang-router {policy}"
         if name in names:
@@ -252,7 +284,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "routing",
         **describe(),
-        "others": [SGLANG_ROUTER, VLLM_ROUTER],
+        "others": [SGLANG_ROUTER, VLLM_ROUTER, ENVOY],
         "model": model,
         "stand_in": options.stand_in,
         "roles": roles,
