@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 class ModelHead:
@@ -26,7 +26,8 @@ class ModelHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (rows, vocabulary) of hidden states (rows, hidden size)."""
-        given = BaseModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))
+        # Mixtures of experts read one field more of their decoder, which is None here.
+        given = MoeModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))
         self.decoder.forward = lambda *args, **kwargs: given
         try:
             logits: torch.Tensor = self._model(inputs_embeds=hidden.unsqueeze(0)).logits
