@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from pla_serve.engine.build import execution
+from pla_serve.engine.build import execution, stored_profile
 from pla_serve.engine.build.engine import EngineCore
 from pla_serve.engine.config import EngineConfig
 from pla_serve.engine.kv.cache import KVCache, KVShape
@@ -280,6 +280,8 @@ def test_the_second_start_has_a_stored_profile(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It serves at once, with the same tokens, and warms up while it is idle."""
+    for bound in ("SAME_SPEED", "NEAR_ROOFLINE"):  # measurements of a loaded machine vary
+        monkeypatch.setattr(stored_profile, bound, 1e12)
     monkeypatch.setenv("PLA_SERVE_CACHE", str(tmp_path / "cache"))
     config = EngineConfig(
         model=str(folder), load_format="dummy", kv_cache_gib=0.001, threads=1, cpu_kernels="torch"
