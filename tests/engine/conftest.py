@@ -8,8 +8,6 @@ from importlib.util import find_spec
 
 import pytest
 
-from pla_serve.engine.loading.cache import cache_root
-
 if find_spec("triton") is not None:
     import tests.engine.interpreter  # noqa: F401
 
@@ -17,6 +15,8 @@ if find_spec("triton") is not None:
 @pytest.fixture(autouse=True, scope="session")
 def own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Have engines store their cost profiles in a folder of this run, and nothing else there."""
+    from pla_serve.engine.loading.cache import cache_root  # it may import Triton: after the above
+
     root, own = cache_root(), tmp_path_factory.mktemp("cache")
     for name in ("kernels", "models"):
         (root / name).mkdir(parents=True, exist_ok=True)
