@@ -144,7 +144,9 @@ class Bed:
     def capture(self, shapes: str, most_tokens: int, most_batch: int) -> float:
         """Capture these shapes in place of earlier ones; returns the seconds it took."""
         limits = GridLimits(BLOCK, self.scratch, self.context, most_tokens, 1.0)
-        price = RankDevice(self.device, self.uploader, None, self.cost, self.cost).capture_seconds
+        price = RankDevice(
+            self.device, self.uploader, None, self.cost, self.cost, None, False
+        ).capture_seconds
         chosen = choose_shapes(shapes, most_tokens=most_tokens, most_batch=most_batch, cost=price)
         torch_device = self.device.torch_device
         capturer: Capturer = CudaCapture(torch_device) if self.device.asynchronous else NoCapture()
