@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -27,6 +28,8 @@ def test_a_long_answer_is_read_in_a_thread(tokens: int) -> None:
             return super().push(text)
 
     class Echo:
+        plan = SimpleNamespace(tier=None)
+
         async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
             yield [ChoiceDelta(0, "x" * tokens, [7] * tokens, [], "stop", None)]
 
