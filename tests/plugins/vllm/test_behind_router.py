@@ -179,7 +179,14 @@ def test_structured_output(urls: tuple[str, str], constraint: Json, check: Any) 
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
 )
 def test_required_tools(urls: tuple[str, str], choice: Any) -> None:
-    wanted = {"messages": USER, "tools": [TOOL], "tool_choice": choice, "max_tokens": 80}
+    wanted = {
+        "messages": USER,
+        "tools": [TOOL],
+        "tool_choice": choice,
+        "max_tokens": 80,
+        "temperature": 0,
+        "parallel_tool_calls": False,  # chance decides how many there are otherwise
+    }
     answer = post(urls[0], "/v1/chat/completions", **wanted)["choices"][0]
     calls = answer["message"]["tool_calls"]
     assert answer["finish_reason"] == "tool_calls"
