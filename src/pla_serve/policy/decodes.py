@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple
 
 from pla_serve.policy.protocol import Chunk
 
@@ -21,15 +21,15 @@ Ring = OrderedDict[str, Chunk]
 """Ready requests, the one whose last token is oldest first."""
 
 
-class Load(NamedTuple):
+@dataclass(slots=True)
+class Load:
     """Ready requests of one tenant."""
 
-    requests: int
-    context: int
+    requests: int = 0
+    context: int = 0
     """Their cached tokens in all."""
-
-
-NOTHING = Load(0, 0)
+    rings: dict[float | None, Ring] = field(default_factory=dict)
+    """The requests themselves by TPOT target; no ring is empty."""
 
 
 class DecodePool:
@@ -50,10 +50,8 @@ class DecodePool:
     """
 
     def __init__(self) -> None:
-        self._rings: OrderedDict[str, dict[float | None, Ring]] = OrderedDict()
-        """Ready requests by tenant and TPOT target; the tenant first that got an odd place longest
-        ago."""
-        self._loads: dict[str, Load] = {}
+        self._loads: OrderedDict[str, Load] = OrderedDict()
+        """Ready requests by tenant; the tenant first that got an odd place longest ago."""
         self._owners: dict[str, Owner] = {}
         """Tenant and target of requests, ready or in flight, that have either."""
         self._flying: dict[str, Chunk] = {}
@@ -126,10 +124,10 @@ class DecodePool:
             self._context -= chunk.history
             self._drop_target(tpot)
             return
-        rings = self._rings.get(tenant)
-        ring = None if rings is None else rings.get(tpot)
+        load = self._loads.get(tenant)
+        ring = None if load is None else load.rings.get(tpot)
         chunk = None if ring is None else ring.pop(request_id, None)
-        if rings is None or ring is None or chunk is None:
+        if chunk is None:
             return
         self._context -= chunk.history
         self._drop_target(tpot)
@@ -143,8 +141,8 @@ class DecodePool:
             least: a shorter target counts as this.
         """
         first, times = inf, self._times
-        for rings in self._rings.values():
-            for tpot, ring in rings.items():
+        for load in self._loads.values():
+            for tpot, ring in load.rings.items():
                 target = max(least, default if tpot is None else tpot)
                 first = min(first, times[next(iter(ring))] + target)
         return first
@@ -154,11 +152,10 @@ class DecodePool:
         if self._count <= places:
             chunks = [
                 chunk
-                for rings in self._rings.values()
-                for ring in rings.values()
+                for load in self._loads.values()
+                for ring in load.rings.values()
                 for chunk in ring.values()
             ]
-            self._rings.clear()
             self._loads.clear()
             self._count = self._ready_context = 0
         else:
@@ -181,22 +178,22 @@ class DecodePool:
 
     def _push(self, owner: Owner, chunk: Chunk, now: float) -> None:
         tenant, tpot = owner
-        rings = self._rings.get(tenant)
-        if rings is None:
-            rings = self._rings[tenant] = {}
-        ring = rings.get(tpot)
+        load = self._loads.get(tenant)
+        if load is None:
+            load = self._loads[tenant] = Load()
+        ring = load.rings.get(tpot)
         if ring is None:
-            ring = rings[tpot] = OrderedDict()
+            ring = load.rings[tpot] = OrderedDict()
         ring[chunk[0]] = chunk
         self._times[chunk[0]] = now
         self._count += 1
         self._ready_context += chunk[2]
-        load = self._loads.get(tenant, NOTHING)
-        self._loads[tenant] = Load(load[0] + 1, load[1] + chunk[2])
+        load.requests += 1
+        load.context += chunk[2]
 
     def _take_of(self, tenant: str, part: int, default: float) -> list[Chunk]:
         """Take ``part`` requests of one tenant out of its rings, by due time."""
-        rings, times = self._rings[tenant], self._times
+        rings, times = self._loads[tenant].rings, self._times
         chunks = []
         for _ in range(part):
             tpot = next(iter(rings))
@@ -224,18 +221,18 @@ class DecodePool:
         self._count -= 1
         self._ready_context -= chunk.history
         load = self._loads[tenant]
-        self._loads[tenant] = Load(load.requests - 1, load.context - chunk.history)
-        rings = self._rings[tenant]
-        if not rings[tpot]:
-            del rings[tpot]
-            if not rings:
-                del self._rings[tenant], self._loads[tenant]
+        load.requests -= 1
+        load.context -= chunk.history
+        if not load.rings[tpot]:
+            del load.rings[tpot]
+            if not load.rings:
+                del self._loads[tenant]
 
     def _parts(self, places: int) -> list[tuple[str, int]]:
         """Places of each tenant, where more requests are ready than there are places."""
-        if len(self._rings) == 1:
-            return [(next(iter(self._rings)), places)]
-        sizes = {tenant: self._loads[tenant].requests for tenant in self._rings}
+        if len(self._loads) == 1:
+            return [(next(iter(self._loads)), places)]
+        sizes = {tenant: load.requests for tenant, load in self._loads.items()}
         share, left, others = 0, places, len(sizes)
         for size in sorted(sizes.values()):
             share = left // others
@@ -247,5 +244,5 @@ class DecodePool:
         wanting = [tenant for tenant in sizes if parts[tenant] < sizes[tenant]]
         for tenant in wanting[:odd]:
             parts[tenant] += 1
-            self._rings.move_to_end(tenant)
+            self._loads.move_to_end(tenant)
         return [(tenant, part) for tenant, part in parts.items() if part]

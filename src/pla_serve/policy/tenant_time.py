@@ -16,12 +16,14 @@ of "a" in each, and 12 of "b" in turn. "b" gets 500 tokens a second beside "a", 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import floor
 
 from pla_serve.policy.book import RequestBook
-from pla_serve.policy.decodes import NOTHING
+from pla_serve.policy.cost import CostModel
+from pla_serve.policy.decodes import Load
 
 PRESENT_SECONDS = 10.0
 """Seconds for which a tenant without work still counts, as one with a launch of work, if only one
@@ -51,17 +53,17 @@ class TenantTime:
 
     def __init__(self, book: RequestBook) -> None:
         self._book = book
-        self._seen: dict[str, float] = {}
-        """When each tenant last had work."""
+        self._seen: OrderedDict[str, float] = OrderedDict()
+        """When each tenant last had work, the one first that has had none for longest."""
 
     def limit(self, now: float) -> BatchLimit | None:
         """Return the limit of the batch that begins at ``now``; None while there is one tenant.
 
-        O(tenants) in time.
+        O(tenants with work) in time.
         """
         book = self._book
         streams, prefills = book.decodes.loads, book.short_loads
-        ready = streams.keys() | prefills.keys()
+        ready = dict.fromkeys((*streams, *prefills))  # in an order that does not depend on hashes
         self._note(ready, now)
         if len(self._seen) < 2:
             return None
@@ -70,17 +72,20 @@ class TenantTime:
         alone = [launch] if len(ready) < 2 else []
         steps: dict[str, float] = {}
         for tenant in ready:
-            requests, context = streams.get(tenant, NOTHING)
-            steps[tenant] = cost.work_seconds(requests, context, context + requests, requests, 0)
-            prefill = prefills.get(tenant)
-            alone.append(launch + steps[tenant] + (prefill.seconds(cost, 0) if prefill else 0.0))
+            own = launch
+            if load := streams.get(tenant):
+                steps[tenant] = _step_seconds(cost, load)
+                own += steps[tenant]
+            if prefill := prefills.get(tenant):
+                own += prefill.seconds(cost, 0)
+            alone.append(own)
         seconds = max(count * min(alone), cost.work_seconds(1, 1, 1, 1, 1))
         part = (seconds - launch) / count
         kept, kept_seconds = 0, 0.0
         for tenant, took in steps.items():
             most = part / 2 if tenant in prefills else part
             share = min(1.0, most / took) if took else 0.0
-            kept += floor(share * streams.get(tenant, NOTHING).requests)
+            kept += floor(share * streams[tenant].requests)
             kept_seconds += share * took
         tokens = max(LEAST_PIECE, int((seconds - launch - kept_seconds) / self._per_token()))
         waiting = len(prefills)
@@ -96,8 +101,14 @@ class TenantTime:
         seen = self._seen
         if len(seen) > MOST_PRESENT:
             seen.clear()
-        seen.update(dict.fromkeys(present, now))
-        if len(seen) > 1:
-            gone = [name for name, last in seen.items() if now - last > PRESENT_SECONDS]
-            for name in gone:
-                del seen[name]
+        for tenant in present:
+            seen[tenant] = now
+            seen.move_to_end(tenant)
+        while seen and now - next(iter(seen.values())) > PRESENT_SECONDS:
+            seen.popitem(last=False)
+
+
+def _step_seconds(cost: CostModel, load: Load) -> float:
+    """Return what one token for each stream of a tenant adds to a batch."""
+    count, context = load.requests, load.context
+    return cost.work_seconds(count, context, context + count, count, 0)
