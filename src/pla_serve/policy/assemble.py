@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pla_serve.policy.book import RequestBook, Taken
 from pla_serve.policy.decodes import LOOSE_TARGET
 from pla_serve.policy.protocol import Batch, BatchClass
@@ -15,10 +17,17 @@ class Assembler:
     While prefills wait, decode steps keep at most half of the places, so that neither side can
     keep the other one out; places that the prefills leave free go back to decode. If a batch has a
     single place, the two take turns.
+
+    Args:
+        usual_target: says what TPOT target, in seconds, requests have that decode without one of
+            their own. It is asked only where a batch has too few places for all decode steps.
     """
 
-    def __init__(self, book: RequestBook) -> None:
+    def __init__(
+        self, book: RequestBook, usual_target: Callable[[], float] = lambda: LOOSE_TARGET
+    ) -> None:
         self._book = book
+        self._usual_target = usual_target
         self._prefill_turn = True
 
     def batch(
@@ -27,14 +36,12 @@ class Assembler:
         now: float,
         most_tokens: int | None = None,
         rider_share: float | None = None,
-        tpot: float = LOOSE_TARGET,
         limit: BatchLimit | None = None,
     ) -> Batch | None:
         """Return the next batch, within ``max_batch_requests`` and ``max_batch_tokens``, or None.
 
         ``most_tokens`` is a further limit. With ``rider_share``, decode steps beside prefills take
         at most that share of the prefills' time, but for one step; ``limit`` replaces that.
-        ``tpot`` is the target of requests that decode without one of their own, in seconds.
 
         The batch is SHORT or LONG if its prefills are of that class (a SHORT one may carry decode
         steps as well), DECODE if it has none, and otherwise MIXED. None: there is nothing to run.
@@ -56,7 +63,10 @@ class Assembler:
             free = min(free, max(limit.steps, self.steps_within(limit.seconds, taken)))
         elif prefills and rider_share is not None:
             free = min(free, self._fitting(rider_share * taken.seconds(book.cost)))
-        steps = decodes.take(free, tpot)
+        if free < len(decodes):
+            steps = decodes.take(free, self._usual_target())
+        else:
+            steps = decodes.take(free)
         if not prefills and not steps:
             return None
         self._prefill_turn = not prefills

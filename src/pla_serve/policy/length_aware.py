@@ -68,7 +68,8 @@ class LengthAware:
         self._shorts = DueQueue()
         self._longs = LongQueue(self._patience, self._window_of)
         self._book = RequestBook(config, cost, self._shorts, self._longs)
-        self._assembler = Assembler(self._book)
+        self._tokens = TokenDeadlines(config, cost, self._book.decodes, self._tuning)
+        self._assembler = Assembler(self._book, self._tokens.usual_target)
         self._tenants = TenantTime(self._book)
         self._account = ShareAccount(config.long_share, partial(burst_seconds, config, cost))
         self._flights = RunningPrefills()
@@ -76,7 +77,6 @@ class LengthAware:
         self._offered = ArrivalRate(memory=self._tuning.load_memory)
         self._short_rate = ArrivalRate(memory=self._tuning.short_memory, least=2)
         self._echo = EchoWindow(cost)
-        self._tokens = TokenDeadlines(config, cost, self._book.decodes, self._tuning)
         held = config.express_wait_seconds if config.interruptible else 0.0
         self._window = ExpressWindow(cost, held)
         self._current: str | None = None
@@ -277,10 +277,8 @@ class LengthAware:
 
     def _express(self, now: float) -> Batch | None:
         share = self._tuning.rider_share if self._contested() else self._tuning.idle_rider_share
-        target, limit = self._tokens.usual_target(), self._tenants.limit(now)
-        batch = self._assembler.batch(
-            self._shorts, now, rider_share=share, tpot=target, limit=limit
-        )
+        limit = self._tenants.limit(now)
+        batch = self._assembler.batch(self._shorts, now, rider_share=share, limit=limit)
         if batch is not None:
             self._running_express = (batch, now)
         return batch
