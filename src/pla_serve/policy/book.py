@@ -186,7 +186,7 @@ class RequestBook:
         Its target ``tpot`` is rounded down; see `tokens.coarse`.
         """
         self.remove(request_id)
-        self.decodes.start(request_id, context, now, tenant, None if tpot is None else coarse(tpot))
+        self.decodes.start(request_id, context, now, tenant, coarse(tpot))
 
     def remove(self, request_id: str) -> None:
         """Forget a request in whatever state it is."""

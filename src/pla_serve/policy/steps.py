@@ -222,9 +222,7 @@ class StepPlanner:
         Args:
             context: tokens of all streams together.
         """
-        unit = self._cost.profile
-        each = (unit.per_token + unit.per_sequence) * streams
-        step = unit.per_launch + each + (unit.per_attention + unit.per_kv) * context
+        step = self._cost.work_seconds(streams, context, context, streams, 1)
         return step / Tuning().token_share
 
     def ended(self, plan: StepPlan, now: float) -> None:

@@ -55,8 +55,7 @@ class PrefillFirst:
         tpot: float | None = None,
     ) -> None:
         self._inner.remove(request_id)
-        target = None if tpot is None else coarse(tpot)
-        self._decodes.start(request_id, context, now, tenant, target)
+        self._decodes.start(request_id, context, now, tenant, coarse(tpot))
 
     def remove(self, request_id: str) -> None:
         self._inner.remove(request_id)

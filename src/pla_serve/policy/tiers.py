@@ -97,11 +97,11 @@ def parse_tier_share(text: str) -> TierShare:
     """
     name, _, rest = text.partition(":")
     pairs = [pair for pair in rest.split(",") if pair]
-    shares = [pair for pair in pairs if pair.startswith("share=")]
-    left = [pair for pair in pairs if not pair.startswith("share=")]
-    tier = parse_tier(":".join([name, *([",".join(left)] if left else [])]))
+    shares = [pair.removeprefix("share=") for pair in pairs if pair.startswith("share=")]
+    targets = ",".join(pair for pair in pairs if not pair.startswith("share="))
+    tier = parse_tier(f"{name}:{targets}" if targets else name)
     try:
-        (share,) = [float(pair.removeprefix("share=")) for pair in shares] or [1.0]
+        (share,) = [float(number) for number in shares] or [1.0]
     except ValueError:
         raise ValueError(f"tier {name} needs one share, a number such as share=0.3") from None
     if not 0 < share < float("inf"):

@@ -31,8 +31,13 @@ COARSE = 8
 """Targets are rounded down to powers of 2^(1/8), by at most a twelfth, so that there are few."""
 
 
-def coarse(target: float) -> float:
-    """Return a TPOT target rounded down to the next power of 2^(1/COARSE), in seconds."""
+def coarse(target: float | None) -> float | None:
+    """Return a TPOT target rounded down to the next power of 2^(1/COARSE), in seconds.
+
+    None, which is no target, stays None.
+    """
+    if target is None:
+        return None
     return float(2.0 ** (floor(log2(target) * COARSE) / COARSE))
 
 
