@@ -17,7 +17,7 @@ from pla_serve.simulator.machine import KnownCost
 from pla_serve.simulator.request import SimulatedRequest
 from pla_serve.simulator.run import SHORT_TOKENS, RequestsDone, SimulationResult, simulate
 from pla_serve.simulator.setting import Objective, RunSpec
-from pla_serve.simulator.tiers import draw_tiers, kept_promise
+from pla_serve.simulator.tiers import kept_promise
 
 CLASSES = ("short", "long", "all")
 SecondsArray = NDArray[np.float64]
@@ -188,31 +188,25 @@ def report(spec: RunSpec, outcome: SimulationResult) -> RunReport:
 
 
 def _by_tier(spec: RunSpec, jobs: Sequence[SimulatedRequest]) -> tuple[TierReport, ...]:
-    setting = spec.setting
-    names = [
-        tier.name for tier in draw_tiers(spec.workload.rows, setting.tier_shares, setting.seed)
-    ]
+    decodes = spec.setting.mode != "prefill"
+    tiers = [each.tier for each in spec.setting.tier_shares]
     return tuple(
-        _tier_report(
-            each.tier,
-            [job for job in jobs if names[job.row] == each.tier.name],
-            decodes=setting.mode != "prefill",
-        )
-        for each in setting.tier_shares
+        _tier_report(tier, [job for job in jobs if job.tier == tier], decodes=decodes)
+        for tier in tiers
     )
 
 
 def _tier_report(tier: Tier, jobs: Sequence[SimulatedRequest], *, decodes: bool) -> TierReport:
     served = [job for job in jobs if not job.refused]
-    promises = tier.service is ServiceLevel.PROMISED
+    attainment = None
+    if tier.service is ServiceLevel.PROMISED:
+        attainment = _share(np.array([kept_promise(job, tier) for job in served]))
     every = np.zeros(len(served), dtype=np.bool_)
     return TierReport(
         tier=str(tier),
         requests=len(jobs),
         refused=len(jobs) - len(served),
-        attainment=_share(np.array([kept_promise(job, tier) for job in served]))
-        if promises
-        else None,
+        attainment=attainment,
         ttft_s=_times(np.array([job.ttft for job in served])),
         itl_s=_gaps(served, every).all if decodes and served else None,
         pause_s=_pauses(served, every).all if decodes and served else None,
@@ -293,14 +287,7 @@ def _kept(
     """Return which requests got every token by its deadline."""
     first_due = slo_seconds(alone, objective)
     each = np.maximum(objective.token_seconds, objective.stretch * steps)
-    kept = np.array([job.ttft for job in jobs]) <= first_due
-    for number, job in enumerate(jobs):
-        if not kept[number]:
-            continue
-        came = job.ttft + np.cumsum(job.gaps, dtype=np.float64)
-        due = first_due[number] + each[number] * np.arange(1, len(came) + 1)
-        kept[number] = bool((came <= due).all())
-    return kept
+    return np.array([job.in_time(*due) for job, *due in zip(jobs, first_due, each, strict=True)])
 
 
 def _gaps(jobs: Sequence[SimulatedRequest], short: Mask) -> ByClass:

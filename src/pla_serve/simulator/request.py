@@ -6,6 +6,8 @@ from array import array
 from dataclasses import dataclass, field
 from math import inf, nan
 
+import numpy as np
+
 from pla_serve.policy.protocol import ServiceLevel
 from pla_serve.policy.tiers import Tier
 
@@ -32,6 +34,8 @@ class SimulatedRequest:
     tpot: float | None = None
     """Its TPOT target in seconds."""
     service: ServiceLevel = ServiceLevel.USUAL
+    tier: Tier | None = None
+    """The tier whose targets were promised to it, if any."""
 
     refused: bool = False
     """Whether no instance took it, because its targets would not have been kept."""
@@ -56,8 +60,21 @@ class SimulatedRequest:
 
     def promise(self, tier: Tier) -> None:
         """Give it the targets of a tier."""
+        self.tier = tier
         self.deadline = None if tier.ttft is None else self.arrival + tier.ttft
         self.tpot, self.service = tier.token_target, tier.service
+
+    def in_time(self, first: float, each: float) -> bool:
+        """Return whether all its tokens came by their deadlines (`policy.tokens`).
+
+        Args:
+            first: seconds after its arrival at which the first one was due.
+            each: seconds after that at which each further one was due after the one before it.
+        """
+        if self.ttft > first:
+            return False
+        came = self.ttft + np.cumsum(self.gaps, dtype=np.float64)
+        return bool((came <= first + each * np.arange(1, len(came) + 1)).all())
 
     def token(self, now: float) -> None:
         """Note that its next token was made."""

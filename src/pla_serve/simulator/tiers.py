@@ -1,4 +1,4 @@
-"""Tiers of simulated requests, and what became of their promises."""
+"""Draws the tiers of simulated requests, and says whether promises were kept."""
 
 from __future__ import annotations
 
@@ -34,13 +34,9 @@ def draw_tiers(rows: Sequence[Row], shares: Sequence[TierShare], seed: int) -> l
 
 
 def kept_promise(job: SimulatedRequest, tier: Tier) -> bool:
-    """Whether all tokens of a request came by their deadlines (`policy.tokens`).
+    """Return whether all tokens of a request came by the deadlines that its tier promises.
 
     Without a TTFT target they are counted from the first token.
     """
-    due = job.ttft if tier.ttft is None else tier.ttft
-    if job.ttft > due:
-        return False
-    each = inf if tier.tpot is None else tier.tpot
-    came = job.ttft + np.cumsum(job.gaps, dtype=np.float64)
-    return bool((came <= due + each * np.arange(1, len(came) + 1)).all())
+    first = job.ttft if tier.ttft is None else tier.ttft
+    return job.in_time(first, inf if tier.tpot is None else tier.tpot)
