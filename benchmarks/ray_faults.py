@@ -40,7 +40,7 @@ from tests.plugins.ray.cluster import Load, RayCluster, echo, ray_cluster, under
 
 FAKE = "tests.server.fake_core:FakeCore"
 PROMPTS, LONGEST = 24, 600
-"""Prompts of ``--engine tiny``, and the length of the longest."""
+"""With ``--engine tiny`` there are so many prompts, and the longest has so many tokens."""
 
 
 def main() -> None:

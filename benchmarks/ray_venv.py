@@ -1,4 +1,4 @@
-"""A virtual environment with Ray Serve, apart from this project's, whose packages it also sees.
+"""Makes a virtual environment with Ray Serve, which also sees this project's packages.
 
 Ray is not among the packages for development: it is large, and its own pins would bind the rest.
 """
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def prepare(folder: Path) -> Path:
-    """The environment's Python; makes the environment if it is not there.
+    """Return the environment's Python; make the environment if it is not there.
 
     Packages of the environment that runs this are seen, and never changed: pip installs what is
     missing there into ``folder``.

@@ -91,11 +91,11 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class PickingEnvoy:
-    """Envoy, asking one of our routers or by its own least request."""
+    """Starts an Envoy that asks one of our routers, or goes by its own least request."""
 
     name: str
     router: list[str] | None
-    """Command of the router that it asks, in which PORT and PICKER stand for ports."""
+    """This command starts the router that it asks; PORT and PICKER in it stand for ports."""
     python: Path
     folder: Path
     urls: list[str]

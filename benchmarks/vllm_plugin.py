@@ -51,7 +51,7 @@ OURS = {
     "plugin": ["--scheduler-cls", SCHEDULER],
     "preempt": ["--scheduler-cls", SCHEDULER, "--distributed-executor-backend", EXECUTOR],
 }
-"""This project's entries, and the flags that turn each on."""
+"""It says which flags turn on each of this project's entries."""
 SHORT_NAMES = {"threshold": "--long-prefill-token-threshold", "budget": "--max-num-batched-tokens"}
 SHORT_TOKENS = 256
 DRAIN_SECONDS = 90.0

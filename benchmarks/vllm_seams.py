@@ -1,4 +1,4 @@
-"""What a release of vLLM breaks in the plugin, within a minute and without its compiled code.
+"""Shows what a release of vLLM breaks in the plugin, within a minute, without its compiled code.
 
     python benchmarks/vllm_seams.py 0.33.0
 
@@ -69,11 +69,11 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
         "GPUModelRunner.initialize_metadata_builders",
     ),
 }
-"""Methods of vLLM that `plugins.vllm` overrides or calls, by file."""
+"""It lists the methods of vLLM that `plugins.vllm` overrides or calls, by file."""
 
 DOWNLOAD_SECONDS, TEST_SECONDS = 300, 300
 MOST_FILES, MOST_BYTES = 20_000, 500_000_000
-"""Bounds of what is unpacked: 0.33.0 has 3,900 Python files of 53 MB together."""
+"""They bound what is unpacked: 0.33.0 has 3,900 Python files of 53 MB together."""
 _VERSION = re.compile(r"\d+(\.\d+){1,3}((rc|\.post)\d+)?")
 
 
@@ -141,7 +141,7 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 
 def arguments(package: Path, file: str, method: str) -> str | None:
-    """The arguments of a method in vLLM's source, as written; None if it is not there."""
+    """Return the arguments of a method in vLLM's source, as written; None if it is not there."""
     path = package / file
     if not path.is_file():
         return None
@@ -168,7 +168,7 @@ def changes(known: Path, release: Path) -> list[str]:
 
 
 def installed(python: Path) -> Path:
-    """The folder of the package ``vllm`` in an environment.
+    """Return the folder of the package ``vllm`` in an environment.
 
     Raises:
         RuntimeError: there is none.

@@ -10,8 +10,8 @@ from math import inf
 from pla_serve.policy.protocol import Chunk
 
 LOOSE_TARGET = 1.0
-"""TPOT target in seconds that a request without one of its own has where the caller knows no better
-one. Requests with shorter targets go before it, and it waits for them a second and some steps."""
+"""A request without a TPOT target of its own has this one, in seconds, where the caller knows no
+better one. Those with shorter targets go before it, so it waits for a second and some steps."""
 
 Owner = tuple[str, float | None]
 """Tenant of a request, and its own TPOT target in seconds."""

@@ -129,7 +129,7 @@ def refit(
 
 def _solve(rows: Vector, targets: Vector, before: Vector) -> Vector:
     """argmin |rows x - targets|^2 + |ridge (x - before)|^2 over x >= 0, by its normal equations."""
-    # Imported at the first fit: it takes half a second, and commands that fit nothing import this.
+    # It is imported at the first fit, because commands that fit nothing would wait for it too.
     from scipy.optimize import nnls
 
     ridge = (RIDGE / np.maximum(before, LEAST_SHARE)) ** 2

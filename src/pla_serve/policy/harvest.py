@@ -1,4 +1,4 @@
-"""Offline work in the time that online work leaves."""
+"""Runs offline work in the time that online work leaves."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Harvesting:
         self._book = RequestBook(config, cost, self._queue, self._queue)
         self._assembler = Assembler(self._book)
         self._ids: set[str] = set()
-        """Offline requests that wait, run or decode."""
+        """It has the offline requests that wait, run or decode."""
 
     @property
     def capabilities(self) -> Capabilities:

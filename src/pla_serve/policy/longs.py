@@ -11,7 +11,7 @@ from pla_serve.policy.queues import DEMOTIONS, SortedQueue
 from pla_serve.policy.tuning import Tuning
 
 BULK_PATIENCE = 600.0
-"""Seconds by which bulk work is due later than it would be if somebody waited for it."""
+"""Bulk work is due so many seconds later than it would be if somebody waited for it."""
 Patience = Callable[[float], float]
 """Increasing function: from the seconds of prefill left to the seconds between arrival and due
 time."""

@@ -31,7 +31,7 @@ class BatchClass(StrEnum):
     DECODE = "decode"
     MIXED = "mixed"
     OFFLINE = "offline"
-    """Of `ServiceLevel.OFFLINE` only: prefills of any size, and decode steps."""
+    """All in it are of `ServiceLevel.OFFLINE`: prefills of any size, and decode steps."""
 
 
 class ServiceLevel(StrEnum):
@@ -75,7 +75,7 @@ class PrefillRequest:
     """Owner of the request, for shares: requests with the same text belong to one."""
     service: ServiceLevel = ServiceLevel.USUAL
     tpot: float | None = None
-    """Its target for the seconds from one token to the next; None: the policy's own, or its
+    """It wants a token after each so many seconds. With None the policy's own target counts, or its
     further tokens are made elsewhere."""
 
 

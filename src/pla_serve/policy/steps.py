@@ -101,9 +101,9 @@ class StepPlanner:
         self._known: dict[str, _Known] = {}
         self._shorts = 0
         self._outer: StepPlan | None = None
-        """Plan of the step under way that can be left."""
+        """It planned the step under way, which can be left; None if there is no such step."""
         self._after: dict[str, tuple[int, int]] = {}
-        """What is left of its prefills when it has ended."""
+        """It has the new tokens and history of that step's prefills when it has ended, by id."""
 
     @property
     def known(self) -> Collection[str]:

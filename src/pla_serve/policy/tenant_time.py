@@ -26,12 +26,12 @@ from pla_serve.policy.cost import CostModel
 from pla_serve.policy.decodes import Load
 
 PRESENT_SECONDS = 10.0
-"""Seconds for which a tenant without work still counts, as one with a launch of work, if only one
-other has some: when it comes back, the batch under way is short."""
+"""For so long a tenant without work still counts, as one with a launch of work, if only one other
+has some: when it comes back, the batch under way is short."""
 MOST_PRESENT = 1024
-"""Tenants that are remembered for that; with more of them all are forgotten."""
+"""So many tenants are remembered for that; with more of them all are forgotten."""
 LEAST_PIECE = 16
-"""Fewest tokens of a prefill in a batch, so that none is cut to single tokens."""
+"""A prefill is not cut to fewer tokens than these, so that none is cut to single ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ class BatchLimit:
     """What one express batch may take."""
 
     seconds: float
-    """Of the whole batch."""
+    """The whole batch takes at most so long."""
     tokens: int
-    """Of all prefills in it."""
+    """All prefills in it have at most so many."""
     each: int
-    """Of the prefills of one tenant."""
+    """The prefills of one tenant have at most so many."""
     steps: int
-    """Decode steps for which time is kept beside the prefills."""
+    """For so many decode steps time is kept beside the prefills."""
 
 
 class TenantTime:

@@ -1,4 +1,4 @@
-"""Tiers: what an operator promises to a kind of request.
+"""A tier is what an operator promises to a kind of request.
 
 interactive = parse_tier("interactive:ttft=300ms,tpot=40ms")
 batch = parse_tier("batch")  # promises nothing: its requests wait, and are not refused for it
@@ -14,12 +14,12 @@ from pla_serve.policy.decodes import LOOSE_TARGET
 from pla_serve.policy.protocol import ServiceLevel
 
 MOST_TIERS = 32
-"""Tiers of one server; each has metrics of its own."""
+"""A server has at most so many tiers, because each has metrics of its own."""
 USUAL = "default"
-"""Tier of requests that name none, and that nobody has given one. It need not be defined: then it
-promises nothing, and targets are those of the server."""
+"""Requests have this tier if they name none and nobody has given them one. It need not be defined:
+then it promises nothing, and targets are those of the server."""
 CHOSEN_BY_SERVER = "auto"
-"""What a request says that leaves the choice to the server; no tier has this name."""
+"""A request says this to leave the choice to the server; no tier has this name."""
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s)")
 UNITS = {"ms": 1e-3, "s": 1.0}
@@ -34,9 +34,9 @@ class Tier:
 
     name: str
     ttft: float | None = None
-    """From arrival to first token."""
+    """It bounds the time from arrival to first token."""
     tpot: float | None = None
-    """From one token to the next."""
+    """It bounds the time from one token to the next."""
 
     @property
     def service(self) -> ServiceLevel:

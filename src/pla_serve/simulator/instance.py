@@ -20,7 +20,6 @@ from pla_serve.policy.protocol import (
     PrefillPolicy,
     PrefillRequest,
     Run,
-    ServiceLevel,
 )
 from pla_serve.simulator.request import SimulatedRequest
 
@@ -99,9 +98,9 @@ class SimulatedInstance:
         self._started = started
         self._decoded = decoded
         self.admission: Admission | None = None
-        """Refuses requests; None: all are taken."""
+        """It refuses requests; None takes them all."""
         self._forecasts: dict[str, Forecast] = {}
-        """Predicted times of the first tokens of jobs that have none yet."""
+        """They say when the first tokens of jobs that have none yet were predicted to come."""
         self._passes: list[SimulatedPass] = []
         """Running batches, each inside the one before it; only the last one is being computed."""
         self._ready = 0
@@ -124,7 +123,7 @@ class SimulatedInstance:
             verdict = self.admission.decide(request, self.policy, own, now)
             if isinstance(verdict, Refuse):
                 return verdict
-            if job.service is not ServiceLevel.BULK:
+            if not job.service.unhurried:
                 self._forecasts[job.id] = verdict.forecast
         self.jobs[job.id] = job
         job.computed = job.history

@@ -55,18 +55,19 @@ class ClassShares(msgspec.Struct, frozen=True):
 
 
 class TierReport(msgspec.Struct, frozen=True):
-    """What became of the requests of one tier."""
+    """Says what became of the requests of one tier."""
 
     tier: str
     requests: int
     refused: int
     attainment: float | None
-    """Share of the others all of whose tokens came by their deadlines; None without targets."""
+    """It is the share of the others all of whose tokens came by their deadlines; None without
+    targets."""
     ttft_s: Times
     itl_s: Times | None
-    """Seconds between two tokens, where answers decode."""
+    """They are the seconds between two tokens, where answers decode."""
     pause_s: Times | None
-    """Longest time between two tokens of each answer."""
+    """They are the longest seconds between two tokens of each answer."""
 
 
 class RunReport(msgspec.Struct, frozen=True):

@@ -92,7 +92,7 @@ class SimulatedServer:
         self._admitted = admitted
         self._draining = False
         self.ends_at: float | None = None
-        """When it has been told to end; until then it takes nothing new."""
+        """The time at which it was told to end, or None. With one it takes nothing new."""
         self._served: dict[str, _Served] = {}
         self._reserved: dict[str, _Reserved] = {}
         self._outbox: list[RequestAnswer] = []

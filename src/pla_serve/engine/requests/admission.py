@@ -83,7 +83,8 @@ class Intake:
             )
         sequence = self._sequence(request, short, cached)
         if isinstance(sequence, Sequence) and not request.service.unhurried:
-            # What gives way to all that comes later says nothing about waits of others.
+            # Others are not delayed as it is, because it gives way to all that come later. So its
+            # wait does not correct forecasts.
             sequence.forecast = verdict.forecast
         return sequence
 

@@ -1,6 +1,7 @@
-"""Which of several instances takes over which running request: an assignment problem.
+"""Decides which of several instances takes over which running request: an assignment problem.
 
-After SpotServe (arXiv 2311.15566), which matches what moves with the KV that is there already.
+The idea is SpotServe's (arXiv 2311.15566), which matches what moves with the KV that is there
+already.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 NEVER = 1e9
-"""Cost in seconds of what is not possible; larger than any sum of possible ones."""
+"""What is not possible costs so many seconds, more than any sum of possible costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,9 @@ class Mover:
     """A running request that has to leave its instance."""
 
     tokens: int
-    """Tokens of its KV; at least 1."""
+    """Its KV has so many; at least 1."""
     cached: Mapping[str, int]
-    """Of these, what instances hold already, by instance."""
+    """Instances hold so many of these already, by instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,9 @@ class Host:
 
     name: str
     room: int
-    """Tokens of KV for which it has memory."""
+    """It has memory for the KV of so many tokens."""
     wait: float
-    """Seconds of work that are queued there."""
+    """Work of so many seconds is queued there."""
 
 
 def assign(
