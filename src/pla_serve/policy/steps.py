@@ -96,6 +96,7 @@ class StepPlanner:
         )
         self._cost = cost
         self._make = make
+        self._tuning = Tuning()
         self._length = StepLength(cost, most_seconds, spare_share)
         self._policies: dict[int, PrefillPolicy] = {}
         self._known: dict[str, _Known] = {}
@@ -223,7 +224,7 @@ class StepPlanner:
             context: tokens of all streams together.
         """
         step = self._cost.work_seconds(streams, context, context, streams, 1)
-        return step / Tuning().token_share
+        return step / self._tuning.token_share
 
     def ended(self, plan: StepPlan, now: float) -> None:
         """Note that the step of this plan has run; needed where steps can be left."""
