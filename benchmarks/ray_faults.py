@@ -28,6 +28,7 @@ import httpx
 import ray
 from ray import serve
 
+from pla_serve.bench.save import write_json
 from pla_serve.engine.host.process import CORE
 from pla_serve.environment import describe
 from pla_serve.plugins.ray.application import AppArgs, build
@@ -60,7 +61,7 @@ def main() -> None:
     content.pop("output")
     print(json.dumps(content, indent=1))
     if options.output is not None:
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(options.output, content)
     if result["wrong"]:
         raise SystemExit(1)
 
