@@ -13,10 +13,11 @@ from pla_serve.fleet.link.protocol import InstanceFacts, Link, LinkEvents, LinkR
 from pla_serve.fleet.router.contract import FleetOptions, RoutingObserver
 from pla_serve.fleet.router.fleet import Fleet
 from pla_serve.fleet.router.fleet_instance import FleetInstance
+from pla_serve.fleet.router.tenant_routes import TenantRoutes
 from pla_serve.policy.routing.protocol import RoutingPolicy
 from pla_serve.server.engine.backend import EngineStartError, EngineUnavailableError
-from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError, EngineSession
-from pla_serve.wire.engine import AddRequest, EngineReady, Inbound
+from pla_serve.server.engine.session import EngineDiedError, EngineSession
+from pla_serve.wire.engine import EngineReady
 
 if TYPE_CHECKING:
     from pla_serve.fleet.control.control import FleetControl
@@ -188,7 +189,13 @@ class FleetClient:
         return info
 
     def session(self, max_unread_tokens: int, tenant: str = "") -> EngineSession:
-        return EngineSession(_Door(self, tenant), max_unread_tokens, tenant)
+        return EngineSession(
+            TenantRoutes(self.fleet, self._check_open, tenant), max_unread_tokens, tenant
+        )
+
+    def _check_open(self) -> None:
+        if self._stopped.is_set():
+            raise EngineDiedError("the router is shutting down")
 
     async def _decide(self) -> None:
         """Have the controller decide once in each control period."""
@@ -206,29 +213,6 @@ class FleetClient:
             self._was_ready = True
         else:
             self._ready.clear()
-
-
-class _Door:
-    """Routes the sessions of one tenant to the fleet; implements `MessageRoutes`."""
-
-    def __init__(self, client: FleetClient, tenant: str) -> None:
-        self._client = client
-        self._tenant = tenant
-        self._receivers: dict[str, AnswerReceiver] = {}
-
-    def open_route(self, id: str, session: AnswerReceiver) -> None:
-        if self._client.status == "stopped":
-            raise EngineDiedError("the router is shutting down")
-        self._receivers[id] = session
-
-    def close_route(self, id: str) -> None:
-        """End a request. If it runs it is aborted here, and a later `AbortRequest` does nothing."""
-        self._receivers.pop(id, None)
-        self._client.fleet.close(id)
-
-    def send(self, message: Inbound) -> None:
-        if isinstance(message, AddRequest):
-            self._client.fleet.submit(message, self._receivers[message.id], self._tenant)
 
 
 def fleet_facts(facts: Sequence[InstanceFacts], vocab_size: int) -> EngineReady | None:

@@ -11,11 +11,12 @@ from typing import Any
 from pla_serve.fleet.router.client import fleet_facts
 from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.fleet.router.routed_request import RoutedRequest, with_seed
+from pla_serve.fleet.router.tenant_routes import TenantRoutes
 from pla_serve.plugins.ray.streams import ContinuationOptions, ContinuedStream, SendCall
 from pla_serve.server.engine.backend import EngineUnavailableError
 from pla_serve.server.engine.session import AnswerReceiver, EngineDiedError, EngineSession
 from pla_serve.wire.codec import MessageDecoder
-from pla_serve.wire.engine import AbortRequest, AddRequest, EngineReady, Inbound
+from pla_serve.wire.engine import AddRequest, EngineReady
 from pla_serve.wire.link import InstanceFacts
 
 log = logging.getLogger(__name__)
@@ -46,14 +47,14 @@ class RayBackend:
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
         self._ask_facts = ask_facts
-        self.send = send
-        self.options = options or ContinuationOptions()
+        self._send = send
+        self._options = options or ContinuationOptions()
         self._vocab_size = vocab_size
         self._look_seconds = look_seconds
         self._ready = asyncio.Event()
         self._stopped = asyncio.Event()
         self._was_ready = False
-        self.streams: dict[str, asyncio.Task[None]] = {}
+        self._streams: dict[str, asyncio.Task[None]] = {}
         """Requests in flight, by id."""
         self._info: EngineReady | None = None
 
@@ -102,7 +103,7 @@ class RayBackend:
         """End all requests; the replicas go on."""
         self._stopped.set()
         self._ready.clear()
-        streams = list(self.streams.values())
+        streams = list(self._streams.values())
         for stream in streams:
             stream.cancel()
         if streams:
@@ -127,40 +128,24 @@ class RayBackend:
             raise EngineUnavailableError("no replica is ready", 5.0) from None
 
     def session(self, max_unread_tokens: int, tenant: str = "") -> EngineSession:
-        return EngineSession(_Door(self, tenant), max_unread_tokens, tenant)
+        routes = TenantRoutes(self, self._check_open, tenant)
+        return EngineSession(routes, max_unread_tokens, tenant)
 
+    def submit(self, message: AddRequest, receiver: AnswerReceiver, tenant: str) -> None:
+        """Send a request to a replica, and to others if that one fails it."""
+        chain = Chain(message.prompt, message.cache_scope)
+        request = RoutedRequest(with_seed(message), receiver, tenant, chain)
+        stream = ContinuedStream(request, self._send, self._options, time.monotonic)
+        task = asyncio.get_running_loop().create_task(stream.run())
+        self._streams[message.id] = task
+        task.add_done_callback(lambda _: self._streams.pop(message.id, None))
 
-class _Door:
-    """Starts and ends the streams of one session; implements `MessageRoutes`."""
-
-    def __init__(self, backend: RayBackend, tenant: str) -> None:
-        self._backend = backend
-        self._tenant = tenant
-        self._receivers: dict[str, AnswerReceiver] = {}
-
-    def open_route(self, id: str, session: AnswerReceiver) -> None:
-        if self._backend.status == "stopped":
-            raise EngineDiedError("the API's replica is shutting down")
-        self._receivers[id] = session
-
-    def close_route(self, id: str) -> None:
-        """End a request. If it runs, it is aborted where it runs."""
-        self._receivers.pop(id, None)
-        stream = self._backend.streams.pop(id, None)
+    def close(self, id: str) -> None:
+        """End a request, also where it runs; ids that are unknown or have ended are ignored."""
+        stream = self._streams.pop(id, None)
         if stream is not None:
             stream.cancel()
 
-    def send(self, message: Inbound) -> None:
-        if isinstance(message, AbortRequest):
-            self.close_route(message.id)
-        if not isinstance(message, AddRequest):
-            return
-        chain = Chain(message.prompt, message.cache_scope)
-        request = RoutedRequest(
-            with_seed(message), self._receivers[message.id], self._tenant, chain
-        )
-        backend = self._backend
-        stream = ContinuedStream(request, backend.send, backend.options, time.monotonic)
-        task = asyncio.get_running_loop().create_task(stream.run())
-        backend.streams[message.id] = task
-        task.add_done_callback(lambda _: backend.streams.pop(message.id, None))
+    def _check_open(self) -> None:
+        if self._stopped.is_set():
+            raise EngineDiedError("the API's replica is shutting down")
