@@ -9,7 +9,7 @@ from pla_serve.fleet.link.protocol import InstanceReport
 from pla_serve.fleet.router.contract import Later
 from pla_serve.fleet.router.dispatch import Dispatcher
 from pla_serve.fleet.router.fleet_instance import FleetInstance
-from pla_serve.fleet.router.hand_overs import exchange_kv
+from pla_serve.fleet.router.kv_exchange import can_exchange
 from pla_serve.fleet.router.moves import DecodeMoves
 from pla_serve.fleet.router.routed_request import RoutedRequest
 from pla_serve.policy.pools.protocol import Pool
@@ -134,7 +134,7 @@ class Departures:
         waiting = [request for request in decoding if request.id not in self._moves]
         waiting = waiting[:MOST_ASSIGNED]
         decoders = [each for each in others if each.pool is Pool.DECODE]
-        hosts = {each.name: each for each in decoders or others if exchange_kv(instance, each)}
+        hosts = {each.name: each for each in decoders or others if can_exchange(instance, each)}
         if free <= 0 or not waiting or not hosts:
             return
         dispatcher = self._fleet.dispatcher

@@ -23,6 +23,7 @@ from pla_serve.fleet.router.hand_over import Effect
 from pla_serve.fleet.router.hand_overs import HandOvers, Remainder
 from pla_serve.fleet.router.instance_table import InstanceTable
 from pla_serve.fleet.router.keys import KeyShares
+from pla_serve.fleet.router.kv_exchange import KvExchange
 from pla_serve.fleet.router.moves import DecodeMoves
 from pla_serve.fleet.router.parking import Parking
 from pla_serve.fleet.router.prefixes import Chain
@@ -73,12 +74,9 @@ class Fleet:
         self._parking = Parking(later, self._place)
         self.dispatcher = Dispatcher(self._instances.__getitem__, routing)
         self._attempts = Attempts(self.dispatcher, clock)
-        self._hand_overs = HandOvers(
-            self._attempts, self.dispatcher, self._instances, observer, clock, options.lease_seconds
-        )
-        self._moves = DecodeMoves(
-            self._attempts, self.dispatcher, observer, clock, options.lease_seconds
-        )
+        kv = KvExchange(self._attempts, options.lease_seconds)
+        self._hand_overs = HandOvers(self._attempts, self.dispatcher, self._instances, observer, kv)
+        self._moves = DecodeMoves(self._attempts, self.dispatcher, observer, kv)
         self._departures = Departures(self, self._requests, self._moves, later)
         self.shares = KeyShares()
         self._suspects = Suspects(options.most_lost_engines, self._parking.wake_all)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pla_serve.fleet.link.protocol import RequestAnswer
 from pla_serve.fleet.router.attempts import Attempts
 from pla_serve.fleet.router.contract import RoutingObserver
@@ -19,11 +17,11 @@ from pla_serve.fleet.router.hand_over import (
     advance,
 )
 from pla_serve.fleet.router.instance_table import InstanceTable
+from pla_serve.fleet.router.kv_exchange import KvExchange, can_exchange
 from pla_serve.fleet.router.routed_request import Attempt, OngoingHandOver, RoutedRequest
 from pla_serve.policy.pools.protocol import Pool
 from pla_serve.policy.routing.router import Placement
 from pla_serve.wire import engine as wire
-from pla_serve.wire.kv_offer import bind
 
 Remainder = Effect | None
 """Part of an event that is left to the fleet: `Effect.ORDINARY`, `Effect.PLACE_TOGETHER`, None."""
@@ -34,7 +32,6 @@ class HandOvers:
 
     Args:
         instances: by name.
-        lease_seconds: how long KV is kept for a hand-over that makes no progress.
     """
 
     def __init__(
@@ -43,15 +40,13 @@ class HandOvers:
         dispatcher: Dispatcher,
         instances: InstanceTable,
         observer: RoutingObserver,
-        clock: Callable[[], float],
-        lease_seconds: float,
+        kv: KvExchange,
     ) -> None:
         self._attempts = attempts
         self._dispatcher = dispatcher
         self._instances = instances
         self._observer = observer
-        self._clock = clock
-        self._lease = lease_seconds
+        self._kv = kv
 
     def start(self, request: RoutedRequest, attempt: Attempt, place: Placement) -> bool:
         """Send the request to the instance of ``attempt``, with a hand-over where one helps.
@@ -64,7 +59,7 @@ class HandOvers:
         instance = attempt.instance
         if not self._decodes_elsewhere(request, instance):
             return self._attempts.send(instance, request.message(attempt.id))
-        order = wire.HandOver(lease_seconds=self._lease)
+        order = wire.HandOver(lease_seconds=self._kv.lease_seconds)
         sent = self._attempts.send(instance, request.message(attempt.id, order))
         if sent:
             request.hand_over = OngoingHandOver(
@@ -108,13 +103,7 @@ class HandOvers:
     def _borrow(self, request: RoutedRequest, attempt: Attempt, name: str) -> bool:
         """Ask the instance of this name to lend what it has cached."""
         source = self._instances[name]
-        lend = wire.Lend(
-            id=attempt.id,
-            tokens=[*request.original.prompt, *request.tokens],
-            lease_seconds=self._lease,
-            cache_scope=request.original.cache_scope,
-        )
-        if not self._attempts.send(source, lend):
+        if not self._kv.lend(source, attempt.id, request):
             return False
         source.attempts[attempt.id] = request.id
         request.hand_over = OngoingHandOver(
@@ -132,8 +121,8 @@ class HandOvers:
         original = request.original
         if original.sampling.max_tokens <= original.generated + len(request.tokens) + 1:
             return False
-        plan = self._dispatcher.plan_decode(request, request.id, set(), self._clock())
-        return plan is not None and exchange_kv(source, plan.instance)
+        plan = self._dispatcher.plan_decode(request, request.id, set(), self._attempts.clock())
+        return plan is not None and can_exchange(source, plan.instance)
 
     # Effects
 
@@ -192,14 +181,14 @@ class HandOvers:
         return None
 
     def _find_target(self, request: RoutedRequest, hand_over: OngoingHandOver) -> Event:
-        now = self._clock()
+        now = self._attempts.clock()
         while True:
             others = hand_over.tried | {hand_over.source.name}
             plan = self._dispatcher.plan_decode(request, request.next_id(), others, now)
             if plan is None:
                 return Event.TARGET_MISSING
             hand_over.tried.add(plan.instance.name)
-            if exchange_kv(hand_over.source, plan.instance):
+            if can_exchange(hand_over.source, plan.instance):
                 hand_over.target = self._attempts.open(request, plan, now)
                 return Event.TARGET_FOUND
 
@@ -207,14 +196,7 @@ class HandOvers:
         self, request: RoutedRequest, hand_over: OngoingHandOver, target: Attempt
     ) -> Event | None:
         hand_over.carried = len(request.tokens)
-        facts = target.instance.facts
-        reader = (facts.transfer_agent if facts is not None else None) or ""
-        reserve = wire.Reserve(
-            request=request.message(target.id),
-            source=bind(hand_over.state.address, reader),
-            lease_seconds=self._lease,
-        )
-        sent = self._attempts.send(target.instance, reserve)
+        sent = self._kv.reserve(target, request, hand_over.state.address)
         return None if sent else Event.TARGET_UNREACHABLE
 
     def _begin(self, request: RoutedRequest, hand_over: OngoingHandOver, target: Attempt) -> None:
@@ -242,13 +224,3 @@ def _target_event(state: HandOverState, message: RequestAnswer) -> Event:
     if isinstance(message, wire.Output) and not state.reserved:
         return Event.TARGET_OUTPUT
     return Event.TARGET_REFUSED
-
-
-def exchange_kv(source: FleetInstance, target: FleetInstance) -> bool:
-    """Return whether the target can read the source's KV."""
-    return (
-        source.facts is not None
-        and target.facts is not None
-        and source.facts.transfer is not None
-        and source.facts.transfer == target.facts.transfer
-    )

@@ -13,7 +13,6 @@ any other (`hand_over.py`), whose target has begun.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pla_serve.fleet.link.protocol import RequestAnswer
@@ -22,10 +21,9 @@ from pla_serve.fleet.router.contract import RoutingObserver
 from pla_serve.fleet.router.dispatch import Dispatcher
 from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.hand_over import HandOverState, Source, Target
-from pla_serve.fleet.router.hand_overs import exchange_kv
+from pla_serve.fleet.router.kv_exchange import KvExchange, can_exchange
 from pla_serve.fleet.router.routed_request import Attempt, OngoingHandOver, RoutedRequest
 from pla_serve.wire import engine as wire
-from pla_serve.wire.kv_offer import bind
 
 
 @dataclass(slots=True, eq=False)
@@ -51,14 +49,12 @@ class DecodeMoves:
         attempts: Attempts,
         dispatcher: Dispatcher,
         observer: RoutingObserver,
-        clock: Callable[[], float],
-        lease_seconds: float,
+        kv: KvExchange,
     ) -> None:
         self._attempts = attempts
         self._dispatcher = dispatcher
         self._observer = observer
-        self._clock = clock
-        self._lease = lease_seconds
+        self._kv = kv
         self._moves: dict[str, DecodeMove] = {}
         """By request."""
         self._loans: dict[tuple[str, str], DecodeMove] = {}
@@ -79,21 +75,15 @@ class DecodeMoves:
         source = request.attempt
         if source is None or not source.first or request.hand_over is not None:
             return False
-        if request.id in self._moves or not exchange_kv(source.instance, target):
+        if request.id in self._moves or not can_exchange(source.instance, target):
             return False
-        now, id, loan = self._clock(), request.next_id(), f"{request.next_id()}/move"
+        now, id, loan = self._attempts.clock(), request.next_id(), f"{request.next_id()}/move"
         plan = self._dispatcher.plan_at(request, id, target, now)
         attempt = self._attempts.open(request, plan, now)
         attempt.expected, attempt.alone = 0.0, None  # no prefill whose time could be learnt
         move = DecodeMove(request, source, attempt, loan)
         self._moves[request.id] = self._loans[source.instance.name, loan] = move
-        lend = wire.Lend(
-            id=loan,
-            tokens=[*request.original.prompt, *request.tokens],
-            lease_seconds=self._lease,
-            cache_scope=request.original.cache_scope,
-        )
-        if self._attempts.send(source.instance, lend):
+        if self._kv.lend(source.instance, loan, request):
             return True
         self.cancel(request)
         return False
@@ -134,17 +124,9 @@ class DecodeMoves:
 
     def _offered(self, move: DecodeMove, address: bytes) -> None:
         """Ask the target for memory, and have it read."""
-        request, target = move.request, move.target
-        facts = target.instance.facts
-        reader = (facts.transfer_agent if facts is not None else None) or ""
-        move.carried = len(request.tokens)
-        reserve = wire.Reserve(
-            request=request.message(target.id),
-            source=bind(address, reader),
-            lease_seconds=self._lease,
-        )
-        if not address or not self._attempts.send(target.instance, reserve):
-            self.cancel(request)
+        move.carried = len(move.request.tokens)
+        if not address or not self._kv.reserve(move.target, move.request, address):
+            self.cancel(move.request)
 
     def _begin(self, move: DecodeMove) -> None:
         """Have the target go on, and the source stop."""
