@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RouterServer(ApiServer):
-    """As `ApiServer`, for a fleet. Both doors share the fleet's accounts of instances."""
+    """As `ApiServer`, for a fleet. API and picker share the fleet's accounts of instances."""
 
     def __init__(
         self,

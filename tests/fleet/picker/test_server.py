@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pla_serve.fleet.picker.options import PickerOptions
+from pla_serve.server.limits import Limits
 from tests.fleet.router.routed import KEY, Routed
 from tests.server.server_harness import DEADLINE, MODEL, Live, until
 
@@ -29,9 +30,10 @@ BODY_MIB = 0.25
 class Asker:
     """Asks the picker as Envoy does, one stream for each request."""
 
-    def __init__(self, routed: Routed, addresses: list[str]) -> None:
+    def __init__(self, routed: Routed, lives: list[Live]) -> None:
         self.routed = routed
-        self.addresses = addresses
+        self.lives = lives
+        self.addresses = [f"127.0.0.1:{live.port}" for live in lives]
         self._channel = grpc.insecure_channel(f"127.0.0.1:{routed.picker_port}")
         self._call = self._channel.stream_stream(
             messages.METHOD,
@@ -62,7 +64,7 @@ def asker() -> Iterator[Asker]:
     for live in lives:
         live.wait_ready()
     routed = Routed(lives, picker=PickerOptions(picker_port=0), server={"max_body_mib": BODY_MIB})
-    asker = Asker(routed, [f"127.0.0.1:{live.port}" for live in lives])
+    asker = Asker(routed, lives)
     yield asker
     asker.close()
     routed.close()
@@ -177,6 +179,7 @@ def test_in_full_duplex_trailers_end_the_body_as_well(asker: Asker) -> None:
         b'{"prompt": "x", "model": "m", "n": "many"}',
         b"[" * 200_000,
         b'{"prompt": []}',
+        b'{"model": "org/echo", "prompt": [1180591620717411303424]}',
         b'{"model": "org/echo", "prompt": ' + b'"' + b"x" * 200_000 + b'"}',
     ],
 )
@@ -204,6 +207,22 @@ def test_a_body_beyond_the_bound_is_refused(asker: Asker, mode: int) -> None:
         [_, refusal] = asker.ask(head(mode=mode), body(piece + b"x"))
     assert refusal.immediate_response.status.code == 413
     assert json.loads(refusal.immediate_response.body)["error"]["code"] == "request_too_large"
+
+
+def test_a_body_that_does_not_come_is_refused_in_time(asker: Asker) -> None:
+    routed = Routed(
+        asker.lives,
+        picker=PickerOptions(picker_port=0),
+        server={"limits": Limits(body_seconds=0.2)},
+    )
+    other, held = Asker(routed, asker.lives), Held([head(mode=messages.FULL_DUPLEX)])
+    try:
+        [refusal] = other.open(held)
+    finally:
+        held.release()
+        other.close()
+        routed.close()
+    assert refusal.immediate_response.status.code == 408
 
 
 def test_envoy_chooses_of_which_instances_one_is_picked(asker: Asker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from pla_serve.fleet.picker.metrics import PickerMetrics
 from pla_serve.fleet.picker.picks import NoPick, Pick, Picks
 from pla_serve.fleet.picker.prompts import PickedPrompt, PromptReader
 from pla_serve.fleet.router.fleet_instance import FleetInstance
+from pla_serve.server.api.body import Upload, too_slow
 from pla_serve.server.errors import ApiError, over_capacity, unavailable
 
 log = logging.getLogger(__name__)
@@ -56,10 +58,18 @@ class EnvoyRequest:
         self._mode = messages.SKIPPED
         self._answer_mode = messages.SKIPPED
         self._body = bytearray()
+        self._upload: Upload | None = None
+        """The account of the body, once the head is here."""
+        self._due: float | None = None
         self._allowed: list[str] | None = None
         """Addresses of the subset that Envoy asks for; None: all."""
         self._picked: Pick | None = None
         self._decided = False
+
+    @property
+    def due(self) -> float | None:
+        """Time of the event loop by which the body must be here; None if it is not waited for."""
+        return None if self._decided else self._due
 
     async def answers(self, message: Any) -> AsyncIterator[Any]:
         """Yield the answers to one message of Envoy; none if it has to wait for the next one."""
@@ -73,8 +83,9 @@ class EnvoyRequest:
             async for answer in self._request_body(message.request_body):
                 yield answer
         elif kind == "request_trailers":
-            if self._mode == messages.FULL_DUPLEX and not self._decided:
-                async for answer in self._whole(ends=False):
+            waits = self._mode == messages.FULL_DUPLEX and not self._decided
+            if waits and self._upload is not None:
+                async for answer in self._whole(self._upload, ends=False):
                     yield answer
             yield _empty("request_trailers")
         elif kind == "response_headers":
@@ -87,9 +98,29 @@ class EnvoyRequest:
 
     def close(self) -> None:
         """End the request: it was answered, or its client or Envoy is gone."""
+        self._end_pick()
+        self._forget_body()
+
+    def too_slow(self) -> Any:
+        """Return the refusal of a request whose body is not here by `due`."""
+        return self._turned_away(too_slow(self._reader.body_seconds))
+
+    def _end_pick(self) -> None:
         if self._picked is not None:
             self._picks.end(self._picked)
             self._picked = None
+
+    def _forget_body(self) -> None:
+        self._body.clear()
+        if self._upload is not None:
+            self._upload.release()
+
+    def _turned_away(self, error: ApiError) -> Any:
+        """Return the refusal of a request whose body is not taken."""
+        self._decided = True
+        self._forget_body()
+        self._metrics.ended("too large" if error.status == 413 else "refused")
+        return _refusal(error)
 
     # The request
 
@@ -97,51 +128,52 @@ class EnvoyRequest:
         self._headers = _read_headers(message.request_headers.headers)
         config = message.protocol_config
         self._mode, self._answer_mode = config.request_body_mode, config.response_body_mode
+        self._forget_body()
+        self._upload = self._reader.upload(self._headers)
+        buffered = self._mode == messages.BUFFERED
         waits = not message.request_headers.end_of_stream and self._mode in WHOLE
-        if not waits:
+        if not waits or (buffered and not self._reader.reads(self._headers)):
             yield await self._decide("request_headers", None)
-        elif self._mode == messages.BUFFERED:
-            if not self._reader.reads(self._headers):
-                yield await self._decide("request_headers", None)
-            else:
-                yield _empty("request_headers")
+            return
+        self._due = asyncio.get_running_loop().time() + self._reader.body_seconds
+        if buffered:
+            yield _empty("request_headers")
 
     async def _request_body(self, body: Any) -> AsyncIterator[Any]:
-        if self._decided or self._mode not in WHOLE:
+        if self._decided or self._upload is None or self._mode not in WHOLE:
             yield self._passed_on("request_body", body, self._mode)
             return
-        if len(self._body) + len(body.body) > self._reader.most_bytes:
-            self._decided = True
-            self._metrics.ended("too large")
-            most = self._reader.most_bytes
-            yield _refusal(
-                ApiError(413, f"the body is larger than {most} bytes", code="request_too_large")
-            )
+        try:
+            self._upload.carry(len(body.body))
+        except ApiError as error:
+            yield self._turned_away(error)
             return
         self._body += body.body
         if self._mode == messages.BUFFERED:
-            yield await self._decide("request_body", await self._read())
+            decision = await self._decide("request_body", await self._read(self._upload))
+            self._forget_body()
+            yield decision
         elif body.end_of_stream:
-            async for answer in self._whole(ends=True):
+            async for answer in self._whole(self._upload, ends=True):
                 yield answer
 
-    async def _whole(self, *, ends: bool) -> AsyncIterator[Any]:
+    async def _whole(self, upload: Upload, *, ends: bool) -> AsyncIterator[Any]:
         """Decide for a request whose body is here in full duplex, and pass the body on.
 
         Args:
             ends: whether the last piece ends the request; otherwise trailers follow.
         """
-        decision = await self._decide("request_headers", await self._read())
+        decision = await self._decide("request_headers", await self._read(upload))
         yield decision
         if decision.WhichOneof(KIND) != "immediate_response":
             for answer in _pieces(bytes(self._body), ends=ends):
                 yield answer
-        self._body.clear()
+        self._forget_body()
 
-    async def _read(self) -> PickedPrompt | ApiError | None:
+    async def _read(self, upload: Upload) -> PickedPrompt | ApiError | None:
         """Return the prompt of the body, None if there is none, or why it is not read now."""
         try:
-            return await self._reader.read(self._headers, bytes(self._body))
+            return await self._reader.read(self._headers, upload, bytes(self._body))
         except ApiError as error:
             return error
         except Exception:
@@ -151,7 +183,7 @@ class EnvoyRequest:
     async def _decide(self, kind: str, prompt: PickedPrompt | ApiError | None) -> Any:
         """Return the answer that names the instance, or the refusal."""
         self._decided = True
-        self.close()  # of a head that came twice, the last one counts
+        self._end_pick()  # of a head that came twice, the last one counts
         if isinstance(prompt, ApiError):
             self._metrics.ended("refused")
             return _refusal(prompt)
@@ -164,7 +196,7 @@ class EnvoyRequest:
             return _refusal(make(none.reason, none.retry_after))
         address = await self._addresses.of(picked.instance)
         if address is None:
-            self.close()
+            self._end_pick()
             self._metrics.ended("refused")
             return _refusal(unavailable("the instance's name cannot be looked up"))
         self._metrics.ended("picked" if prompt is not None else "without a prompt")

@@ -24,7 +24,7 @@ OVERWRITE = 2
 """``HeaderValueOption.append_action``: set a header, whether it is there or not."""
 
 PACKAGE = "pla_serve.ext_proc"
-"""Of the messages in this process; on the wire messages have no names."""
+"""Package of the messages' names in this process; nothing on the wire names a message."""
 STRUCT = "google.protobuf.Struct"
 SCALARS = {
     "bool": FieldDescriptorProto.TYPE_BOOL,
@@ -107,5 +107,6 @@ def _classes() -> tuple[Any, Any]:
 
 
 ProcessingRequest, ProcessingResponse = _classes()
-"""What Envoy sends, and what it is answered; `KIND` names the field that says which of them."""
+"""Classes of the messages that Envoy sends, and of those that it is answered with."""
 KIND = "kind"
+"""Name by which both classes tell which of their alternative fields is set (``WhichOneof``)."""

@@ -18,6 +18,9 @@ from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.fleet.router.routed_request import Attempt, RoutedRequest, Timer
 from pla_serve.wire.engine import AddRequest, RequestAnswer, SamplingParams
 
+MOST_CHAINED = 2**19
+"""Leading tokens of a request that are compared with what instances have cached. A request of many
+prompts may have millions, and hashing them all would hold the event loop."""
 SAMPLING = SamplingParams(max_tokens=1, temperature=0)
 RETRY_SECONDS = 5.0
 """Seconds after which a client may come back if no instance is ready."""
@@ -45,7 +48,7 @@ class Pick:
     instance: FleetInstance
     request: RoutedRequest
     attempt: Attempt | None
-    """Its account; None for a request without a prompt, which is on none."""
+    """The account of the request on its instance; None if it has no prompt to be charged for."""
     timer: Timer | None = None
     """Ends the prefill's time on the account."""
     status: int | None = None
@@ -97,11 +100,8 @@ class Picks:
         """
         fleet, now, began = self._fleet, self._fleet.clock(), self._timer()
         request = self._request(prompt, now)
-        kept_from = frozenset(
-            each.name
-            for each in fleet.instances
-            if allowed is not None and each.name not in allowed
-        )
+        names = frozenset(each.name for each in fleet.instances)
+        kept_from = names.difference(names if allowed is None else allowed)
         plan = fleet.dispatcher.plan(request, request.id, now, kept_from)
         fleet.observer.decided(self._timer() - began)
         if plan is None:
@@ -152,7 +152,7 @@ class Picks:
             deadline=None if slo is None else now + slo,
         )
         tenant = "" if prompt is None else prompt.tenant
-        return RoutedRequest(added, _NOBODY, tenant, Chain(tokens, scope))
+        return RoutedRequest(added, _NOBODY, tenant, Chain(tokens[:MOST_CHAINED], scope))
 
     def _charged(self, request: RoutedRequest, plan: DispatchPlan, now: float) -> Pick:
         fleet = self._fleet

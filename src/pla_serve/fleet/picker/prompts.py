@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from pla_serve.server.api.anthropic.schema import MessagesRequest
 from pla_serve.server.api.anthropic.translate import chat_request as of_messages
@@ -17,6 +18,7 @@ from pla_serve.server.api.schema import ChatRequest, CompletionRequest
 from pla_serve.server.api.service import Service
 from pla_serve.server.bounded_json import decode
 from pla_serve.server.errors import ApiError
+from pla_serve.wire.engine import EngineReady
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +27,10 @@ Headers = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class PickedPrompt:
-    """What a routing decision needs to know of a request."""
+    """The part of a request that decides where it goes."""
 
     tokens: list[int]
-    """Of all prompts of the request, one after the other."""
+    """The tokens of all its prompts, one prompt after the other."""
     tenant: str
     cache_scope: str
     ttft_slo: float | None
@@ -67,28 +69,36 @@ class PromptReader:
         """Whether a request with these headers has a prompt in its body."""
         return _path(headers) in self._readers and headers.get(":method") == "POST"
 
-    async def read(self, headers: Headers, body: bytes) -> PickedPrompt | None:
+    @property
+    def body_seconds(self) -> float:
+        """Longest time in which a body must have come."""
+        return self._bodies.limits.body_seconds
+
+    def upload(self, headers: Headers) -> Upload:
+        """Return the account of a request's body, from its first byte to its decision."""
+        return self._bodies.upload(self._tenant(headers) or "")
+
+    async def read(self, headers: Headers, upload: Upload, body: bytes) -> PickedPrompt | None:
         """Return the prompt of a request; None if it has none that an instance would take.
 
         Args:
             headers: by name in lower case, with Envoy's ``:path`` and ``:method``.
+            upload: has counted the bytes of ``body``.
 
         Raises:
-            ApiError: 429 or 503, too many large bodies are being read.
+            ApiError: 503, no instance has told the limits of prompts yet.
         """
         tenant = self._tenant(headers)
         reader = self._readers.get(_path(headers))
         if reader is None or tenant is None:
             return None  # without a key that is known the instance refuses
-        with self._bodies.upload(tenant) as upload:
-            try:
-                upload.carry(len(body))
-                found = await reader(upload, body)
-            except ApiError as error:
-                if error.status in (429, 503):
-                    raise
-                log.debug("a body without a prompt: %s", error)
-                return None
+        try:
+            found = await reader(upload, body)
+        except ApiError as error:
+            if error.status in (429, 503):
+                raise
+            log.debug("a body without a prompt: %s", error)
+            return None
         if not found.tokens:
             return None
         scope = self._scopes.of(tenant, found.cache_salt)
@@ -101,8 +111,8 @@ class PromptReader:
             who = self._keys.admit(b"Bearer " + headers["x-api-key"].encode("latin-1", "replace"))
         return who
 
-    def _limit(self) -> int:
-        """Return the most tokens of a prompt.
+    def _info(self) -> EngineReady:
+        """Return the limits of prompts.
 
         Raises:
             ApiError: 503, no instance has told it yet.
@@ -110,17 +120,18 @@ class PromptReader:
         info = self._service.engine.info
         if info is None:
             raise ApiError(503, "no instance is ready", retry_after=5.0)
-        return info.max_model_len
+        return info
 
     async def _completion(self, upload: Upload, data: bytes) -> _Read:
         body = await upload.run(lambda: validate(decode(data), CompletionRequest))
-        limit, encoder, tokens = self._limit(), self._service.encoder, list[int]()
-        for item in body.prompt:
-            if isinstance(item, str):
-                special = body.add_special_tokens
-                item = await encoder.text(item, limit=limit, add_special_tokens=special)
-            tokens += item[:limit]
-        return _Read(tokens, body.cache_salt, body.ttft_slo_ms)
+        info = self._info()
+        prompts = await self._service.encoder.several(
+            body.prompt,
+            vocab_size=info.vocab_size,
+            limit=info.max_model_len,
+            special=body.add_special_tokens,
+        )
+        return _Read(list(chain.from_iterable(prompts)), body.cache_salt, body.ttft_slo_ms)
 
     async def _chat(self, upload: Upload, data: bytes) -> _Read:
         body = await upload.run(lambda: validate(decode(data), ChatRequest))
@@ -140,7 +151,7 @@ class PromptReader:
         return await self._rendered(upload, body)
 
     async def _rendered(self, upload: Upload, body: ChatRequest) -> _Read:
-        limit = self._limit()
+        limit = self._info().max_model_len
         prompt = await self._service.encoder.chat(body, limit=limit, size=upload.size)
         return _Read(prompt.tokens, body.cache_salt, body.ttft_slo_ms)
 

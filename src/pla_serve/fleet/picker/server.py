@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,6 +26,8 @@ GRACE_SECONDS = 1.0
 """Time for requests that are being decided when the server ends."""
 MESSAGE_SLACK = 2**20
 """Bytes of a message beside the body."""
+END, LATE = object(), object()
+"""What `_next` returns in place of a message: there are no more, or none came in time."""
 
 
 class PickerServer:
@@ -104,10 +107,22 @@ class PickerServer:
         self._open += 1
         self._metrics.opened(+1)
         try:
-            async for message in requests:
+            while (message := await _next(requests, asked.due)) is not END:
+                if message is LATE:
+                    yield asked.too_slow()
+                    break
                 async for answer in asked.answers(message):
                     yield answer
         finally:  # also where the client or Envoy is gone, which cancels this
             asked.close()
             self._open -= 1
             self._metrics.opened(-1)
+
+
+async def _next(requests: Any, due: float | None) -> Any:
+    """Return the next message, `END`, or `LATE` if it is not there by this time of the loop."""
+    try:
+        async with asyncio.timeout_at(due):
+            return await anext(requests, END)
+    except TimeoutError:
+        return LATE

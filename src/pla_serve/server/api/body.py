@@ -129,7 +129,7 @@ class Upload:
                     self._charge()
                     parts.append(part)
         except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {seconds:g} s") from None
+            raise too_slow(seconds) from None
         return b"".join(parts)
 
     def _charge(self) -> None:
@@ -163,6 +163,11 @@ def explain(error: ValidationError) -> ApiError:
         return invalid(first["msg"], first["ctx"]["param"], code)
     message = first["msg"].removeprefix("Value error, ")
     return invalid(f"{where}: {message}" if where else message, param)
+
+
+def too_slow(seconds: float) -> ApiError:
+    """Return the refusal of a request whose body took longer than this."""
+    return ApiError(408, f"the body did not arrive within {seconds:g} s")
 
 
 def _too_large(max_bytes: int) -> ApiError:
