@@ -287,7 +287,7 @@ def build(
         client,
         metrics,
         model,
-        (router.fleet, router.picker),
+        router.picker,
         view=FleetPageView(client, status),
         on_ready=announce,
         more_routes=status.routes,

@@ -12,7 +12,6 @@ from pla_serve.fleet.picker.options import PickerOptions
 from pla_serve.fleet.picker.picks import Picks
 from pla_serve.fleet.picker.prompts import PromptReader
 from pla_serve.fleet.router.client import FleetClient
-from pla_serve.fleet.router.contract import FleetOptions
 from pla_serve.fleet.router.metrics import FleetMetrics
 from pla_serve.server.api.body import BodyReader
 from pla_serve.server.engine.backend import EngineStartError
@@ -33,12 +32,12 @@ class RouterServer(ApiServer):
         client: FleetClient,
         metrics: FleetMetrics,
         model: ServedModel,
-        options: tuple[FleetOptions, PickerOptions],
+        picker: PickerOptions,
         **more: Any,
     ) -> None:
         """``more``: arguments of `ApiServer`."""
         super().__init__(settings, client, metrics, model, **more)
-        self._fleet_options, self._picker_options = options
+        self._picker_options = picker
         self._client = client
         self.picker: PickerServer | None = None
         """The picker, while it listens."""
@@ -62,7 +61,7 @@ class RouterServer(ApiServer):
         from pla_serve.fleet.picker.server import PickerServer
 
         settings, fleet = self.service.settings, self._client.fleet
-        picks = Picks(fleet, asyncio.get_running_loop().call_later, self._fleet_options)
+        picks = Picks(fleet, asyncio.get_running_loop().call_later)
         reader = PromptReader(self.service, BodyReader(settings.max_body_bytes, settings.limits))
         metrics = PickerMetrics(self.metrics.registry, settings.model_names[0])
         return PickerServer(self._picker_options, fleet, picks, reader, metrics)

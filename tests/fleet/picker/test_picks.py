@@ -8,7 +8,6 @@ import pytest
 
 from pla_serve.fleet.picker.picks import NoPick, Picks
 from pla_serve.fleet.picker.prompts import PickedPrompt
-from pla_serve.fleet.router.contract import FleetOptions
 from pla_serve.policy.cost import CostProfile
 from tests.fleet.router.fake_fleet import Bench
 
@@ -28,7 +27,7 @@ def picking(instances: int = 3, **options: Any) -> tuple[Bench, Picks]:
     bench.clock.advance(2.0)
     for link in bench.links:
         link.report(cost=COST, boundary_tokens=64)
-    return bench, Picks(bench.fleet, bench.clock.later, FleetOptions(**options))
+    return bench, Picks(bench.fleet, bench.clock.later)
 
 
 def test_requests_at_the_same_time_go_to_different_instances() -> None:

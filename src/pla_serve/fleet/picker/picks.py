@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import count
-from math import ceil
 
 from pla_serve.fleet.picker.prompts import PickedPrompt
 from pla_serve.fleet.router.attempts import Attempts
-from pla_serve.fleet.router.contract import FleetOptions, Later
+from pla_serve.fleet.router.contract import Later
 from pla_serve.fleet.router.dispatch import DispatchPlan
+from pla_serve.fleet.router.ends import whole_seconds
 from pla_serve.fleet.router.fleet import Fleet
 from pla_serve.fleet.router.fleet_instance import FleetInstance
 from pla_serve.fleet.router.prefixes import Chain
@@ -38,7 +38,7 @@ class NoPick(Exception):
         super().__init__(reason)
         self.status = status
         self.reason = reason
-        self.retry_after = float(ceil(max(retry_after, 1.0)))
+        self.retry_after = whole_seconds(retry_after)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +68,6 @@ class Picks:
     Args:
         fleet: its dispatcher decides; its observer is told of decisions.
         later: calls a function after some seconds of the fleet's clock.
-        options: those of the fleet.
         timer: measures decisions, in seconds.
     """
 
@@ -76,12 +75,10 @@ class Picks:
         self,
         fleet: Fleet,
         later: Later,
-        options: FleetOptions,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._fleet = fleet
         self._later = later
-        self._options = options
         self._timer = timer
         self._attempts = Attempts(fleet.dispatcher, fleet.clock)
         self._numbers = count()
@@ -110,7 +107,9 @@ class Picks:
         if prompt is None:
             self.in_flight += 1
             return Pick(plan.instance, request, None)
-        self._check_share(prompt, plan, now)
+        refusal = fleet.beyond_share(prompt.tenant, plan, now)
+        if refusal is not None:
+            raise NoPick(429, *refusal)
         return self._charged(request, plan, now)
 
     def answered(self, pick: Pick, status: int) -> None:
@@ -172,21 +171,6 @@ class Picks:
             attempt.first = True
             self._fleet.dispatcher.prefilled(attempt, None, now)
             self._fleet.shares.discharge(request.tenant, request.id, now)
-
-    def _check_share(self, prompt: PickedPrompt, plan: DispatchPlan, now: float) -> None:
-        """Refuse as the router does where the fleet is over its capacity.
-
-        Raises:
-            NoPick: the key has had its part.
-        """
-        most, fleet = self._options.max_predicted_wait, self._fleet
-        if most is None or plan.wait <= most:
-            return
-        limit = most * fleet.dispatcher.count()
-        if not fleet.shares.entitled(prompt.tenant, plan.place.seconds, limit, now):
-            fleet.observer.refused("share" if prompt.tenant else "capacity")
-            reason = f"the fleet has more work than it does in {most:g} s"
-            raise NoPick(429, reason, plan.wait - most)
 
 
 class _Nobody:

@@ -20,7 +20,7 @@ LOOK_SECONDS = 0.1
 MARGIN_SECONDS = 2.0
 """Moves begin so long before the time that they are predicted to take is all that is left."""
 LAST_SECONDS = 0.5
-"""Before the end, in which what is still there is continued elsewhere as after a crash."""
+"""Time before the end in which what is still there is continued elsewhere, as after a crash."""
 MOST_MOVES = 4
 """Requests that move away from one instance at one time: they share its memory bandwidth."""
 MOST_ASSIGNED = 2 * MOST_MOVES
@@ -121,7 +121,7 @@ class Departures:
     def _seconds(self, request: RoutedRequest) -> float:
         """Return the predicted time of a move beside others, and until the next one begins."""
         cost = self._fleet.dispatcher.cost
-        return cost.transfer_seconds(_kv_tokens(request)) + LOOK_SECONDS / MOST_MOVES
+        return cost.transfer_seconds(request.known_tokens) + LOOK_SECONDS / MOST_MOVES
 
     def _move(
         self,
@@ -138,7 +138,7 @@ class Departures:
         if free <= 0 or not waiting or not hosts:
             return
         dispatcher = self._fleet.dispatcher
-        movers = [Mover(_kv_tokens(r), dispatcher.cached(r)) for r in waiting]
+        movers = [Mover(r.known_tokens, dispatcher.cached(r)) for r in waiting]
         places = assign(
             movers,
             [Host(n, _room(each), dispatcher.outstanding(n)[1]) for n, each in hosts.items()],
@@ -148,10 +148,6 @@ class Departures:
         for request, name in zip(waiting, places, strict=True):
             if free and name is not None and self._moves.start(request, hosts[name]):
                 free -= 1
-
-
-def _kv_tokens(request: RoutedRequest) -> int:
-    return len(request.original.prompt) + len(request.tokens)
 
 
 def _room(instance: FleetInstance) -> int:

@@ -258,10 +258,7 @@ class Dispatcher:
 
     def uncached_seconds(self, requests: Iterable[RoutedRequest]) -> float:
         """Return the predicted prefill of all tokens of some requests, in seconds."""
-        return sum(
-            self.cost.prefill_seconds(len(request.original.prompt) + len(request.tokens), 0)
-            for request in requests
-        )
+        return sum(self.cost.prefill_seconds(request.known_tokens, 0) for request in requests)
 
     @property
     def charges(self) -> int:
@@ -275,7 +272,7 @@ class Dispatcher:
             facts = self._instances(name).facts
             if facts is not None and facts.block_tokens > 1:
                 cached[name] = tokens - tokens % facts.block_tokens
-        tokens = len(request.original.prompt) + len(request.tokens)
+        tokens = request.known_tokens
         asked, common = request.original, request.chain.common
         bulk = asked.service is ServiceLevel.BULK
         return RouteRequest(id, tokens, cached, common, asked.deadline, bulk)

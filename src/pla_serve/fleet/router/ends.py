@@ -84,5 +84,10 @@ class RequestEnds:
 
     def refuse(self, request: RoutedRequest, reason: str, seconds: float) -> None:
         """End a request as refused, to be sent again after so many seconds."""
-        seconds = float(ceil(max(seconds, 1.0))) if seconds < inf else 5.0
-        self.reject(request, wire.Rejected(id=request.id, reason=reason, retry_after=seconds))
+        retry_after = whole_seconds(seconds) if seconds < inf else 5.0
+        self.reject(request, wire.Rejected(id=request.id, reason=reason, retry_after=retry_after))
+
+
+def whole_seconds(seconds: float) -> float:
+    """Return the seconds of a Retry-After: whole ones, at least one."""
+    return float(ceil(max(seconds, 1.0)))

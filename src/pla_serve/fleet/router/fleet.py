@@ -273,7 +273,9 @@ class Fleet:
                 self._nowhere(request, now)
                 return
             fresh = not request.accepted and not request.failures
-            if fresh and self._beyond_share(request, plan, now):
+            refusal = self.beyond_share(request.tenant, plan, now) if fresh else None
+            if refusal is not None:
+                self._ends.refuse(request, *refusal)
                 return
             if self._sent(request, plan, now):
                 return
@@ -290,18 +292,20 @@ class Fleet:
         self.observer.dispatched(instance.name, plan.short, plan.place.seconds, now)
         return True
 
-    def _beyond_share(self, request: RoutedRequest, plan: DispatchPlan, now: float) -> bool:
-        """Refuse the request if the fleet is over its capacity and its tenant has had its part."""
+    def beyond_share(self, tenant: str, plan: DispatchPlan, now: float) -> tuple[str, float] | None:
+        """Return why a request is refused, and after how many seconds it may be sent again.
+
+        It is refused if the fleet is over its capacity and the tenant has had its part; None if
+        not. The observer is told.
+        """
         most = self._options.max_predicted_wait
         if most is None or plan.wait <= most:
-            return False
+            return None
         limit = most * self.dispatcher.count()
-        if self.shares.entitled(request.tenant, plan.place.seconds, limit, now):
-            return False
-        self.observer.refused("share" if request.tenant else "capacity")
-        reason = f"the fleet has more work than it does in {most:g} s"
-        self._ends.refuse(request, reason, plan.wait - most)
-        return True
+        if self.shares.entitled(tenant, plan.place.seconds, limit, now):
+            return None
+        self.observer.refused("share" if tenant else "capacity")
+        return f"the fleet has more work than it does in {most:g} s", plan.wait - most
 
     def _nowhere(self, request: RoutedRequest, now: float) -> None:
         """Refuse, fail or park a request that no instance may have now."""

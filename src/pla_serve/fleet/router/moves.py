@@ -34,7 +34,7 @@ class DecodeMove:
     source: Attempt
     """The attempt that goes on meanwhile."""
     target: Attempt
-    """Charged to the target."""
+    """The attempt that begins if the move succeeds; it is charged to the target."""
     loan: str
     """Name of the loan on the source."""
     carried: int = 0
@@ -56,9 +56,9 @@ class DecodeMoves:
         self._observer = observer
         self._kv = kv
         self._moves: dict[str, DecodeMove] = {}
-        """By request."""
+        """Moves by the id of their request."""
         self._loans: dict[tuple[str, str], DecodeMove] = {}
-        """By instance and name there."""
+        """The same moves by their source and the name of their loan there."""
 
     def __len__(self) -> int:
         return len(self._moves)

@@ -136,6 +136,11 @@ class RoutedRequest:
     """Next placement of a parked request."""
 
     @property
+    def known_tokens(self) -> int:
+        """Number of tokens of the prompt and of the output so far."""
+        return len(self.original.prompt) + len(self.tokens)
+
+    @property
     def scoring(self) -> bool:
         """Whether log probabilities or an embedding of the prompt are to come.
 
