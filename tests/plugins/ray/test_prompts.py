@@ -98,3 +98,7 @@ def test_endless_prompts_are_compared_in_part() -> None:
     assert found is not None
     assert found.tokens == MOST_BYTES * 3 // 4
     assert len(found.chain.hashes) == MOST_BYTES // 4 // 16
+    tokens = prompt_of({"prompt": [7] * (MOST_BYTES // 4 + 160)})
+    assert tokens is not None
+    assert tokens.tokens == MOST_BYTES // 4 + 160
+    assert len(tokens.chain.hashes) == MOST_BYTES // 4 // 16

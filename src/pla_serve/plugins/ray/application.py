@@ -73,7 +73,7 @@ class AppArgs(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ApiOptions:
-    """What makes a replica of the API."""
+    """Settings of the replicas of the API, the same for all of them."""
 
     engine: EngineConfig
     """Names the model, whose tokenizer is loaded."""

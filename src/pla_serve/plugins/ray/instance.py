@@ -27,10 +27,10 @@ BEAT_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class InstanceOptions:
-    """What makes a replica."""
+    """Settings of the replicas with engines, the same for all of them."""
 
     spec: EngineSpec
-    """Of the engine. Its model is looked for on the replica's node."""
+    """How the engine is started. Its model is looked for on the replica's node."""
     model: str
     """Name by which clients call the model."""
     silence_seconds: float

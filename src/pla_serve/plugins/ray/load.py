@@ -1,4 +1,4 @@
-"""What a replica knows of its engine, and answers on their way out."""
+"""Keeps what a replica knows of its engine, and answers on their way out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pla_serve.wire.link import InstanceFacts, InstanceReport, Role
 from pla_serve.wire.statistics import EngineLoad
 
 RATE_SECONDS = 30.0
-"""Memory of the rate at which work arrives."""
+"""Time over which the rate at which work arrives is measured."""
 
 
 class InstanceLoad:
@@ -26,7 +26,7 @@ class InstanceLoad:
         self._up = False
         self._load = EngineLoad()
         self._rates = {True: WorkRate(RATE_SECONDS), False: WorkRate(RATE_SECONDS)}
-        """By whether a request is short."""
+        """Rates of short requests (True) and of the others (False)."""
 
     def facts(self, boot: str) -> InstanceFacts | None:
         """Return the facts of the engine, as last known; None before it was ever ready."""
@@ -80,7 +80,7 @@ class InstanceLoad:
 
 
 class EngineAnswers:
-    """EngineAnswers of the engine to one request, until they are taken; an `AnswerReceiver`."""
+    """Keeps the engine's answers to one request until they are taken; an `AnswerReceiver`."""
 
     def __init__(self) -> None:
         self._waiting: list[RequestAnswer] = []

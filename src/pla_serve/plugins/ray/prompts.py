@@ -9,9 +9,10 @@ from pla_serve.fleet.router.prefixes import Chain
 from pla_serve.plugins.ray.replicas import RoutedPrompt
 
 BYTES_PER_TOKEN = 4
-"""Of UTF-8 in a typical token, English and code."""
+"""A typical token of English or code has so many bytes of UTF-8."""
 MOST_BYTES = 1 << 20
-"""Bytes of a prompt that are compared with others; hashing more would hold the event loop."""
+"""Bytes of a prompt that are compared with others; hashing more would hold the event loop. Of a
+prompt that is given as tokens, as many tokens are compared as a text of this size is taken for."""
 
 
 def prompt_of(request: Any) -> RoutedPrompt | None:
@@ -31,8 +32,9 @@ def prompt_of(request: Any) -> RoutedPrompt | None:
     elif isinstance(prompt, str):
         text = prompt
     elif isinstance(prompt, list) and prompt:
-        if all(isinstance(token, int) and -(2**63) <= token < 2**63 for token in prompt):
-            return RoutedPrompt(len(prompt), Chain(prompt, _text(scope)), told=False)
+        tokens = prompt[: MOST_BYTES // BYTES_PER_TOKEN]
+        if all(isinstance(token, int) and -(2**63) <= token < 2**63 for token in tokens):
+            return RoutedPrompt(len(prompt), Chain(tokens, _text(scope)), told=False)
         text = "".join(map(_text, prompt))
     else:
         return None

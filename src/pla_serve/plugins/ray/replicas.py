@@ -61,7 +61,7 @@ class RoutedPrompt:
     """A prompt as the decision sees it."""
 
     tokens: int
-    """At least 1."""
+    """Length of the prompt, at least 1."""
     chain: Chain
     deadline: float | None = None
     """When its first token is due, on the router's clock."""
@@ -76,7 +76,7 @@ class Chosen:
 
     replica: str
     seconds: float
-    """Prefill, without waiting."""
+    """Predicted time of the prefill, without waiting."""
     short: bool
 
 
@@ -96,10 +96,10 @@ class Assumptions:
     """
 
     tokens_per_second: float = 10_000.0
-    """Prefill of one replica. Only its ratio to the real one matters, and little: too low a number
-    spreads requests more, too high a one follows cached prefixes more."""
+    """Speed of prefill on one replica. Only its ratio to the real one matters, and little: too low
+    a number spreads requests more, too high a one follows cached prefixes more."""
     boundary_tokens: int = 256
-    """At most so many new tokens are short."""
+    """A request with at most so many new tokens is short."""
     express: bool = False
     """Short requests do not wait for long ones on the same replica."""
 
@@ -224,10 +224,14 @@ class ReplicaChoice:
             return self._charge(numbers, name, prompt, now)
         return None
 
+    def charged_to(self, id: str) -> str | None:
+        """Return the replica to which a request is charged; None if it is on no account."""
+        charge = self._charges.get(id)
+        return None if charge is None else charge.replica
+
     def sent(self, id: str, name: str, prompt: RoutedPrompt) -> None:
         """Note where a request really went, if Ray could not send it where it was chosen to go."""
-        charge = self._charges.get(id)
-        if charge is not None and charge.replica == name:
+        if self.charged_to(id) == name:
             return
         self.ended(id)
         if name in self._router.view:

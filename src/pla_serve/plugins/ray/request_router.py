@@ -52,10 +52,10 @@ class PredictedRequestRouter(RequestRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """Return the chosen replica, and behind it the others, should it take no more requests."""
-        found = None if pending_request is None else _prompt(pending_request)
-        if pending_request is None or found is None:
+        prompt = None if pending_request is None else _prompt(pending_request)
+        if pending_request is None or prompt is None:
             return [candidate_replicas]
-        prompt, call = found
+        call = _call(pending_request)
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         id = pending_request.metadata.internal_request_id
         leave_out = call.leave_out if call is not None else ()
@@ -72,15 +72,16 @@ class PredictedRequestRouter(RequestRouter):
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
         """Note where a request went, and ask to be told of its first token."""
-        found = _prompt(pending_request)
-        if found is None:
-            return
-        prompt, call = found
-        id = pending_request.metadata.internal_request_id
-        self._choice.sent(id, replica_id.unique_id, prompt)
+        id, name = pending_request.metadata.internal_request_id, replica_id.unique_id
+        if self._choice.charged_to(id) != name:  # otherwise the prompt need not be read again
+            prompt = _prompt(pending_request)
+            if prompt is None:
+                return
+            self._choice.sent(id, name, prompt)
+        call = _call(pending_request)
         if call is not None:
             loop = asyncio.get_running_loop()  # Ray runs routers on a loop of their own
-            call.replica = replica_id.unique_id
+            call.replica = name
             call.on_first = lambda cached: _tell(loop, self._choice.first_token, id, cached)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
@@ -109,16 +110,24 @@ class PredictedRequestRouter(RequestRouter):
             self._choice.ended(id)
 
 
-def _prompt(pending: PendingRequest) -> tuple[RoutedPrompt, ReplicaCall | None] | None:
-    """Return the prompt among a request's arguments, and the call if it is one of ours."""
-    for argument in (*pending.args, *pending.kwargs.values()):
-        if isinstance(argument, ReplicaCall):
-            message = argument.message
-            return RoutedPrompt(len(message.prompt), argument.chain, message.deadline), argument
-        prompt = prompt_of(argument)
-        if prompt is not None:
-            return prompt, None
-    return None
+def _call(pending: PendingRequest) -> ReplicaCall | None:
+    """Return the call among a request's arguments; None if it is not one of ours."""
+    calls = (each for each in _arguments(pending) if isinstance(each, ReplicaCall))
+    return next(calls, None)
+
+
+def _prompt(pending: PendingRequest) -> RoutedPrompt | None:
+    """Return the prompt of a request; None if none of its arguments has one."""
+    call = _call(pending)
+    if call is not None:
+        message = call.message
+        return RoutedPrompt(len(message.prompt), call.chain, message.deadline)
+    found = (prompt_of(argument) for argument in _arguments(pending))
+    return next((prompt for prompt in found if prompt is not None), None)
+
+
+def _arguments(pending: PendingRequest) -> tuple[Any, ...]:
+    return (*pending.args, *pending.kwargs.values())
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: Any, *arguments: Any) -> None:

@@ -19,6 +19,7 @@ from pla_serve.wire.engine import Accepted, Output, Rejected, RequestAnswer
 
 log = logging.getLogger(__name__)
 
+LOG = "the log of the API's replica has them"
 FIRST_PAUSE, MOST_PAUSE = 0.05, 1.0
 """Seconds before a request is tried again that has failed twice without a token, and the most."""
 
@@ -40,9 +41,9 @@ class ContinuationOptions:
     """How long a request waits for replicas, and how often it may fail."""
 
     patience_seconds: float = 60.0
-    """For a replica that takes it."""
+    """A request waits this long for a replica that takes it."""
     liveness_seconds: float = 10.0
-    """For a sign of life of the replica that has it."""
+    """A request waits this long for a sign of life of the replica that has it."""
     most_failures: int = 4
     """Replicas that may fail it without a token in between before its client is told."""
 
@@ -54,8 +55,8 @@ class ContinuedStream:
     one, and the stream goes on there, token for token if it is greedy or has a seed.
 
     Args:
-        request: gets a receiver, which is told of every answer and of the end.
-        send: to a replica.
+        request: its receiver is told of every answer and of the end.
+        send: sends a call to a replica.
         clock: the one of the request's arrival.
     """
 
@@ -190,6 +191,3 @@ class ContinuedStream:
     def _fail(self, reason: str) -> None:
         log.error("request %s: %s", self._request.id, "; ".join([reason, *self._request.failures]))
         self._request.receiver.fail(EngineDiedError(reason))
-
-
-LOG = "the log of the API's replica has them"

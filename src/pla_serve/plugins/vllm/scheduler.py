@@ -87,7 +87,7 @@ class LengthAwareScheduler(AsyncScheduler):
         self._outer: OuterStep | None = None
         """The step under way, while it can be left between layers."""
         self._nested_seconds = 0.0
-        """What ran inside of it."""
+        """Time that nested steps have taken inside of it."""
         self._nested_steps = 0
         self._no_room = False
         """The last nested step could not admit what was planned for it."""

@@ -20,6 +20,11 @@ def installed_version() -> str | None:
     return None
 
 
+def release_series(version: str) -> str:
+    """Return the release series of a version: ``0.32`` for ``0.32.1``."""
+    return ".".join(version.split(".")[:2])
+
+
 def check_version(found: str | None = None) -> None:
     """Compare ``found``, or what is installed, with `SUPPORTED`.
 
@@ -32,7 +37,7 @@ def check_version(found: str | None = None) -> None:
         raise ImportError(
             f"pla_serve.plugins.vllm needs vLLM {wanted}, and there is none in this environment"
         )
-    if ".".join(found.split(".")[:2]) not in SUPPORTED:
+    if release_series(found) not in SUPPORTED:
         raise ImportError(
             f"pla_serve.plugins.vllm was made for vLLM {wanted}, and this is {found}. It overrides "
             "private methods of vLLM's scheduler, so it does not run on a version that it was not "

@@ -41,7 +41,7 @@ class PreemptibleExecutor(UniProcExecutor):
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:
-        """It does not: a nested step needs the tokens of the step before it."""
+        """Return False: a nested step needs the tokens of the step before it."""
         return False
 
     def attach(self, engine: EngineCore) -> None:

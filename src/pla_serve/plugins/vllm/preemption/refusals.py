@@ -1,10 +1,10 @@
-"""What prefills cannot be left with, by name. Then steps run whole, and the log says why."""
+"""Names what prefills cannot be left with. Then steps run whole, and the log says why."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pla_serve.plugins.vllm.versions import installed_version
+from pla_serve.plugins.vllm.versions import installed_version, release_series
 
 TESTED = "0.32"
 """The release series whose model runner this was tested with."""
@@ -17,7 +17,7 @@ def why_not(config: Any) -> str | None:
         config: vLLM's ``VllmConfig``.
     """
     found = installed_version() or "none"
-    if ".".join(found.split(".")[:2]) != TESTED:
+    if release_series(found) != TESTED:
         return f"vLLM {found} (its model runner was tested with {TESTED}.x only)"
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     reasons = {
