@@ -8,7 +8,7 @@ from itertools import count
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pla_serve.policy.book import RequestBook
@@ -235,6 +235,24 @@ def test_everybody_gets_tokens_under_any_mix(seed: int, profile: CostProfile) ->
     turn = sum(client.at_once for client in clients) * (profile.per_launch + 2e-3)
     bound = 2 * len(tenants) * (turn + work * profile.per_token + 1.0)
     assert all(wait <= bound for wait in waits.values()), (dict(waits), bound)
+
+
+UNITS = st.sampled_from([0.0, 1e-7, 1e-4])
+
+
+@given(
+    profile=st.builds(CostProfile, UNITS, UNITS, UNITS, UNITS, st.sampled_from([1e-4, 1e-2])),
+    flood=st.sampled_from(list(FLOODS.values())),
+)
+@example(CostProfile(0, 1e-4, 0, 0, 1e-2), FLOODS["short prompts"])
+@settings(max_examples=30, deadline=None)
+def test_whatever_a_fit_says_costs_nothing(profile: CostProfile, flood: tuple[Client, ...]) -> None:
+    """Any unit of work may cost nothing. Decisions are made all the same, and both get tokens."""
+    device = Device(*flood, quiet := Client("a", 12, 4, 1), profile=profile)
+    for _ in range(500):
+        device.run(device.now + 1e-9)  # one batch
+    assert quiet.first
+    assert all(client.first for client in flood)
 
 
 def test_no_tenant_gets_more_than_its_part_of_the_prefill_tokens() -> None:

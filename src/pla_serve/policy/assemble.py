@@ -88,10 +88,14 @@ class Assembler:
         return self._fitting(seconds - max(beside, cost.profile.per_launch))
 
     def _fitting(self, seconds: float) -> int:
-        """Return how many decode steps add at most ``seconds`` to a batch; at least one of any."""
+        """Return how many decode steps add at most ``seconds`` to a batch; at least one of any.
+
+        Steps may cost nothing by the cost model, and ``seconds`` may be below 0.
+        """
         count, context = len(self._book.decodes), self._book.decodes.mean_context
         each = self._book.cost.work_seconds(1, context, context + 1, 1, 0)
-        return count if each * count <= seconds else min(count, max(1, int(seconds / each)))
+        room = max(0.0, seconds)
+        return count if each * count <= room else max(1, int(room / each))
 
     def _decode_places(self, places: int) -> int:
         if places > 1:
